@@ -1,0 +1,223 @@
+"""What the tests share: a gateway as a real process, and a client that signs as backends do.
+
+The client is written from the contract with the standard library alone; it uses nothing of
+wggw.py, so that the two can disagree.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WGGW = ROOT / "wggw.py"
+API_KEY = "8f29c82c5d1f4b6e9a7730d2c4e1f0a98f29c82c5d1f4b6e9a7730d2c4e1f0a9"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 10.0, what: str = "") -> Any:
+    """Return the condition's first true value; AssertionError when it does not come in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"did not happen within {seconds} s: {what or condition}")
+
+
+def a_key(seed: object) -> str:
+    """A public key that is always the same for the same seed."""
+    return base64.b64encode(hashlib.sha256(repr(seed).encode()).digest()).decode()
+
+
+def path_key(public_key: str) -> str:
+    return public_key.replace("/", "_").replace("+", "-")
+
+
+def sign(body: bytes = b"", key: str = API_KEY, at: int | None = None) -> dict[str, str]:
+    """The legacy scheme's headers."""
+    timestamp = str(int(time.time()) if at is None else at)
+    message = f"timestamp={timestamp}, body_length={len(body)}".encode()
+    signature = hmac.new(key.encode(), message, hashlib.sha256).hexdigest()
+    return {"signature": signature, "timestamp": timestamp}
+
+
+class Answer:
+    """An HTTP answer with its body read."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.body = response.read()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def __repr__(self) -> str:
+        return f"<{self.status} {self.body[:300]!r}>"
+
+
+class Client:
+    """One kept-alive TLS connection; reconnects when the gateway closed it."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1", key: str = API_KEY) -> None:
+        self.port, self.host, self.key = port, host, key
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        self._connection = http.client.HTTPSConnection(host, port, timeout=30, context=context)
+
+    def send(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """Sign and send; `body` is bytes, or a value that becomes JSON."""
+        data = body if isinstance(body, bytes) else b"" if body is None else encode(body)
+        given = {**sign(data, self.key), **headers}
+        if data:
+            given.setdefault("Content-Type", "application/json")
+        return self.raw(method, path, data, given)
+
+    def raw(self, method: str, path: str, data: bytes, headers: Mapping[str, str]) -> Answer:
+        """Send as it is, unsigned unless `headers` say otherwise."""
+        try:
+            self._connection.request(method, path, data or None, dict(headers))
+            return Answer(self._connection.getresponse())
+        except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLError):
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        self._connection.close()
+
+    # the calls that backends make
+
+    def create(self, public_key: str, **fields: Any) -> Answer:
+        return self.send("POST", "/api/v1/configurations/", {"public_key": public_key, **fields})
+
+    def get(self, public_key: str, query: str = "") -> Answer:
+        return self.send("GET", f"/api/v1/configurations/{path_key(public_key)}{query}")
+
+    def status(self, public_key: str, status: str) -> Answer:
+        path = f"/api/v1/configurations/{path_key(public_key)}/status"
+        return self.send("PUT", path, {"status": status})
+
+    def delete(self, public_key: str) -> Answer:
+        return self.send("DELETE", f"/api/v1/configurations/{path_key(public_key)}")
+
+
+def encode(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+class GatewayProcess:
+    """`python3 wggw.py serve` with its files in `directory`; memory backend unless told.
+
+    start(), stop() (TERM) and kill() (KILL) may be called in turn: the files stay.
+    """
+
+    def __init__(self, directory: Path, prefix: list[str] | None = None, **settings: str) -> None:
+        self.directory = directory
+        self.port = int(settings.get("API_PORT", 0)) or free_port()
+        self.host = settings.pop("CLIENT_HOST", "127.0.0.1")
+        self.prefix = prefix or []  # such as ["ip", "netns", "exec", NAME]
+        self.settings = {
+            "GATEWAY_API_KEY": API_KEY,
+            "API_HOST": "127.0.0.1",
+            "API_PORT": str(self.port),
+            "WG_BACKEND": "memory",
+            "WG_PRIVATE_KEY_FILE": str(directory / "privatekey"),
+            "TLS_CERT": str(directory / "cert.pem"),
+            "TLS_KEY": str(directory / "key.pem"),
+            "DB_PATH": str(directory / "wireguard.db"),
+            **settings,
+        }
+        self.log = directory / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        """Start the process without waiting for anything."""
+        environment = {"PATH": os.environ["PATH"], **self.settings}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.prefix, sys.executable, str(WGGW), "serve"],
+                cwd=self.directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        return self.process
+
+    def start(self, seconds: float = 20.0) -> GatewayProcess:
+        """Start and wait for readiness."""
+        process = self.spawn()
+
+        def ready() -> bool:
+            assert process.poll() is None, f"ended with {process.returncode}: {self.text()}"
+            return self.is_ready()
+
+        wait_for(ready, seconds, "readiness")
+        return self
+
+    def is_ready(self) -> bool:
+        client = self.client()
+        try:
+            return client.raw("GET", "/readyz", b"", {}).status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            client.close()
+
+    def client(self, key: str = API_KEY) -> Client:
+        return Client(self.port, self.host, key)
+
+    def text(self) -> str:
+        """What it logged so far, of all its starts."""
+        return self.log.read_text()
+
+    def _end(self, number: int) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        code = self.process.wait(10)
+        self.process = None
+        return code
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> int:
+        return self._end(signal.SIGKILL)
+
+    def close(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def running(directory: Path, **settings: str) -> Iterator[GatewayProcess]:
+    gateway = GatewayProcess(directory, **settings)
+    try:
+        yield gateway.start()
+    finally:
+        gateway.close()

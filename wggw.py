@@ -1,0 +1,4306 @@
+#!/usr/bin/env python3
+# Copyright (c) the wggw authors. Proprietary, all rights reserved: see LICENSE.
+"""wggw: a WireGuard gateway in one file.
+
+A VPN provider's backend tells it over HTTPS which peers may connect; it hands out addresses, keeps
+the WireGuard interface in line, reports usage, and puts all of it back after a restart.
+
+A request's path
+    server.Connection reads a head -> http.App checks the signature from the head alone, finds the
+    route -> the body is read and decoded once into frozen values -> gateway.Gateway decides under
+    its one lock: interface first, then store and journal -> outside the lock the request waits
+    until the journal is on disk (one fsync for all that wait) -> the answer.
+
+Laws
+    1. The store is the truth; an interface is a projection of it, brought in line by one diff().
+    2. An answer is given only when interface and disk both have the change. A request that fails
+       leaves both as they were.
+    3. An address is free again only after the interface has dropped the peer. Never-used
+       addresses go first, then the one that was released longest ago.
+    4. Live change and replay run through the same Store.apply().
+    5. A request's cost does not depend on how many peers there are.
+    6. No process is started in a request's path; no outside input ever reaches a shell.
+
+The files on disk
+    DB_PATH            the snapshot: an ordinary SQLite database, replaced atomically. Table `meta`
+                       holds `number`, the last journal record that the snapshot contains.
+    DB_PATH.previous   the snapshot before it.
+    DB_PATH.journal    what came after the snapshot. Lines of text:
+                         wggw-journal 1 AFTER CRC
+                         NUMBER DURABLE CRC JSON
+                       AFTER: the number before the first record. NUMBER: counts up by one, or skips
+                       ahead in a new file after a disk fault. DURABLE: how many bytes of this file
+                       were known to be on disk when the record was written. CRC: CRC-32 (hex) of
+                       the rest of the line without it. JSON: {"put": [peer...], "del": [id...]}.
+    DB_PATH.journal.previous   the journal before the last snapshot; with DB_PATH.previous and
+                       DB_PATH.journal it still holds everything.
+    Recovery reads the snapshot, then every record with a higher number. A bad record is a torn
+    write, and dropped, when nothing readable behind it was written after it was known to be on
+    disk; otherwise acknowledged changes are damaged and the start is refused (exit 3).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import collections
+import contextlib
+import email.utils
+import errno
+import hashlib
+import hmac
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
+
+__version__ = "0.1.0"
+
+# ==================================================================================================
+# constants: limits with their unit and reason; kernel numbers under the kernel's names
+# Never here: reads of the environment.
+# ==================================================================================================
+
+KEY_BYTES = 32  # curve25519 keys and preshared keys
+KEY_TEXT = 44  # a key in base64
+ONLINE_SECONDS = 180  # a handshake younger than this: online (WireGuard's REJECT_AFTER_TIME)
+
+MAX_HEAD = 16 * 1024  # bytes of request line and headers
+MAX_HEADERS = 64
+MAX_BODY = 64 * 1024  # bytes of an ordinary request's body
+MAX_JSON_DEPTH = 32
+MAX_TEXT = 256  # characters of a free text such as request_id
+MAX_PAGE = 1000  # peers in one answer to a list
+MAX_INTEGER = 2**63 - 1  # SQLite's INTEGER
+
+HANDSHAKE_DEADLINE = 10.0  # seconds for TLS
+HEAD_DEADLINE = 10.0  # seconds from the first byte of a request to the end of its head
+BODY_DEADLINE = 30.0  # seconds for the body
+WRITE_DEADLINE = 30.0  # seconds for the answer
+IDLE_DEADLINE = 75.0  # seconds between two requests of a connection
+LINGER_SECONDS = 1.0  # how long unread input is drained so that the last answer is not reset away
+DRAIN_SECONDS = 3.0  # how long SIGTERM waits for requests in flight (it must end within 5)
+
+FRESH_SPAN = 2**18  # a pool's never-used addresses go first up to here; then released ones: a /64
+# under churn would otherwise remember every address that it ever gave
+READ_CHUNK = 500  # rows handled per hold of the domain lock by work that is O(peers): about 5 ms
+BACKEND_TIMEOUT = 10.0  # seconds for one exchange with an interface
+DAEMON_START_SECONDS = 5.0  # how long a userspace WireGuard may take to open its socket
+SUPERVISE_SECONDS = 1.0  # between two looks at the interface and the clock of expiry
+DURABILITY_INTERVAL = 1.0  # seconds: DURABILITY=interval loses at most this
+UAPI_DIRECTORY = "/var/run/wireguard"
+
+# include/uapi/linux/netlink.h
+NETLINK_ROUTE, NETLINK_GENERIC = 0, 16
+NLM_F_REQUEST, NLM_F_MULTI, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x2, 0x4, 0x10
+NLM_F_DUMP, NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x300, 0x100, 0x200, 0x400
+NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN = 1, 2, 3, 4
+NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
+# include/uapi/linux/genetlink.h
+GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
+CTRL_ATTR_VERSION = 3
+# include/uapi/linux/rtnetlink.h, if_link.h, if_addr.h
+RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR = 16, 18, 20
+IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_INFO_KIND = 3, 4, 18, 1
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+IFF_UP = 1
+# include/uapi/linux/wireguard.h
+WG_GENL_NAME, WG_GENL_VERSION = "wireguard", 1
+WG_CMD_GET_DEVICE, WG_CMD_SET_DEVICE = 0, 1
+WGDEVICE_A_IFINDEX, WGDEVICE_A_IFNAME, WGDEVICE_A_PRIVATE_KEY, WGDEVICE_A_PUBLIC_KEY = 1, 2, 3, 4
+WGDEVICE_A_FLAGS, WGDEVICE_A_LISTEN_PORT, WGDEVICE_A_FWMARK, WGDEVICE_A_PEERS = 5, 6, 7, 8
+WGPEER_A_PUBLIC_KEY, WGPEER_A_PRESHARED_KEY, WGPEER_A_FLAGS, WGPEER_A_ENDPOINT = 1, 2, 3, 4
+WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL, WGPEER_A_LAST_HANDSHAKE_TIME = 5, 6
+WGPEER_A_RX_BYTES, WGPEER_A_TX_BYTES, WGPEER_A_ALLOWEDIPS = 7, 8, 9
+WGPEER_F_REMOVE_ME, WGPEER_F_REPLACE_ALLOWEDIPS = 1, 2
+WGALLOWEDIP_A_FAMILY, WGALLOWEDIP_A_IPADDR, WGALLOWEDIP_A_CIDR_MASK = 1, 2, 3
+NETLINK_BATCH = 48 * 1024  # bytes of peers in one message: attribute lengths are 16 bits
+
+LOG = logging.getLogger("wggw")
+
+# ==================================================================================================
+# errors: one class for what a caller is told, and its few kinds
+# Never here: logging.
+# ==================================================================================================
+
+
+class GatewayError(Exception):
+    """A request cannot be done: an HTTP `status` and a `detail` that is safe to tell the caller."""
+
+    status = 500
+
+    def __init__(self, detail: str, *, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.headers = tuple(headers)
+
+
+class Malformed(GatewayError):
+    status = 400
+
+
+class Unauthorized(GatewayError):
+    status = 401
+
+
+class NotFound(GatewayError):
+    status = 404
+
+
+class MethodNotAllowed(GatewayError):
+    status = 405
+
+
+class Timeout(GatewayError):
+    status = 408
+
+
+class Conflict(GatewayError):
+    status = 409
+
+
+class LengthRequired(GatewayError):
+    status = 411
+
+
+class TooLarge(GatewayError):
+    status = 413
+
+
+class UnsupportedMediaType(GatewayError):
+    status = 415
+
+
+class Invalid(GatewayError):
+    """A field's value is wrong; the detail begins with the field's name."""
+
+    status = 422
+
+    def __init__(self, name: str, accepted: str) -> None:
+        super().__init__(f"{name}: {accepted}")
+
+
+class HeadTooLarge(GatewayError):
+    status = 431
+
+
+class VersionNotSupported(GatewayError):
+    status = 505
+
+
+class Unavailable(GatewayError):
+    status = 503
+
+
+class BackendError(Exception):
+    """The interface did not do what was asked; the text names the interface and the reason."""
+
+
+class CodecError(BackendError):
+    """Bytes from a kernel or a userspace WireGuard that do not follow their format."""
+
+
+class StartError(Exception):
+    """The gateway cannot start; `code` is the process's exit code."""
+
+    code = 1
+
+
+class ConfigError(StartError):
+    """A setting is wrong: names the variable, its value unless secret, and what is accepted."""
+
+    code = 2
+
+
+class DamagedError(StartError):
+    """Snapshot or journal is damaged: names the file, the offset, what was found, what to do."""
+
+    code = 3
+
+
+class DiskError(Exception):
+    """The disk refused a write; nothing that waited for it may be acknowledged."""
+
+
+# ==================================================================================================
+# config: the settings, every default in one table, every bad value refused by name
+# Never here: defaults elsewhere, and files other than .env.
+# ==================================================================================================
+
+IPv4or6Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+IPv4or6Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class Setting(NamedTuple):
+    """A row of the settings table. `default` None: not set; `accepts` ends an error message."""
+
+    name: str
+    default: str | None
+    parse: Callable[[str], Any]
+    accepts: str
+    secret: bool = False
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings after parsing; fields are the lower-case names of the variables."""
+
+    gateway_api_key: str = field(repr=False)
+    gateway_api_keys: Mapping[str, str] = field(repr=False)
+    gateway_public_key: str | None = field(repr=False)
+    max_timestamp_diff: int
+    allowed_backends: tuple[IPv4or6Network, ...]
+    api_host: str
+    api_port: int
+    tls_cert: str
+    tls_key: str
+    tls_client_ca: str | None
+    wg_interface: str
+    wg_ipv4_subnet: ipaddress.IPv4Network | None
+    wg_ipv6_subnet: ipaddress.IPv6Network | None
+    wg_default_port: int
+    wg_extra_ports: tuple[int, ...]
+    wg_endpoint: str | None
+    wg_private_key_file: str
+    wg_backend: str
+    wg_mtu: int
+    dns_servers: Mapping[str, tuple[str, ...]]
+    db_path: str
+    durability: str
+    snapshot_interval: float
+    sample_interval: float
+    log_level: str
+    metrics_token: str | None = field(repr=False)
+    max_connections: int
+
+
+def _text(raw: str) -> str:
+    if not raw:
+        raise ValueError
+    return raw
+
+
+def _secret(raw: str) -> str:
+    if len(raw) < 16:
+        raise ValueError
+    return raw
+
+
+def _keys(raw: str) -> dict[str, str]:
+    parsed = json.loads(raw) if raw else {}
+    if not isinstance(parsed, dict) or "default" in parsed:
+        raise ValueError
+    for key_id, secret in parsed.items():
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", key_id) or not isinstance(secret, str):
+            raise ValueError
+        _secret(secret)
+    return parsed
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(raw: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", raw) or not low <= int(raw) <= high:
+            raise ValueError
+        return int(raw)
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(raw: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", raw) or not low <= float(raw) <= high:
+            raise ValueError
+        return float(raw)
+
+    return parse
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(raw: str) -> str:
+        if raw not in words:
+            raise ValueError
+        return raw
+
+    return parse
+
+
+def _networks(raw: str) -> tuple[IPv4or6Network, ...]:
+    return tuple(ipaddress.ip_network(part.strip()) for part in raw.split(",") if part.strip())
+
+
+def _subnet(version: int, longest: int) -> Callable[[str], IPv4or6Network | None]:
+    def parse(raw: str) -> IPv4or6Network | None:
+        if not raw:
+            return None
+        network = ipaddress.ip_network(raw)
+        if network.version != version or not 1 <= network.prefixlen <= longest:
+            raise ValueError
+        return network
+
+    return parse
+
+
+def _ports(raw: str) -> tuple[int, ...]:
+    port = _integer(1, 65535)
+    return tuple(port(part.strip()) for part in raw.split(",") if part.strip())
+
+
+def _interface_name(raw: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_=+-][A-Za-z0-9_=+.-]{0,14}", raw):
+        raise ValueError
+    return raw
+
+
+def _endpoint(raw: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9.:_\[\]-]{1,253}", raw):
+        raise ValueError
+    return raw
+
+
+def _dns_servers(raw: str) -> dict[str, tuple[str, ...]]:
+    parsed = json.loads(raw)
+    if not isinstance(parsed, dict) or not parsed:
+        raise ValueError
+    choices: dict[str, tuple[str, ...]] = {}
+    for choice, value in parsed.items():
+        addresses = value.split(",") if isinstance(value, str) else value
+        if not choice or not isinstance(addresses, list) or not addresses:
+            raise ValueError
+        choices[choice] = tuple(str(ipaddress.ip_address(a.strip())) for a in addresses)
+    return choices
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "GATEWAY_API_KEY", None, _secret, "a text of 16 characters or more", True, required=True
+    ),
+    Setting(
+        "GATEWAY_API_KEYS",
+        "",
+        _keys,
+        'JSON {"key-id": "secret", ...}: ids of A-Z a-z 0-9 . _ - (not "default"), '
+        "secrets of 16 characters or more",
+        True,
+    ),
+    Setting("GATEWAY_PUBLIC_KEY", None, _secret, "a text of 16 characters or more", True),
+    Setting("MAX_TIMESTAMP_DIFF", "60", _integer(1, 3600), "seconds, 1 to 3600"),
+    Setting("ALLOWED_BACKENDS", "", _networks, "comma-separated CIDRs without host bits"),
+    Setting("API_HOST", "0.0.0.0", lambda raw: str(ipaddress.ip_address(raw)), "an IP address"),
+    Setting("API_PORT", "8000", _integer(1, 65535), "a port, 1 to 65535"),
+    Setting("TLS_CERT", "cert.pem", _text, "the path of a PEM file"),
+    Setting("TLS_KEY", "key.pem", _text, "the path of a PEM file"),
+    Setting("TLS_CLIENT_CA", None, _text, "the path of a PEM file"),
+    Setting("WG_INTERFACE", "wg0", _interface_name, "an interface name, at most 15 characters"),
+    Setting(
+        "WG_IPV4_SUBNET",
+        "10.0.1.0/24",
+        _subnet(4, 30),
+        "an IPv4 subnet without host bits, /1 to /30, or nothing",
+    ),
+    Setting(
+        "WG_IPV6_SUBNET",
+        "fd42:4242:1::/64",
+        _subnet(6, 126),
+        "an IPv6 subnet without host bits, /1 to /126, or nothing",
+    ),
+    Setting("WG_DEFAULT_PORT", "51820", _integer(1, 65535), "a port, 1 to 65535"),
+    Setting("WG_EXTRA_PORTS", "", _ports, "comma-separated ports"),
+    Setting("WG_ENDPOINT", None, _endpoint, "a host name or address"),
+    Setting("WG_PRIVATE_KEY_FILE", "/etc/wireguard/privatekey", _text, "a path"),
+    Setting(
+        "WG_BACKEND",
+        "auto",
+        _one_of("auto", "netlink", "uapi", "memory"),
+        "auto, netlink, uapi or memory",
+    ),
+    Setting("WG_MTU", "1420", _integer(1280, 65535), "bytes, 1280 to 65535"),
+    Setting(
+        "DNS_SERVERS",
+        '{"d1":"1.1.1.1","d2":"8.8.8.8","d3":"9.9.9.9"}',
+        _dns_servers,
+        'JSON {"choice": "address[,address]", ...}',
+    ),
+    Setting("DB_PATH", "./wireguard.db", _text, "a path"),
+    Setting(
+        "DURABILITY",
+        "commit",
+        _one_of("commit", "interval", "none"),
+        "commit, interval or none",
+    ),
+    Setting("SNAPSHOT_INTERVAL", "300", _seconds(0.1, 86400), "seconds, 0.1 to 86400"),
+    Setting("SAMPLE_INTERVAL", "10", _seconds(0.1, 3600), "seconds, 0.1 to 3600"),
+    Setting(
+        "LOG_LEVEL",
+        "info",
+        _one_of("debug", "info", "warning", "error"),
+        "debug, info, warning or error",
+    ),
+    Setting("METRICS_TOKEN", None, _secret, "a text of 16 characters or more", True),
+    Setting("MAX_CONNECTIONS", "1024", _integer(8, 65536), "connections, 8 to 65536"),
+)
+
+# Settings of the contract that this version does not serve yet: ignoring one of them would break
+# what it promises (encryption at rest, a second interface), so each is refused when set.
+UNSUPPORTED = (
+    "SNAPSHOT_KEY",
+    "SNAPSHOT_URL",
+    "AWG_INTERFACE",
+    "AWG_PORT",
+    "AWG_IPV4_SUBNET",
+    "AWG_IPV6_SUBNET",
+    "AWG_PARAMS",
+)
+
+
+def read_env_file(text: str, name: str) -> dict[str, str]:
+    """Parse a .env file: KEY=VALUE lines, `export`, #-comments, single or double quotes.
+
+    Raises ConfigError with the file's name and the line's number, never its content.
+    """
+    values: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = re.fullmatch(
+            r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*"
+            r"""(?:"([^"]*)"|'([^']*)'|([^"'#\s][^#]*?|))(?:\s+\#.*)?""",
+            line,
+        )
+        if not match:
+            raise ConfigError(f"{name} line {number}: expected KEY=VALUE")
+        values[match[1]] = next(g for g in match.groups()[1:] if g is not None)
+    return values
+
+
+def load_config(environ: Mapping[str, str], env_file: str | None = None) -> Config:
+    """Read the settings: environment over file over defaults. Raises ConfigError."""
+    path = Path(env_file or ".env")
+    values: dict[str, str] = {}
+    if env_file or path.exists():
+        try:
+            values = read_env_file(path.read_text("utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--env-file {path}: cannot be read: {_reason(error)}") from None
+    values.update(environ)
+    parsed = {setting.name.lower(): _parse_setting(setting, values) for setting in SETTINGS}
+    for name in UNSUPPORTED:
+        if values.get(name):
+            raise ConfigError(f"{name} is set, but this version does not support it: unset it")
+    config = Config(**parsed)
+    _check_together(config)
+    return config
+
+
+def _parse_setting(setting: Setting, values: Mapping[str, str]) -> Any:
+    raw = values.get(setting.name, setting.default)
+    if raw is None or (raw == "" and setting.default is None):
+        if setting.required:
+            raise ConfigError(f"{setting.name} is not set: it needs {setting.accepts}")
+        return None
+    try:
+        return setting.parse(raw)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        shown = "its value (not shown)" if setting.secret else repr(raw[:200])
+        raise ConfigError(f"{setting.name}: {shown} is not {setting.accepts}") from None
+
+
+def _check_together(config: Config) -> None:
+    """Rules that need more than one setting."""
+    if config.wg_ipv4_subnet is None and config.wg_ipv6_subnet is None:
+        raise ConfigError(
+            "WG_IPV4_SUBNET and WG_IPV6_SUBNET: '' is not accepted for both: set one of them"
+        )
+    for cert, key in ((config.tls_cert, config.tls_key), (config.tls_key, config.tls_cert)):
+        if os.path.exists(cert) and not os.path.exists(key):
+            raise ConfigError(
+                f"TLS_CERT, TLS_KEY: {cert!r} exists but {key!r} does not: "
+                "give both, or neither to have a pair made"
+            )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in the system's words, without paths or values that an error may carry."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return type(error).__name__
+
+
+# ==================================================================================================
+# values: frozen values and their strict parsers; secrets do not show in repr
+# Never here: input or output.
+# ==================================================================================================
+
+FAMILIES = ("ipv4", "ipv6")
+ADDRESS_FIELD = {"ipv4": "assigned_ip", "ipv6": "assigned_ipv6"}
+
+
+class Peer(NamedTuple):
+    """A peer as it is meant to be: a row of the store, in its column order.
+
+    Addresses are canonical text; times are Unix seconds; tunnel_traffic is "ipv4", "ipv6" or
+    "ipv4,ipv6"; obfuscation is JSON text. `id` orders the list and never changes.
+    """
+
+    id: int
+    public_key: str
+    interface: str
+    status: str
+    status_reason: str | None
+    assigned_ip: str | None
+    assigned_ipv6: str | None
+    tunnel_traffic: str
+    dns: str
+    port: int
+    preshared_key: str | None
+    persistent_keepalive: int
+    expires_at: int | None
+    quota_bytes: int | None
+    created_at: int
+    request_id: str | None
+    obfuscation: str | None
+
+    def __repr__(self) -> str:
+        return f"Peer({short_key(self.public_key)}, {self.interface}, {self.status})"
+
+
+class Traffic(NamedTuple):
+    """What was seen of a peer: accumulated bytes, Unix seconds of the last handshake or 0."""
+
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    last_handshake: int = 0
+
+
+class WirePeer(NamedTuple):
+    """A peer as an interface holds it: raw keys; allowed IPs as packed address + prefix byte.
+
+    preshared_key is empty when there is none; allowed_ips are sorted, so that equality is enough.
+    """
+
+    public_key: bytes
+    preshared_key: bytes
+    allowed_ips: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"WirePeer({short_key(encode_key(self.public_key))})"
+
+
+class PeerState(NamedTuple):
+    """A peer as an interface reports it. last_handshake in Unix seconds, 0 for never."""
+
+    peer: WirePeer
+    last_handshake: int
+    rx_bytes: int
+    tx_bytes: int
+
+
+class Change(NamedTuple):
+    """A step of an interface: set `public_key` to `peer`, or remove it when `peer` is None."""
+
+    public_key: bytes
+    peer: WirePeer | None
+
+
+def short_key(public_key: str) -> str:
+    """Enough of a public key to find a peer by, for logs."""
+    return public_key[:8]
+
+
+def encode_key(raw: bytes) -> str:
+    return binascii.b2a_base64(raw, newline=False).decode("ascii")
+
+
+def decode_key(text: str) -> bytes:
+    """44 characters of canonical base64 -> 32 bytes. Raises ValueError."""
+    raw = binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+    if len(raw) != KEY_BYTES or encode_key(raw) != text:
+        raise ValueError("not a key")
+    return raw
+
+
+def key_from_path(segment: str) -> str | None:
+    """A path's key in any of its forms (percent-encoding, _ and -, no final =), or None."""
+    text = urllib.parse.unquote(segment).replace("_", "/").replace("-", "+")
+    try:
+        return encode_key(decode_key(text if text.endswith("=") else text + "="))
+    except ValueError:
+        return None
+
+
+def pack_network(address: str) -> bytes:
+    """An address's text as an allowed IP of one host: packed address + prefix length byte."""
+    if ":" in address:
+        return socket.inet_pton(socket.AF_INET6, address) + b"\x80"
+    return socket.inet_pton(socket.AF_INET, address) + b"\x20"
+
+
+def wire_peer(peer: Peer) -> WirePeer:
+    """What the interface must hold for this peer while it is active."""
+    psk = peer.preshared_key
+    networks = sorted(pack_network(a) for a in (peer.assigned_ip, peer.assigned_ipv6) if a)
+    return WirePeer(
+        binascii.a2b_base64(peer.public_key),
+        binascii.a2b_base64(psk) if psk else b"",
+        tuple(networks),
+    )
+
+
+def rfc3339(seconds: int | float) -> str:
+    return datetime.fromtimestamp(int(seconds), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_rfc3339(text: str) -> int:
+    """RFC 3339 section 5.6 -> Unix seconds, fractions dropped. Raises ValueError."""
+    match = re.fullmatch(
+        r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", text, re.ASCII
+    )
+    if not match:
+        raise ValueError("not RFC 3339")
+    zone = "+00:00" if match[3] in "Zz" else match[3]
+    try:
+        seconds = int(datetime.fromisoformat(f"{match[1]}T{match[2]}{zone}").timestamp())
+    except OverflowError:
+        raise ValueError("out of range") from None
+    if not 0 <= seconds < 253402300800:  # the year 10000 has no RFC 3339 form
+        raise ValueError("out of range")
+    return seconds
+
+
+def diff(
+    desired: Iterable[WirePeer], actual: dict[bytes, WirePeer]
+) -> Iterator[tuple[str, Change]]:
+    """What turns `actual` into `desired`: ("added" | "updated" | "removed", change).
+
+    Consumes `actual`. Removals come last out of here but must be applied first where addresses
+    moved: callers order them. Peers that are right do not appear.
+    """
+    for peer in desired:
+        present = actual.pop(peer.public_key, None)
+        if present is None:
+            yield "added", Change(peer.public_key, peer)
+        elif present != peer:
+            yield "updated", Change(peer.public_key, peer)
+    for public_key in actual:
+        yield "removed", Change(public_key, None)
+
+
+# --- fields of a request's body: each parser takes a JSON value and raises ValueError ------------
+
+
+def _field_text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise ValueError
+    value.encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, a ValueError
+    return value
+
+
+def _field_key(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return encode_key(decode_key(value))
+
+
+def _field_public_key(value: Any) -> str:
+    text = _field_key(value)
+    if decode_key(text) == bytes(KEY_BYTES):  # no peer has it, and interfaces drop it silently
+        raise ValueError
+    return text
+
+
+def _field_integer(low: int, high: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def _field_choice(*words: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or value not in words:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def _field_families(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or any(entry not in FAMILIES for entry in value):
+        raise ValueError
+    return tuple(family for family in FAMILIES if family in value)
+
+
+def _field_ipv4(value: Any) -> str:
+    return str(ipaddress.IPv4Address(_field_text(value)))
+
+
+def _field_ipv6(value: Any) -> str:
+    text = _field_text(value)
+    if "%" in text:
+        raise ValueError
+    return str(ipaddress.IPv6Address(text))
+
+
+def _field_time(value: Any) -> int:
+    return parse_rfc3339(_field_text(value))
+
+
+def _field_obfuscation(value: Any) -> bool:
+    enabled = value.get("enabled", False) if isinstance(value, dict) else value
+    if not isinstance(enabled, bool):
+        raise ValueError
+    return enabled
+
+
+class Field(NamedTuple):
+    """A field of a body: how it is parsed, and what it accepts, in an error's words."""
+
+    parse: Callable[[Any], Any]
+    accepts: str
+
+
+PUBLIC_KEY_FIELD = Field(_field_public_key, "44 characters of base64, a 32-byte public key")
+
+CREATE_FIELDS: dict[str, Field] = {
+    "public_key": PUBLIC_KEY_FIELD,
+    "request_id": Field(_field_text, f"a text of at most {MAX_TEXT} characters"),
+    "protocol": Field(_field_choice("ipv4", "ipv6", "dual"), 'null, "ipv4", "ipv6" or "dual"'),
+    "tunnel_traffic": Field(_field_families, 'a list of "ipv4", "ipv6"'),
+    "port": Field(_field_integer(1, 65535), "a port that the gateway listens on"),
+    "dns": Field(_field_text, "a key of DNS_SERVERS"),
+    "preshared_key": Field(_field_key, "44 characters of base64, 32 bytes"),
+    "persistent_keepalive": Field(_field_integer(0, 65535), "seconds, 0 to 65535"),
+    "expires_at": Field(_field_time, "an RFC 3339 time with a zone"),
+    "quota_bytes": Field(_field_integer(0, MAX_INTEGER), "a number of bytes, 0 or more"),
+    "assigned_ip": Field(_field_ipv4, "an IPv4 address"),
+    "assigned_ipv6": Field(_field_ipv6, "an IPv6 address"),
+    "obfuscation": Field(_field_obfuscation, 'an object with "enabled": true or false'),
+}
+
+STATUS_FIELDS: dict[str, Field] = {
+    "status": Field(_field_choice("active", "suspended"), '"active" or "suspended"'),
+}
+
+
+def parse_fields(
+    body: Mapping[str, Any], table: Mapping[str, Field], required: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Decode the known fields of a JSON object; null is as good as absent. Raises Invalid."""
+    parsed: dict[str, Any] = {}
+    for name, row in table.items():
+        value = body.get(name)
+        if value is None:
+            if name in required:
+                raise Invalid(name, f"is required: {row.accepts}")
+            continue
+        try:
+            parsed[name] = row.parse(value)
+        except (ValueError, TypeError):
+            raise Invalid(name, f"must be {row.accepts}") from None
+    return parsed
+
+
+# ==================================================================================================
+# crypto: who signed a request, sealed payloads, keys and certificates; the clock is passed in
+# Never here: HTTP objects.
+# ==================================================================================================
+
+
+class Caller(NamedTuple):
+    """Who signed a request: the key's id and the scheme."""
+
+    key_id: str
+    scheme: str
+
+
+class Authenticator:
+    """Verifies the legacy signature; holds the keys. `clock` gives Unix seconds."""
+
+    def __init__(self, keys: Mapping[str, str], window: int, clock: Callable[[], float]) -> None:
+        self._keys = [(key_id, secret.encode("utf-8")) for key_id, secret in keys.items()]
+        self._window = window
+        self._clock = clock
+
+    def verify_legacy(self, signature: bytes, timestamp: bytes, body_length: int) -> Caller:
+        """Check `signature` over timestamp and length, then the time. Raises Unauthorized."""
+        message = legacy_message(timestamp, body_length)
+        given = signature.lower()
+        caller = None
+        for key_id, secret in self._keys:  # all of them: the time taken tells nothing
+            expected = hmac.digest(secret, message, "sha256").hex().encode("ascii")
+            if hmac.compare_digest(expected, given):
+                caller = Caller(key_id, "legacy")
+        if caller is None or not re.fullmatch(rb"[0-9]{1,12}", timestamp):
+            raise Unauthorized("the request is not authentic")
+        now = self._clock()
+        if abs(now - int(timestamp)) > self._window:
+            raise Unauthorized(
+                f"the timestamp is outside the window of {self._window} s; "
+                f"the server's time is {int(now)} ({rfc3339(now)})"
+            )
+        return caller
+
+
+def legacy_message(timestamp: bytes, body_length: int) -> bytes:
+    return b"timestamp=%b, body_length=%d" % (timestamp, body_length)
+
+
+def sign_legacy(secret: str, timestamp: int, body_length: int) -> str:
+    message = legacy_message(b"%d" % timestamp, body_length)
+    return hmac.digest(secret.encode("utf-8"), message, "sha256").hex()
+
+
+class PayloadBox:
+    """Seals and opens encrypted payloads: base64(iv[12] || AES-256-GCM ciphertext || tag[16])."""
+
+    def __init__(self, shared_secret: str) -> None:
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+        derive = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=b"handshake data")
+        self._aead = AESGCM(derive.derive(shared_secret.encode("utf-8")))
+
+    def seal(self, plaintext: bytes) -> str:
+        iv = secrets.token_bytes(12)
+        return base64.b64encode(iv + self._aead.encrypt(iv, plaintext, None)).decode("ascii")
+
+    def open(self, text: str) -> bytes:
+        """Decrypt. Raises Malformed, always with the same words."""
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            sealed = binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+            if len(sealed) < 28:
+                raise ValueError
+            return self._aead.decrypt(sealed[:12], sealed[12:], None)
+        except (ValueError, InvalidTag):
+            raise Malformed("encrypted_payload does not decrypt") from None
+
+
+def x25519_public(private: bytes) -> bytes:
+    """The public key of a private key (RFC 7748 section 5). Used once at start, not constant-time:
+
+    with a certificate given the gateway runs without the cryptography package.
+    """
+    prime = 2**255 - 19
+    scalar = int.from_bytes(private, "little") & ((1 << 255) - 8) | (1 << 254)
+    x2, z2, x3, z3, swap = 1, 0, 9, 1, 0
+    for t in reversed(range(255)):
+        bit = scalar >> t & 1
+        if swap ^ bit:
+            x2, z2, x3, z3 = x3, z3, x2, z2
+        swap = bit
+        a, b = x2 + z2, x2 - z2
+        aa, bb = a * a, b * b
+        da, cb = (x3 - z3) * a, (x3 + z3) * b
+        x3, z3 = (da + cb) ** 2 % prime, 9 * (da - cb) ** 2 % prime
+        x2, z2 = aa * bb % prime, (aa - bb) * (aa + 121665 * (aa - bb)) % prime
+    if swap:
+        x2, z2 = x3, z3
+    return (x2 * pow(z2, prime - 2, prime) % prime).to_bytes(32, "little")
+
+
+def make_private_key() -> bytes:
+    raw = bytearray(secrets.token_bytes(KEY_BYTES))
+    raw[0] &= 248
+    raw[31] = raw[31] & 127 | 64
+    return bytes(raw)
+
+
+def load_private_key(path: str) -> bytes:
+    """Read the interface's private key; make it (0600) if absent. Raises ConfigError."""
+    try:
+        mode = os.stat(path).st_mode
+        if mode & 0o077:
+            raise ConfigError(
+                f"WG_PRIVATE_KEY_FILE: {path!r} can be read by others (mode {mode & 0o777:04o}): "
+                f"a key file must be 0600: chmod 600 {path}"
+            )
+        return decode_key(Path(path).read_text("ascii").strip())
+    except FileNotFoundError:
+        key = make_private_key()
+        try:
+            os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
+            write_secret(path, encode_key(key).encode("ascii") + b"\n")
+        except OSError as error:
+            raise ConfigError(
+                f"WG_PRIVATE_KEY_FILE: {path!r} cannot be made: {_reason(error)}"
+            ) from None
+        LOG.info("made a new WireGuard private key: %s", path)
+        return key
+    except OSError as error:
+        raise ConfigError(
+            f"WG_PRIVATE_KEY_FILE: {path!r} cannot be read: {_reason(error)}"
+        ) from None
+    except ValueError:
+        raise ConfigError(
+            f"WG_PRIVATE_KEY_FILE: {path!r} does not hold a base64 private key (wg genkey)"
+        ) from None
+
+
+def write_secret(path: str, content: bytes) -> None:
+    """Create a file that only its owner can read, wholly written or not there at all."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def make_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> None:
+    """Write a self-signed P-256 pair, valid for ten years, for `names` (hosts or addresses)."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "wggw")])
+    now = int(time.time())
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(datetime.fromtimestamp(now - 86400, timezone.utc))
+        .not_valid_after(datetime.fromtimestamp(now + 3650 * 86400, timezone.utc))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectAlternativeName([_alternative_name(n) for n in names]), False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    write_secret(key_path, private)
+    write_secret(cert_path, certificate.public_bytes(pem))
+
+
+def _alternative_name(name: str) -> Any:
+    from cryptography import x509
+
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def certificate_fingerprint(cert_path: str) -> str:
+    """SHA-256 of the first certificate in a PEM file, in hex. Raises OSError, ValueError."""
+    text = Path(cert_path).read_text("ascii")
+    match = re.search(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", text, re.DOTALL)
+    if not match:
+        raise ValueError("no certificate in the file")
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(match[0])).hexdigest()
+
+
+# ==================================================================================================
+# addresses: which address the next peer gets, in constant time
+# Never here: SQL and locks. The pool is an index over the store's rows, rebuilt at boot.
+# ==================================================================================================
+
+
+class AddressPool:
+    """The addresses of one subnet: the gateway has the first host address, peers the others.
+
+    An address is never used, held, or released. Excluded: the network address, the gateway and,
+    in IPv4, the broadcast address. Memory grows with addresses held out of order and released
+    ones, at most FRESH_SPAN of the latter.
+    """
+
+    def __init__(self, network: IPv4or6Network) -> None:
+        self.network = network
+        self.gateway = network.network_address + 1
+        self._base = int(network.network_address)
+        self._last = network.num_addresses - (2 if network.version == 4 else 1)
+        self._fresh = 2  # lowest offset that was never used, but for those ahead
+        self._ahead: set[int] = set()  # used offsets above _fresh
+        self._released: dict[int, None] = {}  # oldest first
+        self.used = 0
+
+    @property
+    def total(self) -> int:
+        """How many peers can have an address."""
+        return self._last - 1
+
+    def restore(self, held: Iterable[str], released: Iterable[str]) -> None:
+        """Take over what a store knows: addresses held, and released ones, oldest first.
+
+        Raises ValueError with the address when one that is held cannot be a peer's here.
+        """
+        for address in held:
+            offset = self._offset(address)
+            if offset is None or offset in self._ahead:
+                raise ValueError(address)
+            self._ahead.add(offset)
+            self.used += 1
+        for address in released:  # those outside a changed subnet are of no interest any more
+            offset = self._offset(address)
+            if offset is not None and offset not in self._ahead:
+                self._ahead.add(offset)
+                self._released[offset] = None
+        self._close_gap()
+        self._ahead = set(self._ahead)  # a set that was large stays large
+
+    def peek(self) -> str | None:
+        """The address that take() would give, or None when all are held."""
+        offset = self._fresh
+        if self._released and (offset > self._last or offset > FRESH_SPAN):
+            offset = next(iter(self._released))
+        if offset > self._last:
+            return None
+        return str(self.network[offset])
+
+    def take(self) -> str | None:
+        """Hold the next address and return it, or None when all are held."""
+        address = self.peek()
+        if address is not None:
+            self.claim(address)
+        return address
+
+    def is_free(self, address: str) -> bool:
+        """Whether a peer may be given this address: in the subnet, not excluded, not held."""
+        offset = self._offset(address)
+        if offset is None:
+            return False
+        return offset in self._released or (offset >= self._fresh and offset not in self._ahead)
+
+    def claim(self, address: str) -> None:
+        """Hold this very address. Raises ValueError when it is not free."""
+        offset = self._offset(address)
+        if offset is None or not self.is_free(address):
+            raise ValueError(address)
+        if offset in self._released:
+            del self._released[offset]
+        else:
+            self._ahead.add(offset)
+            self._close_gap()
+        self.used += 1
+
+    def release(self, address: str) -> None:
+        """Give a held address back, behind those that were released before."""
+        offset = self._offset(address)
+        if offset is None or self.is_free(address):
+            raise ValueError(address)
+        self._released[offset] = None
+        self.used -= 1
+
+    def _offset(self, address: str) -> int | None:
+        family = socket.AF_INET if self.network.version == 4 else socket.AF_INET6
+        offset = int.from_bytes(socket.inet_pton(family, address), "big") - self._base
+        return offset if 2 <= offset <= self._last else None
+
+    def _close_gap(self) -> None:
+        while self._fresh in self._ahead:
+            self._ahead.remove(self._fresh)
+            self._fresh += 1
+
+
+# ==================================================================================================
+# journal: numbered records on disk, one fsync for all that wait, atomic file replacement
+# Never here: what a record means.
+# ==================================================================================================
+
+JOURNAL_MAGIC = b"wggw-journal 1"
+
+
+class Disk:
+    """The few calls that make a change durable, in one place so that tests can make them fail."""
+
+    def write(self, handle: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view) :]
+
+    def fsync(self, handle: int) -> None:
+        os.fsync(handle)
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(old, new)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def sync_directory(self, path: str) -> None:
+        handle = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def replace(self, path: str, content: bytes | memoryview) -> None:
+        """Put `content` at `path`: the old file or the new one, never a part."""
+        temporary = path + ".tmp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        handle = os.open(temporary, flags, 0o600)
+        try:
+            self.write(handle, bytes(content) if isinstance(content, memoryview) else content)
+            self.fsync(handle)
+        finally:
+            os.close(handle)
+        self.rename(temporary, path)
+        self.sync_directory(path)
+
+
+class Record(NamedTuple):
+    """A journal record: its number and its content as JSON text."""
+
+    number: int
+    content: bytes
+
+
+class JournalFile(NamedTuple):
+    """What reading a journal gave: `size` counts the good bytes, `torn` the dropped ones."""
+
+    after: int
+    records: list[Record]
+    size: int
+    torn: int
+
+
+def journal_header(after: int) -> bytes:
+    text = b"%b %d" % (JOURNAL_MAGIC, after)
+    return b"%b %08x\n" % (text, zlib.crc32(text))
+
+
+def journal_line(number: int, durable: int, content: bytes) -> bytes:
+    head = b"%d %d" % (number, durable)
+    return b"%b %08x %b\n" % (head, zlib.crc32(content, zlib.crc32(head)), content)
+
+
+def parse_journal_line(line: bytes) -> tuple[int, int, bytes] | None:
+    """A line without its end -> (number, durable, content), or None when it is not a record."""
+    parts = line.split(b" ", 3)
+    if len(parts) != 4 or not parts[0].isdigit() or not parts[1].isdigit():
+        return None
+    content = parts[3]
+    crc = b"%08x" % zlib.crc32(content, zlib.crc32(b"%b %b" % (parts[0], parts[1])))
+    if crc != parts[2] or len(parts[0]) > 19 or len(parts[1]) > 19:
+        return None
+    return int(parts[0]), int(parts[1]), content
+
+
+def parse_journal(data: bytes, name: str) -> JournalFile:
+    """Read a journal's bytes. Raises DamagedError for anything but a torn tail."""
+    end = data.find(b"\n") + 1
+    after = _parse_header(data[:end])
+    if after is None:  # a journal is put in its place whole, so this is no torn write
+        raise _damaged(name, 0, "the header is damaged")
+    records: list[Record] = []
+    number, position = after, end
+    while position < len(data):
+        line_end = data.find(b"\n", position)
+        parsed = parse_journal_line(data[position:line_end]) if line_end >= 0 else None
+        if parsed is None or parsed[1] > position or parsed[0] != number + 1:
+            _check_torn(data, position, name)
+            break
+        number = parsed[0]
+        records.append(Record(number, parsed[2]))
+        position = line_end + 1
+    return JournalFile(after, records, position, len(data) - position)
+
+
+def _parse_header(line: bytes) -> int | None:
+    parts = line.rstrip(b"\n").rsplit(b" ", 2)
+    if len(parts) != 3 or parts[0] != JOURNAL_MAGIC or not parts[1].isdigit():
+        return None
+    after = int(parts[1][:19])
+    return after if journal_header(after) == line else None
+
+
+def _check_torn(data: bytes, position: int, name: str) -> None:
+    """A bad record at `position`: torn, unless a later one knew it to be on disk."""
+    start = position
+    while (start := data.find(b"\n", start) + 1) > 0:
+        line_end = data.find(b"\n", start)
+        parsed = parse_journal_line(data[start : line_end if line_end >= 0 else len(data)])
+        if parsed is not None and parsed[1] > position:
+            raise _damaged(name, position, f"a bad record in front of the good record {parsed[0]}")
+
+
+def read_journal(path: str) -> JournalFile | None:
+    """Read a journal's file, None when it does not exist. Raises DamagedError."""
+    try:
+        return parse_journal(Path(path).read_bytes(), path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _damaged(path, 0, f"cannot be read: {_reason(error)}") from None
+
+
+def _damaged(name: str, offset: int, found: str) -> DamagedError:
+    return DamagedError(
+        f"{name}: at byte {offset}: {found}. The start is refused and nothing was changed, so that "
+        "no acknowledged change is lost unnoticed: restore the file from a copy (the generation "
+        "before is kept as *.previous beside it)"
+    )
+
+
+class Journal:
+    """The open journal: append() in order under the caller's lock, wait() from any thread.
+
+    After a failed write or fsync nothing is acknowledged until start() has begun a new file; an
+    fsync is never simply retried. `durable` is the highest number known to be on disk.
+    """
+
+    def __init__(self, path: str, disk: Disk) -> None:
+        self.path = path
+        self.previous = path + ".previous"
+        self._disk = disk
+        self._handle = -1
+        self._size = 0  # bytes of the file known to be on disk
+        self._buffer: list[Record] = []
+        self._buffer_lock = threading.Lock()
+        self._flush_lock = threading.Lock()
+        self.durable = 0
+        self.failure: str | None = None
+
+    def resume(self, size: int, number: int) -> None:
+        """Go on behind the first `size` bytes of the existing file. Raises OSError."""
+        self._open(size, number)
+        os.ftruncate(self._handle, size)
+        self._disk.fsync(self._handle)
+
+    def start(self, after: int) -> None:
+        """Begin a new file in place of the old one, for numbers above `after`. Raises OSError."""
+        with self._flush_lock:
+            self._disk.replace(self.path, journal_header(after))
+            self._open(len(journal_header(after)), after)
+            self.failure = None
+
+    def _open(self, size: int, number: int) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._size, self.durable = size, number
+
+    def append(self, number: int, content: bytes) -> None:
+        """Put a record into the buffer; it is on disk when wait(number) returns."""
+        with self._buffer_lock:
+            self._buffer.append(Record(number, content))
+
+    def wait(self, number: int) -> None:
+        """Return when the record is on disk; whoever comes first writes for all. DiskError."""
+        if self.durable >= number:
+            return
+        with self._flush_lock:
+            if self.durable < number:
+                self._flush(MAX_INTEGER)
+
+    def flush(self) -> None:
+        with self._flush_lock:
+            self._flush(MAX_INTEGER)
+
+    def _flush(self, last: int) -> None:
+        """Write and fsync the buffered records up to `last`."""
+        if self.failure:
+            raise DiskError(self.failure)
+        with self._buffer_lock:
+            records = [record for record in self._buffer if record.number <= last]
+            self._buffer = [record for record in self._buffer if record.number > last]
+        if not records:
+            return
+        data = b"".join([journal_line(n, self._size, content) for n, content in records])
+        try:
+            self._disk.write(self._handle, data)
+            self._disk.fsync(self._handle)
+        except OSError as error:
+            self._fail(error)
+        self._size += len(data)
+        self.durable = records[-1].number
+
+    def _fail(self, error: OSError) -> NoReturn:
+        self.failure = f"{self.path}: {_reason(error)}"
+        with contextlib.suppress(OSError):  # best effort: these records must not come back
+            os.ftruncate(self._handle, self._size)
+        raise DiskError(self.failure) from None
+
+    def rotate(self, number: int) -> None:
+        """Keep the records up to `number` as .previous; later ones go into a new file. DiskError.
+
+        A crash after the rename leaves no journal beside .previous: recovery reads that and goes
+        on with a new one.
+        """
+        with self._flush_lock:
+            self._flush(number)
+            try:
+                self._disk.rename(self.path, self.previous)
+                self._disk.replace(self.path, journal_header(number))
+                self._open(len(journal_header(number)), number)
+            except OSError as error:
+                self._fail(error)
+
+    def discard(self) -> None:
+        """Forget what waits in the buffer: it was undone."""
+        with self._buffer_lock:
+            self._buffer = []
+
+    def close(self) -> None:
+        with self._flush_lock:
+            if self._handle >= 0:
+                os.close(self._handle)
+                self._handle = -1
+
+
+# ==================================================================================================
+# store: the truth. Schema and migrations, apply, recovery, snapshots
+# Never here: interfaces and HTTP. Callers hold the gateway's lock around every method but the
+# ones that say otherwise.
+# ==================================================================================================
+
+MIGRATIONS: tuple[str, ...] = (
+    # 1: index `user_version` counts these; a migration is never changed once released
+    """
+    CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE peers (
+        id INTEGER PRIMARY KEY,
+        public_key TEXT NOT NULL UNIQUE,
+        interface TEXT NOT NULL,
+        status TEXT NOT NULL CHECK (status IN ('active', 'suspended')),
+        status_reason TEXT,
+        assigned_ip TEXT UNIQUE,
+        assigned_ipv6 TEXT UNIQUE,
+        tunnel_traffic TEXT NOT NULL,
+        dns TEXT NOT NULL,
+        port INTEGER NOT NULL,
+        preshared_key TEXT,
+        persistent_keepalive INTEGER NOT NULL,
+        expires_at INTEGER,
+        quota_bytes INTEGER,
+        created_at INTEGER NOT NULL,
+        request_id TEXT,
+        obfuscation TEXT
+    );
+    CREATE INDEX peers_status ON peers (status, id) WHERE status <> 'active';
+    CREATE INDEX peers_expiry ON peers (expires_at)
+        WHERE expires_at IS NOT NULL AND status = 'active';
+    CREATE TABLE released (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        address TEXT NOT NULL UNIQUE
+    );
+    CREATE TABLE traffic (
+        id INTEGER PRIMARY KEY,
+        rx_bytes INTEGER NOT NULL,
+        tx_bytes INTEGER NOT NULL,
+        rx_seen INTEGER NOT NULL,
+        tx_seen INTEGER NOT NULL,
+        last_handshake INTEGER NOT NULL
+    );
+    CREATE INDEX traffic_handshake ON traffic (last_handshake) WHERE last_handshake > 0;
+    """,
+)
+
+_COLUMNS = ", ".join(Peer._fields)
+_SELECT = f"SELECT {_COLUMNS} FROM peers"
+_PUT = (
+    f"INSERT INTO peers ({_COLUMNS}) VALUES ({', '.join('?' * len(Peer._fields))}) "
+    "ON CONFLICT (id) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in Peer._fields[1:])
+)
+# The interface's counters start again when the peer or the interface is made anew.
+_SAMPLE = """
+    INSERT INTO traffic (id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake)
+    SELECT id, :rx, :tx, :rx, :tx, :handshake FROM peers WHERE public_key = :key
+        AND (:rx OR :tx OR :handshake)
+    ON CONFLICT (id) DO UPDATE SET
+        rx_bytes = rx_bytes + :rx - CASE WHEN :rx >= rx_seen THEN rx_seen ELSE 0 END,
+        tx_bytes = tx_bytes + :tx - CASE WHEN :tx >= tx_seen THEN tx_seen ELSE 0 END,
+        rx_seen = :rx, tx_seen = :tx, last_handshake = max(last_handshake, :handshake)
+    WHERE rx_seen <> :rx OR tx_seen <> :tx OR last_handshake < :handshake
+"""
+
+
+class Step(NamedTuple):
+    """One change of the truth: the peer before (None: it is new) and after (None: it goes)."""
+
+    before: Peer | None
+    after: Peer | None
+
+
+class Filter(NamedTuple):
+    """Which peers a list shows; `online_since` in Unix seconds with `online` True or False."""
+
+    status: str | None = None
+    interface: str | None = None
+    online: bool | None = None
+    online_since: int = 0
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Bring a database to the newest schema; its version is `PRAGMA user_version`."""
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+_DEFAULTS = dict.fromkeys(Peer._fields)
+
+
+def _encode_record(content: Mapping[str, Any]) -> bytes:
+    put = [{k: v for k, v in peer._asdict().items() if v is not None} for peer in content["put"]]
+    record = {"put": put, "del": content["del"]}
+    return json.dumps(record, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+def _decode_record(content: bytes) -> dict[str, Any]:
+    record = json.loads(content)
+    return {
+        "put": [Peer(**{**_DEFAULTS, **row}) for row in record["put"]],
+        "del": record["del"],
+    }
+
+
+class Store:
+    """Peers in an in-memory SQLite database, with a journal and snapshots on disk.
+
+    `number` is the last change's; it never goes back, and a change that had to be undone burns
+    its number. `counts` holds the number of peers by (interface, status).
+    """
+
+    def __init__(self, path: str, durability: str, disk: Disk) -> None:
+        self.path = path
+        self.durability = durability
+        self.number = 0
+        self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.snapshot_time = 0.0  # Unix seconds of the last snapshot, 0 for none
+        self._disk = disk
+        self._dirty = False
+        self._next_id = 1
+        self._snapshot_number = 0  # the last record that the snapshot on disk holds
+        self._previous_end = 0  # the last record of the journal before the current one
+        self._snapshot_lock = threading.Lock()
+        self._journal = Journal(path + ".journal", disk)
+        self._db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+
+    # --- start -----------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Load snapshot and journal, or begin anew when neither exists. Raises DamagedError."""
+        snapshot = os.path.exists(self.path)
+        others = (self._journal.path, self._journal.previous, self.path + ".previous")
+        found = [path for path in others if os.path.exists(path)]
+        if not snapshot and found:
+            raise DamagedError(
+                f"{self.path}: the snapshot is missing, but {', '.join(found)} exists, so this is "
+                "no new installation: restore the snapshot, or move the other files away to "
+                "begin empty"
+            )
+        if snapshot:
+            self._load_snapshot()
+        migrate(self._db)
+        self._load_counts()
+        self._begin_journal(self._replay())
+
+    def _load_snapshot(self) -> None:
+        try:
+            source = sqlite3.connect(f"file:{urllib.parse.quote(self.path)}?mode=ro", uri=True)
+            try:
+                found = source.execute("PRAGMA integrity_check(1)").fetchone()[0]
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
+                source.backup(self._db)
+                version = self._db.execute("PRAGMA user_version").fetchone()[0]
+                if not 1 <= version <= len(MIGRATIONS):
+                    raise sqlite3.DatabaseError(f"schema version {version} is not known")
+                row = self._db.execute("SELECT value FROM meta WHERE name = 'number'").fetchone()
+                self.number = self._snapshot_number = int(row[0])
+            finally:
+                source.close()
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            raise _damaged(self.path, 0, f"not a good snapshot: {error}") from None
+        self.snapshot_time = os.path.getmtime(self.path)
+
+    def _load_counts(self) -> None:
+        for row in self._db.execute(
+            "SELECT interface, status, count(*) FROM peers GROUP BY interface, status"
+        ):
+            self.counts[row[0], row[1]] = row[2]
+        self._next_id = (self._db.execute("SELECT max(id) FROM peers").fetchone()[0] or 0) + 1
+
+    def _replay(self) -> JournalFile | None:
+        """Apply every record above the snapshot's number; return the current journal's file."""
+        previous = read_journal(self._journal.previous)
+        current = read_journal(self._journal.path)
+        if previous:  # what a disk fault left behind the start of the next file is void
+            limit = current.after if current else MAX_INTEGER
+            self._replay_file(self._journal.previous, previous, limit)
+            self._previous_end = previous.records[-1].number if previous.records else 0
+        if current:
+            self._replay_file(self._journal.path, current, MAX_INTEGER)
+        return current
+
+    def _replay_file(self, path: str, file: JournalFile, limit: int) -> None:
+        if file.after > self.number:
+            raise _damaged(
+                path, 0, f"it follows record {file.after}, what is before it ends at {self.number}"
+            )
+        if file.torn:
+            LOG.warning("%s: dropped a torn record of %d bytes", path, file.torn)
+        self._db.execute("BEGIN")
+        for record in file.records:
+            if not self.number < record.number <= limit:
+                continue
+            try:
+                self._apply(_decode_record(record.content))
+            except (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+                self._db.execute("ROLLBACK")
+                raise _damaged(path, 0, f"record {record.number} does not apply: {error}") from None
+            self.number = record.number
+            self._dirty = True
+        self._db.execute("COMMIT")
+
+    def _begin_journal(self, current: JournalFile | None) -> None:
+        """Go on with the journal that recovery read, or begin one behind a fresh snapshot."""
+        last = current.records[-1].number if current and current.records else 0
+        last = max(last, current.after) if current else -1
+        try:
+            if self.durability == "none" or last != self.number:
+                self._write_snapshot(*self._image())
+                self._restart_journal(self.number)
+            elif current:
+                self._journal.resume(current.size, self.number)
+        except OSError as error:
+            raise StartError(f"DB_PATH {self.path!r} cannot be written: {_reason(error)}") from None
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def get(self, public_key: str) -> Peer | None:
+        row = self._db.execute(f"{_SELECT} WHERE public_key = ?", (public_key,)).fetchone()
+        return Peer._make(row) if row else None
+
+    def traffic(self, peer_id: int) -> Traffic:
+        row = self._db.execute(
+            "SELECT rx_bytes, tx_bytes, last_handshake FROM traffic WHERE id = ?", (peer_id,)
+        ).fetchone()
+        return Traffic._make(row) if row else Traffic()
+
+    def page(self, after: int, limit: int, chosen: Filter) -> list[tuple[Peer, Traffic]]:
+        """Up to `limit` peers with an id above `after`, in order of creation."""
+        where, values = ["p.id > ?"], [after]
+        conditions: list[Any] = values
+        if chosen.status is not None:
+            where.append("p.status = ?")
+            conditions.append(chosen.status)
+        if chosen.interface is not None:
+            where.append("p.interface = ?")
+            conditions.append(chosen.interface)
+        if chosen.online is not None:
+            where.append(f"coalesce(t.last_handshake, 0) {'>' if chosen.online else '<='} ?")
+            conditions.append(chosen.online_since)
+        columns = ", ".join(f"p.{name}" for name in Peer._fields)
+        rows = self._db.execute(
+            f"SELECT {columns}, coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), "
+            "coalesce(t.last_handshake, 0) FROM peers p LEFT JOIN traffic t ON t.id = p.id "
+            f"WHERE {' AND '.join(where)} ORDER BY p.id LIMIT ?",
+            (*conditions, limit),
+        )
+        width = len(Peer._fields)
+        return [(Peer._make(row[:width]), Traffic._make(row[width:])) for row in rows]
+
+    def peers_after(self, after: int, limit: int) -> list[Peer]:
+        rows = self._db.execute(f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
+        return [Peer._make(row) for row in rows]
+
+    def address_rows(self, after: int, limit: int) -> list[tuple[int, str, str | None, str | None]]:
+        """(id, interface, IPv4, IPv6) of peers with an id above `after`."""
+        return self._db.execute(
+            "SELECT id, interface, assigned_ip, assigned_ipv6 FROM peers "
+            "WHERE id > ? ORDER BY id LIMIT ?",
+            (after, limit),
+        ).fetchall()
+
+    def released(self, family: str) -> Iterator[str]:
+        """Addresses that were given back, oldest first."""
+        colon = "LIKE" if family == "ipv6" else "NOT LIKE"
+        rows = self._db.execute(
+            f"SELECT address FROM released WHERE address {colon} '%:%' ORDER BY sequence"
+        )
+        return (row[0] for row in rows)
+
+    def interfaces(self) -> list[str]:
+        return [row[0] for row in self._db.execute("SELECT DISTINCT interface FROM peers")]
+
+    def expired(self, now: int, limit: int) -> list[Peer]:
+        """Active peers whose time has come."""
+        rows = self._db.execute(
+            f"{_SELECT} WHERE status = 'active' AND expires_at <= ? ORDER BY expires_at LIMIT ?",
+            (now, limit),
+        )
+        return [Peer._make(row) for row in rows]
+
+    def online(self, since: int) -> int:
+        """How many peers had a handshake after `since` (Unix seconds)."""
+        row = self._db.execute("SELECT count(*) FROM traffic WHERE last_handshake > ?", (since,))
+        return int(row.fetchone()[0])
+
+    def last_handshakes(self, limit: int) -> dict[str, int]:
+        """The newest handshakes: public key -> Unix seconds."""
+        rows = self._db.execute(
+            "SELECT p.public_key, t.last_handshake FROM traffic t JOIN peers p ON p.id = t.id "
+            "WHERE t.last_handshake > 0 ORDER BY t.last_handshake DESC LIMIT ?",
+            (limit,),
+        )
+        return dict(rows.fetchall())
+
+    def new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id - 1
+
+    # --- changing --------------------------------------------------------------------------------
+
+    def commit(self, steps: Sequence[Step]) -> int:
+        """Apply the steps and put them into the journal; returns the number to wait() for.
+
+        All of them or none: raises sqlite3.IntegrityError when a key or an address is taken.
+        """
+        content = {
+            "put": [step.after for step in steps if step.after],
+            "del": [step.before.id for step in steps if step.before and not step.after],
+        }
+        self._apply(content)
+        self.number += 1
+        self._dirty = True
+        if self.durability != "none":
+            self._journal.append(self.number, _encode_record(content))
+        return self.number
+
+    def undo(self, steps: Sequence[Step]) -> None:
+        """Take back what commit() did; the number stays used."""
+        inverse = [Step(step.after, step.before) for step in reversed(steps)]
+        self._apply(
+            {
+                "put": [step.after for step in inverse if step.after],
+                "del": [step.before.id for step in inverse if step.before and not step.after],
+            }
+        )
+
+    def _apply(self, content: Mapping[str, Any]) -> None:
+        """The one way in which a change reaches the rows: live, replayed and undone."""
+        self._db.execute("SAVEPOINT change")
+        before = self.counts.copy() if len(content["put"]) + len(content["del"]) > 1 else None
+        try:
+            for peer_id in content["del"]:
+                self._delete(peer_id)
+            for peer in content["put"]:
+                self._put(peer)
+        except sqlite3.Error:
+            self._db.execute("ROLLBACK TO change")
+            self._db.execute("RELEASE change")
+            if before is not None:
+                self.counts = before
+            raise
+        self._db.execute("RELEASE change")
+
+    def _put(self, peer: Peer) -> None:
+        old = self._db.execute(
+            "SELECT interface, status FROM peers WHERE id = ?", (peer.id,)
+        ).fetchone()
+        self._db.execute(_PUT, peer)
+        if old is None:
+            self._db.execute(
+                "DELETE FROM released WHERE address IN (?, ?)",
+                (peer.assigned_ip, peer.assigned_ipv6),
+            )
+        else:
+            self.counts[old] -= 1
+        if peer.status != "active":  # the interface drops it, and counts from 0 when it comes back
+            self._db.execute("UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = ?", (peer.id,))
+        self.counts[peer.interface, peer.status] += 1
+        self._next_id = max(self._next_id, peer.id + 1)
+
+    def _delete(self, peer_id: int) -> None:
+        row = self._db.execute(
+            "DELETE FROM peers WHERE id = ? "
+            "RETURNING interface, status, assigned_ip, assigned_ipv6",
+            (peer_id,),
+        ).fetchone()
+        if row is None:
+            raise sqlite3.IntegrityError(f"no peer with id {peer_id}")
+        self._db.execute("DELETE FROM traffic WHERE id = ?", (peer_id,))
+        for address in row[2:]:
+            if address is not None:
+                self._db.execute("INSERT OR REPLACE INTO released (address) VALUES (?)", (address,))
+        self.counts[row[0], row[1]] -= 1
+
+    def sample(self, states: Sequence[PeerState]) -> None:
+        """Add what the interface counted since the last sample to the peers' totals."""
+        self._db.execute("BEGIN")
+        self._db.executemany(
+            _SAMPLE,
+            [
+                {
+                    "key": encode_key(state.peer.public_key),
+                    "rx": state.rx_bytes,
+                    "tx": state.tx_bytes,
+                    "handshake": state.last_handshake,
+                }
+                for state in states
+                if state.last_handshake or state.rx_bytes or state.tx_bytes
+            ],
+        )
+        self._db.execute("COMMIT")
+        self._dirty = True
+
+    def restart_counters(self, public_keys: Sequence[bytes]) -> None:
+        """The interface got these peers anew: it counts them from 0 again."""
+        self._db.executemany(
+            "UPDATE traffic SET rx_seen = 0, tx_seen = 0 "
+            "WHERE id = (SELECT id FROM peers WHERE public_key = ?)",
+            [(encode_key(public_key),) for public_key in public_keys],
+        )
+
+    def over_quota(self, after: int, limit: int) -> list[Peer]:
+        """Active peers that used up their quota, with an id above `after`."""
+        columns = ", ".join(f"p.{name}" for name in Peer._fields)
+        rows = self._db.execute(
+            f"SELECT {columns} FROM peers p JOIN traffic t ON t.id = p.id WHERE p.id > ? "
+            "AND p.status = 'active' AND t.rx_bytes + t.tx_bytes > p.quota_bytes "
+            "ORDER BY p.id LIMIT ?",
+            (after, limit),
+        )
+        return [Peer._make(row) for row in rows]
+
+    # --- the disk: these need no lock ------------------------------------------------------------
+
+    @property
+    def failure(self) -> str | None:
+        """Why changes are refused, or None."""
+        return self._journal.failure
+
+    @property
+    def durable(self) -> int:
+        return self._journal.durable if self.durability == "commit" else self.number
+
+    def wait(self, number: int) -> None:
+        """Return when the change is as safe as DURABILITY promises. Raises DiskError."""
+        if self.durability == "commit":
+            self._journal.wait(number)
+        elif self._journal.failure:
+            raise DiskError(self._journal.failure)
+
+    def flush(self) -> None:
+        if self.durability != "none":
+            self._journal.flush()
+
+    def discard(self) -> None:
+        self._journal.discard()
+
+    def snapshot(self, lock: contextlib.AbstractContextManager[Any]) -> bool:
+        """Write a snapshot if something changed; `lock` is held only while the image is made.
+
+        Raises OSError or DiskError; snapshot and journal on disk then still hold everything. After
+        a disk fault this is what makes changes possible again.
+        """
+        with self._snapshot_lock:
+            with lock:
+                failed = self.failure is not None
+                if not (self._dirty or failed):
+                    return False
+                number, image = self._image()
+            try:
+                if not failed and self.durability != "none":
+                    self._rotate(number)
+                self._write_snapshot(number, image)
+                if failed or self.durability == "none":
+                    self._restart_journal(number)
+            except (OSError, DiskError):
+                self._dirty = True
+                raise
+            return True
+
+    def _image(self) -> tuple[int, bytes]:
+        self._db.execute(
+            "INSERT OR REPLACE INTO meta (name, value) VALUES ('number', ?)", (str(self.number),)
+        )
+        self._dirty = False
+        return self.number, self._db.serialize()
+
+    def _rotate(self, number: int) -> None:
+        """Begin a new journal, unless the snapshot on disk still needs both of them."""
+        if self._previous_end <= self._snapshot_number:
+            self._journal.rotate(number)
+            self._previous_end = number
+        else:
+            self._journal.flush()  # the image may hold changes that are not on disk yet
+
+    def _write_snapshot(self, number: int, image: bytes) -> None:
+        """Replace the snapshot; the one before stays as DB_PATH.previous."""
+        if os.path.exists(self.path):
+            temporary = self.path + ".previous.tmp"
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.unlink(temporary)
+            os.link(self.path, temporary)
+            self._disk.rename(temporary, self.path + ".previous")
+        self._disk.replace(self.path, image)
+        self._snapshot_number = number
+        self.snapshot_time = time.time()
+
+    def _restart_journal(self, number: int) -> None:
+        if self.durability != "none":
+            self._journal.start(number)
+            return
+        for path in (self._journal.previous, self._journal.path):
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.unlink(path)
+
+    def close(self) -> None:
+        self._journal.close()
+        self._db.close()
+
+
+# ==================================================================================================
+# backends: the interface. Pure netlink and UAPI codecs, their sockets, and one small class for
+# each kind of interface: setup, alive, read, apply, close
+# Never here: policy. Which peers there should be is the gateway's business.
+# ==================================================================================================
+
+
+class Link(NamedTuple):
+    """How an interface must be set up; addresses are "10.0.1.1/24"."""
+
+    name: str
+    addresses: tuple[str, ...]
+    mtu: int
+    listen_port: int
+    private_key: bytes
+
+    def __repr__(self) -> str:
+        return f"Link({self.name})"
+
+
+class Device(NamedTuple):
+    """What an interface says of itself. private_key is empty when there is none."""
+
+    private_key: bytes
+    listen_port: int
+
+
+class Backend(Protocol):
+    """One interface. apply() and setup() are called by one thread at a time, read() by another."""
+
+    kind: str
+
+    def setup(self) -> None:
+        """Make and configure what is missing; leave alone what is right. Raises BackendError."""
+
+    def alive(self) -> bool:
+        """Whether it is still the interface that setup() left behind."""
+
+    def read(self) -> list[PeerState]:
+        """Every peer with its counters: O(peers). Raises BackendError."""
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        """Do all changes in their order. Raises BackendError; some may then have been done."""
+
+    def close(self) -> None:
+        """Let go of the interface; it stays as it is."""
+
+
+# --- netlink codec: bytes <-> values (Documentation/userspace-api/netlink/intro.rst) --------------
+
+
+class NetlinkMessage(NamedTuple):
+    type: int
+    flags: int
+    sequence: int
+    payload: bytes
+
+
+def nl_attribute(kind: int, payload: bytes) -> bytes:
+    """struct nlattr, padded to 4 bytes. The length has 16 bits: raises CodecError above that."""
+    length = 4 + len(payload)
+    if length > 0xFFFF:
+        raise CodecError(f"netlink: attribute {kind} of {length} bytes does not fit into 16 bits")
+    return struct.pack("=HH", length, kind) + payload + bytes(-length & 3)
+
+
+def nl_message(message: NetlinkMessage) -> bytes:
+    """struct nlmsghdr and payload; the port id 0 is filled in by the kernel."""
+    kind, flags, sequence, payload = message
+    return struct.pack("=IHHII", 16 + len(payload), kind, flags, sequence, 0) + payload
+
+
+def parse_nl_messages(data: bytes) -> Iterator[NetlinkMessage]:
+    """The messages of one datagram. Raises CodecError when a length does not fit."""
+    position = 0
+    while position < len(data):
+        if len(data) - position < 16:
+            raise CodecError(f"netlink: {len(data) - position} bytes where a header needs 16")
+        length, kind, flags, sequence, _ = struct.unpack_from("=IHHII", data, position)
+        if length < 16 or position + length > len(data):
+            raise CodecError(f"netlink: a message of {length} bytes in {len(data) - position}")
+        yield NetlinkMessage(kind, flags, sequence, data[position + 16 : position + length])
+        position += (length + 3) & ~3
+
+
+def parse_nl_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type, payload) of each attribute. Raises CodecError when a length does not fit."""
+    position, end = 0, len(data)
+    while position < end:
+        if end - position < 4:
+            raise CodecError(f"netlink: {end - position} bytes where an attribute needs 4")
+        length, kind = struct.unpack_from("=HH", data, position)
+        if length < 4 or position + length > end:
+            raise CodecError(f"netlink: an attribute of {length} bytes in {end - position}")
+        yield kind & NLA_TYPE_MASK, data[position + 4 : position + length]
+        position += (length + 3) & ~3
+
+
+def parse_nl_error(payload: bytes) -> tuple[int, str]:
+    """struct nlmsgerr -> (errno or 0, the kernel's own words if it sent any)."""
+    if len(payload) < 4:
+        raise CodecError("netlink: an error message without an error number")
+    number = -struct.unpack_from("=i", payload)[0]
+    if not 0 <= number < 4096:
+        raise CodecError(f"netlink: error number {-number}")
+    for kind, value in parse_nl_attributes(payload[20:]) if number else ():
+        if kind == 1:  # NLMSGERR_ATTR_MSG, with NETLINK_CAP_ACK
+            return number, value.rstrip(b"\0").decode("ascii", "replace")
+    return number, ""
+
+
+def genl(command: int, version: int, payload: bytes) -> bytes:
+    return struct.pack("=BBH", command, version, 0) + payload
+
+
+def encode_wg_peer(change: Change) -> bytes:
+    """The attributes of one peer in WG_CMD_SET_DEVICE (include/uapi/linux/wireguard.h).
+
+    No endpoint and no keepalive: those are the client's.
+    """
+    key = nl_attribute(WGPEER_A_PUBLIC_KEY, change.public_key)
+    if change.peer is None:
+        return key + nl_attribute(WGPEER_A_FLAGS, struct.pack("=I", WGPEER_F_REMOVE_ME))
+    networks = b"".join(
+        nl_attribute(NLA_F_NESTED, _encode_allowed_ip(network))
+        for network in change.peer.allowed_ips
+    )
+    return b"".join(
+        (
+            key,
+            nl_attribute(WGPEER_A_FLAGS, struct.pack("=I", WGPEER_F_REPLACE_ALLOWEDIPS)),
+            nl_attribute(WGPEER_A_PRESHARED_KEY, change.peer.preshared_key or bytes(KEY_BYTES)),
+            nl_attribute(NLA_F_NESTED | WGPEER_A_ALLOWEDIPS, networks),
+        )
+    )
+
+
+def _encode_allowed_ip(network: bytes) -> bytes:
+    family = socket.AF_INET if len(network) == 5 else socket.AF_INET6
+    return (
+        nl_attribute(WGALLOWEDIP_A_FAMILY, struct.pack("=H", family))
+        + nl_attribute(WGALLOWEDIP_A_IPADDR, network[:-1])
+        + nl_attribute(WGALLOWEDIP_A_CIDR_MASK, network[-1:])
+    )
+
+
+def encode_wg_batches(name: str, changes: Iterable[Change]) -> Iterator[bytes]:
+    """WG_CMD_SET_DEVICE payloads for all changes, cut by bytes."""
+    head = nl_attribute(WGDEVICE_A_IFNAME, name.encode("ascii") + b"\0")
+    batch: list[bytes] = []
+    size = 0
+    for change in changes:
+        peer = nl_attribute(NLA_F_NESTED, encode_wg_peer(change))
+        if size + len(peer) > NETLINK_BATCH and batch:
+            yield head + nl_attribute(NLA_F_NESTED | WGDEVICE_A_PEERS, b"".join(batch))
+            batch, size = [], 0
+        batch.append(peer)
+        size += len(peer)
+    if batch:
+        yield head + nl_attribute(NLA_F_NESTED | WGDEVICE_A_PEERS, b"".join(batch))
+
+
+def decode_wg_device(payloads: Iterable[bytes]) -> tuple[Device, list[PeerState]]:
+    """WG_CMD_GET_DEVICE's answer: genl payloads. Several messages may hold one peer."""
+    private_key, port = b"", 0
+    states: list[PeerState] = []
+    for payload in payloads:
+        for kind, value in parse_nl_attributes(payload[4:]):
+            if kind == WGDEVICE_A_PRIVATE_KEY:
+                private_key = _exactly(value, KEY_BYTES, "private key")
+            elif kind == WGDEVICE_A_LISTEN_PORT:
+                port = struct.unpack("=H", _exactly(value, 2, "listen port"))[0]
+            elif kind == WGDEVICE_A_PEERS:
+                for _, peer in parse_nl_attributes(value):
+                    _merge_peer(states, decode_wg_peer(peer))
+    if not any(private_key):
+        private_key = b""
+    return Device(private_key, port), states
+
+
+def _merge_peer(states: list[PeerState], state: PeerState) -> None:
+    """A peer whose allowed IPs did not fit into one message goes on in the next."""
+    if states and states[-1].peer.public_key == state.peer.public_key:
+        first = states[-1]
+        networks = tuple(sorted(first.peer.allowed_ips + state.peer.allowed_ips))
+        states[-1] = first._replace(peer=first.peer._replace(allowed_ips=networks))
+    else:
+        states.append(state)
+
+
+def decode_wg_peer(data: bytes) -> PeerState:
+    key, psk, networks = b"", b"", b""
+    handshake = rx = tx = 0
+    for kind, value in parse_nl_attributes(data):
+        if kind == WGPEER_A_PUBLIC_KEY:
+            key = _exactly(value, KEY_BYTES, "public key")
+        elif kind == WGPEER_A_PRESHARED_KEY:
+            psk = _exactly(value, KEY_BYTES, "preshared key")
+        elif kind == WGPEER_A_LAST_HANDSHAKE_TIME:
+            seconds, nanoseconds = struct.unpack("=qq", _exactly(value, 16, "timespec"))
+            handshake = seconds or int(nanoseconds != 0)
+        elif kind == WGPEER_A_RX_BYTES:
+            rx = struct.unpack("=Q", _exactly(value, 8, "counter"))[0]
+        elif kind == WGPEER_A_TX_BYTES:
+            tx = struct.unpack("=Q", _exactly(value, 8, "counter"))[0]
+        elif kind == WGPEER_A_ALLOWEDIPS:
+            networks = value
+    if not key:
+        raise CodecError("wireguard: a peer without a public key")
+    allowed = sorted(_decode_allowed_ip(entry) for _, entry in parse_nl_attributes(networks))
+    return PeerState(WirePeer(key, psk if any(psk) else b"", tuple(allowed)), handshake, rx, tx)
+
+
+def _decode_allowed_ip(data: bytes) -> bytes:
+    entry = dict(parse_nl_attributes(data))
+    address = entry.get(WGALLOWEDIP_A_IPADDR, b"")
+    mask = entry.get(WGALLOWEDIP_A_CIDR_MASK, b"")
+    if len(address) not in (4, 16) or len(mask) != 1 or mask[0] > len(address) * 8:
+        raise CodecError("wireguard: an allowed IP without a valid address and mask")
+    return address + mask
+
+
+def _exactly(value: bytes, length: int, what: str) -> bytes:
+    if len(value) != length:
+        raise CodecError(f"wireguard: a {what} of {len(value)} bytes instead of {length}")
+    return value
+
+
+# --- netlink transport ----------------------------------------------------------------------------
+
+
+class NetlinkError(BackendError):
+    """The kernel's answer was an errno."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message or os.strerror(number))
+        self.errno = number
+
+
+class NetlinkSocket:
+    """Requests and their answers over one netlink socket; safe to use from several threads."""
+
+    def __init__(self, protocol: int) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
+        )
+        self._socket.settimeout(BACKEND_TIMEOUT)
+        self._socket.bind((0, 0))
+        for option in (10, 11):  # SOL_NETLINK: NETLINK_CAP_ACK, NETLINK_EXT_ACK
+            self._socket.setsockopt(270, option, 1)
+        self._sequence = itertools.count(1)
+        self._lock = threading.Lock()
+
+    def request(self, kind: int, flags: int, payload: bytes) -> list[bytes]:
+        """Send one request and return the payloads of its answer. Raises NetlinkError."""
+        with self._lock:
+            sequence = next(self._sequence)
+            flags |= NLM_F_REQUEST | NLM_F_ACK
+            try:
+                self._socket.send(nl_message(NetlinkMessage(kind, flags, sequence, payload)))
+                return self._answer(sequence)
+            except TimeoutError:
+                raise BackendError(f"netlink: no answer within {BACKEND_TIMEOUT:.0f} s") from None
+            except OSError as error:
+                raise NetlinkError(error.errno or errno.EIO, "") from None
+
+    def _answer(self, sequence: int) -> list[bytes]:
+        payloads: list[bytes] = []
+        interrupted = False
+        while True:
+            for message in parse_nl_messages(self._socket.recv(1 << 17)):
+                if message.sequence != sequence:
+                    continue  # the late answer to a request that timed out
+                interrupted |= bool(message.flags & NLM_F_DUMP_INTR)
+                if message.type in (NLMSG_ERROR, NLMSG_DONE):
+                    if len(message.payload) >= 4:
+                        number, words = parse_nl_error(message.payload)
+                        if number:
+                            raise NetlinkError(number, words)
+                    if interrupted:
+                        raise NetlinkError(errno.EINTR, "the dump was interrupted by a change")
+                    return payloads
+                if message.type != NLMSG_NOOP:
+                    payloads.append(message.payload)
+
+    def dump(self, kind: int, payload: bytes) -> list[bytes]:
+        """A dump, begun again when a change came in between."""
+        for _ in range(10):
+            try:
+                return self.request(kind, NLM_F_DUMP, payload)
+            except NetlinkError as error:
+                if error.errno != errno.EINTR:
+                    raise
+        raise BackendError("netlink: the dump was interrupted ten times")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def genl_family(netlink: NetlinkSocket, name: str) -> int | None:
+    """The id of a generic netlink family, None when the kernel does not have it."""
+    attribute = nl_attribute(CTRL_ATTR_FAMILY_NAME, name.encode("ascii") + b"\0")
+    try:
+        answer = netlink.request(GENL_ID_CTRL, 0, genl(CTRL_CMD_GETFAMILY, 1, attribute))
+    except NetlinkError as error:
+        if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):
+            return None
+        raise
+    for payload in answer:
+        for kind, value in parse_nl_attributes(payload[4:]):
+            if kind == CTRL_ATTR_FAMILY_ID:
+                return int(struct.unpack("=H", _exactly(value, 2, "family id"))[0])
+    raise CodecError(f"netlink: no id in the answer about family {name}")
+
+
+class Route:
+    """rtnetlink: links and addresses."""
+
+    def __init__(self) -> None:
+        self._netlink = NetlinkSocket(NETLINK_ROUTE)
+
+    @staticmethod
+    def index(name: str) -> int:
+        """The interface's index, 0 when there is none of that name."""
+        try:
+            return socket.if_nametoindex(name)
+        except OSError:
+            return 0
+
+    def create(self, name: str, kind: str) -> None:
+        info = nl_attribute(IFLA_INFO_KIND, kind.encode("ascii"))
+        attributes = nl_attribute(IFLA_IFNAME, name.encode("ascii") + b"\0") + nl_attribute(
+            NLA_F_NESTED | IFLA_LINKINFO, info
+        )
+        header = struct.pack("=BxHiII", 0, 0, 0, 0, 0)
+        self._netlink.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, header + attributes)
+
+    def set_up(self, index: int, mtu: int) -> None:
+        """Set the MTU and bring the link up."""
+        header = struct.pack("=BxHiII", 0, 0, index, IFF_UP, IFF_UP)
+        self._netlink.request(
+            RTM_NEWLINK, 0, header + nl_attribute(IFLA_MTU, struct.pack("=I", mtu))
+        )
+
+    def is_up(self, index: int, mtu: int) -> bool:
+        """Whether the link is up with this MTU."""
+        answer = self._netlink.request(RTM_GETLINK, 0, struct.pack("=BxHiII", 0, 0, index, 0, 0))
+        for payload in answer:
+            if len(payload) < 16:
+                raise CodecError("netlink: a short link message")
+            flags = struct.unpack_from("=I", payload, 8)[0]
+            found = dict(parse_nl_attributes(payload[16:])).get(IFLA_MTU, b"")
+            return bool(flags & IFF_UP) and found == struct.pack("=I", mtu)
+        return False
+
+    def add_address(self, index: int, address: str) -> None:
+        """Add "10.0.1.1/24" to a link, unless it has it. IPv6 without duplicate detection."""
+        interface = ipaddress.ip_interface(address)
+        family = socket.AF_INET if interface.version == 4 else socket.AF_INET6
+        flags = 0 if interface.version == 4 else 0x02  # IFA_F_NODAD
+        header = struct.pack("=BBBBI", family, interface.network.prefixlen, flags, 0, index)
+        packed = interface.ip.packed
+        attributes = nl_attribute(IFA_LOCAL, packed) + nl_attribute(IFA_ADDRESS, packed)
+        try:
+            self._netlink.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, header + attributes)
+        except NetlinkError as error:
+            if error.errno != errno.EEXIST:
+                raise
+
+    def configure(self, link: Link) -> int:
+        """Addresses, MTU and up; returns the interface's index. Raises BackendError."""
+        index = self.index(link.name)
+        step = "find it"
+        try:
+            for address in link.addresses:
+                step = f"add {address}"
+                self.add_address(index, address)
+            if not self.is_up(index, link.mtu):
+                step = f"set MTU {link.mtu} and bring it up"
+                self.set_up(index, link.mtu)
+        except BackendError as error:
+            raise BackendError(f"{link.name}: cannot {step}: {error}") from None
+        return index
+
+    def close(self) -> None:
+        self._netlink.close()
+
+
+class NetlinkBackend:
+    """Kernel WireGuard over generic netlink."""
+
+    kind = "netlink"
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._control = NetlinkSocket(NETLINK_GENERIC)
+        self._reader = NetlinkSocket(NETLINK_GENERIC)
+        self._route = Route()
+        self._family = 0
+        self._index = 0
+
+    def setup(self) -> None:
+        name = self._link.name
+        if not self._route.index(name):
+            try:
+                self._route.create(name, "wireguard")
+            except NetlinkError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    raise BackendError(f"{name}: the kernel has no WireGuard") from None
+                raise BackendError(f"{name}: cannot be made: {error}") from None
+        family = genl_family(self._control, WG_GENL_NAME)
+        if family is None:
+            raise BackendError(f"{name}: the kernel has no WireGuard")
+        self._family = family
+        device, _ = self._dump(self._control)
+        attributes = b""
+        if device.private_key != self._link.private_key:
+            attributes += nl_attribute(WGDEVICE_A_PRIVATE_KEY, self._link.private_key)
+        if device.listen_port != self._link.listen_port:
+            attributes += nl_attribute(
+                WGDEVICE_A_LISTEN_PORT, struct.pack("=H", self._link.listen_port)
+            )
+        if attributes:
+            head = nl_attribute(WGDEVICE_A_IFNAME, name.encode("ascii") + b"\0")
+            self._set(head + attributes)
+        self._index = self._route.configure(self._link)
+
+    def alive(self) -> bool:
+        return self._route.index(self._link.name) == self._index != 0
+
+    def read(self) -> list[PeerState]:
+        return self._dump(self._reader)[1]
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        for payload in encode_wg_batches(self._link.name, changes):
+            self._set(payload)
+
+    def close(self) -> None:
+        for part in (self._control, self._reader, self._route):
+            part.close()
+
+    def _set(self, payload: bytes) -> None:
+        try:
+            self._control.request(
+                self._family, 0, genl(WG_CMD_SET_DEVICE, WG_GENL_VERSION, payload)
+            )
+        except NetlinkError as error:
+            raise BackendError(f"{self._link.name}: {error}") from None
+
+    def _dump(self, netlink: NetlinkSocket) -> tuple[Device, list[PeerState]]:
+        head = nl_attribute(WGDEVICE_A_IFNAME, self._link.name.encode("ascii") + b"\0")
+        try:
+            payloads = netlink.dump(self._family, genl(WG_CMD_GET_DEVICE, WG_GENL_VERSION, head))
+        except NetlinkError as error:
+            raise BackendError(f"{self._link.name}: {error}") from None
+        return decode_wg_device(payloads)
+
+
+# --- UAPI: the cross-platform text protocol (wireguard.com/xplatform) -----------------------------
+
+
+def encode_uapi_changes(changes: Iterable[Change]) -> bytes:
+    """The lines of a set operation for these changes, without `set=1` and the empty line."""
+    lines: list[str] = []
+    for public_key, peer in changes:
+        lines.append(f"public_key={public_key.hex()}\n")
+        if peer is None:
+            lines.append("remove=true\n")
+            continue
+        psk = peer.preshared_key or bytes(KEY_BYTES)
+        lines.append(f"preshared_key={psk.hex()}\nreplace_allowed_ips=true\n")
+        for network in peer.allowed_ips:
+            family = socket.AF_INET if len(network) == 5 else socket.AF_INET6
+            address = socket.inet_ntop(family, network[:-1])
+            lines.append(f"allowed_ip={address}/{network[-1]}\n")
+    return "".join(lines).encode("ascii")
+
+
+def decode_uapi_device(text: bytes) -> tuple[Device, list[PeerState]]:
+    """The answer to `get=1`, up to and with `errno=0`. Raises CodecError, BackendError."""
+    private_key, port = b"", 0
+    peers: list[dict[str, Any]] = []
+    status = None
+    for line in text.decode("ascii", "replace").splitlines():
+        name, separator, value = line.partition("=")
+        if not separator:
+            raise CodecError("UAPI: a line without =")
+        try:
+            if name == "errno":
+                status = int(value)
+            elif name == "public_key":
+                peers.append({"key": _uapi_key(value), "psk": b"", "networks": []})
+            elif peers:
+                _uapi_peer_line(peers[-1], name, value)
+            elif name == "private_key":
+                private_key = _uapi_key(value)
+            elif name == "listen_port":
+                port = int(value)
+        except (ValueError, OSError):
+            raise CodecError(f"UAPI: a bad value of {name[:40]}") from None
+    check_uapi_status(status)
+    return Device(private_key if any(private_key) else b"", port), [_uapi_state(p) for p in peers]
+
+
+def check_uapi_status(status: int | None) -> None:
+    if status is None:
+        raise CodecError("UAPI: the answer has no errno")
+    if status:
+        raise BackendError(f"UAPI: {os.strerror(abs(status) % 4096)}")
+
+
+def _uapi_key(value: str) -> bytes:
+    raw = bytes.fromhex(value)
+    if len(raw) != KEY_BYTES or len(value) != 2 * KEY_BYTES:
+        raise ValueError
+    return raw
+
+
+def _uapi_peer_line(peer: dict[str, Any], name: str, value: str) -> None:
+    if name == "preshared_key":
+        peer["psk"] = _uapi_key(value)
+    elif name == "allowed_ip":
+        network = ipaddress.ip_network(value)
+        peer["networks"].append(network.network_address.packed + bytes([network.prefixlen]))
+    elif name in (
+        "last_handshake_time_sec",
+        "last_handshake_time_nsec",
+        "rx_bytes",
+        "tx_bytes",
+    ):
+        peer[name] = int(value)
+
+
+def _uapi_state(peer: dict[str, Any]) -> PeerState:
+    psk = peer["psk"] if any(peer["psk"]) else b""
+    handshake = peer.get("last_handshake_time_sec", 0)
+    return PeerState(
+        WirePeer(peer["key"], psk, tuple(sorted(peer["networks"]))),
+        handshake or int(peer.get("last_handshake_time_nsec", 0) != 0),
+        peer.get("rx_bytes", 0),
+        peer.get("tx_bytes", 0),
+    )
+
+
+class UapiConnection:
+    """A connection to a userspace WireGuard's socket, made anew when the program was."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._socket: socket.socket | None = None
+
+    def exchange(self, request: bytes) -> bytes:
+        """Send one operation, return its answer without the empty line. Raises BackendError."""
+        try:
+            try:
+                return self._exchange(request)
+            except (BrokenPipeError, ConnectionResetError, EOFError):
+                self.close()  # the program was restarted since; operations are idempotent
+                return self._exchange(request)
+        except (OSError, EOFError) as error:
+            self.close()
+            raise BackendError(f"{self._path}: {_reason(error)}") from None
+
+    def _exchange(self, request: bytes) -> bytes:
+        if self._socket is None:
+            self._socket = connect_uapi(self._path)
+        deadline = time.monotonic() + BACKEND_TIMEOUT
+        self._socket.settimeout(BACKEND_TIMEOUT)
+        self._socket.sendall(request)
+        parts: list[bytes] = []
+        tail = b""
+        while not tail.endswith(b"\n\n"):
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            part = self._socket.recv(1 << 18)
+            if not part:
+                raise EOFError
+            parts.append(part)
+            tail = (tail + part)[-2:]
+        return b"".join(parts)[:-1]
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+def connect_uapi(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(BACKEND_TIMEOUT)
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def uapi_answers(path: str) -> bool:
+    """Whether a program listens on this socket."""
+    try:
+        connect_uapi(path).close()
+    except OSError:
+        return False
+    return True
+
+
+class UapiBackend:
+    """A userspace WireGuard over its socket; started when it is not there and `program` is given.
+
+    The program runs in its own session and outlives the gateway: its tunnels go on.
+    """
+
+    kind = "uapi"
+
+    def __init__(self, link: Link, program: str | None, directory: str = UAPI_DIRECTORY) -> None:
+        self._link = link
+        self._program = program
+        self._path = f"{directory}/{link.name}.sock"
+        self._control = UapiConnection(self._path)
+        self._reader = UapiConnection(self._path)
+        self._route = Route()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._index = 0
+
+    def setup(self) -> None:
+        if not uapi_answers(self._path):
+            self._start()
+        device, _ = decode_uapi_device(self._control.exchange(b"get=1\n\n"))
+        lines = ""
+        if device.private_key != self._link.private_key:
+            lines += f"private_key={self._link.private_key.hex()}\n"
+        if device.listen_port != self._link.listen_port:
+            lines += f"listen_port={self._link.listen_port}\n"
+        if lines:
+            self._set(lines.encode("ascii"))
+        self._index = self._route.configure(self._link)
+
+    def _start(self) -> None:
+        name = self._link.name
+        if self._program is None:
+            raise BackendError(f"{name}: no userspace WireGuard listens on {self._path}")
+        LOG.info("%s: starting %s", name, os.path.basename(self._program))
+        environment = {"PATH": os.environ.get("PATH", os.defpath), "LOG_LEVEL": "error"}
+        try:
+            self._process = subprocess.Popen(
+                [self._program, "-f", name],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise BackendError(f"{name}: {self._program}: {_reason(error)}") from None
+        deadline = time.monotonic() + DAEMON_START_SECONDS
+        while not uapi_answers(self._path):
+            status = self._process.poll()
+            if status is not None:
+                raise BackendError(f"{name}: {self._program} ended with status {status}")
+            if time.monotonic() > deadline:
+                raise BackendError(f"{name}: {self._program} did not open {self._path}")
+            time.sleep(0.01)
+
+    def alive(self) -> bool:
+        if self._process is not None and self._process.poll() is not None:
+            self._process = None
+            return False
+        return self._route.index(self._link.name) == self._index != 0 and uapi_answers(self._path)
+
+    def read(self) -> list[PeerState]:
+        return decode_uapi_device(self._reader.exchange(b"get=1\n\n"))[1]
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        for start in range(0, len(changes), READ_CHUNK):
+            self._set(encode_uapi_changes(changes[start : start + READ_CHUNK]))
+
+    def _set(self, lines: bytes) -> None:
+        answer = self._control.exchange(b"set=1\n" + lines + b"\n")
+        match = re.fullmatch(rb"errno=(-?[0-9]{1,6})\n", answer)
+        check_uapi_status(int(match[1]) if match else None)
+
+    def close(self) -> None:
+        for part in (self._control, self._reader, self._route):
+            part.close()
+
+
+class MemoryBackend:
+    """No interface at all: for writing API clients."""
+
+    kind = "memory"
+
+    def __init__(self) -> None:
+        self._peers: dict[bytes, WirePeer] = {}
+
+    def setup(self) -> None:
+        pass
+
+    def alive(self) -> bool:
+        return True
+
+    def read(self) -> list[PeerState]:
+        return [PeerState(peer, 0, 0, 0) for peer in tuple(self._peers.values())]
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        for public_key, peer in changes:
+            if peer is None:
+                self._peers.pop(public_key, None)
+            else:
+                self._peers[public_key] = peer
+
+    def close(self) -> None:
+        pass
+
+
+def open_backend(mode: str, link: Link) -> Backend:
+    """The backend that WG_BACKEND names, set up. `auto` takes what is there:
+
+    an existing interface, then the kernel, then a running userspace WireGuard, then wireguard-go
+    if it is installed. Raises BackendError.
+    """
+    if mode == "memory":
+        return MemoryBackend()
+    program = shutil.which("wireguard-go")
+    candidates: list[Callable[[], Backend]] = []
+    if mode in ("auto", "netlink"):
+        candidates.append(lambda: NetlinkBackend(link))
+    if mode in ("auto", "uapi"):
+        candidates.append(lambda: UapiBackend(link, program))
+    failures: list[str] = []
+    for candidate in candidates:
+        backend = candidate()
+        try:
+            backend.setup()
+        except BackendError as error:
+            backend.close()
+            failures.append(str(error))
+        else:
+            return backend
+    raise BackendError("; ".join(failures))
+
+
+# ==================================================================================================
+# gateway: what may happen to peers, under one lock; the interface as a projection of the store
+# Never here: JSON, SQL and HTTP.
+# ==================================================================================================
+
+
+class Interface(NamedTuple):
+    """An interface that peers live on."""
+
+    link: Link
+    backend: Backend
+    pools: Mapping[str, AddressPool]
+    public_key: str
+
+    @property
+    def name(self) -> str:
+        return self.link.name
+
+
+class SyncResult(NamedTuple):
+    """What reconcile() did, in peers."""
+
+    added: int
+    updated: int
+    removed: int
+    unchanged: int
+
+
+def make_link(config: Config, private_key: bytes) -> Link:
+    subnets = [s for s in (config.wg_ipv4_subnet, config.wg_ipv6_subnet) if s is not None]
+    return Link(
+        config.wg_interface,
+        tuple(f"{subnet.network_address + 1}/{subnet.prefixlen}" for subnet in subnets),
+        config.wg_mtu,
+        config.wg_default_port,
+        private_key,
+    )
+
+
+class Gateway:
+    """Peers, their addresses and their interfaces.
+
+    The lock guards store, pools and the interfaces' apply(); nobody waits for the disk while
+    holding it. Errors that a caller should see are GatewayErrors.
+    """
+
+    def __init__(self, config: Config, store: Store, clock: Callable[[], float]) -> None:
+        self.config = config
+        self.store = store
+        self.lock = threading.Lock()
+        self.ready = False
+        self.interfaces: dict[str, Interface] = {}
+        self.failures: dict[str, str] = {}  # what is wrong now: subject -> reason
+        self._clock = clock
+        self._projection = threading.Lock()  # one reader of an interface at a time
+        self._touched: set[bytes] | None = None  # keys changed while an interface is being read
+        self._pending: collections.deque[tuple[int, Sequence[Step]]] = collections.deque()
+
+    # --- start and stop --------------------------------------------------------------------------
+
+    def start(self, link: Link, backend: Backend) -> None:
+        """Rebuild the pools, bring the interface in line, be ready. Raises StartError."""
+        self._add_interface(link, backend)
+        for name in self.store.interfaces():
+            if name not in self.interfaces:
+                raise ConfigError(
+                    f"WG_INTERFACE {link.name!r}: the database has peers of interface {name!r}: "
+                    "peers never move by themselves"
+                )
+        try:
+            result = self.reconcile()
+        except BackendError as error:
+            raise StartError(str(error)) from None
+        self.ready = True
+        LOG.info("%s (%s): %s", link.name, backend.kind, result)
+
+    def _add_interface(self, link: Link, backend: Backend) -> None:
+        subnets = {"ipv4": self.config.wg_ipv4_subnet, "ipv6": self.config.wg_ipv6_subnet}
+        pools = {family: AddressPool(subnet) for family, subnet in subnets.items() if subnet}
+        held: dict[str, list[str]] = {family: [] for family in FAMILIES}
+        for _, interface, *addresses in self._all_addresses():
+            if interface == link.name:
+                for family, address in zip(FAMILIES, addresses, strict=True):
+                    if address is not None:
+                        held[family].append(address)
+        for family in FAMILIES:
+            try:
+                if family in pools:
+                    pools[family].restore(held[family], self.store.released(family))
+                elif held[family]:
+                    raise ValueError(held[family][0])
+            except ValueError as error:
+                raise ConfigError(
+                    f"WG_{family.upper()}_SUBNET {subnets[family]}: the "
+                    f"database has a peer with the address {error}, which is outside or excluded"
+                ) from None
+        public_key = encode_key(x25519_public(link.private_key))
+        self.interfaces[link.name] = Interface(link, backend, pools, public_key)
+
+    def _all_addresses(self) -> Iterator[tuple[int, str, str | None, str | None]]:
+        """(id, interface, IPv4, IPv6) of every peer; the lock is held for a chunk at a time."""
+        after = 0
+        while True:
+            with self.lock:
+                rows = self.store.address_rows(after, READ_CHUNK * 10)
+            yield from rows
+            if not rows:
+                return
+            after = rows[-1][0]
+
+    def close(self) -> None:
+        """Let go of the interfaces, which stay as they are, and write what is left to disk."""
+        for interface in self.interfaces.values():
+            with contextlib.suppress(BackendError):
+                self.sample()
+            interface.backend.close()
+        self.snapshot()
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def create(self, fields: Mapping[str, Any]) -> tuple[bool, Peer, Traffic]:
+        """Make a peer, or find the one that has this key: (made, peer, traffic)."""
+        with self.lock:
+            peer = self.store.get(fields["public_key"])
+            made = peer is None
+            if peer is None:
+                peer = self._new_peer(fields)
+                number = self._change([Step(None, peer)])
+            else:
+                number = self._last_pending()
+            traffic = self.store.traffic(peer.id)
+        self._settle(number)
+        return made, peer, traffic
+
+    def get(self, public_key: str) -> tuple[Peer, Traffic]:
+        with self.lock:
+            peer = self._known(public_key)
+            traffic = self.store.traffic(peer.id)
+            number = self._last_pending()
+        self._settle(number)
+        return peer, traffic
+
+    def page(self, after: int, limit: int, chosen: Filter) -> list[tuple[Peer, Traffic]]:
+        with self.lock:
+            return self.store.page(after, limit, chosen)
+
+    def set_status(self, public_key: str, status: str) -> None:
+        """Suspend or activate; nothing to do is as good as done."""
+        with self.lock:
+            peer = self._known(public_key)
+            if peer.status == status:
+                number = self._last_pending()
+            else:
+                if status == "active":
+                    self._check_may_be_active(peer)
+                after = peer._replace(status=status, status_reason=None)
+                number = self._change([Step(peer, after)])
+        self._settle(number)
+
+    def delete(self, public_key: str) -> None:
+        with self.lock:
+            number = self._change([Step(self._known(public_key), None)])
+        self._settle(number)
+
+    def usage(self, interface: Interface) -> dict[str, dict[str, Any]]:
+        """Each family's pool: totals, and every address held."""
+        held: dict[str, list[str]] = {family: [] for family in FAMILIES}
+        for _, name, *addresses in self._all_addresses():
+            if name == interface.name:
+                for family, address in zip(FAMILIES, addresses, strict=True):
+                    if address is not None:
+                        held[family].append(address)
+        return {
+            family: {**pool_usage(interface.pools.get(family)), "assigned_ips": held[family]}
+            for family in FAMILIES
+        }
+
+    def peer_count(self, status: str | None = None) -> int:
+        with self.lock:
+            return sum(n for (_, s), n in self.store.counts.items() if status in (None, s))
+
+    def online_since(self) -> int:
+        """A handshake after this (Unix seconds) means online."""
+        return int(self._clock()) - ONLINE_SECONDS
+
+    def online_count(self) -> int:
+        with self.lock:
+            return self.store.online(self.online_since())
+
+    def last_handshakes(self, limit: int) -> dict[str, int]:
+        with self.lock:
+            return self.store.last_handshakes(limit)
+
+    def degraded(self) -> list[str]:
+        """Why the gateway is not healthy; empty when it is."""
+        reasons = [f"{subject}: {reason}" for subject, reason in dict(self.failures).items()]
+        if self.store.failure:
+            reasons.append(f"changes are refused: {self.store.failure}")
+        return reasons
+
+    # --- rules -----------------------------------------------------------------------------------
+
+    def _known(self, public_key: str) -> Peer:
+        peer = self.store.get(public_key)
+        if peer is None:
+            raise NotFound("no peer has this public key")
+        return peer
+
+    def _check_may_be_active(self, peer: Peer) -> None:
+        if peer.expires_at is not None and peer.expires_at <= self._clock():
+            raise Conflict(f"expires_at: the peer expired at {rfc3339(peer.expires_at)}")
+        traffic = self.store.traffic(peer.id)
+        if peer.quota_bytes is not None and traffic.rx_bytes + traffic.tx_bytes > peer.quota_bytes:
+            raise Conflict(f"quota_bytes: the peer has used up its {peer.quota_bytes} bytes")
+
+    def _new_peer(self, fields: Mapping[str, Any]) -> Peer:
+        """Decide everything about a new peer; takes nothing yet."""
+        interface = self._interface_for(fields)
+        if fields["public_key"] == interface.public_key:
+            raise Conflict("public_key: it is the gateway's own")
+        families = self._families_for(fields, interface)
+        port = fields.get("port", self.config.wg_default_port)
+        if port not in (self.config.wg_default_port, *self.config.wg_extra_ports):
+            raise Invalid("port", "the gateway does not listen on it")
+        dns = fields.get("dns", next(iter(self.config.dns_servers)))
+        if dns not in self.config.dns_servers:
+            raise Invalid("dns", f"must be one of {', '.join(self.config.dns_servers)}")
+        now = int(self._clock())
+        expires_at = fields.get("expires_at")
+        if expires_at is not None and expires_at <= now:
+            raise Invalid("expires_at", f"is in the past; the server's time is {rfc3339(now)}")
+        addresses = {f: self._address_for(fields, interface, f) for f in families}
+        psk = fields.get("preshared_key")
+        return Peer(
+            id=self.store.new_id(),
+            public_key=fields["public_key"],
+            interface=interface.name,
+            status="active",
+            status_reason=None,
+            assigned_ip=addresses.get("ipv4"),
+            assigned_ipv6=addresses.get("ipv6"),
+            tunnel_traffic=",".join(fields.get("tunnel_traffic") or families),
+            dns=dns,
+            port=port,
+            preshared_key=psk if psk and any(decode_key(psk)) else None,
+            persistent_keepalive=fields.get("persistent_keepalive", 25),
+            expires_at=expires_at,
+            quota_bytes=fields.get("quota_bytes"),
+            created_at=now,
+            request_id=fields.get("request_id"),
+            obfuscation=None,
+        )
+
+    def _interface_for(self, fields: Mapping[str, Any]) -> Interface:
+        if fields.get("obfuscation"):
+            raise Unavailable("obfuscation: this gateway has no obfuscated interface")
+        return next(iter(self.interfaces.values()))
+
+    @staticmethod
+    def _families_for(fields: Mapping[str, Any], interface: Interface) -> list[str]:
+        protocol, traffic = fields.get("protocol"), fields.get("tunnel_traffic")
+        named = set(traffic or ())
+        named.update(FAMILIES if protocol == "dual" else [protocol] if protocol else [])
+        if not named:
+            named.add("ipv4")
+        named.update(family for family in FAMILIES if ADDRESS_FIELD[family] in fields)
+        for family in named - interface.pools.keys():
+            raise Invalid("protocol", f"{interface.name} has no {family} addresses")
+        return [family for family in FAMILIES if family in named]
+
+    @staticmethod
+    def _address_for(fields: Mapping[str, Any], interface: Interface, family: str) -> str:
+        pool = interface.pools[family]
+        wanted: str | None = fields.get(ADDRESS_FIELD[family])
+        if wanted is not None:
+            if not pool.is_free(wanted):
+                raise Conflict(f"{ADDRESS_FIELD[family]}: {wanted} is not free")
+            return wanted
+        address = pool.peek()
+        if address is None:
+            raise Unavailable(f"the {family} addresses of {interface.name} are exhausted")
+        return address
+
+    # --- change: interface, store, pools, and back -----------------------------------------------
+
+    def _change(self, steps: Sequence[Step]) -> int:
+        """Make the steps true on interface and in the store; returns the number to settle.
+
+        Under the lock. Raises Unavailable or Conflict, with nothing changed.
+        """
+        if self.store.failure:
+            raise Unavailable("the disk refuses writes: no change is accepted until it works again")
+        try:
+            self._project(steps)
+        except BackendError as error:
+            LOG.error("%s", error)
+            self._project_back(steps)
+            raise Unavailable("the interface is not usable") from None
+        try:
+            number = self.store.commit(steps)
+        except sqlite3.IntegrityError:
+            self._project_back(steps)
+            raise Conflict("the key or an address is in use") from None
+        self._move_addresses(steps)
+        while self._pending and self._pending[0][0] <= self.store.durable:
+            self._pending.popleft()
+        self._pending.append((number, steps))
+        return number
+
+    def _project(self, steps: Sequence[Step]) -> None:
+        for name, interface in self.interfaces.items():
+            changes = [c for s in steps for c in _interface_changes(s, name)]
+            if changes:
+                if self._touched is not None:
+                    self._touched.update(change.public_key for change in changes)
+                interface.backend.apply(changes)
+
+    def _project_back(self, steps: Sequence[Step]) -> None:
+        """Put the interface back; when that fails too, the next check repairs it."""
+        try:
+            self._project([Step(step.after, step.before) for step in reversed(steps)])
+        except BackendError as error:
+            self.failures["interface"] = str(error)
+
+    def _move_addresses(self, steps: Sequence[Step]) -> None:
+        for before, after in steps:
+            gone = _addresses(before) - _addresses(after)
+            come = _addresses(after) - _addresses(before)
+            for interface, family, address in gone:
+                self.interfaces[interface].pools[family].release(address)
+            for interface, family, address in come:
+                self.interfaces[interface].pools[family].claim(address)
+
+    def _last_pending(self) -> int:
+        """What an answer must wait for that depends on the state now."""
+        return self._pending[-1][0] if self._pending else 0
+
+    def _settle(self, number: int) -> None:
+        """Wait until the change is on disk; outside the lock. Raises Unavailable, undone."""
+        try:
+            self.store.wait(number)
+        except DiskError as error:
+            LOG.error("%s", error)
+            self._roll_back()
+            raise Unavailable("the disk refused the change: nothing was changed") from None
+
+    def _roll_back(self) -> None:
+        """Undo, newest first, every change that did not reach the disk."""
+        with self.lock:
+            self.store.discard()
+            durable = self.store.durable
+            while self._pending and self._pending[-1][0] > durable:
+                _, steps = self._pending.pop()
+                self._project_back(steps)
+                self.store.undo(steps)
+                self._move_addresses([Step(s.after, s.before) for s in reversed(steps)])
+
+    # --- the interface as a projection -----------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[set[bytes]]:
+        """Collects the keys whose peers change from here on: a dump is stale for those."""
+        with self._projection:
+            with self.lock:
+                touched = self._touched = set()
+            try:
+                yield touched
+            finally:
+                with self.lock:
+                    self._touched = None
+
+    def reconcile(self) -> SyncResult:
+        """Bring every interface in line with the store; what is right is not touched."""
+        results = [self._reconcile(interface) for interface in self.interfaces.values()]
+        self.failures.pop("interface", None)
+        return SyncResult(*(sum(column) for column in zip(*results, strict=True)))
+
+    def _reconcile(self, interface: Interface) -> SyncResult:
+        with self._watching() as touched:
+            actual = {state.peer.public_key: state.peer for state in interface.backend.read()}
+            present = len(actual)
+            plan = list(diff(self._desired(interface.name), actual))
+            plan.sort(key=lambda entry: entry[0] != "removed")  # an address may have moved
+            done: collections.Counter[str] = collections.Counter()
+            for start in range(0, len(plan), READ_CHUNK // 2):
+                with self.lock:
+                    chunk = [
+                        entry
+                        for entry in plan[start : start + READ_CHUNK // 2]
+                        if entry[1].public_key not in touched
+                    ]
+                    interface.backend.apply([change for _, change in chunk])
+                    self.store.restart_counters([c.public_key for w, c in chunk if w == "added"])
+                done.update(what for what, _ in chunk)
+        return SyncResult(
+            done["added"],
+            done["updated"],
+            done["removed"],
+            present - done["updated"] - done["removed"],
+        )
+
+    def _desired(self, name: str) -> Iterator[WirePeer]:
+        after = 0
+        while True:
+            with self.lock:
+                peers = self.store.peers_after(after, READ_CHUNK)
+            for peer in peers:
+                if peer.status == "active" and peer.interface == name:
+                    yield wire_peer(peer)
+            if not peers:
+                return
+            after = peers[-1].id
+
+    def sample(self) -> None:
+        """Read every interface's counters into the store. Raises BackendError."""
+        for interface in self.interfaces.values():
+            with self._watching() as touched:
+                states = interface.backend.read()
+                for start in range(0, len(states), READ_CHUNK):
+                    with self.lock:
+                        chunk = states[start : start + READ_CHUNK]
+                        self.store.sample([s for s in chunk if s.peer.public_key not in touched])
+                with self.lock:
+                    expected = self.store.counts[interface.name, "active"]
+                    wrong = not touched and len(states) != expected
+            if wrong:
+                LOG.warning("%s: %d peers, not %d", interface.name, len(states), expected)
+                self.reconcile()
+        self._suspend_over_quota()
+
+    def supervise(self) -> None:
+        """Put back an interface that is gone, and what a failed change left behind."""
+        for interface in self.interfaces.values():
+            try:
+                if not interface.backend.alive():
+                    LOG.warning("%s: the interface is gone: making it anew", interface.name)
+                    self.failures["interface"] = f"{interface.name} is being made anew"
+                    with self.lock:
+                        interface.backend.setup()
+                if "interface" in self.failures:
+                    LOG.info("%s: %s", interface.name, self.reconcile())
+            except BackendError as error:
+                self.failures["interface"] = str(error)
+                LOG.error("%s", error)
+
+    def expire(self) -> None:
+        """Suspend every peer whose time has come."""
+        while True:
+            with self.lock:
+                peers = self.store.expired(int(self._clock()), READ_CHUNK)
+            if not self._suspend(peers, "expired"):
+                return
+
+    def _suspend_over_quota(self) -> None:
+        after = 0
+        while True:
+            with self.lock:
+                peers = self.store.over_quota(after, READ_CHUNK)
+            self._suspend(peers, "quota")
+            if not peers:
+                return
+            after = peers[-1].id
+
+    def _suspend(self, peers: Sequence[Peer], reason: str) -> int:
+        """Suspend those that did not change meanwhile; returns how many."""
+        count = number = 0
+        for peer in peers:
+            with self.lock, contextlib.suppress(GatewayError):
+                if self.store.get(peer.public_key) == peer:
+                    after = peer._replace(status="suspended", status_reason=reason)
+                    number = self._change([Step(peer, after)])
+                    count += 1
+        with contextlib.suppress(Unavailable):  # undone, and tried again by the next tick
+            self._settle(number)
+        return count
+
+    # --- the disk --------------------------------------------------------------------------------
+
+    def snapshot(self) -> None:
+        """Write a snapshot if something changed; failures are kept until one succeeds."""
+        if self.store.failure:
+            self._roll_back()
+        try:
+            if self.store.snapshot(self.lock):
+                LOG.debug("snapshot written")
+            self.failures.pop("snapshot", None)
+        except (OSError, DiskError) as error:
+            self.failures["snapshot"] = _reason(error)
+            LOG.error("snapshot failed: %s", _reason(error))
+
+    def heal(self) -> None:
+        """After a disk fault: keep trying to write a fresh snapshot."""
+        if self.store.failure or "snapshot" in self.failures:
+            self.snapshot()
+
+    def flush(self) -> None:
+        with contextlib.suppress(DiskError):  # seen by the next change, mended by heal()
+            self.store.flush()
+
+
+def _interface_changes(step: Step, interface: str) -> Iterator[Change]:
+    before = _projection(step.before, interface)
+    after = _projection(step.after, interface)
+    if before == after:
+        return
+    if before and (after is None or before.public_key != after.public_key):
+        yield Change(before.public_key, None)
+    if after:
+        yield Change(after.public_key, after)
+
+
+def _projection(peer: Peer | None, interface: str) -> WirePeer | None:
+    if peer is None or peer.status != "active" or peer.interface != interface:
+        return None
+    return wire_peer(peer)
+
+
+def _addresses(peer: Peer | None) -> set[tuple[str, str, str]]:
+    """(interface, family, address) of a peer."""
+    if peer is None:
+        return set()
+    pairs = (("ipv4", peer.assigned_ip), ("ipv6", peer.assigned_ipv6))
+    return {(peer.interface, family, address) for family, address in pairs if address}
+
+
+def pool_usage(pool: AddressPool | None) -> dict[str, Any]:
+    if pool is None:
+        return {"total": 0, "used": 0, "available": 0, "gateway_ip": None}
+    return {
+        "total": pool.total,
+        "used": pool.used,
+        "available": pool.total - pool.used,
+        "gateway_ip": str(pool.gateway),
+    }
+
+
+# ==================================================================================================
+# metrics: what the host and the process are doing, counters, Prometheus text
+# Never here: decisions.
+# ==================================================================================================
+
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)  # seconds
+
+
+class HostMetrics:
+    """The host's load, read from /proc. cpu_percent covers the time since the tick before."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._last = (0, 0)
+        self.cpu_percent = 0.0
+        self.tick()
+
+    def tick(self) -> None:
+        """Compare the CPU's counters with those of the last call."""
+        values = [int(v) for v in Path("/proc/stat").read_text("ascii").split("\n")[0].split()[1:9]]
+        idle, total = values[3] + values[4], sum(values)
+        elapsed = total - self._last[1]
+        if elapsed > 0:
+            self.cpu_percent = round(100 * (1 - (idle - self._last[0]) / elapsed), 1)
+        self._last = (idle, total)
+
+    @staticmethod
+    def memory() -> dict[str, Any]:
+        """Bytes and percent, from /proc/meminfo."""
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        table = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        total, available = table["MemTotal"], table["MemAvailable"]
+        used = total - available
+        percent = round(100 * used / total, 1)
+        return {"total": total, "available": available, "used": used, "percent": percent}
+
+    def disk(self) -> dict[str, Any]:
+        """Bytes and percent of the file system that holds the database."""
+        total, used, free = shutil.disk_usage(self._directory)
+        return {
+            "total": total,
+            "used": used,
+            "free": free,
+            "percent": round(100 * used / total, 1) if total else 0.0,
+        }
+
+    @staticmethod
+    def resident_bytes() -> int:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class RequestMetrics:
+    """Counts and durations of requests, by method, route template and status."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: collections.Counter[tuple[str, str, int]] = collections.Counter()
+        self._durations: dict[str, list[float]] = {}  # per route: buckets, then the sum
+
+    def observe(self, method: str, route: str, status: int, seconds: float) -> None:
+        with self._lock:
+            self._counts[method, route, status] += 1
+            row = self._durations.get(route)
+            if row is None:
+                row = self._durations[route] = [0.0] * (len(BUCKETS) + 2)
+            row[next((i for i, edge in enumerate(BUCKETS) if seconds <= edge), len(BUCKETS))] += 1
+            row[-1] += seconds
+
+    def render(self) -> Iterator[str]:
+        with self._lock:
+            counts = sorted(self._counts.items())
+            durations = sorted((route, list(row)) for route, row in self._durations.items())
+        name = "wggw_http_requests_total"
+        yield from _metric_head(name, "counter", "Requests answered.")
+        for (method, route, status), count in counts:
+            yield f'{name}{{method="{method}",route="{route}",status="{status}"}} {count}\n'
+        name = "wggw_http_request_duration_seconds"
+        yield from _metric_head(name, "histogram", "From the head's end to the answer's.")
+        for route, row in durations:
+            running = 0
+            for edge, within in zip((*BUCKETS, "+Inf"), row[:-1], strict=True):
+                running += int(within)
+                yield f'{name}_bucket{{route="{route}",le="{edge}"}} {running}\n'
+            yield f'{name}_sum{{route="{route}"}} {row[-1]:.6f}\n'
+            yield f'{name}_count{{route="{route}"}} {running}\n'
+
+
+def _metric_head(name: str, kind: str, text: str) -> Iterator[str]:
+    yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+
+
+def render_gateway(gateway: Gateway, started: float) -> Iterator[str]:
+    """The gateway's own figures as Prometheus text."""
+    with gateway.lock:
+        counts = sorted(gateway.store.counts.items())
+        online = gateway.store.online(gateway.online_since())
+    yield from _metric_head("wggw_peers", "gauge", "Peers by interface and state.")
+    for (interface, state), count in counts:
+        yield f'wggw_peers{{interface="{interface}",state="{state}"}} {count}\n'
+    pools = [
+        (interface.name, family, pool_usage(pool))
+        for interface in gateway.interfaces.values()
+        for family, pool in interface.pools.items()
+    ]
+    for key, text in (("used", "Addresses held."), ("total", "Addresses that peers can have.")):
+        name = f"wggw_pool_{key}_addresses"
+        yield from _metric_head(name, "gauge", text)
+        for interface, family, usage in pools:
+            labels = f'interface="{interface}",family="{family}"'
+            yield f"{name}{{{labels}}} {float(usage[key])}\n"
+    single = (
+        ("wggw_peers_online", "gauge", "Peers with a handshake in 180 s.", online),
+        ("wggw_degraded", "gauge", "1 when something is wrong.", int(bool(gateway.degraded()))),
+        ("wggw_journal_records", "counter", "Number of the last record.", gateway.store.number),
+        ("wggw_snapshot_timestamp_seconds", "gauge", "Last one.", gateway.store.snapshot_time),
+        ("process_start_time_seconds", "gauge", "Unix time.", started),
+        ("process_resident_memory_bytes", "gauge", "Memory.", HostMetrics.resident_bytes()),
+        ("process_cpu_seconds_total", "counter", "User and system.", time.process_time()),
+    )
+    for name, kind, text, value in single:
+        suffixed = f"{name}_total" if kind == "counter" and not name.endswith("_total") else name
+        yield from _metric_head(suffixed, kind, text)
+        yield f"{suffixed} {value}\n"
+    yield from _metric_head("wggw_build_info", "gauge", "The version.")
+    yield f'wggw_build_info{{version="{__version__}"}} 1\n'
+
+
+# ==================================================================================================
+# http: heads and bodies decoded strictly, the route table, handlers, answers
+# Never here: SQL, netlink, rules and sockets.
+# ==================================================================================================
+
+
+class Head(NamedTuple):
+    """A request's head. Header names are lower-case bytes; `length` is the body's, in bytes."""
+
+    method: str
+    path: str
+    query: str
+    headers: Mapping[bytes, bytes]
+    length: int
+    keep_alive: bool
+    expects_continue: bool
+
+
+class Request(NamedTuple):
+    """An authentic request with its body read; `key` is the path's public key, if it has one."""
+
+    path: str
+    query: Mapping[str, str]
+    body: bytes
+    content_type: bytes
+    key: str
+
+
+class Response(NamedTuple):
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~]{1,8192}) HTTP/(\d)\.(\d)")
+_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_SINGLE_HEADERS = frozenset(
+    (b"content-length", b"host", b"signature", b"timestamp", b"content-type", b"authorization")
+)
+_ORIGIN = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
+
+
+def parse_head(data: bytes) -> Head:
+    """A head up to its empty line, without it (RFC 9112). Raises GatewayError.
+
+    Whatever two parsers could read in two ways is refused: it is how requests are smuggled.
+    """
+    lines = data.split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(lines[0])
+    if not match:
+        raise Malformed("the request line is malformed")
+    if match[3] != b"1" or match[4] not in (b"0", b"1"):
+        raise VersionNotSupported("only HTTP/1.1 is spoken here")
+    headers = _parse_headers(lines[1:])
+    new = match[4] == b"1"
+    if new and b"host" not in headers:
+        raise Malformed("the Host header is missing")
+    length = _body_length(headers)
+    connection = headers.get(b"connection", b"").lower()
+    keep_alive = b"close" not in connection if new else b"keep-alive" in connection
+    target = match[2].decode("ascii")
+    if not target.startswith("/"):
+        origin = _ORIGIN.match(target)
+        target = target[origin.end() :] if origin else target
+    path, _, query = target.partition("?")
+    return Head(
+        match[1].decode("ascii"),
+        path or "/",
+        query,
+        headers,
+        length,
+        keep_alive,
+        headers.get(b"expect", b"").lower() == b"100-continue",
+    )
+
+
+def _parse_headers(lines: Sequence[bytes]) -> dict[bytes, bytes]:
+    if len(lines) > MAX_HEADERS:
+        raise HeadTooLarge(f"more than {MAX_HEADERS} headers")
+    headers: dict[bytes, bytes] = {}
+    for line in lines:
+        match = _HEADER.fullmatch(line)
+        if not match:
+            raise Malformed("a header is malformed")
+        name, value = match[1].lower(), match[2].rstrip(b" \t")
+        if name in headers:
+            if name in _SINGLE_HEADERS:
+                raise Malformed(f"the {name.decode('ascii')} header is repeated")
+            value = headers[name] + b", " + value
+        headers[name] = value
+    return headers
+
+
+def _body_length(headers: Mapping[bytes, bytes]) -> int:
+    length = headers.get(b"content-length")
+    if b"transfer-encoding" in headers:
+        if length is not None:
+            raise Malformed("both Content-Length and Transfer-Encoding")
+        raise LengthRequired("Content-Length is required: chunked bodies are not accepted")
+    if length is None:
+        return 0
+    if not re.fullmatch(rb"[0-9]{1,15}", length):
+        raise Malformed("Content-Length is malformed")
+    return int(length)
+
+
+def parse_query(query: str) -> dict[str, str]:
+    """A query's parameters; the same one twice is refused. Raises Malformed."""
+    try:
+        pairs = urllib.parse.parse_qsl(
+            query, keep_blank_values=True, errors="strict", max_num_fields=32
+        )
+    except ValueError:
+        raise Malformed("the query is malformed") from None
+    parameters = dict(pairs)
+    if len(parameters) != len(pairs):
+        raise Malformed("a query parameter is repeated")
+    return parameters
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("duplicate")
+    return table
+
+
+def decode_json(body: bytes) -> dict[str, Any]:
+    """A JSON object, strictly: UTF-8, no duplicate keys, NaN or depth. Raises Malformed."""
+    try:
+        text = body.decode("utf-8")
+        if (
+            max(text.count("["), text.count("{")) > MAX_JSON_DEPTH
+            and json_depth(text) > MAX_JSON_DEPTH
+        ):
+            raise ValueError
+        parsed = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise Malformed("the body is not valid JSON in UTF-8 with unique keys") from None
+    if not isinstance(parsed, dict):
+        raise Malformed("the body is not a JSON object")
+    return parsed
+
+
+def json_depth(text: str) -> int:
+    """The deepest nesting of a JSON text, strings left out."""
+    depth = deepest = 0
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', text, re.DOTALL):
+        if match[0] in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif match[0] in "]}":
+            depth -= 1
+    return deepest
+
+
+def encode_json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def problem(error: GatewayError) -> Response:
+    """RFC 9457 problem details."""
+    content = {
+        "type": "about:blank",
+        "title": HTTPStatus(error.status).phrase,
+        "status": error.status,
+        "detail": error.detail,
+    }
+    return Response(error.status, encode_json(content), "application/problem+json", error.headers)
+
+
+def configuration(
+    peer: Peer, traffic: Traffic, interface: Interface, config: Config, online_since: int
+) -> dict[str, Any]:
+    """A peer as the API shows it."""
+    families = peer.tunnel_traffic.split(",")
+    return {
+        "public_key": peer.public_key,
+        "status": peer.status,
+        "status_reason": peer.status_reason,
+        "assigned_ip": peer.assigned_ip,
+        "assigned_ipv6": peer.assigned_ipv6,
+        "tunnel_traffic": families,
+        "allowed_ips": [EVERYWHERE[family] for family in families],
+        "dns": peer.dns,
+        "dns_servers": list(config.dns_servers.get(peer.dns, ())),
+        "port": peer.port,
+        "interface": peer.interface,
+        "server_public_key": interface.public_key,
+        "endpoint": endpoint(config.wg_endpoint, peer.port),
+        "mtu": interface.link.mtu,
+        "persistent_keepalive": peer.persistent_keepalive,
+        "expires_at": None if peer.expires_at is None else rfc3339(peer.expires_at),
+        "quota_bytes": peer.quota_bytes,
+        "created_at": rfc3339(peer.created_at),
+        "request_id": peer.request_id,
+        "obfuscation": None,
+        "online": traffic.last_handshake > online_since,
+        "last_handshake": rfc3339(traffic.last_handshake) if traffic.last_handshake else None,
+        "rx_bytes": traffic.rx_bytes,
+        "tx_bytes": traffic.tx_bytes,
+    }
+
+
+EVERYWHERE = {"ipv4": "0.0.0.0/0", "ipv6": "::/0"}
+
+
+def endpoint(host: str | None, port: int) -> str | None:
+    """host:port as WireGuard writes it, None without a host."""
+    if host is None:
+        return None
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def wg_quick(shown: Mapping[str, Any], preshared_key: str | None) -> str:
+    """The client's configuration file; the client fills in its own private key."""
+    addresses = [
+        f"{address}/{length}"
+        for address, length in ((shown["assigned_ip"], 32), (shown["assigned_ipv6"], 128))
+        if address
+    ]
+    lines = [
+        "[Interface]",
+        "PrivateKey = REPLACE_WITH_THE_CLIENT_PRIVATE_KEY",
+        f"Address = {', '.join(addresses)}",
+        f"DNS = {', '.join(shown['dns_servers'])}",
+        f"MTU = {shown['mtu']}",
+        "",
+        "[Peer]",
+        f"PublicKey = {shown['server_public_key']}",
+        *([f"PresharedKey = {preshared_key}"] if preshared_key else []),
+        f"AllowedIPs = {', '.join(shown['allowed_ips'])}",
+        f"Endpoint = {shown['endpoint'] or 'GATEWAY:' + str(shown['port'])}",
+        f"PersistentKeepalive = {shown['persistent_keepalive']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+class ApiRoute(NamedTuple):
+    """A row of the route table. `guard`: who may call it."""
+
+    method: str
+    template: str
+    handler: Callable[[App, Request], Response]
+    guard: str = "signed"
+
+
+class Endpoint(NamedTuple):
+    """What a path leads to: the handlers by method."""
+
+    template: str
+    pattern: re.Pattern[str]
+    methods: dict[str, ApiRoute]
+
+
+class Admitted(NamedTuple):
+    """A request that may be read on: its head, its route, the key in its path."""
+
+    head: Head
+    route: ApiRoute
+    key: str
+
+
+class App:
+    """Answers requests: admit() from the head alone, then answer() with the body."""
+
+    def __init__(
+        self,
+        config: Config,
+        gateway: Gateway,
+        clock: Callable[[], float],
+        host: HostMetrics,
+    ) -> None:
+        self.config = config
+        self.gateway = gateway
+        self.metrics = RequestMetrics()
+        self._clock = clock
+        self._host = host
+        self._started = clock()
+        self._endpoints: dict[str, Endpoint] = {}
+        for route in ROUTES:
+            pattern = re.compile(re.escape(route.template).replace(r"\{public_key\}", "([^/]+)"))
+            row = self._endpoints.setdefault(route.template, Endpoint(route.template, pattern, {}))
+            row.methods[route.method] = route
+        self.reload(config)
+
+    def reload(self, config: Config) -> None:
+        """Take over keys and tokens from a new configuration."""
+        keys = {"default": config.gateway_api_key, **config.gateway_api_keys}
+        self._authenticator = Authenticator(keys, config.max_timestamp_diff, self._clock)
+        self._metrics_token = config.metrics_token
+        secret = config.gateway_public_key
+        self._box = PayloadBox(secret) if secret else None
+
+    # --- from the head alone ---------------------------------------------------------------------
+
+    def admit(self, head: Head, source: str) -> Admitted:
+        """Signature first, then path and method, then length. Raises GatewayError."""
+        path = head.path[:-1] if head.path.endswith("/") and len(head.path) > 1 else head.path
+        if path.startswith("/api/") or path == "/api":
+            self._authenticator.verify_legacy(
+                head.headers.get(b"signature", b""),
+                head.headers.get(b"timestamp", b""),
+                head.length,
+            )
+        row, segment = self._find(path)
+        route = row.methods.get("GET" if head.method == "HEAD" else head.method)
+        if route is None:
+            allowed = [*row.methods, *(["HEAD"] if "GET" in row.methods else [])]
+            raise MethodNotAllowed(
+                f"allowed here: {', '.join(allowed)}", headers=[("Allow", ", ".join(allowed))]
+            )
+        if route.guard == "metrics":
+            self._check_metrics(head, source)
+        if head.length > MAX_BODY:
+            raise TooLarge(f"the body has {head.length} bytes, {MAX_BODY} are accepted")
+        if route.guard == "signed" and not self.gateway.ready:
+            raise Unavailable("the gateway is starting", headers=[("Retry-After", "1")])
+        key = key_from_path(segment) if segment else ""
+        if key is None:
+            raise NotFound("the path does not hold a public key")
+        return Admitted(head, route, key)
+
+    def _find(self, path: str) -> tuple[Endpoint, str]:
+        row = self._endpoints.get(path)
+        if row is not None and "{" not in path:
+            return row, ""
+        for row in self._endpoints.values():
+            match = row.pattern.fullmatch(path)
+            if match and match.groups():
+                return row, match[1]
+        raise NotFound("there is nothing at this path")
+
+    def _check_metrics(self, head: Head, source: str) -> None:
+        if self._metrics_token is None:
+            if not ipaddress.ip_address(source).is_loopback:
+                raise Unauthorized("without METRICS_TOKEN only loopback may read the metrics")
+            return
+        expected = b"Bearer " + self._metrics_token.encode("utf-8")
+        if not hmac.compare_digest(expected, head.headers.get(b"authorization", b"")):
+            raise Unauthorized("the request is not authentic")
+
+    # --- with the body ---------------------------------------------------------------------------
+
+    def answer(self, admitted: Admitted, body: bytes) -> Response:
+        """Run the handler; a GatewayError becomes a problem."""
+        try:
+            request = Request(
+                admitted.head.path,
+                parse_query(admitted.head.query) if admitted.head.query else {},
+                body,
+                admitted.head.headers.get(b"content-type", b""),
+                admitted.key,
+            )
+            return admitted.route.handler(self, request)
+        except GatewayError as error:
+            return problem(error)
+
+    def _json_body(self, request: Request) -> dict[str, Any]:
+        kind = request.content_type.split(b";")[0].strip().lower()
+        if kind not in (b"", b"application/json") and not kind.endswith(b"+json"):
+            raise UnsupportedMediaType("the body must be application/json")
+        return decode_json(request.body)
+
+    def _shown(self, peer: Peer, traffic: Traffic) -> dict[str, Any]:
+        interface = self.gateway.interfaces[peer.interface]
+        return configuration(peer, traffic, interface, self.config, self.gateway.online_since())
+
+    def create(self, request: Request) -> Response:
+        body = self._json_body(request)
+        sealed = body.get("encrypted_payload")
+        if sealed is None:
+            return self._create(body)
+        if not isinstance(sealed, str):
+            raise Invalid("encrypted_payload", "must be base64 text")
+        if self._box is None:
+            raise Malformed("encrypted_payload: payload encryption is not set up here")
+        inner = decode_json(self._box.open(sealed))
+        try:
+            response = self._create({**body, **inner})
+        except GatewayError as error:
+            response = problem(error)
+        content = {"encrypted_response": self._box.seal(response.body)}
+        return Response(response.status, encode_json(content), headers=response.headers)
+
+    def _create(self, body: Mapping[str, Any]) -> Response:
+        fields = parse_fields(body, CREATE_FIELDS, ("public_key",))
+        made, peer, traffic = self.gateway.create(fields)
+        shown = self._shown(peer, traffic)
+        shown["peer_status"] = shown["status"]
+        shown["status"] = "created" if made else "exists"
+        if shown["assigned_ipv6"] is None:
+            del shown["assigned_ipv6"]
+        return Response(200, encode_json(shown))
+
+    def list(self, request: Request) -> Response:
+        query = request.query
+        limit = _query_integer(query, "limit", 100, 1, MAX_PAGE)
+        chosen = Filter(
+            _query_choice(query, "status", ("active", "suspended")),
+            _query_choice(query, "interface", tuple(self.gateway.interfaces)),
+            {"true": True, "false": False, None: None}[
+                _query_choice(query, "online", ("true", "false"))
+            ],
+            self.gateway.online_since(),
+        )
+        rows = self.gateway.page(_decode_cursor(query.get("cursor")), limit, chosen)
+        shown = [self._shown(peer, traffic) for peer, traffic in rows]
+        cursor = _encode_cursor(rows[-1][0].id) if len(rows) == limit else None
+        return Response(200, encode_json({"configurations": shown, "next_cursor": cursor}))
+
+    def get(self, request: Request) -> Response:
+        form = _query_choice(request.query, "format", ("json", "wg-quick"))
+        peer, traffic = self.gateway.get(request.key)
+        shown = self._shown(peer, traffic)
+        if form == "wg-quick":
+            text = wg_quick(shown, peer.preshared_key)
+            return Response(200, text.encode("utf-8"), "text/plain; charset=utf-8")
+        return Response(200, encode_json(shown))
+
+    def set_status(self, request: Request) -> Response:
+        fields = parse_fields(self._json_body(request), STATUS_FIELDS, ("status",))
+        self.gateway.set_status(request.key, fields["status"])
+        said = "updated" if fields["status"] == "active" else "suspended"
+        return Response(200, encode_json({"status": said}))
+
+    def delete(self, request: Request) -> Response:
+        self.gateway.delete(request.key)
+        return Response(200, b'{"status":"deleted"}')
+
+    def ip_usage(self, request: Request) -> Response:
+        name = _query_choice(request.query, "interface", tuple(self.gateway.interfaces))
+        interface = self.gateway.interfaces[name or next(iter(self.gateway.interfaces))]
+        return Response(200, encode_json(self.gateway.usage(interface)))
+
+    def sync_ips(self, request: Request) -> Response:
+        try:
+            result = self.gateway.reconcile()
+        except BackendError as error:
+            LOG.error("%s", error)
+            raise Unavailable("the interface is not usable") from None
+        return Response(200, encode_json({"status": "synced", **result._asdict()}))
+
+    def status(self, request: Request) -> Response:
+        degraded = self.gateway.degraded()
+        now = self._clock()
+        content = {
+            "status": "degraded" if degraded else "healthy",
+            "wireguard_peers": self.gateway.online_count(),
+            "total_peers": self.gateway.peer_count(),
+            "memory_usage": self._host.memory()["percent"],
+            "load_average": round(os.getloadavg()[0], 2),
+            "timestamp": rfc3339(now),
+            "reasons": degraded,
+            "version": __version__,
+            "uptime_seconds": int(now - self._started),
+            "interfaces": [
+                {
+                    "name": interface.name,
+                    "backend": interface.backend.kind,
+                    "public_key": interface.public_key,
+                    "listen_port": interface.link.listen_port,
+                }
+                for interface in self.gateway.interfaces.values()
+            ],
+        }
+        return Response(200, encode_json(content))
+
+    def server_metrics(self, request: Request) -> Response:
+        interface = next(iter(self.gateway.interfaces.values()))
+        handshakes = self.gateway.last_handshakes(MAX_PAGE)
+        content = {
+            "system": {
+                "cpu_percent": self._host.cpu_percent,
+                "memory": self._host.memory(),
+                "disk": self._host.disk(),
+                "load_average": [round(load, 2) for load in os.getloadavg()],
+            },
+            "wireguard": {
+                "active_peers": self.gateway.peer_count("active"),
+                "online_peers": self.gateway.online_count(),
+                "total_peers": self.gateway.peer_count(),
+                "ip_usage": {f: pool_usage(interface.pools.get(f)) for f in FAMILIES},
+                "last_handshakes": {key: rfc3339(when) for key, when in handshakes.items()},
+            },
+            "timestamp": rfc3339(self._clock()),
+        }
+        return Response(200, encode_json(content))
+
+    def prometheus(self, request: Request) -> Response:
+        text = "".join([*render_gateway(self.gateway, self._started), *self.metrics.render()])
+        return Response(200, text.encode("ascii"), "text/plain; version=0.0.4; charset=utf-8")
+
+    def healthz(self, request: Request) -> Response:
+        return Response(200, b'{"status":"alive"}')
+
+    def readyz(self, request: Request) -> Response:
+        if not self.gateway.ready:
+            raise Unavailable("the gateway is starting", headers=[("Retry-After", "1")])
+        reasons = self.gateway.degraded()
+        if reasons:
+            raise Unavailable("degraded: " + "; ".join(reasons))
+        return Response(200, b'{"status":"ready"}')
+
+
+ROUTES: tuple[ApiRoute, ...] = (
+    ApiRoute("POST", "/api/v1/configurations", App.create),
+    ApiRoute("GET", "/api/v1/configurations", App.list),
+    ApiRoute("GET", "/api/v1/configurations/{public_key}", App.get),
+    ApiRoute("DELETE", "/api/v1/configurations/{public_key}", App.delete),
+    ApiRoute("PUT", "/api/v1/configurations/{public_key}/status", App.set_status),
+    ApiRoute("GET", "/api/v1/ip-usage", App.ip_usage),
+    ApiRoute("POST", "/api/v1/sync-ips", App.sync_ips),
+    ApiRoute("GET", "/api/v1/server/status", App.status),
+    ApiRoute("GET", "/api/v1/server/metrics", App.server_metrics),
+    ApiRoute("GET", "/metrics", App.prometheus, "metrics"),
+    ApiRoute("GET", "/healthz", App.healthz, "open"),
+    ApiRoute("GET", "/readyz", App.readyz, "open"),
+)
+
+
+def _query_choice(query: Mapping[str, str], name: str, words: Sequence[str]) -> str | None:
+    value = query.get(name)
+    if value is not None and value not in words:
+        raise Invalid(name, f"must be one of {', '.join(words)}")
+    return value
+
+
+def _query_integer(query: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    value = query.get(name)
+    if value is None:
+        return default
+    try:
+        return _integer(low, high)(value)
+    except ValueError:
+        raise Invalid(name, f"must be a number, {low} to {high}") from None
+
+
+def _encode_cursor(peer_id: int) -> str:
+    return base64.urlsafe_b64encode(b"1:%d" % peer_id).decode("ascii").rstrip("=")
+
+
+def _decode_cursor(text: str | None) -> int:
+    if text is None:
+        return 0
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        match = re.fullmatch(rb"1:([0-9]{1,18})", raw)
+        if match:
+            return int(match[1])
+    except ValueError:
+        pass
+    raise Invalid("cursor", "must be the next_cursor of an earlier answer")
+
+
+def render_response(response: Response, keep_alive: bool, head_only: bool, date: str) -> bytes:
+    """Head and body in one piece: one write, one packet."""
+    phrase = HTTPStatus(response.status).phrase
+    extra = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
+    connection = "" if keep_alive else "Connection: close\r\n"
+    head = (
+        f"HTTP/1.1 {response.status} {phrase}\r\nDate: {date}\r\n"
+        f"Content-Type: {response.content_type}\r\nContent-Length: {len(response.body)}\r\n"
+        f"Cache-Control: no-store\r\n{extra}{connection}\r\n"
+    ).encode("ascii")
+    return head if head_only else head + response.body
+
+
+# ==================================================================================================
+# server: connections with TLS, deadlines and a cap; timers, signals, start and stop
+# Never here: routes.
+# ==================================================================================================
+
+
+class ConnectionClosed(Exception):
+    """The other side is gone, or its time is up: nothing more can be said to it."""
+
+
+class Connection(BaseHTTPRequestHandler):
+    """One client's connection: TLS, then requests one after the other, each with deadlines.
+
+    http.server's own reading of requests is not used: it has no deadlines, believes ambiguous
+    heads, and costs more than all the rest.
+    """
+
+    server: Server
+    busy = False  # between a request's head and the end of its answer
+
+    def setup(self) -> None:
+        self._socket: socket.socket = self.request
+        self._buffer = bytearray()
+        self._deadline = 0.0
+        self._unread = False  # whether input was left behind that nobody will read
+
+    def handle(self) -> None:
+        try:
+            self._handshake()
+            self.server.enter(self)
+            while not self.server.closing and self._serve():
+                pass
+        except (ConnectionClosed, OSError):  # ssl.SSLError is one
+            pass
+
+    def finish(self) -> None:
+        self.server.leave(self)
+        if self._unread:
+            self._linger()
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+    def cut(self) -> None:
+        """End a connection from another thread: its read returns at once."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)
+
+    def _handshake(self) -> None:
+        """In this thread and with a deadline: a silent client must not stall accept."""
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.settimeout(HANDSHAKE_DEADLINE)
+        self._socket = self.server.tls.wrap_socket(
+            self._socket, server_side=True, do_handshake_on_connect=False
+        )
+        self._socket.do_handshake()
+
+    def _serve(self) -> bool:
+        """Read and answer one request; returns whether another one may follow."""
+        keep_alive = head_only = False
+        method, route = "-", "-"
+        started = time.perf_counter()
+        try:
+            data = self._read_head()
+            if data is None:
+                return False
+            self.busy = True
+            started = time.perf_counter()
+            head = parse_head(data)
+            head_only = head.method == "HEAD"
+            method = head.method
+            self._unread = head.length > 0
+            admitted = self.server.app.admit(head, self.server.source(self.client_address))
+            route = admitted.route.template
+            body = self._read_body(head)
+            self._unread = False
+            keep_alive = head.keep_alive and not self.server.closing
+            response = self.server.app.answer(admitted, body)
+        except GatewayError as error:
+            response = problem(error)
+            # What was not understood or not read would turn into the next request.
+            keep_alive = method != "-" and not self._unread and head.keep_alive
+            self._unread = not keep_alive
+        self._send(render_response(response, keep_alive, head_only, self.server.date()))
+        self.busy = False
+        self.server.report(method, route, response.status, time.perf_counter() - started)
+        self.server.touch(self)
+        return keep_alive
+
+    def _read_head(self) -> bytes | None:
+        """The bytes up to the empty line, None when the connection ends between two requests."""
+        buffer = self._buffer
+        self._deadline = time.monotonic() + (HEAD_DEADLINE if buffer else IDLE_DEADLINE)
+        while True:
+            while buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2
+                del buffer[:2]
+            end = buffer.find(b"\r\n\r\n")
+            if end > MAX_HEAD or (end < 0 and len(buffer) > MAX_HEAD):
+                raise HeadTooLarge(f"the head has more than {MAX_HEAD} bytes")
+            if end >= 0:
+                data = bytes(buffer[:end])
+                del buffer[: end + 4]
+                return data
+            first = not buffer
+            try:
+                self._receive()
+            except TimeoutError:
+                if first:
+                    return None
+                raise Timeout("the head did not arrive in time") from None
+            except ConnectionClosed:
+                return None
+            if first:
+                self._deadline = time.monotonic() + HEAD_DEADLINE
+
+    def _read_body(self, head: Head) -> bytes:
+        buffer = self._buffer
+        if len(buffer) < head.length:
+            if head.expects_continue:
+                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._deadline = time.monotonic() + BODY_DEADLINE
+            try:
+                while len(buffer) < head.length:
+                    self._receive()
+            except TimeoutError:
+                raise Timeout("the body did not arrive in time") from None
+        body = bytes(buffer[: head.length])
+        del buffer[: head.length]
+        return body
+
+    def _receive(self) -> None:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        self._socket.settimeout(remaining)
+        data = self._socket.recv(65536)
+        if not data:
+            raise ConnectionClosed
+        self._buffer += data
+
+    def _send(self, data: bytes) -> None:
+        self._socket.settimeout(WRITE_DEADLINE)
+        self._socket.sendall(data)
+
+    def _linger(self) -> None:
+        """Close for writing and throw away what still comes, so that the answer is not reset."""
+        deadline = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            while (remaining := deadline - time.monotonic()) > 0:
+                self._socket.settimeout(remaining)
+                if not self._socket.recv(65536):
+                    return
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts connections, a thread each; the longest idle one goes when there are too many."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 512
+    allow_reuse_address = True
+
+    def __init__(self, config: Config, app: App, tls: ssl.SSLContext) -> None:
+        address = ipaddress.ip_address(config.api_host)
+        self.address_family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        self.app = app
+        self.tls = tls
+        self.closing = False
+        self.allowed = config.allowed_backends
+        self._limit = config.max_connections
+        self._lock = threading.Lock()
+        self._connections: dict[Connection, None] = {}  # least recently active first
+        self._open = 0
+        self._date = (0, "")
+        try:
+            super().__init__((config.api_host, config.api_port), Connection)
+        except OSError as error:
+            raise StartError(
+                f"API_HOST, API_PORT: cannot listen on {config.api_host} port "
+                f"{config.api_port}: {_reason(error)}"
+            ) from None
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        self.socket.bind(self.server_address)  # HTTPServer would ask DNS for a name
+        self.server_address = self.socket.getsockname()
+
+    @staticmethod
+    def source(client_address: Any) -> str:
+        """The client's address as text; IPv4 also where it came in over an IPv6 socket."""
+        address = ipaddress.ip_address(client_address[0].partition("%")[0])
+        mapped = getattr(address, "ipv4_mapped", None)
+        return str(mapped or address)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Cut off strangers before TLS."""
+        if not self.allowed:
+            return True
+        address = ipaddress.ip_address(self.source(client_address))
+        return address.is_loopback or any(
+            address.version == network.version and address in network for network in self.allowed
+        )
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._open += 1
+            crowded = self._open > self._limit
+            idle = next((c for c in self._connections if not c.busy), None) if crowded else None
+        if crowded and idle is not None:
+            idle.cut()
+        elif crowded:
+            with self._lock:
+                self._open -= 1
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A defect of ours: its place is logged, never the values it happened with."""
+        error = sys.exc_info()[1]
+        trace = error.__traceback__ if error else None
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        line = trace.tb_lineno if trace else 0
+        LOG.error("internal error: %s at line %d", type(error).__name__, line)
+
+    def enter(self, connection: Connection) -> None:
+        with self._lock:
+            self._connections[connection] = None
+
+    def touch(self, connection: Connection) -> None:
+        """Move a connection to the end of the line of idle ones."""
+        with self._lock:
+            if self._connections.pop(connection, connection) is None:
+                self._connections[connection] = None
+
+    def leave(self, connection: Connection) -> None:
+        with self._lock:
+            self._connections.pop(connection, None)
+            self._open -= 1
+
+    def date(self) -> str:
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = (now, email.utils.formatdate(now, usegmt=True))
+        return self._date[1]
+
+    def report(self, method: str, route: str, status: int, seconds: float) -> None:
+        known = method if method in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD") else "other"
+        self.app.metrics.observe(known, route, status, seconds)
+        LOG.info("%s %s %d %.1f ms", known, route, status, seconds * 1000)
+
+    def drain(self) -> None:
+        """Stop accepting, let requests in flight finish, end what is idle."""
+        self.closing = True
+        self.shutdown()
+        self.server_close()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < deadline:
+            with self._lock:
+                connections = list(self._connections)
+            if not connections:
+                return
+            for connection in connections:
+                if not connection.busy:
+                    connection.cut()
+            time.sleep(0.01)
+
+
+class Timer(threading.Thread):
+    """Runs jobs, each at its interval in seconds, one after the other, until stop()."""
+
+    def __init__(self, name: str, jobs: Sequence[tuple[float, Callable[[], None]]]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._jobs = jobs
+        self._stop_event = threading.Event()
+
+    def run(self) -> None:
+        due = [time.monotonic() + interval for interval, _ in self._jobs]
+        while not self._stop_event.wait(max(0.0, min(due) - time.monotonic())):
+            for i, (interval, job) in enumerate(self._jobs):
+                if due[i] <= time.monotonic():
+                    due[i] = time.monotonic() + interval
+                    try:
+                        job()
+                    except (BackendError, DiskError, OSError, sqlite3.Error) as error:
+                        LOG.error("%s: %s", self.name, error)
+
+    def stop(self) -> None:
+        self._stop_event.set()
+        if self.is_alive():
+            self.join()
+
+
+def make_tls(config: Config) -> ssl.SSLContext:
+    """The server's TLS context; makes a self-signed pair when there is none. ConfigError."""
+    cert, key = config.tls_cert, config.tls_key
+    if not os.path.exists(cert) and not os.path.exists(key):
+        names = ["localhost", "127.0.0.1", "::1", socket.gethostname()]
+        host = (config.wg_endpoint or "").strip("[]")
+        try:
+            make_certificate(cert, key, [*names, host] if host else names)
+        except ImportError:
+            raise ConfigError(
+                f"TLS_CERT {cert!r} does not exist, and making one needs python3-cryptography"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"TLS_CERT {cert!r} cannot be made: {_reason(error)}") from None
+        LOG.info("made a self-signed certificate: %s", cert)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    try:
+        context.load_cert_chain(cert, key)
+        fingerprint = certificate_fingerprint(cert)
+        if config.tls_client_ca:
+            context.load_verify_locations(config.tls_client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"TLS_CERT {cert!r}, TLS_KEY {key!r}, TLS_CLIENT_CA {config.tls_client_ca!r}: "
+            f"not usable PEM files: {_reason(error)}"
+        ) from None
+    LOG.info("certificate SHA-256 fingerprint %s", fingerprint)
+    return context
+
+
+def set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = logging.Formatter(
+        "%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ"
+    )
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    LOG.addHandler(handler)
+    LOG.setLevel(level.upper())
+    logging.logThreads = logging.logProcesses = False
+
+
+class Service:
+    """The whole of it: builds the parts, runs until SIGTERM, reloads on SIGHUP."""
+
+    def __init__(self, load: Callable[[], Config]) -> None:
+        self._load = load
+        self._config = load()
+        self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; returns the exit code. Raises StartError."""
+        config = self._config
+        set_up_logging(config.log_level)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda received, _: self._signals.put(received))
+        threading.stack_size(512 * 1024)  # bytes; a thread per connection
+        link = make_link(config, load_private_key(config.wg_private_key_file))
+        store = Store(config.db_path, config.durability, Disk())
+        gateway = Gateway(config, store, time.time)
+        host = HostMetrics(os.path.dirname(config.db_path) or ".")
+        app = App(config, gateway, time.time, host)
+        server = Server(config, app, make_tls(config))
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        store.recover()
+        gateway.start(link, self._open(config, link))
+        timers = self._start_timers(config, gateway, host)
+        LOG.info("ready on %s port %d", config.api_host, config.api_port)
+        self._wait(server, app)
+        server.drain()
+        for timer in timers:
+            timer.stop()
+        gateway.close()
+        store.close()
+        LOG.info("stopped")
+        return 0
+
+    @staticmethod
+    def _open(config: Config, link: Link) -> Backend:
+        if config.wg_backend == "memory":
+            LOG.warning("WG_BACKEND=memory: there is NO interface, no packet will ever pass")
+        try:
+            return open_backend(config.wg_backend, link)
+        except BackendError as error:
+            raise StartError(f"WG_BACKEND {config.wg_backend}: {error}") from None
+
+    @staticmethod
+    def _start_timers(config: Config, gateway: Gateway, host: HostMetrics) -> list[Timer]:
+        projection = [
+            (SUPERVISE_SECONDS, gateway.supervise),
+            (SUPERVISE_SECONDS / 2, gateway.expire),
+            (config.sample_interval, gateway.sample),
+            (SUPERVISE_SECONDS, host.tick),
+        ]
+        disk = [(config.snapshot_interval, gateway.snapshot), (SUPERVISE_SECONDS, gateway.heal)]
+        if config.durability == "interval":
+            disk.append((DURABILITY_INTERVAL, gateway.flush))
+        timers = [Timer("interface", projection), Timer("disk", disk)]
+        for timer in timers:
+            timer.start()
+        return timers
+
+    def _wait(self, server: Server, app: App) -> None:
+        while (number := self._signals.get()) == signal.SIGHUP:
+            try:
+                config = self._load()
+                server.tls = make_tls(config)
+            except StartError as error:
+                LOG.error("reload refused, the old settings stay: %s", error)
+                continue
+            server.allowed = config.allowed_backends
+            app.reload(config)
+            LOG.info("reloaded keys, allowlist and certificate")
+        LOG.info("%s: stopping", signal.Signals(number).name)
+
+
+# ==================================================================================================
+# command line: a table of subcommands
+# Never here: logic.
+# ==================================================================================================
+
+
+def command_serve(arguments: argparse.Namespace) -> int:
+    return Service(lambda: load_config(os.environ, arguments.env_file)).run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the process's exit code."""
+    parser = argparse.ArgumentParser(prog="wggw.py", description="A WireGuard gateway.")
+    parser.add_argument("--version", action="version", version=f"wggw {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="run the gateway")
+    serve.add_argument("--env-file", metavar="PATH", help="settings; default ./.env if it exists")
+    serve.set_defaults(run=command_serve)
+    arguments = parser.parse_args(argv)
+    try:
+        return cast(int, arguments.run(arguments))
+    except StartError as error:
+        print(f"wggw: {error}", file=sys.stderr)
+        return error.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
