@@ -489,7 +489,7 @@ def read_env_file(text: str, name: str) -> dict[str, str]:
             continue
         match = re.fullmatch(
             r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*"
-            r"""(?:"([^"]*)"|'([^']*)'|([^"'#\s][^#]*?|))(?:\s+\#.*)?""",
+            r"""(?:"([^"]*)"|'([^']*)'|(?!["'])(.*?))(?:\s+\#.*)?""",
             line,
         )
         if not match:
@@ -1410,7 +1410,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX peers_expiry ON peers (expires_at)
         WHERE expires_at IS NOT NULL AND status = 'active';
     CREATE TABLE released (
-        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        sequence INTEGER PRIMARY KEY,
         address TEXT NOT NULL UNIQUE
     );
     CREATE TABLE traffic (
@@ -1422,6 +1422,21 @@ MIGRATIONS: tuple[str, ...] = (
         last_handshake INTEGER NOT NULL
     );
     CREATE INDEX traffic_handshake ON traffic (last_handshake) WHERE last_handshake > 0;
+    CREATE TRIGGER address_taken AFTER INSERT ON peers BEGIN
+        DELETE FROM released WHERE address IN (NEW.assigned_ip, NEW.assigned_ipv6);
+    END;
+    CREATE TRIGGER address_released AFTER DELETE ON peers BEGIN
+        DELETE FROM traffic WHERE id = OLD.id;
+        INSERT OR REPLACE INTO released (address)
+            SELECT OLD.assigned_ip WHERE OLD.assigned_ip IS NOT NULL;
+        INSERT OR REPLACE INTO released (address)
+            SELECT OLD.assigned_ipv6 WHERE OLD.assigned_ipv6 IS NOT NULL;
+    END;
+    -- the interface drops a suspended peer, and counts from 0 when it comes back
+    CREATE TRIGGER counters_restarted AFTER UPDATE OF status ON peers WHEN NEW.status <> 'active'
+    BEGIN
+        UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = NEW.id;
+    END;
     """,
 )
 
@@ -1678,8 +1693,8 @@ class Store:
         return dict(rows.fetchall())
 
     def new_id(self) -> int:
-        self._next_id += 1
-        return self._next_id - 1
+        """The id of the next new peer; ids only grow while the process lives."""
+        return self._next_id
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -1711,51 +1726,46 @@ class Store:
 
     def _apply(self, content: Mapping[str, Any]) -> None:
         """The one way in which a change reaches the rows: live, replayed and undone."""
+        if len(content["put"]) + len(content["del"]) == 1:  # a single statement is atomic
+            self._apply_rows(content)
+            return
+        before = self.counts.copy()
         self._db.execute("SAVEPOINT change")
-        before = self.counts.copy() if len(content["put"]) + len(content["del"]) > 1 else None
         try:
-            for peer_id in content["del"]:
-                self._delete(peer_id)
-            for peer in content["put"]:
-                self._put(peer)
+            self._apply_rows(content)
         except sqlite3.Error:
             self._db.execute("ROLLBACK TO change")
             self._db.execute("RELEASE change")
-            if before is not None:
-                self.counts = before
+            self.counts = before
             raise
         self._db.execute("RELEASE change")
 
+    def _apply_rows(self, content: Mapping[str, Any]) -> None:
+        for peer_id in content["del"]:
+            self._delete(peer_id)
+        for peer in content["put"]:
+            self._put(peer)
+
     def _put(self, peer: Peer) -> None:
-        old = self._db.execute(
-            "SELECT interface, status FROM peers WHERE id = ?", (peer.id,)
-        ).fetchone()
-        self._db.execute(_PUT, peer)
-        if old is None:
-            self._db.execute(
-                "DELETE FROM released WHERE address IN (?, ?)",
-                (peer.assigned_ip, peer.assigned_ipv6),
-            )
+        if peer.id < self._next_id:  # it may be there already
+            old = self._db.execute(
+                "SELECT interface, status FROM peers WHERE id = ?", (peer.id,)
+            ).fetchone()
         else:
+            old = None
+        self._db.execute(_PUT, peer)
+        if old is not None:
             self.counts[old] -= 1
-        if peer.status != "active":  # the interface drops it, and counts from 0 when it comes back
-            self._db.execute("UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = ?", (peer.id,))
         self.counts[peer.interface, peer.status] += 1
         self._next_id = max(self._next_id, peer.id + 1)
 
     def _delete(self, peer_id: int) -> None:
-        row = self._db.execute(
-            "DELETE FROM peers WHERE id = ? "
-            "RETURNING interface, status, assigned_ip, assigned_ipv6",
-            (peer_id,),
-        ).fetchone()
-        if row is None:
+        old = self._db.execute(
+            "DELETE FROM peers WHERE id = ? RETURNING interface, status", (peer_id,)
+        ).fetchall()
+        if not old:
             raise sqlite3.IntegrityError(f"no peer with id {peer_id}")
-        self._db.execute("DELETE FROM traffic WHERE id = ?", (peer_id,))
-        for address in row[2:]:
-            if address is not None:
-                self._db.execute("INSERT OR REPLACE INTO released (address) VALUES (?)", (address,))
-        self.counts[row[0], row[1]] -= 1
+        self.counts[old[0]] -= 1
 
     def sample(self, states: Sequence[PeerState]) -> None:
         """Add what the interface counted since the last sample to the peers' totals."""
@@ -1810,8 +1820,6 @@ class Store:
         """Return when the change is as safe as DURABILITY promises. Raises DiskError."""
         if self.durability == "commit":
             self._journal.wait(number)
-        elif self._journal.failure:
-            raise DiskError(self._journal.failure)
 
     def flush(self) -> None:
         if self.durability != "none":
@@ -2238,6 +2246,15 @@ class Route:
             return bool(flags & IFF_UP) and found == struct.pack("=I", mtu)
         return False
 
+    def is_right(self, link: Link, index: int) -> bool:
+        """Whether this is still the link that configure() returned, and up. Raises BackendError."""
+        try:
+            return self.index(link.name) == index != 0 and self.is_up(index, link.mtu)
+        except NetlinkError as error:
+            if error.errno == errno.ENODEV:
+                return False
+            raise
+
     def add_address(self, index: int, address: str) -> None:
         """Add "10.0.1.1/24" to a link, unless it has it. IPv6 without duplicate detection."""
         interface = ipaddress.ip_interface(address)
@@ -2311,7 +2328,7 @@ class NetlinkBackend:
         self._index = self._route.configure(self._link)
 
     def alive(self) -> bool:
-        return self._route.index(self._link.name) == self._index != 0
+        return self._route.is_right(self._link, self._index)
 
     def read(self) -> list[PeerState]:
         return self._dump(self._reader)[1]
@@ -2551,7 +2568,7 @@ class UapiBackend:
         if self._process is not None and self._process.poll() is not None:
             self._process = None
             return False
-        return self._route.index(self._link.name) == self._index != 0 and uapi_answers(self._path)
+        return self._route.is_right(self._link, self._index) and uapi_answers(self._path)
 
     def read(self) -> list[PeerState]:
         return decode_uapi_device(self._reader.exchange(b"get=1\n\n"))[1]
@@ -2688,6 +2705,7 @@ class Gateway:
     def start(self, link: Link, backend: Backend) -> None:
         """Rebuild the pools, bring the interface in line, be ready. Raises StartError."""
         self._add_interface(link, backend)
+        self.expire()  # or their time would go on until the first tick
         for name in self.store.interfaces():
             if name not in self.interfaces:
                 raise ConfigError(
@@ -2737,11 +2755,13 @@ class Gateway:
 
     def close(self) -> None:
         """Let go of the interfaces, which stay as they are, and write what is left to disk."""
-        for interface in self.interfaces.values():
-            with contextlib.suppress(BackendError):
-                self.sample()
-            interface.backend.close()
+        try:
+            self.sample()
+        except BackendError as error:
+            LOG.error("the last sample is missing: %s", error)
         self.snapshot()
+        for interface in self.interfaces.values():
+            interface.backend.close()
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -2755,7 +2775,7 @@ class Gateway:
                 number = self._change([Step(None, peer)])
             else:
                 number = self._last_pending()
-            traffic = self.store.traffic(peer.id)
+            traffic = Traffic() if made else self.store.traffic(peer.id)
         self._settle(number)
         return made, peer, traffic
 
@@ -2917,6 +2937,8 @@ class Gateway:
         """
         if self.store.failure:
             raise Unavailable("the disk refuses writes: no change is accepted until it works again")
+        if "interface" in self.failures:
+            raise Unavailable("the interface is not usable")
         try:
             self._project(steps)
         except BackendError as error:
@@ -3060,10 +3082,10 @@ class Gateway:
         for interface in self.interfaces.values():
             try:
                 if not interface.backend.alive():
-                    LOG.warning("%s: the interface is gone: making it anew", interface.name)
-                    self.failures["interface"] = f"{interface.name} is being made anew"
-                    with self.lock:
-                        interface.backend.setup()
+                    LOG.warning("%s: the interface is gone or down: setting it up", interface.name)
+                    with self.lock:  # from here on no change is tried
+                        self.failures["interface"] = f"{interface.name} is being set up"
+                    interface.backend.setup()
                 if "interface" in self.failures:
                     LOG.info("%s: %s", interface.name, self.reconcile())
             except BackendError as error:
@@ -3890,8 +3912,8 @@ class Connection(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         try:
-            self._handshake()
             self.server.enter(self)
+            self._handshake()
             while not self.server.closing and self._serve():
                 pass
         except (ConnectionClosed, OSError):  # ssl.SSLError is one
@@ -4071,14 +4093,19 @@ class Server(ThreadingHTTPServer):
             self._open += 1
             crowded = self._open > self._limit
             idle = next((c for c in self._connections if not c.busy), None) if crowded else None
-        if crowded and idle is not None:
+            if idle is not None:
+                del self._connections[idle]
+        if idle is not None:
             idle.cut()
-        elif crowded:
+        try:
+            if crowded and idle is None:
+                raise RuntimeError("too many connections, and all of them busy")
+            super().process_request(request, client_address)
+        except RuntimeError as error:  # also: no thread can be started
+            LOG.warning("a connection was refused: %s", error)
             with self._lock:
                 self._open -= 1
             self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A defect of ours: its place is logged, never the values it happened with."""
