@@ -96,6 +96,7 @@ MAX_JSON_DEPTH = 32
 MAX_TEXT = 256  # characters of a free text such as request_id
 MAX_PAGE = 1000  # peers in one answer to a list
 MAX_INTEGER = 2**63 - 1  # SQLite's INTEGER
+MAX_NONCES = 2**18  # live ones: 2,000 signed requests a second for two minutes, about 30 MB
 
 HANDSHAKE_DEADLINE = 10.0  # seconds for TLS
 HEAD_DEADLINE = 10.0  # seconds from the first byte of a request to the end of its head
@@ -204,6 +205,10 @@ class Invalid(GatewayError):
         super().__init__(f"{name}: {accepted}")
 
 
+class TooManyRequests(GatewayError):
+    status = 429
+
+
 class HeadTooLarge(GatewayError):
     status = 431
 
@@ -274,6 +279,7 @@ class Config:
     gateway_api_keys: Mapping[str, str] = field(repr=False)
     gateway_public_key: str | None = field(repr=False)
     max_timestamp_diff: int
+    auth_schemes: tuple[str, ...]
     allowed_backends: tuple[IPv4or6Network, ...]
     api_host: str
     api_port: int
@@ -308,6 +314,7 @@ def _text(raw: str) -> str:
 def _secret(raw: str) -> str:
     if len(raw) < 16:
         raise ValueError
+    raw.encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, a ValueError
     return raw
 
 
@@ -349,7 +356,16 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
+def _schemes(raw: str) -> tuple[str, ...]:
+    words = tuple(word.strip() for word in raw.split(","))
+    if any(word not in ("legacy", "rfc9421") for word in words):
+        raise ValueError
+    return words
+
+
 def _networks(raw: str) -> tuple[IPv4or6Network, ...]:
+    if "%" in raw:  # a scope id: any text may follow it
+        raise ValueError
     return tuple(ipaddress.ip_network(part.strip()) for part in raw.split(",") if part.strip())
 
 
@@ -358,7 +374,7 @@ def _subnet(version: int, longest: int) -> Callable[[str], IPv4or6Network | None
         if not raw:
             return None
         network = ipaddress.ip_network(raw)
-        if network.version != version or not 1 <= network.prefixlen <= longest:
+        if "%" in raw or network.version != version or not 1 <= network.prefixlen <= longest:
             raise ValueError
         return network
 
@@ -384,7 +400,7 @@ def _endpoint(raw: str) -> str:
 
 def _dns_servers(raw: str) -> dict[str, tuple[str, ...]]:
     parsed = json.loads(raw)
-    if not isinstance(parsed, dict) or not parsed:
+    if not isinstance(parsed, dict) or not parsed or "%" in raw:
         raise ValueError
     choices: dict[str, tuple[str, ...]] = {}
     for choice, value in parsed.items():
@@ -409,6 +425,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("GATEWAY_PUBLIC_KEY", None, _secret, "a text of 16 characters or more", True),
     Setting("MAX_TIMESTAMP_DIFF", "60", _integer(1, 3600), "seconds, 1 to 3600"),
+    Setting("AUTH_SCHEMES", "legacy,rfc9421", _schemes, "legacy, rfc9421 or both"),
     Setting("ALLOWED_BACKENDS", "", _networks, "comma-separated CIDRs without host bits"),
     Setting("API_HOST", "0.0.0.0", lambda raw: str(ipaddress.ip_address(raw)), "an IP address"),
     Setting("API_PORT", "8000", _integer(1, 65535), "a port, 1 to 65535"),
@@ -489,7 +506,7 @@ def read_env_file(text: str, name: str) -> dict[str, str]:
             continue
         match = re.fullmatch(
             r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*"
-            r"""(?:"([^"]*)"|'([^']*)'|(?!["'])(.*?))(?:\s+\#.*)?""",
+            r"""(?:"([^"]*)"|'([^']*)'|(?!["'#])(.*?))(?:\s+\#.*)?""",
             line,
         )
         if not match:
@@ -840,32 +857,369 @@ class Caller(NamedTuple):
     scheme: str
 
 
-class Authenticator:
-    """Verifies the legacy signature; holds the keys. `clock` gives Unix seconds."""
+class SignedMessage(NamedTuple):
+    """What signatures can cover of a request. `target` is path and query as sent."""
 
-    def __init__(self, keys: Mapping[str, str], window: int, clock: Callable[[], float]) -> None:
-        self._keys = [(key_id, secret.encode("utf-8")) for key_id, secret in keys.items()]
+    method: str
+    authority: str
+    target: str
+    headers: Mapping[bytes, bytes]
+    length: int
+
+
+class Authenticator:
+    """Verifies signatures of both schemes. `clock` gives Unix seconds.
+
+    A signature of RFC 9421 is accepted once: nonces are remembered for as long as their `created`
+    could be accepted. They are not kept over a restart; instead what was created before the start
+    is refused, for at most the window.
+    """
+
+    def __init__(
+        self,
+        keys: Mapping[str, str],
+        window: int,
+        clock: Callable[[], float],
+        schemes: Sequence[str] = ("legacy", "rfc9421"),
+    ) -> None:
+        self._keys = {key_id: secret.encode("utf-8") for key_id, secret in keys.items()}
         self._window = window
         self._clock = clock
+        self._schemes = schemes
+        self._started = int(clock())
+        self._nonces = NonceGuard()
+
+    def reload(self, keys: Mapping[str, str], window: int, schemes: Sequence[str]) -> None:
+        """Take over new settings; nonces and the time of the start stay."""
+        self._keys = {key_id: secret.encode("utf-8") for key_id, secret in keys.items()}
+        self._window, self._schemes = window, schemes
+
+    def verify(self, message: SignedMessage) -> Caller:
+        """Check a request's head by the scheme it uses. Raises Unauthorized, TooManyRequests."""
+        if b"signature-input" in message.headers:
+            if "rfc9421" in self._schemes:
+                return self._verify_rfc9421(message)
+        elif "legacy" in self._schemes:
+            return self.verify_legacy(
+                message.headers.get(b"signature", b""),
+                message.headers.get(b"timestamp", b""),
+                message.length,
+            )
+        raise Unauthorized(NOT_AUTHENTIC)
 
     def verify_legacy(self, signature: bytes, timestamp: bytes, body_length: int) -> Caller:
         """Check `signature` over timestamp and length, then the time. Raises Unauthorized."""
-        message = legacy_message(timestamp, body_length)
+        signed = legacy_message(timestamp, body_length)
         given = signature.lower()
         caller = None
-        for key_id, secret in self._keys:  # all of them: the time taken tells nothing
-            expected = hmac.digest(secret, message, "sha256").hex().encode("ascii")
+        for key_id, secret in self._keys.items():  # all of them: the time taken tells nothing
+            expected = hmac.digest(secret, signed, "sha256").hex().encode("ascii")
             if hmac.compare_digest(expected, given):
                 caller = Caller(key_id, "legacy")
         if caller is None or not re.fullmatch(rb"[0-9]{1,12}", timestamp):
-            raise Unauthorized("the request is not authentic")
+            raise Unauthorized(NOT_AUTHENTIC)
+        self._check_time(int(timestamp))
+        return caller
+
+    def _verify_rfc9421(self, message: SignedMessage) -> Caller:
+        """RFC 9421 section 3.2; one good signature of several is enough."""
+        for given in parse_signatures(message.headers):
+            secret = self._keys.get(given.key_id)
+            base = signature_base(message, given)
+            if secret is None or base is None or not _covers_enough(message, given):
+                continue
+            expected = hmac.digest(secret, base, "sha256")
+            if hmac.compare_digest(expected, given.signature):
+                self._check_fresh(given)
+                return Caller(given.key_id, "rfc9421")
+        raise Unauthorized(NOT_AUTHENTIC)
+
+    def _check_time(self, created: int) -> int:
         now = self._clock()
-        if abs(now - int(timestamp)) > self._window:
+        if abs(now - created) > self._window:
             raise Unauthorized(
                 f"the timestamp is outside the window of {self._window} s; "
                 f"the server's time is {int(now)} ({rfc3339(now)})"
             )
-        return caller
+        return int(now)
+
+    def _check_fresh(self, given: MessageSignature) -> None:
+        now = self._check_time(given.created)
+        if given.expires is not None and given.expires < now:
+            raise Unauthorized(f"the signature has expired; the server's time is {now}")
+        if given.created <= self._started:
+            wait = str(max(1, self._started + 1 - now))
+            raise Unauthorized(
+                "signatures from before the gateway's start are not accepted: sign again",
+                headers=[("Retry-After", wait)],
+            )
+        if not self._nonces.first_use(given.key_id, given.nonce, given.created + self._window, now):
+            raise Unauthorized("the nonce was used before")
+
+
+NOT_AUTHENTIC = "the request is not authentic"
+
+
+class NonceGuard:
+    """Remembers nonces until their time is over; never forgets a live one to make room."""
+
+    def __init__(self, limit: int = MAX_NONCES) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._by_second: dict[int, set[bytes]] = {}
+        self._count = 0
+        self._swept = 0
+
+    def first_use(self, key_id: str, nonce: str, until: int, now: int) -> bool:
+        """Whether this nonce is new; it is remembered up to the second `until`.
+
+        Raises TooManyRequests when there is no room.
+        """
+        entry = hashlib.blake2b(f"{key_id} {nonce}".encode(), digest_size=16).digest()
+        with self._lock:
+            self._sweep(now)
+            if any(entry in entries for entries in self._by_second.values()):
+                return False
+            if self._count >= self._limit:
+                raise TooManyRequests("too many requests", headers=[("Retry-After", "1")])
+            self._by_second.setdefault(until, set()).add(entry)
+            self._count += 1
+            return True
+
+    def _sweep(self, now: int) -> None:
+        if now == self._swept:
+            return
+        self._swept = now
+        for second in [second for second in self._by_second if second < now]:
+            self._count -= len(self._by_second.pop(second))
+
+
+class MessageSignature(NamedTuple):
+    """One signature of a message: label, covered components, its parameters, the MAC."""
+
+    components: tuple[str, ...]
+    parameters: str  # as in the signature base: ("@method" ...);created=...
+    created: int
+    expires: int | None
+    nonce: str
+    key_id: str
+    signature: bytes
+
+
+def parse_signatures(headers: Mapping[bytes, bytes]) -> Iterator[MessageSignature]:
+    """The signatures of a message that have all that we require; others are passed over."""
+    try:
+        inputs = parse_dictionary(headers[b"signature-input"].decode("ascii"))
+        macs = parse_dictionary(headers.get(b"signature", b"").decode("ascii"))
+    except ValueError:
+        return
+    for label, (components, parameters) in inputs.items():
+        mac = macs.get(label, (None, {}))[0]
+        if not isinstance(components, tuple) or not isinstance(mac, bytes):
+            continue
+        if any(not isinstance(name, str) or given for name, given in components):
+            continue  # no component parameters: none is needed for what must be covered
+        names = tuple(str(name) for name, _ in components)
+        created, expires = parameters.get("created"), parameters.get("expires")
+        nonce, key_id = parameters.get("nonce"), parameters.get("keyid")
+        if len(set(names)) != len(names) or type(created) is not int:
+            continue
+        if not isinstance(nonce, str) or not nonce or not isinstance(key_id, str):
+            continue
+        if not (expires is None or type(expires) is int):
+            continue
+        if parameters.get("alg", "hmac-sha256") != "hmac-sha256":
+            continue
+        text = serialize_inner_list(names, parameters)
+        yield MessageSignature(names, text, created, expires, nonce, key_id, mac)
+
+
+def _covers_enough(message: SignedMessage, given: MessageSignature) -> bool:
+    """Method, target and, where there is one, the body's digest."""
+    covered = set(given.components)
+    whole = "@target-uri" in covered
+    parts = "@path" in covered and ("?" not in message.target or "@query" in covered)
+    body = message.length == 0 or "content-digest" in covered
+    return "@method" in covered and (whole or parts) and body
+
+
+def signature_base(message: SignedMessage, given: MessageSignature) -> bytes | None:
+    """RFC 9421 section 2.5, or None when a component is not known or not there."""
+    lines: list[bytes] = []
+    for name in given.components:
+        value = _component(message, name)
+        if value is None:
+            return None
+        lines.append(b'"%b": %b\n' % (name.encode("ascii"), value))
+    lines.append(b'"@signature-params": ' + given.parameters.encode("ascii"))
+    return b"".join(lines)
+
+
+def _component(message: SignedMessage, name: str) -> bytes | None:
+    """The value of a component (RFC 9421 sections 2.1 and 2.2)."""
+    if not name.startswith("@"):
+        return message.headers.get(name.encode("ascii")) if name == name.lower() else None
+    path, _, query = message.target.partition("?")
+    authority = message.authority.lower().removesuffix(":443")
+    derived = {
+        "@method": message.method,
+        "@target-uri": f"https://{authority}{message.target}",
+        "@authority": authority,
+        "@scheme": "https",
+        "@request-target": message.target,
+        "@path": path,
+        "@query": f"?{query}",
+    }
+    value = derived.get(name)
+    return None if value is None else value.encode("ascii")
+
+
+def digest_matches(header: bytes, body: bytes) -> bool:
+    """Whether Content-Digest (RFC 9530) has the body's SHA-256."""
+    try:
+        given = parse_dictionary(header.decode("ascii")).get("sha-256", (None, {}))[0]
+    except ValueError:
+        return False
+    return isinstance(given, bytes) and hmac.compare_digest(hashlib.sha256(body).digest(), given)
+
+
+def sign_rfc9421(
+    key_id: str, secret: str, message: SignedMessage, created: int, nonce: str
+) -> tuple[str, str]:
+    """The values of Signature-Input and Signature for a request."""
+    names = ["@method", "@target-uri", *(["content-digest"] if message.length else [])]
+    parameters: Parameters = {
+        "created": created,
+        "nonce": nonce,
+        "keyid": key_id,
+        "alg": "hmac-sha256",
+    }
+    text = serialize_inner_list(names, parameters)
+    given = MessageSignature(tuple(names), text, created, None, nonce, key_id, b"")
+    base = signature_base(message, given)
+    if base is None:
+        raise ValueError("a covered component is missing")
+    mac = hmac.digest(secret.encode("utf-8"), base, "sha256")
+    return f"sig1={text}", f"sig1=:{base64.b64encode(mac).decode('ascii')}:"
+
+
+# --- structured fields (RFC 8941), the part that signatures and digests need ----------------------
+
+Bare = str | int | bytes | bool
+Parameters = dict[str, Bare]
+InnerList = tuple[tuple[Bare, Parameters], ...]
+
+_SF_KEY = re.compile(r"[a-z*][a-z0-9_.*-]*")
+_SF_INTEGER = re.compile(r"-?[0-9]{1,15}(?![0-9.])")
+_SF_STRING = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
+_SF_BYTES = re.compile(r":([A-Za-z0-9+/]*={0,2}):")
+_SF_TOKEN = re.compile(r"[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*")
+
+
+class _Scanner:
+    """Reads a structured field from left to right. Raises ValueError at what does not belong."""
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MAX_HEAD:
+            raise ValueError("too long")
+        self.text = text
+        self.position = 0
+
+    def match(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        found = pattern.match(self.text, self.position)
+        if found is None:
+            raise ValueError(f"structured field: unexpected text at {self.position}")
+        self.position = found.end()
+        return found
+
+    def skip(self, characters: str) -> None:
+        while self.position < len(self.text) and self.text[self.position] in characters:
+            self.position += 1
+
+    def take(self, character: str) -> bool:
+        found = self.text.startswith(character, self.position)
+        self.position += len(character) if found else 0
+        return found
+
+    def ended(self) -> bool:
+        return self.position == len(self.text)
+
+    def bare(self) -> Bare:
+        first = self.text[self.position : self.position + 1]
+        if first == '"':
+            return re.sub(r"\\(.)", r"\1", self.match(_SF_STRING)[1])
+        if first == ":":
+            return binascii.a2b_base64(self.match(_SF_BYTES)[1], strict_mode=True)
+        if first == "?":
+            return self.match(re.compile(r"\?[01]"))[0] == "?1"
+        if first in "-0123456789" and first:
+            return int(self.match(_SF_INTEGER)[0])
+        return self.match(_SF_TOKEN)[0]
+
+    def parameters(self) -> Parameters:
+        parameters: Parameters = {}
+        while self.take(";"):
+            self.skip(" ")
+            key = self.match(_SF_KEY)[0]
+            if key in parameters:  # RFC 8941 takes the last one; two readings are one too many
+                raise ValueError("structured field: a parameter is repeated")
+            parameters[key] = self.bare() if self.take("=") else True
+        return parameters
+
+    def inner_list(self) -> InnerList:
+        items: list[tuple[Bare, Parameters]] = []
+        while True:
+            self.skip(" ")
+            if self.take(")"):
+                return tuple(items)
+            if items and self.text[self.position - 1] != " ":
+                raise ValueError("structured field: items without a space between them")
+            items.append((self.bare(), self.parameters()))
+
+
+def parse_dictionary(text: str) -> dict[str, tuple[Bare | InnerList, Parameters]]:
+    """RFC 8941 section 4.2.2; a repeated key is refused. Raises ValueError."""
+    scanner = _Scanner(text)
+    members: dict[str, tuple[Bare | InnerList, Parameters]] = {}
+    scanner.skip(" ")
+    while not scanner.ended():
+        key = scanner.match(_SF_KEY)[0]
+        if key in members:
+            raise ValueError("structured field: a key is repeated")
+        value: Bare | InnerList = True
+        if scanner.take("="):
+            value = scanner.inner_list() if scanner.take("(") else scanner.bare()
+        members[key] = (value, scanner.parameters())
+        scanner.skip(" \t")
+        if scanner.ended():
+            break
+        if not scanner.take(","):
+            raise ValueError("structured field: a comma is missing")
+        scanner.skip(" \t")
+        if scanner.ended():
+            raise ValueError("structured field: a trailing comma")
+    return members
+
+
+def serialize_inner_list(names: Sequence[str], parameters: Mapping[str, Bare]) -> str:
+    """RFC 8941 section 4.1.1.1, for a list of strings."""
+    listed = " ".join(_serialize_bare(name) for name in names)
+    tail = "".join(
+        f";{key}" if value is True else f";{key}={_serialize_bare(value)}"
+        for key, value in parameters.items()
+    )
+    return f"({listed}){tail}"
+
+
+def _serialize_bare(value: Bare) -> str:
+    if isinstance(value, bool):
+        return f"?{int(value)}"
+    if isinstance(value, bytes):
+        return f":{base64.b64encode(value).decode('ascii')}:"
+    if isinstance(value, int):
+        return str(value)
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def legacy_message(timestamp: bytes, body_length: int) -> bytes:
@@ -2795,12 +3149,12 @@ class Gateway:
         """Suspend or activate; nothing to do is as good as done."""
         with self.lock:
             peer = self._known(public_key)
-            if peer.status == status:
+            after = peer._replace(status=status, status_reason=None)
+            if after == peer:
                 number = self._last_pending()
             else:
                 if status == "active":
                     self._check_may_be_active(peer)
-                after = peer._replace(status=status, status_reason=None)
                 number = self._change([Step(peer, after)])
         self._settle(number)
 
@@ -3323,6 +3677,7 @@ class Head(NamedTuple):
     method: str
     path: str
     query: str
+    target: str
     headers: Mapping[bytes, bytes]
     length: int
     keep_alive: bool
@@ -3381,6 +3736,7 @@ def parse_head(data: bytes) -> Head:
         match[1].decode("ascii"),
         path or "/",
         query,
+        target,
         headers,
         length,
         keep_alive,
@@ -3595,6 +3951,7 @@ class App:
         self._clock = clock
         self._host = host
         self._started = clock()
+        self._authenticator = Authenticator({}, config.max_timestamp_diff, clock)
         self._endpoints: dict[str, Endpoint] = {}
         for route in ROUTES:
             pattern = re.compile(re.escape(route.template).replace(r"\{public_key\}", "([^/]+)"))
@@ -3605,7 +3962,7 @@ class App:
     def reload(self, config: Config) -> None:
         """Take over keys and tokens from a new configuration."""
         keys = {"default": config.gateway_api_key, **config.gateway_api_keys}
-        self._authenticator = Authenticator(keys, config.max_timestamp_diff, self._clock)
+        self._authenticator.reload(keys, config.max_timestamp_diff, config.auth_schemes)
         self._metrics_token = config.metrics_token
         secret = config.gateway_public_key
         self._box = PayloadBox(secret) if secret else None
@@ -3616,11 +3973,7 @@ class App:
         """Signature first, then path and method, then length. Raises GatewayError."""
         path = head.path[:-1] if head.path.endswith("/") and len(head.path) > 1 else head.path
         if path.startswith("/api/") or path == "/api":
-            self._authenticator.verify_legacy(
-                head.headers.get(b"signature", b""),
-                head.headers.get(b"timestamp", b""),
-                head.length,
-            )
+            self._authenticate(head)
         row, segment = self._find(path)
         route = row.methods.get("GET" if head.method == "HEAD" else head.method)
         if route is None:
@@ -3638,6 +3991,12 @@ class App:
         if key is None:
             raise NotFound("the path does not hold a public key")
         return Admitted(head, route, key)
+
+    def _authenticate(self, head: Head) -> None:
+        host = head.headers.get(b"host", b"").decode("ascii", "replace")
+        self._authenticator.verify(
+            SignedMessage(head.method, host, head.target, head.headers, head.length)
+        )
 
     def _find(self, path: str) -> tuple[Endpoint, str]:
         row = self._endpoints.get(path)
@@ -3663,6 +4022,10 @@ class App:
     def answer(self, admitted: Admitted, body: bytes) -> Response:
         """Run the handler; a GatewayError becomes a problem."""
         try:
+            headers = admitted.head.headers
+            signed = admitted.route.guard == "signed" and b"signature-input" in headers
+            if signed and body and not digest_matches(headers.get(b"content-digest", b""), body):
+                raise Unauthorized("the body does not have the signed Content-Digest")
             request = Request(
                 admitted.head.path,
                 parse_query(admitted.head.query) if admitted.head.query else {},
