@@ -95,6 +95,7 @@ MAX_BODY = 64 * 1024  # bytes of an ordinary request's body
 MAX_JSON_DEPTH = 32
 MAX_TEXT = 256  # characters of a free text such as request_id
 MAX_PAGE = 1000  # peers in one answer to a list
+MAX_BATCH = 1000  # operations
 MAX_INTEGER = 2**63 - 1  # SQLite's INTEGER
 MAX_NONCES = 2**18  # live ones: 2,000 signed requests a second for two minutes, about 30 MB
 
@@ -803,6 +804,13 @@ class Field(NamedTuple):
     accepts: str
 
 
+def _nullable(row: Field) -> Field:
+    def parse(value: Any) -> Any:
+        return None if value is None else row.parse(value)
+
+    return Field(parse, f"{row.accepts}, or null")
+
+
 PUBLIC_KEY_FIELD = Field(_field_public_key, "44 characters of base64, a 32-byte public key")
 
 CREATE_FIELDS: dict[str, Field] = {
@@ -821,6 +829,14 @@ CREATE_FIELDS: dict[str, Field] = {
     "obfuscation": Field(_field_obfuscation, 'an object with "enabled": true or false'),
 }
 
+# What a PATCH may change; null takes away what may be missing.
+PATCH_FIELDS: dict[str, Field] = {
+    **{n: CREATE_FIELDS[n] for n in ("dns", "tunnel_traffic", "port", "persistent_keepalive")},
+    **{n: _nullable(CREATE_FIELDS[n]) for n in ("expires_at", "quota_bytes", "preshared_key")},
+}
+
+ROTATE_FIELDS: dict[str, Field] = {"new_public_key": PUBLIC_KEY_FIELD}
+
 STATUS_FIELDS: dict[str, Field] = {
     "status": Field(_field_choice("active", "suspended"), '"active" or "suspended"'),
 }
@@ -830,17 +846,22 @@ def parse_fields(
     body: Mapping[str, Any], table: Mapping[str, Field], required: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Decode the known fields of a JSON object; null is as good as absent. Raises Invalid."""
+    given = {name: body[name] for name in table if body.get(name) is not None}
+    for name in required:
+        if name not in given:
+            raise Invalid(name, f"is required: {table[name].accepts}")
+    return parse_patch(given, table)
+
+
+def parse_patch(body: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
+    """Decode the known fields that are there, null too. Raises Invalid."""
     parsed: dict[str, Any] = {}
     for name, row in table.items():
-        value = body.get(name)
-        if value is None:
-            if name in required:
-                raise Invalid(name, f"is required: {row.accepts}")
-            continue
-        try:
-            parsed[name] = row.parse(value)
-        except (ValueError, TypeError):
-            raise Invalid(name, f"must be {row.accepts}") from None
+        if name in body:
+            try:
+                parsed[name] = row.parse(body[name])
+            except (ValueError, TypeError):
+                raise Invalid(name, f"must be {row.accepts}") from None
     return parsed
 
 
@@ -1786,8 +1807,9 @@ MIGRATIONS: tuple[str, ...] = (
         INSERT OR REPLACE INTO released (address)
             SELECT OLD.assigned_ipv6 WHERE OLD.assigned_ipv6 IS NOT NULL;
     END;
-    -- the interface drops a suspended peer, and counts from 0 when it comes back
-    CREATE TRIGGER counters_restarted AFTER UPDATE OF status ON peers WHEN NEW.status <> 'active'
+    -- the interface drops a peer that is suspended or gets a new key, and counts from 0 again
+    CREATE TRIGGER counters_restarted AFTER UPDATE OF status, public_key ON peers
+    WHEN NEW.status <> 'active' OR NEW.public_key <> OLD.public_key
     BEGIN
         UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = NEW.id;
     END;
@@ -2915,6 +2937,8 @@ class UapiBackend:
             if status is not None:
                 raise BackendError(f"{name}: {self._program} ended with status {status}")
             if time.monotonic() > deadline:
+                self._process.kill()
+                self._process.wait()
                 raise BackendError(f"{name}: {self._program} did not open {self._path}")
             time.sleep(0.01)
 
@@ -2948,6 +2972,7 @@ class MemoryBackend:
 
     def __init__(self) -> None:
         self._peers: dict[bytes, WirePeer] = {}
+        self._owners: dict[bytes, bytes] = {}  # allowed IP -> public key
 
     def setup(self) -> None:
         pass
@@ -2960,10 +2985,21 @@ class MemoryBackend:
 
     def apply(self, changes: Sequence[Change]) -> None:
         for public_key, peer in changes:
-            if peer is None:
-                self._peers.pop(public_key, None)
-            else:
-                self._peers[public_key] = peer
+            before = self._peers.pop(public_key, None)
+            for network in before.allowed_ips if before else ():
+                del self._owners[network]
+            if peer is not None:
+                self._set(peer)
+
+    def _set(self, peer: WirePeer) -> None:
+        """As WireGuard does: an allowed IP belongs to the peer that was set last."""
+        for network in peer.allowed_ips:
+            loser = self._peers.get(self._owners.get(network, b""))
+            if loser is not None:
+                kept = tuple(other for other in loser.allowed_ips if other != network)
+                self._peers[loser.public_key] = loser._replace(allowed_ips=kept)
+            self._owners[network] = peer.public_key
+        self._peers[peer.public_key] = peer
 
     def close(self) -> None:
         pass
@@ -3013,6 +3049,18 @@ class Interface(NamedTuple):
     @property
     def name(self) -> str:
         return self.link.name
+
+
+class Outcome(NamedTuple):
+    """What a request came to: the peer after it (or before it was deleted), and its traffic.
+
+    `number` is the journal record that the answer waits for.
+    """
+
+    changed: bool
+    peer: Peer
+    traffic: Traffic
+    number: int
 
 
 class SyncResult(NamedTuple):
@@ -3119,19 +3167,64 @@ class Gateway:
 
     # --- requests --------------------------------------------------------------------------------
 
-    def create(self, fields: Mapping[str, Any]) -> tuple[bool, Peer, Traffic]:
-        """Make a peer, or find the one that has this key: (made, peer, traffic)."""
+    def create(self, fields: Mapping[str, Any]) -> Outcome:
+        """Make a peer, or find the one that has this key."""
+        return self._do(self._create, fields)
+
+    def set_status(self, public_key: str, status: str) -> Outcome:
+        """Suspend or activate; nothing to do is as good as done."""
+        return self._do(self._set_status, {"public_key": public_key, "status": status})
+
+    def delete(self, public_key: str) -> Outcome:
+        return self._do(self._delete, {"public_key": public_key})
+
+    def update(self, public_key: str, fields: Mapping[str, Any]) -> Outcome:
+        """Change what a PATCH may change; undoes a suspension that the new values answer."""
+        return self._do(self._update, {**fields, "public_key": public_key})
+
+    def rotate(self, public_key: str, new_public_key: str) -> Outcome:
+        """Give a peer a new key; all else stays."""
+        return self._do(self._rotate, {"public_key": public_key, "new": new_public_key})
+
+    def batch(
+        self, operations: Sequence[tuple[str, Mapping[str, Any]] | GatewayError]
+    ) -> list[Outcome | GatewayError]:
+        """Each operation atomic, in order, and one wait for the disk for all of them.
+
+        An error among `operations` is one that decoding found: it is passed on in its place.
+        """
+        rules: dict[str, Callable[[Mapping[str, Any]], Outcome]] = {
+            "create": self._create,
+            "delete": self._delete,
+            "suspend": lambda fields: self._set_status({**fields, "status": "suspended"}),
+            "activate": lambda fields: self._set_status({**fields, "status": "active"}),
+        }
+        results: list[Outcome | GatewayError] = []
+        for operation in operations:
+            if isinstance(operation, GatewayError):
+                results.append(operation)
+                continue
+            name, fields = operation
+            try:
+                with self.lock:
+                    results.append(rules[name](fields))
+            except GatewayError as error:
+                results.append(error)
+        last = max((r.number for r in results if isinstance(r, Outcome)), default=0)
+        try:
+            self._settle(last)
+        except Unavailable as error:
+            durable = self.store.durable
+            return [error if isinstance(r, Outcome) and r.number > durable else r for r in results]
+        return results
+
+    def _do(
+        self, rule: Callable[[Mapping[str, Any]], Outcome], fields: Mapping[str, Any]
+    ) -> Outcome:
         with self.lock:
-            peer = self.store.get(fields["public_key"])
-            made = peer is None
-            if peer is None:
-                peer = self._new_peer(fields)
-                number = self._change([Step(None, peer)])
-            else:
-                number = self._last_pending()
-            traffic = Traffic() if made else self.store.traffic(peer.id)
-        self._settle(number)
-        return made, peer, traffic
+            outcome = rule(fields)
+        self._settle(outcome.number)
+        return outcome
 
     def get(self, public_key: str) -> tuple[Peer, Traffic]:
         with self.lock:
@@ -3144,24 +3237,6 @@ class Gateway:
     def page(self, after: int, limit: int, chosen: Filter) -> list[tuple[Peer, Traffic]]:
         with self.lock:
             return self.store.page(after, limit, chosen)
-
-    def set_status(self, public_key: str, status: str) -> None:
-        """Suspend or activate; nothing to do is as good as done."""
-        with self.lock:
-            peer = self._known(public_key)
-            after = peer._replace(status=status, status_reason=None)
-            if after == peer:
-                number = self._last_pending()
-            else:
-                if status == "active":
-                    self._check_may_be_active(peer)
-                number = self._change([Step(peer, after)])
-        self._settle(number)
-
-    def delete(self, public_key: str) -> None:
-        with self.lock:
-            number = self._change([Step(self._known(public_key), None)])
-        self._settle(number)
 
     def usage(self, interface: Interface) -> dict[str, dict[str, Any]]:
         """Each family's pool: totals, and every address held."""
@@ -3199,7 +3274,54 @@ class Gateway:
             reasons.append(f"changes are refused: {self.store.failure}")
         return reasons
 
-    # --- rules -----------------------------------------------------------------------------------
+    # --- rules: under the lock, each leaves everything as it was when it raises ------------------
+
+    def _create(self, fields: Mapping[str, Any]) -> Outcome:
+        peer = self.store.get(fields["public_key"])
+        if peer is not None:
+            return Outcome(False, peer, self.store.traffic(peer.id), self._last_pending())
+        peer = self._new_peer(fields)
+        return Outcome(True, peer, Traffic(), self._change([Step(None, peer)]))
+
+    def _set_status(self, fields: Mapping[str, Any]) -> Outcome:
+        peer = self._known(fields["public_key"])
+        if fields["status"] == "active" and peer.status != "active":
+            self._check_may_be_active(peer)
+        return self._replace(peer, peer._replace(status=fields["status"], status_reason=None))
+
+    def _delete(self, fields: Mapping[str, Any]) -> Outcome:
+        peer = self._known(fields["public_key"])
+        return Outcome(True, peer, Traffic(), self._change([Step(peer, None)]))
+
+    def _update(self, fields: Mapping[str, Any]) -> Outcome:
+        peer = self._known(fields["public_key"])
+        self._check_choices(fields)
+        families = fields.get("tunnel_traffic")
+        assigned = [f for f in FAMILIES if getattr(peer, ADDRESS_FIELD[f])]
+        if families is not None and not (families and set(families) <= set(assigned)):
+            raise Invalid("tunnel_traffic", "must name families that the peer has addresses in")
+        named = ("dns", "port", "persistent_keepalive", "expires_at", "quota_bytes")
+        after = peer._replace(**{name: fields[name] for name in named if name in fields})
+        if families:
+            after = after._replace(tunnel_traffic=",".join(families))
+        if "preshared_key" in fields:
+            after = after._replace(preshared_key=_real_psk(fields["preshared_key"]))
+        if peer.status_reason is not None:
+            with contextlib.suppress(Conflict):  # what it was suspended for still holds
+                self._check_may_be_active(after)
+                after = after._replace(status="active", status_reason=None)
+        return self._replace(peer, after)
+
+    def _rotate(self, fields: Mapping[str, Any]) -> Outcome:
+        peer = self._known(fields["public_key"])
+        self._check_own_key(fields["new"], self.interfaces[peer.interface])
+        if fields["new"] != peer.public_key and self.store.get(fields["new"]):
+            raise Conflict("new_public_key: another peer has it")
+        return self._replace(peer, peer._replace(public_key=fields["new"]))
+
+    def _replace(self, before: Peer, after: Peer) -> Outcome:
+        number = self._last_pending() if after == before else self._change([Step(before, after)])
+        return Outcome(after != before, after, self.store.traffic(after.id), number)
 
     def _known(self, public_key: str) -> Peer:
         peer = self.store.get(public_key)
@@ -3217,21 +3339,10 @@ class Gateway:
     def _new_peer(self, fields: Mapping[str, Any]) -> Peer:
         """Decide everything about a new peer; takes nothing yet."""
         interface = self._interface_for(fields)
-        if fields["public_key"] == interface.public_key:
-            raise Conflict("public_key: it is the gateway's own")
+        self._check_own_key(fields["public_key"], interface)
         families = self._families_for(fields, interface)
-        port = fields.get("port", self.config.wg_default_port)
-        if port not in (self.config.wg_default_port, *self.config.wg_extra_ports):
-            raise Invalid("port", "the gateway does not listen on it")
-        dns = fields.get("dns", next(iter(self.config.dns_servers)))
-        if dns not in self.config.dns_servers:
-            raise Invalid("dns", f"must be one of {', '.join(self.config.dns_servers)}")
-        now = int(self._clock())
-        expires_at = fields.get("expires_at")
-        if expires_at is not None and expires_at <= now:
-            raise Invalid("expires_at", f"is in the past; the server's time is {rfc3339(now)}")
+        self._check_choices(fields)
         addresses = {f: self._address_for(fields, interface, f) for f in families}
-        psk = fields.get("preshared_key")
         return Peer(
             id=self.store.new_id(),
             public_key=fields["public_key"],
@@ -3241,16 +3352,33 @@ class Gateway:
             assigned_ip=addresses.get("ipv4"),
             assigned_ipv6=addresses.get("ipv6"),
             tunnel_traffic=",".join(fields.get("tunnel_traffic") or families),
-            dns=dns,
-            port=port,
-            preshared_key=psk if psk and any(decode_key(psk)) else None,
+            dns=fields.get("dns", next(iter(self.config.dns_servers))),
+            port=fields.get("port", self.config.wg_default_port),
+            preshared_key=_real_psk(fields.get("preshared_key")),
             persistent_keepalive=fields.get("persistent_keepalive", 25),
-            expires_at=expires_at,
+            expires_at=fields.get("expires_at"),
             quota_bytes=fields.get("quota_bytes"),
-            created_at=now,
+            created_at=int(self._clock()),
             request_id=fields.get("request_id"),
             obfuscation=None,
         )
+
+    @staticmethod
+    def _check_own_key(public_key: str, interface: Interface) -> None:
+        if public_key == interface.public_key:  # an interface drops it without a word
+            raise Conflict("public_key: it is the gateway's own")
+
+    def _check_choices(self, fields: Mapping[str, Any]) -> None:
+        """Values that depend on the settings or the time. Raises Invalid."""
+        ports = (self.config.wg_default_port, *self.config.wg_extra_ports)
+        if fields.get("port", ports[0]) not in ports:
+            raise Invalid("port", "the gateway does not listen on it")
+        choices = self.config.dns_servers
+        if "dns" in fields and fields["dns"] not in choices:
+            raise Invalid("dns", f"must be one of {', '.join(choices)}")
+        now, expires_at = self._clock(), fields.get("expires_at")
+        if expires_at is not None and expires_at <= now:
+            raise Invalid("expires_at", f"is in the past; the server's time is {rfc3339(now)}")
 
     def _interface_for(self, fields: Mapping[str, Any]) -> Interface:
         if fields.get("obfuscation"):
@@ -3266,7 +3394,10 @@ class Gateway:
             named.add("ipv4")
         named.update(family for family in FAMILIES if ADDRESS_FIELD[family] in fields)
         for family in named - interface.pools.keys():
-            raise Invalid("protocol", f"{interface.name} has no {family} addresses")
+            blame = "tunnel_traffic" if family in (traffic or ()) else ADDRESS_FIELD[family]
+            if blame not in fields or protocol in ("dual", family):
+                blame = "protocol"
+            raise Invalid(blame, f"{interface.name} has no {family} addresses")
         return [family for family in FAMILIES if family in named]
 
     @staticmethod
@@ -3499,6 +3630,11 @@ class Gateway:
     def flush(self) -> None:
         with contextlib.suppress(DiskError):  # seen by the next change, mended by heal()
             self.store.flush()
+
+
+def _real_psk(preshared_key: str | None) -> str | None:
+    """WireGuard takes a preshared key of zeros for none."""
+    return preshared_key if preshared_key and any(decode_key(preshared_key)) else None
 
 
 def _interface_changes(step: Step, interface: str) -> Iterator[Change]:
@@ -3910,13 +4046,39 @@ def wg_quick(shown: Mapping[str, Any], preshared_key: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+# A batch's operations, and what is said when they are done.
+OPERATIONS = {
+    "create": "created",
+    "delete": "deleted",
+    "suspend": "suspended",
+    "activate": "updated",
+}
+
+
+def _decode_operation(given: Any) -> tuple[str, Mapping[str, Any]] | GatewayError:
+    """One operation of a batch, or what is wrong with it."""
+    try:
+        if not isinstance(given, dict):
+            raise Malformed("the operation is not a JSON object")
+        name = given.get("op")
+        if not isinstance(name, str) or name not in OPERATIONS:
+            raise Invalid("op", f"must be one of {', '.join(OPERATIONS)}")
+        if given.get("encrypted_payload") is not None:
+            raise Invalid("encrypted_payload", "is not accepted in a batch")
+        table = CREATE_FIELDS if name == "create" else {"public_key": PUBLIC_KEY_FIELD}
+        return name, parse_fields(given, table, ("public_key",))
+    except GatewayError as error:
+        return error
+
+
 class ApiRoute(NamedTuple):
-    """A row of the route table. `guard`: who may call it."""
+    """A row of the route table. `guard`: who may call it; `limit`: bytes of the body."""
 
     method: str
     template: str
     handler: Callable[[App, Request], Response]
     guard: str = "signed"
+    limit: int = MAX_BODY
 
 
 class Endpoint(NamedTuple):
@@ -3983,8 +4145,8 @@ class App:
             )
         if route.guard == "metrics":
             self._check_metrics(head, source)
-        if head.length > MAX_BODY:
-            raise TooLarge(f"the body has {head.length} bytes, {MAX_BODY} are accepted")
+        if head.length > route.limit:
+            raise TooLarge(f"the body has {head.length} bytes, {route.limit} are accepted")
         if route.guard == "signed" and not self.gateway.ready:
             raise Unavailable("the gateway is starting", headers=[("Retry-After", "1")])
         key = key_from_path(segment) if segment else ""
@@ -4056,9 +4218,9 @@ class App:
             raise Invalid("encrypted_payload", "must be base64 text")
         if self._box is None:
             raise Malformed("encrypted_payload: payload encryption is not set up here")
-        inner = decode_json(self._box.open(sealed))
+        opened = self._box.open(sealed)
         try:
-            response = self._create({**body, **inner})
+            response = self._create({**body, **decode_json(opened)})
         except GatewayError as error:
             response = problem(error)
         content = {"encrypted_response": self._box.seal(response.body)}
@@ -4066,13 +4228,49 @@ class App:
 
     def _create(self, body: Mapping[str, Any]) -> Response:
         fields = parse_fields(body, CREATE_FIELDS, ("public_key",))
-        made, peer, traffic = self.gateway.create(fields)
-        shown = self._shown(peer, traffic)
+        return Response(200, encode_json(self._created(self.gateway.create(fields))))
+
+    def _created(self, outcome: Outcome) -> dict[str, Any]:
+        shown = self._shown(outcome.peer, outcome.traffic)
         shown["peer_status"] = shown["status"]
-        shown["status"] = "created" if made else "exists"
+        shown["status"] = "created" if outcome.changed else "exists"
         if shown["assigned_ipv6"] is None:
             del shown["assigned_ipv6"]
-        return Response(200, encode_json(shown))
+        return shown
+
+    def batch(self, request: Request) -> Response:
+        given = self._json_body(request).get("operations")
+        if not isinstance(given, list) or len(given) > MAX_BATCH:
+            raise Invalid("operations", f"must be a list of at most {MAX_BATCH} operations")
+        operations = [_decode_operation(operation) for operation in given]
+        results = [
+            self._batch_result(operation, result)
+            for operation, result in zip(operations, self.gateway.batch(operations), strict=True)
+        ]
+        return Response(200, encode_json({"results": results}))
+
+    def _batch_result(
+        self,
+        operation: tuple[str, Mapping[str, Any]] | GatewayError,
+        result: Outcome | GatewayError,
+    ) -> dict[str, Any]:
+        """What the single request would have answered; errors are problems with their status."""
+        if isinstance(result, GatewayError) or isinstance(operation, GatewayError):
+            error = result if isinstance(result, GatewayError) else operation
+            return cast(dict[str, Any], json.loads(problem(cast(GatewayError, error)).body))
+        if operation[0] == "create":
+            return self._created(result)
+        return {"status": OPERATIONS[operation[0]], "public_key": result.peer.public_key}
+
+    def update(self, request: Request) -> Response:
+        fields = parse_patch(self._json_body(request), PATCH_FIELDS)
+        outcome = self.gateway.update(request.key, fields)
+        return Response(200, encode_json(self._shown(outcome.peer, outcome.traffic)))
+
+    def rotate(self, request: Request) -> Response:
+        fields = parse_fields(self._json_body(request), ROTATE_FIELDS, ("new_public_key",))
+        outcome = self.gateway.rotate(request.key, fields["new_public_key"])
+        return Response(200, encode_json(self._shown(outcome.peer, outcome.traffic)))
 
     def list(self, request: Request) -> Response:
         query = request.query
@@ -4187,7 +4385,10 @@ class App:
 ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute("POST", "/api/v1/configurations", App.create),
     ApiRoute("GET", "/api/v1/configurations", App.list),
+    ApiRoute("POST", "/api/v1/configurations/batch", App.batch, limit=MAX_BATCH * 1024),
     ApiRoute("GET", "/api/v1/configurations/{public_key}", App.get),
+    ApiRoute("PATCH", "/api/v1/configurations/{public_key}", App.update),
+    ApiRoute("POST", "/api/v1/configurations/{public_key}/rotate", App.rotate),
     ApiRoute("DELETE", "/api/v1/configurations/{public_key}", App.delete),
     ApiRoute("PUT", "/api/v1/configurations/{public_key}/status", App.set_status),
     ApiRoute("GET", "/api/v1/ip-usage", App.ip_usage),

@@ -1,0 +1,153 @@
+"""PATCH, rotate and batch, over TLS with the memory backend."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from harness import Client, a_key, path_key, wait_for
+
+PATH = "/api/v1/configurations"
+
+
+def in_seconds(seconds: float) -> str:
+    return (datetime.now(timezone.utc) + timedelta(seconds=seconds)).isoformat()
+
+
+def patch(client: Client, public_key: str, **fields: Any) -> Any:
+    return client.send("PATCH", f"{PATH}/{path_key(public_key)}", fields)
+
+
+def rotate(client: Client, public_key: str, new: str) -> Any:
+    body = {"new_public_key": new}
+    return client.send("POST", f"{PATH}/{path_key(public_key)}/rotate", body)
+
+
+CHANGES: list[tuple[str, Any, Any]] = [
+    ("dns", "d2", "d2"),
+    ("tunnel_traffic", ["ipv6"], ["ipv6"]),
+    ("persistent_keepalive", 0, 0),
+    ("quota_bytes", 10**12, 10**12),
+    ("quota_bytes", None, None),
+    ("expires_at", "2100-01-01T00:00:00+01:00", "2099-12-31T23:00:00Z"),
+    ("expires_at", None, None),
+]
+
+
+def test_patch_changes_what_it_names_and_nothing_else(client: Client) -> None:
+    client.create(a_key(1), protocol="dual")
+    before = client.get(a_key(1)).json
+    for name, value, shown in CHANGES:
+        answer = patch(client, a_key(1), **{name: value})
+        before[name] = shown
+        before["dns_servers"] = answer.json["dns_servers"]
+        before["allowed_ips"] = answer.json["allowed_ips"]
+        assert (answer.status, answer.json) == (200, before)
+    assert client.get(a_key(1)).json == before
+    assert before["allowed_ips"] == ["::/0"]
+
+
+REFUSED: list[tuple[str, Any]] = [
+    ("dns", "none"),
+    ("dns", None),
+    ("port", 1),
+    ("tunnel_traffic", []),
+    ("tunnel_traffic", ["ipv6"]),
+    ("persistent_keepalive", -1),
+    ("quota_bytes", -1),
+    ("expires_at", "2001-01-01T00:00:00Z"),
+    ("expires_at", "tomorrow"),
+    ("preshared_key", "short"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_patch_refuses_bad_values_and_changes_nothing(
+    client: Client, name: str, value: Any
+) -> None:
+    client.create(a_key(1))
+    before = client.get(a_key(1)).json
+    answer = patch(client, a_key(1), **{"dns": "d3", name: value})
+    assert answer.status == 422 and answer.json["detail"].startswith(name)
+    assert client.get(a_key(1)).json == before
+
+
+def test_preshared_key_shows_in_the_client_configuration(client: Client) -> None:
+    client.create(a_key(1))
+    patch(client, a_key(1), preshared_key=a_key("psk"))
+    assert (
+        f"PresharedKey = {a_key('psk')}" in client.get(a_key(1), "?format=wg-quick").body.decode()
+    )
+    patch(client, a_key(1), preshared_key=None)
+    assert "PresharedKey" not in client.get(a_key(1), "?format=wg-quick").body.decode()
+
+
+def test_expiry_suspends_and_a_later_date_activates(client: Client) -> None:
+    client.create(a_key(1), expires_at=in_seconds(1.5))
+    started = time.monotonic()
+    expired = wait_for(
+        lambda: (shown := client.get(a_key(1)).json)["status"] == "suspended" and shown
+    )
+    assert time.monotonic() - started < 3.5
+    assert expired["status_reason"] == "expired"
+    assert client.status(a_key(1), "active").status == 409
+    again = patch(client, a_key(1), expires_at=in_seconds(3600)).json
+    assert (again["status"], again["status_reason"]) == ("active", None)
+
+
+def test_a_suspension_by_the_backend_is_not_undone_by_a_later_date(client: Client) -> None:
+    client.create(a_key(1))
+    client.status(a_key(1), "suspended")
+    assert patch(client, a_key(1), expires_at=in_seconds(60)).json["status"] == "suspended"
+
+
+def test_rotate_keeps_everything_but_the_key(client: Client) -> None:
+    client.create(a_key(1), protocol="dual", request_id="r")
+    before = client.get(a_key(1)).json
+    answer = rotate(client, a_key(1), a_key(2))
+    assert (answer.status, answer.json) == (200, {**before, "public_key": a_key(2)})
+    assert client.get(a_key(1)).status == 404
+    assert client.get(a_key(2)).json == answer.json
+    assert client.send("POST", "/api/v1/sync-ips").json["unchanged"] == 1
+
+
+def test_rotate_to_a_key_in_use_is_a_conflict(client: Client) -> None:
+    client.create(a_key(1))
+    client.create(a_key(2))
+    assert rotate(client, a_key(1), a_key(2)).status == 409
+    own = client.get(a_key(1)).json["server_public_key"]
+    assert rotate(client, a_key(1), own).status == 409
+    assert rotate(client, a_key(1), a_key(1)).status == 200
+    assert rotate(client, a_key(3), a_key(4)).status == 404
+
+
+def test_batch_answers_each_operation_in_order(client: Client) -> None:
+    operations: list[Any] = [
+        {"op": "create", "public_key": a_key(1)},
+        {"op": "create", "public_key": a_key(1)},
+        {"op": "suspend", "public_key": a_key(1)},
+        {"op": "activate", "public_key": a_key(1)},
+        {"op": "delete", "public_key": a_key(9)},
+        {"op": "create", "public_key": "short"},
+        {"op": "explode", "public_key": a_key(1)},
+        "nothing",
+        {"op": "delete", "public_key": a_key(1)},
+        {"op": "create", "public_key": a_key(2), "encrypted_payload": "AAAA"},
+    ]
+    answer = client.send("POST", f"{PATH}/batch", {"operations": operations})
+    said = [result["status"] for result in answer.json["results"]]
+    assert answer.status == 200
+    assert said == ["created", "exists", "suspended", "updated", 404, 422, 422, 400, "deleted", 422]
+    assert client.get(a_key(1)).status == 404
+
+
+def test_batch_of_a_thousand_is_durable_and_one_more_is_refused(client: Client) -> None:
+    operations = [
+        {"op": "create", "public_key": a_key(i), "assigned_ip": None} for i in range(1001)
+    ]
+    assert client.send("POST", f"{PATH}/batch", {"operations": operations}).status == 422
+    answer = client.send("POST", f"{PATH}/batch", {"operations": operations[:1000]})
+    said = [result["status"] for result in answer.json["results"]]
+    assert said == ["created"] * 253 + [503] * 747
