@@ -48,8 +48,12 @@ import collections
 import contextlib
 import email.utils
 import errno
+import fcntl
+import functools
 import hashlib
 import hmac
+import http.client
+import importlib.util
 import ipaddress
 import itertools
 import json
@@ -57,6 +61,7 @@ import logging
 import os
 import queue
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -76,7 +81,7 @@ from datetime import datetime, timezone
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, cast
+from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -96,16 +101,21 @@ MAX_JSON_DEPTH = 32
 MAX_TEXT = 256  # characters of a free text such as request_id
 MAX_PAGE = 1000  # peers in one answer to a list
 MAX_BATCH = 1000  # operations
+MAX_SNAPSHOT = 256 * 2**20  # bytes of an imported snapshot: 60,000 peers need about 20 MB
 MAX_INTEGER = 2**63 - 1  # SQLite's INTEGER
+MAX_TIME = 253402300799  # Unix seconds: the year 10000 has no RFC 3339 form
 MAX_NONCES = 2**18  # live ones: 2,000 signed requests a second for two minutes, about 30 MB
 
+RESERVED_FILES = 128  # open files for everything but connections
 HANDSHAKE_DEADLINE = 10.0  # seconds for TLS
 HEAD_DEADLINE = 10.0  # seconds from the first byte of a request to the end of its head
 BODY_DEADLINE = 30.0  # seconds for the body
 WRITE_DEADLINE = 30.0  # seconds for the answer
 IDLE_DEADLINE = 75.0  # seconds between two requests of a connection
 LINGER_SECONDS = 1.0  # how long unread input is drained so that the last answer is not reset away
-DRAIN_SECONDS = 3.0  # how long SIGTERM waits for requests in flight (it must end within 5)
+STOP_SECONDS = 0.5  # how long it waits for each timer's job
+LAST_SAMPLE_SECONDS = 1.0  # and for the last reading of the counters
+DRAIN_SECONDS = 2.0  # how long SIGTERM waits for requests in flight (it must end within 5)
 
 FRESH_SPAN = 2**18  # a pool's never-used addresses go first up to here; then released ones: a /64
 # under churn would otherwise remember every address that it ever gave
@@ -114,6 +124,7 @@ BACKEND_TIMEOUT = 10.0  # seconds for one exchange with an interface
 DAEMON_START_SECONDS = 5.0  # how long a userspace WireGuard may take to open its socket
 SUPERVISE_SECONDS = 1.0  # between two looks at the interface and the clock of expiry
 DURABILITY_INTERVAL = 1.0  # seconds: DURABILITY=interval loses at most this
+DUMP_TRIES = 50  # a change interrupts a kernel's dump; requests go on during reconcile()
 UAPI_DIRECTORY = "/var/run/wireguard"
 
 # include/uapi/linux/netlink.h
@@ -121,6 +132,7 @@ NETLINK_ROUTE, NETLINK_GENERIC = 0, 16
 NLM_F_REQUEST, NLM_F_MULTI, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x2, 0x4, 0x10
 NLM_F_DUMP, NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x300, 0x100, 0x200, 0x400
 NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN = 1, 2, 3, 4
+NLM_F_CAPPED, NLM_F_ACK_TLVS, NLMSGERR_ATTR_MSG = 0x100, 0x200, 1
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 # include/uapi/linux/genetlink.h
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
@@ -167,6 +179,10 @@ class Malformed(GatewayError):
 
 class Unauthorized(GatewayError):
     status = 401
+
+
+class Forbidden(GatewayError):
+    status = 403
 
 
 class NotFound(GatewayError):
@@ -300,6 +316,7 @@ class Config:
     db_path: str
     durability: str
     snapshot_interval: float
+    snapshot_key: str | None = field(repr=False)
     sample_interval: float
     log_level: str
     metrics_token: str | None = field(repr=False)
@@ -471,6 +488,7 @@ SETTINGS: tuple[Setting, ...] = (
         "commit, interval or none",
     ),
     Setting("SNAPSHOT_INTERVAL", "300", _seconds(0.1, 86400), "seconds, 0.1 to 86400"),
+    Setting("SNAPSHOT_KEY", None, _secret, "a text of 16 characters or more", True),
     Setting("SAMPLE_INTERVAL", "10", _seconds(0.1, 3600), "seconds, 0.1 to 3600"),
     Setting(
         "LOG_LEVEL",
@@ -483,9 +501,8 @@ SETTINGS: tuple[Setting, ...] = (
 )
 
 # Settings of the contract that this version does not serve yet: ignoring one of them would break
-# what it promises (encryption at rest, a second interface), so each is refused when set.
+# what it promises (a remote copy, a second interface), so each is refused when set.
 UNSUPPORTED = (
-    "SNAPSHOT_KEY",
     "SNAPSHOT_URL",
     "AWG_INTERFACE",
     "AWG_PORT",
@@ -689,6 +706,24 @@ def wire_peer(peer: Peer) -> WirePeer:
     )
 
 
+def verify_peer(peer: Peer) -> None:
+    """Check a row from outside as a request's fields are checked. Raises ValueError, TypeError."""
+    decode_key(peer.public_key)
+    if peer.preshared_key is not None:
+        decode_key(peer.preshared_key)
+    for address in (peer.assigned_ip, peer.assigned_ipv6):
+        if address is not None and str(ipaddress.ip_address(address)) != address:
+            raise ValueError("an address is not in its canonical form")
+    if not set(peer.tunnel_traffic.split(",")) <= set(FAMILIES):
+        raise ValueError("tunnel_traffic")
+    numbers = (peer.port, peer.persistent_keepalive, peer.created_at)
+    optional = [n for n in (peer.expires_at, peer.quota_bytes) if n is not None]
+    if any(type(number) is not int or number < 0 for number in (*numbers, *optional)):
+        raise ValueError("a number is out of range")
+    rfc3339(peer.created_at)
+    rfc3339(peer.expires_at or 0)
+
+
 def rfc3339(seconds: int | float) -> str:
     return datetime.fromtimestamp(int(seconds), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -705,7 +740,7 @@ def parse_rfc3339(text: str) -> int:
         seconds = int(datetime.fromisoformat(f"{match[1]}T{match[2]}{zone}").timestamp())
     except OverflowError:
         raise ValueError("out of range") from None
-    if not 0 <= seconds < 253402300800:  # the year 10000 has no RFC 3339 form
+    if not 0 <= seconds <= MAX_TIME:
         raise ValueError("out of range")
     return seconds
 
@@ -910,10 +945,10 @@ class Authenticator:
         self._started = int(clock())
         self._nonces = NonceGuard()
 
-    def reload(self, keys: Mapping[str, str], window: int, schemes: Sequence[str]) -> None:
-        """Take over new settings; nonces and the time of the start stay."""
+    def reload(self, keys: Mapping[str, str], schemes: Sequence[str]) -> None:
+        """Take over new keys; the window stays, because nonces are remembered for that long."""
         self._keys = {key_id: secret.encode("utf-8") for key_id, secret in keys.items()}
-        self._window, self._schemes = window, schemes
+        self._schemes = schemes
 
     def verify(self, message: SignedMessage) -> Caller:
         """Check a request's head by the scheme it uses. Raises Unauthorized, TooManyRequests."""
@@ -1092,7 +1127,7 @@ def _component(message: SignedMessage, name: str) -> bytes | None:
         "@query": f"?{query}",
     }
     value = derived.get(name)
-    return None if value is None else value.encode("ascii")
+    return None if value is None else value.encode("latin-1", "replace")
 
 
 def digest_matches(header: bytes, body: bytes) -> bool:
@@ -1280,6 +1315,64 @@ class PayloadBox:
             raise Malformed("encrypted_payload does not decrypt") from None
 
 
+class Vault:
+    """Encryption at rest: AES-256-GCM, a key of its own for each file, by HKDF from one secret."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret.encode("utf-8")
+
+    def derive(self, purpose: bytes, salt: bytes, length: int) -> bytes:
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+        hkdf = HKDF(algorithm=hashes.SHA256(), length=length, salt=salt, info=b"wggw " + purpose)
+        return hkdf.derive(self._secret)
+
+
+class Seal:
+    """A file's own key. `header` (salt and key check, hex) stands in the file's first line.
+
+    Nonces are unique by construction: each is a number that the file uses once, and each file
+    has a random salt and so a key of its own.
+    """
+
+    def __init__(self, vault: Vault, purpose: bytes, salt: bytes) -> None:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        self.header = b"%b %b" % (
+            salt.hex().encode("ascii"),
+            vault.derive(b"check", salt, 8).hex().encode("ascii"),
+        )
+        self._aead = AESGCM(vault.derive(purpose, salt, 32))
+
+    @classmethod
+    def new(cls, vault: Vault, purpose: bytes) -> Seal:
+        return cls(vault, purpose, secrets.token_bytes(16))
+
+    @classmethod
+    def read(cls, vault: Vault | None, purpose: bytes, header: bytes, name: str) -> Seal:
+        """The key of an existing file. Raises ConfigError when SNAPSHOT_KEY is not its key."""
+        if vault is None:
+            raise ConfigError(f"SNAPSHOT_KEY is not set, but {name} is encrypted")
+        seal = cls(vault, purpose, bytes.fromhex(header.split(b" ")[0].decode("ascii")))
+        if seal.header != header:
+            raise ConfigError(f"SNAPSHOT_KEY: its value (not shown) is not the key of {name}")
+        return seal
+
+    def seal(self, number: int, bound: bytes, plaintext: bytes) -> bytes:
+        """Encrypt; opens only with the same number and the same `bound` bytes."""
+        return self._aead.encrypt(number.to_bytes(12, "big"), plaintext, bound)
+
+    def open(self, number: int, bound: bytes, sealed: bytes) -> bytes:
+        """Decrypt. Raises ValueError."""
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            return self._aead.decrypt(number.to_bytes(12, "big"), sealed, bound)
+        except InvalidTag:
+            raise ValueError("does not decrypt") from None
+
+
 def x25519_public(private: bytes) -> bytes:
     """The public key of a private key (RFC 7748 section 5). Used once at start, not constant-time:
 
@@ -1303,11 +1396,13 @@ def x25519_public(private: bytes) -> bytes:
     return (x2 * pow(z2, prime - 2, prime) % prime).to_bytes(32, "little")
 
 
+def clamp(private: bytes) -> bytes:
+    """RFC 7748 section 5. Interfaces give a key back like this, however it was set."""
+    return bytes([private[0] & 248, *private[1:31], private[31] & 127 | 64])
+
+
 def make_private_key() -> bytes:
-    raw = bytearray(secrets.token_bytes(KEY_BYTES))
-    raw[0] &= 248
-    raw[31] = raw[31] & 127 | 64
-    return bytes(raw)
+    return clamp(secrets.token_bytes(KEY_BYTES))
 
 
 def load_private_key(path: str) -> bytes:
@@ -1319,7 +1414,7 @@ def load_private_key(path: str) -> bytes:
                 f"WG_PRIVATE_KEY_FILE: {path!r} can be read by others (mode {mode & 0o777:04o}): "
                 f"a key file must be 0600: chmod 600 {path}"
             )
-        return decode_key(Path(path).read_text("ascii").strip())
+        return clamp(decode_key(Path(path).read_text("ascii").strip()))
     except FileNotFoundError:
         key = make_private_key()
         try:
@@ -1531,6 +1626,15 @@ class Disk:
     def unlink(self, path: str) -> None:
         os.unlink(path)
 
+    def link(self, old: str, new: str) -> None:
+        """A second name; a copy where the file system has none."""
+        try:
+            os.link(old, new)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            self.replace(new, Path(old).read_bytes())
+
     def sync_directory(self, path: str) -> None:
         handle = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -1568,8 +1672,10 @@ class JournalFile(NamedTuple):
     torn: int
 
 
-def journal_header(after: int) -> bytes:
+def journal_header(after: int, seal: Seal | None = None) -> bytes:
     text = b"%b %d" % (JOURNAL_MAGIC, after)
+    if seal:
+        text += b" " + seal.header
     return b"%b %08x\n" % (text, zlib.crc32(text))
 
 
@@ -1590,12 +1696,30 @@ def parse_journal_line(line: bytes) -> tuple[int, int, bytes] | None:
     return int(parts[0]), int(parts[1]), content
 
 
-def parse_journal(data: bytes, name: str) -> JournalFile:
+def seal_record(seal: Seal | None, record: Record) -> Record:
+    """A record as it is written: as it is, or encrypted and in base64."""
+    if seal is None:
+        return record
+    sealed = seal.seal(record.number, JOURNAL_MAGIC, record.content)
+    return Record(record.number, binascii.b2a_base64(sealed, newline=False))
+
+
+def open_record(seal: Seal | None, record: Record) -> Record:
+    """What seal_record() was given. Raises ValueError."""
+    if seal is None:
+        return record
+    sealed = binascii.a2b_base64(record.content, strict_mode=True)
+    return Record(record.number, seal.open(record.number, JOURNAL_MAGIC, sealed))
+
+
+def parse_journal(data: bytes, name: str, vault: Vault | None = None) -> JournalFile:
     """Read a journal's bytes. Raises DamagedError for anything but a torn tail."""
     end = data.find(b"\n") + 1
-    after = _parse_header(data[:end])
-    if after is None:  # a journal is put in its place whole, so this is no torn write
+    header = _parse_header(data[:end])
+    if header is None:  # a journal is put in its place whole, so this is no torn write
         raise _damaged(name, 0, "the header is damaged")
+    after, sealed = header
+    seal = Seal.read(vault, b"journal", sealed, name) if sealed else None
     records: list[Record] = []
     number, position = after, end
     while position < len(data):
@@ -1605,17 +1729,37 @@ def parse_journal(data: bytes, name: str) -> JournalFile:
             _check_torn(data, position, name)
             break
         number = parsed[0]
-        records.append(Record(number, parsed[2]))
+        try:
+            records.append(open_record(seal, Record(number, parsed[2])))
+        except ValueError:
+            raise _damaged(name, position, f"record {number} does not decrypt") from None
         position = line_end + 1
     return JournalFile(after, records, position, len(data) - position)
 
 
-def _parse_header(line: bytes) -> int | None:
-    parts = line.rstrip(b"\n").rsplit(b" ", 2)
-    if len(parts) != 3 or parts[0] != JOURNAL_MAGIC or not parts[1].isdigit():
+_JOURNAL_HEADER = re.compile(
+    re.escape(JOURNAL_MAGIC) + rb" ([0-9]{1,19})(?: ([0-9a-f]{32} [0-9a-f]{16}))? ([0-9a-f]{8})\n"
+)
+
+
+def _parse_header(line: bytes) -> tuple[int, bytes] | None:
+    """(after, the seal's header or nothing), or None when it is no header."""
+    match = _JOURNAL_HEADER.fullmatch(line)
+    if match is None or b"%08x" % zlib.crc32(line[:-10]) != match[3]:
         return None
-    after = int(parts[1][:19])
-    return after if journal_header(after) == line else None
+    return int(match[1]), match[2] or b""
+
+
+def salvage_journal(data: bytes, name: str, vault: Vault | None) -> Iterator[Record]:
+    """Every record that can still be read, whatever stands around it."""
+    lines = data.split(b"\n")
+    header = _parse_header(lines[0] + b"\n")
+    seal = Seal.read(vault, b"journal", header[1], name) if header and header[1] else None
+    for line in lines[1:]:
+        parsed = parse_journal_line(line)
+        if parsed is not None:
+            with contextlib.suppress(ValueError):
+                yield open_record(seal, Record(parsed[0], parsed[2]))
 
 
 def _check_torn(data: bytes, position: int, name: str) -> None:
@@ -1628,10 +1772,10 @@ def _check_torn(data: bytes, position: int, name: str) -> None:
             raise _damaged(name, position, f"a bad record in front of the good record {parsed[0]}")
 
 
-def read_journal(path: str) -> JournalFile | None:
+def read_journal(path: str, vault: Vault | None = None) -> JournalFile | None:
     """Read a journal's file, None when it does not exist. Raises DamagedError."""
     try:
-        return parse_journal(Path(path).read_bytes(), path)
+        return parse_journal(Path(path).read_bytes(), path, vault)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -1641,9 +1785,77 @@ def read_journal(path: str) -> JournalFile | None:
 def _damaged(name: str, offset: int, found: str) -> DamagedError:
     return DamagedError(
         f"{name}: at byte {offset}: {found}. The start is refused and nothing was changed, so that "
-        "no acknowledged change is lost unnoticed: restore the file from a copy (the generation "
-        "before is kept as *.previous beside it)"
+        "no acknowledged change is lost unnoticed. `wggw.py check` inspects the files, "
+        "`wggw.py check --repair` saves what can be saved into new ones"
     )
+
+
+SNAPSHOT_MAGIC = b"wggw-snapshot 1 "
+SNAPSHOT_CHUNK = 64 * 1024  # bytes of plaintext in each sealed chunk
+SQLITE_MAGIC = b"SQLite format 3\0"
+APPLICATION_ID = slice(68, 72)  # of the SQLite header (sqlite.org/fileformat.html section 1.3)
+
+
+def encode_snapshot(image: bytes, vault: Vault | None) -> bytes:
+    """A database image as a snapshot file: with its checksum, sealed when there is a vault.
+
+    The checksum (CRC-32 of the file with these four bytes zero) is SQLite's application id, so
+    that the file stays an ordinary database.
+    """
+    stamped = bytearray(image)
+    stamped[APPLICATION_ID] = bytes(4)
+    stamped[APPLICATION_ID] = (zlib.crc32(stamped) or 1).to_bytes(4, "big")
+    if vault is None:
+        return bytes(stamped)
+    seal = Seal.new(vault, b"snapshot")
+    parts = [SNAPSHOT_MAGIC, seal.header, b"\n"]
+    for index, start in enumerate(range(0, len(stamped), SNAPSHOT_CHUNK)):
+        chunk = bytes(stamped[start : start + SNAPSHOT_CHUNK])
+        last = start + SNAPSHOT_CHUNK >= len(stamped)
+        parts.append(seal.seal(index, b"last" if last else b"more", chunk))
+    return b"".join(parts)
+
+
+def decode_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
+    """The database image of a snapshot file. Raises DamagedError, ConfigError.
+
+    An application id of 0 stands for no checksum: a database written by other hands.
+    """
+    if data.startswith(SNAPSHOT_MAGIC):
+        data = _open_snapshot(data, vault, name)
+    elif vault is not None:
+        LOG.warning("%s is not encrypted: the next snapshot will be", name)
+    if not data.startswith(SQLITE_MAGIC) or len(data) < 512:
+        raise _damaged(name, 0, "this is not a snapshot")
+    given = data[APPLICATION_ID]
+    if given != bytes(4):
+        crc = zlib.crc32(data[72:], zlib.crc32(bytes(4), zlib.crc32(data[:68]))) or 1
+        if crc.to_bytes(4, "big") != given:
+            raise _damaged(
+                name,
+                68,
+                "the checksum does not match (by other hands on purpose? "
+                "Then PRAGMA application_id = 0 says so)",
+            )
+    return data
+
+
+def _open_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
+    header, _, body = data.partition(b"\n")
+    if not re.fullmatch(rb"[0-9a-f]{32} [0-9a-f]{16}", header[len(SNAPSHOT_MAGIC) :]):
+        raise _damaged(name, 0, "the header is damaged")
+    seal = Seal.read(vault, b"snapshot", header[len(SNAPSHOT_MAGIC) :], name)
+    size = SNAPSHOT_CHUNK + 16
+    parts: list[bytes] = []
+    for index, start in enumerate(range(0, len(body), size)):
+        last = start + size >= len(body)
+        try:
+            chunk = body[start : start + size]
+            parts.append(seal.open(index, b"last" if last else b"more", chunk))
+        except ValueError:
+            offset = len(header) + 1 + start
+            raise _damaged(name, offset, f"chunk {index} does not decrypt") from None
+    return b"".join(parts)
 
 
 class Journal:
@@ -1653,15 +1865,20 @@ class Journal:
     fsync is never simply retried. `durable` is the highest number known to be on disk.
     """
 
-    def __init__(self, path: str, disk: Disk) -> None:
+    def __init__(self, path: str, disk: Disk, vault: Vault | None = None) -> None:
         self.path = path
         self.previous = path + ".previous"
         self._disk = disk
+        self._vault = vault
+        self._seal: Seal | None = None
         self._handle = -1
         self._size = 0  # bytes of the file known to be on disk
         self._buffer: list[Record] = []
         self._buffer_lock = threading.Lock()
         self._flush_lock = threading.Lock()
+        self._turn = threading.Condition()
+        self._writing = False  # whether somebody in wait() writes for all
+        self._lost: set[int] = set()  # records that will never be on disk, of every fault so far
         self.durable = 0
         self.failure: str | None = None
 
@@ -1674,14 +1891,20 @@ class Journal:
     def start(self, after: int) -> None:
         """Begin a new file in place of the old one, for numbers above `after`. Raises OSError."""
         with self._flush_lock:
-            self._disk.replace(self.path, journal_header(after))
-            self._open(len(journal_header(after)), after)
+            self._begin(after)
             self.failure = None
 
+    def _begin(self, after: int) -> None:
+        self._seal = Seal.new(self._vault, b"journal") if self._vault else None
+        header = journal_header(after, self._seal)
+        self._disk.replace(self.path, header)
+        self._open(len(header), after)
+
     def _open(self, size: int, number: int) -> None:
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         if self._handle >= 0:
             os.close(self._handle)
-        self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._handle = handle
         self._size, self.durable = size, number
 
     def append(self, number: int, content: bytes) -> None:
@@ -1691,11 +1914,30 @@ class Journal:
 
     def wait(self, number: int) -> None:
         """Return when the record is on disk; whoever comes first writes for all. DiskError."""
+        if self._is_first(number):
+            try:
+                self.flush()
+            finally:
+                with self._turn:
+                    self._writing = False
+                    self._turn.notify_all()
+        if self.is_lost(number) or self.durable < number:  # a new file's start may be past it
+            raise DiskError("the record was lost in a disk fault")
+
+    def is_lost(self, number: int) -> bool:
+        return number in self._lost
+
+    def _is_first(self, number: int) -> bool:
+        """Wait while another one writes; whether the record is then still to be written, by us."""
         if self.durable >= number:
-            return
-        with self._flush_lock:
-            if self.durable < number:
-                self._flush(MAX_INTEGER)
+            return False
+        with self._turn:
+            while self._writing and self.durable < number:
+                self._turn.wait()
+            if self.durable >= number:
+                return False
+            self._writing = True
+            return True
 
     def flush(self) -> None:
         with self._flush_lock:
@@ -1710,39 +1952,48 @@ class Journal:
             self._buffer = [record for record in self._buffer if record.number > last]
         if not records:
             return
-        data = b"".join([journal_line(n, self._size, content) for n, content in records])
+        lines = [seal_record(self._seal, record) for record in records]
+        data = b"".join([journal_line(n, self._size, content) for n, content in lines])
         try:
             self._disk.write(self._handle, data)
             self._disk.fsync(self._handle)
         except OSError as error:
+            self._lost.update(record.number for record in records)
             self._fail(error)
         self._size += len(data)
         self.durable = records[-1].number
 
-    def _fail(self, error: OSError) -> NoReturn:
+    def fail(self, error: OSError) -> None:
+        """Acknowledge nothing until start() has begun a new file."""
         self.failure = f"{self.path}: {_reason(error)}"
+
+    def _fail(self, error: OSError) -> NoReturn:
+        self.fail(error)
         with contextlib.suppress(OSError):  # best effort: these records must not come back
             os.ftruncate(self._handle, self._size)
         raise DiskError(self.failure) from None
 
-    def rotate(self, number: int) -> None:
-        """Keep the records up to `number` as .previous; later ones go into a new file. DiskError.
+    def rotate(self, number: int) -> int:
+        """Keep what is on disk, `number` and before at least, as .previous; begin a new file.
 
-        A crash after the rename leaves no journal beside .previous: recovery reads that and goes
-        on with a new one.
+        Returns the last record in .previous: others may have written later ones meanwhile. Raises
+        DiskError. A crash after the rename leaves no journal beside .previous: recovery reads that
+        and goes on with a new one.
         """
         with self._flush_lock:
             self._flush(number)
+            last = self.durable
             try:
                 self._disk.rename(self.path, self.previous)
-                self._disk.replace(self.path, journal_header(number))
-                self._open(len(journal_header(number)), number)
+                self._begin(last)
             except OSError as error:
                 self._fail(error)
+            return last
 
     def discard(self) -> None:
         """Forget what waits in the buffer: it was undone."""
         with self._buffer_lock:
+            self._lost.update(record.number for record in self._buffer)
             self._buffer = []
 
     def close(self) -> None:
@@ -1796,6 +2047,7 @@ MIGRATIONS: tuple[str, ...] = (
         tx_seen INTEGER NOT NULL,
         last_handshake INTEGER NOT NULL
     );
+    CREATE INDEX peers_quota ON peers (id) WHERE quota_bytes IS NOT NULL AND status = 'active';
     CREATE INDEX traffic_handshake ON traffic (last_handshake) WHERE last_handshake > 0;
     CREATE TRIGGER address_taken AFTER INSERT ON peers BEGIN
         DELETE FROM released WHERE address IN (NEW.assigned_ip, NEW.assigned_ipv6);
@@ -1836,11 +2088,25 @@ _SAMPLE = """
 """
 
 
+SUSPENDED = "p.status = 'suspended' AND p.status <> 'active'"
+
+
 class Step(NamedTuple):
     """One change of the truth: the peer before (None: it is new) and after (None: it goes)."""
 
     before: Peer | None
     after: Peer | None
+
+
+def _sample_rows(states: Sequence[PeerState]) -> Iterator[dict[str, Any]]:
+    for state in states:
+        if state.last_handshake or state.rx_bytes or state.tx_bytes:
+            yield {
+                "key": encode_key(state.peer.public_key),
+                "rx": state.rx_bytes,
+                "tx": state.tx_bytes,
+                "handshake": state.last_handshake,
+            }
 
 
 class Filter(NamedTuple):
@@ -1883,60 +2149,81 @@ class Store:
     its number. `counts` holds the number of peers by (interface, status).
     """
 
-    def __init__(self, path: str, durability: str, disk: Disk) -> None:
+    def __init__(self, path: str, durability: str, disk: Disk, vault: Vault | None = None) -> None:
         self.path = path
         self.durability = durability
         self.number = 0
         self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
         self.snapshot_time = 0.0  # Unix seconds of the last snapshot, 0 for none
         self._disk = disk
+        self._vault = vault
         self._dirty = False
         self._next_id = 1
         self._snapshot_number = 0  # the last record that the snapshot on disk holds
         self._previous_end = 0  # the last record of the journal before the current one
-        self._snapshot_lock = threading.Lock()
-        self._journal = Journal(path + ".journal", disk)
+        self._gone: dict[int, Traffic] = {}  # of deleted peers, until that is on disk
+        self._was_plain = False  # whether the snapshot that was loaded is not encrypted
+        self.snapshot_lock = threading.Lock()
+        self._journal = Journal(path + ".journal", disk, vault)
         self._db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
 
     # --- start -----------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Load snapshot and journal, or begin anew when neither exists. Raises DamagedError."""
-        snapshot = os.path.exists(self.path)
+        """Load what is on disk and be ready to write. Raises DamagedError, StartError."""
+        self._begin_journal(self.load())
+
+    def load(self) -> JournalFile | None:
+        """Read snapshot and journals, writing nothing; returns the current journal.
+
+        Both may be missing (a new installation), but not the snapshot alone. DamagedError.
+        """
         others = (self._journal.path, self._journal.previous, self.path + ".previous")
         found = [path for path in others if os.path.exists(path)]
-        if not snapshot and found:
+        if os.path.exists(self.path):
+            self._load_snapshot(self.path)
+        elif found:
             raise DamagedError(
                 f"{self.path}: the snapshot is missing, but {', '.join(found)} exists, so this is "
-                "no new installation: restore the snapshot, or move the other files away to "
-                "begin empty"
+                "no new installation: restore the snapshot, or let `wggw.py check --repair` make "
+                "one, or move the other files away to begin empty"
             )
-        if snapshot:
-            self._load_snapshot()
         migrate(self._db)
         self._load_counts()
-        self._begin_journal(self._replay())
+        return self._replay()
 
-    def _load_snapshot(self) -> None:
+    def _load_snapshot(self, path: str) -> None:
         try:
-            source = sqlite3.connect(f"file:{urllib.parse.quote(self.path)}?mode=ro", uri=True)
-            try:
+            data = Path(path).read_bytes()
+            self._was_plain = data.startswith(SQLITE_MAGIC)
+            self._take_over(decode_snapshot(data, self._vault, path))
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            raise _damaged(path, 0, f"not a good snapshot: {error}") from None
+        except OSError as error:
+            raise _damaged(path, 0, f"cannot be read: {_reason(error)}") from None
+        self._snapshot_number = self.number
+        self.snapshot_time = os.path.getmtime(path)
+
+    def _take_over(self, image: bytes) -> None:
+        """Replace the rows by those of a database image. Raises sqlite3.Error, ValueError."""
+        source = sqlite3.connect(":memory:")
+        try:
+            source.deserialize(image)
+            if image[APPLICATION_ID] == bytes(4):
                 found = source.execute("PRAGMA integrity_check(1)").fetchone()[0]
                 if found != "ok":
-                    raise sqlite3.DatabaseError(found)
-                source.backup(self._db)
-                version = self._db.execute("PRAGMA user_version").fetchone()[0]
-                if not 1 <= version <= len(MIGRATIONS):
-                    raise sqlite3.DatabaseError(f"schema version {version} is not known")
-                row = self._db.execute("SELECT value FROM meta WHERE name = 'number'").fetchone()
-                self.number = self._snapshot_number = int(row[0])
-            finally:
-                source.close()
-        except (sqlite3.Error, ValueError, TypeError) as error:
-            raise _damaged(self.path, 0, f"not a good snapshot: {error}") from None
-        self.snapshot_time = os.path.getmtime(self.path)
+                    raise ValueError(found)
+            version = source.execute("PRAGMA user_version").fetchone()[0]
+            if not 1 <= version <= len(MIGRATIONS):
+                raise ValueError(f"schema version {version} is not known")
+            row = source.execute("SELECT value FROM meta WHERE name = 'number'").fetchone()
+            self.number = int(row[0])
+            source.backup(self._db)
+        finally:
+            source.close()
 
     def _load_counts(self) -> None:
+        self.counts.clear()
         for row in self._db.execute(
             "SELECT interface, status, count(*) FROM peers GROUP BY interface, status"
         ):
@@ -1945,8 +2232,8 @@ class Store:
 
     def _replay(self) -> JournalFile | None:
         """Apply every record above the snapshot's number; return the current journal's file."""
-        previous = read_journal(self._journal.previous)
-        current = read_journal(self._journal.path)
+        previous = read_journal(self._journal.previous, self._vault)
+        current = read_journal(self._journal.path, self._vault)
         if previous:  # what a disk fault left behind the start of the next file is void
             limit = current.after if current else MAX_INTEGER
             self._replay_file(self._journal.previous, previous, limit)
@@ -1962,27 +2249,30 @@ class Store:
             )
         if file.torn:
             LOG.warning("%s: dropped a torn record of %d bytes", path, file.torn)
-        self._db.execute("BEGIN")
-        for record in file.records:
-            if not self.number < record.number <= limit:
-                continue
-            try:
-                self._apply(_decode_record(record.content))
-            except (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError) as error:
-                self._db.execute("ROLLBACK")
-                raise _damaged(path, 0, f"record {record.number} does not apply: {error}") from None
-            self.number = record.number
-            self._dirty = True
-        self._db.execute("COMMIT")
+        with self._transaction():
+            for record in file.records:
+                if self.number < record.number <= limit:
+                    self._replay_record(path, record)
+
+    def _replay_record(self, path: str, record: Record) -> None:
+        try:
+            self._apply(_decode_record(record.content))
+        except (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(path, 0, f"record {record.number} does not apply: {error}") from None
+        self.number = record.number
+        self._dirty = True
 
     def _begin_journal(self, current: JournalFile | None) -> None:
         """Go on with the journal that recovery read, or begin one behind a fresh snapshot."""
         last = current.records[-1].number if current and current.records else 0
         last = max(last, current.after) if current else -1
         try:
-            if self.durability == "none" or last != self.number:
+            # A sealed journal is never resumed: a dropped record's number would be a nonce twice.
+            if self.durability == "none" or last != self.number or self._vault:
                 self._write_snapshot(*self._image())
                 self._restart_journal(self.number)
+                if self._vault and self._was_plain:  # nothing readable may stay beside it
+                    self._forget_previous()
             elif current:
                 self._journal.resume(current.size, self.number)
         except OSError as error:
@@ -2004,9 +2294,8 @@ class Store:
         """Up to `limit` peers with an id above `after`, in order of creation."""
         where, values = ["p.id > ?"], [after]
         conditions: list[Any] = values
-        if chosen.status is not None:
-            where.append("p.status = ?")
-            conditions.append(chosen.status)
+        if chosen.status is not None:  # a literal lets the partial index serve
+            where.append("p.status = 'active'" if chosen.status == "active" else SUSPENDED)
         if chosen.interface is not None:
             where.append("p.interface = ?")
             conditions.append(chosen.interface)
@@ -2056,7 +2345,9 @@ class Store:
 
     def online(self, since: int) -> int:
         """How many peers had a handshake after `since` (Unix seconds)."""
-        row = self._db.execute("SELECT count(*) FROM traffic WHERE last_handshake > ?", (since,))
+        row = self._db.execute(  # the literal term lets the partial index serve
+            "SELECT count(*) FROM traffic WHERE last_handshake > 0 AND last_handshake > ?", (since,)
+        )
         return int(row.fetchone()[0])
 
     def last_handshakes(self, limit: int) -> dict[str, int]:
@@ -2079,11 +2370,15 @@ class Store:
 
         All of them or none: raises sqlite3.IntegrityError when a key or an address is taken.
         """
-        content = {
+        content: dict[str, Any] = {
             "put": [step.after for step in steps if step.after],
             "del": [step.before.id for step in steps if step.before and not step.after],
         }
+        if self.durable >= self.number:  # nothing can be undone any more
+            self._gone.clear()
+        gone = {peer_id: self.traffic(peer_id) for peer_id in content["del"]}
         self._apply(content)
+        self._gone.update(gone)
         self.number += 1
         self._dirty = True
         if self.durability != "none":
@@ -2099,6 +2394,13 @@ class Store:
                 "del": [step.before.id for step in inverse if step.before and not step.after],
             }
         )
+        for step in steps:
+            traffic = self._gone.get(step.before.id) if step.before else None
+            if step.before and not step.after and traffic:
+                self._db.execute(  # the interface has the peer anew: it counts from 0
+                    "INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, 0, 0, ?)",
+                    (step.before.id, *traffic),
+                )
 
     def _apply(self, content: Mapping[str, Any]) -> None:
         """The one way in which a change reaches the rows: live, replayed and undone."""
@@ -2145,22 +2447,21 @@ class Store:
 
     def sample(self, states: Sequence[PeerState]) -> None:
         """Add what the interface counted since the last sample to the peers' totals."""
+        before = self._db.total_changes
+        with self._transaction():
+            self._db.executemany(_SAMPLE, _sample_rows(states))
+        if self._db.total_changes != before:
+            self._dirty = True
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN")
-        self._db.executemany(
-            _SAMPLE,
-            [
-                {
-                    "key": encode_key(state.peer.public_key),
-                    "rx": state.rx_bytes,
-                    "tx": state.tx_bytes,
-                    "handshake": state.last_handshake,
-                }
-                for state in states
-                if state.last_handshake or state.rx_bytes or state.tx_bytes
-            ],
-        )
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
         self._db.execute("COMMIT")
-        self._dirty = True
 
     def restart_counters(self, public_keys: Sequence[bytes]) -> None:
         """The interface got these peers anew: it counts them from 0 again."""
@@ -2175,7 +2476,8 @@ class Store:
         columns = ", ".join(f"p.{name}" for name in Peer._fields)
         rows = self._db.execute(
             f"SELECT {columns} FROM peers p JOIN traffic t ON t.id = p.id WHERE p.id > ? "
-            "AND p.status = 'active' AND t.rx_bytes + t.tx_bytes > p.quota_bytes "
+            "AND p.quota_bytes IS NOT NULL AND p.status = 'active' "
+            "AND t.rx_bytes + t.tx_bytes > p.quota_bytes "
             "ORDER BY p.id LIMIT ?",
             (after, limit),
         )
@@ -2197,6 +2499,10 @@ class Store:
         if self.durability == "commit":
             self._journal.wait(number)
 
+    def is_lost(self, number: int) -> bool:
+        """Whether this change was undone because the disk refused it."""
+        return self._journal.is_lost(number)
+
     def flush(self) -> None:
         if self.durability != "none":
             self._journal.flush()
@@ -2204,18 +2510,24 @@ class Store:
     def discard(self) -> None:
         self._journal.discard()
 
-    def snapshot(self, lock: contextlib.AbstractContextManager[Any]) -> bool:
+    def snapshot(
+        self, lock: contextlib.AbstractContextManager[Any], undo: Callable[[], None]
+    ) -> bool:
         """Write a snapshot if something changed; `lock` is held only while the image is made.
 
-        Raises OSError or DiskError; snapshot and journal on disk then still hold everything. After
-        a disk fault this is what makes changes possible again.
+        After a disk fault undo() first takes back what did not reach the disk, and the snapshot is
+        what makes changes possible again. Raises OSError or DiskError; snapshot and journal on disk
+        then still hold everything.
         """
-        with self._snapshot_lock:
+        with self.snapshot_lock:
             with lock:
                 failed = self.failure is not None
                 if not (self._dirty or failed):
                     return False
+                if failed:
+                    undo()
                 number, image = self._image()
+                self._dirty = False
             try:
                 if not failed and self.durability != "none":
                     self._rotate(number)
@@ -2231,16 +2543,20 @@ class Store:
         self._db.execute(
             "INSERT OR REPLACE INTO meta (name, value) VALUES ('number', ?)", (str(self.number),)
         )
-        self._dirty = False
         return self.number, self._db.serialize()
 
     def _rotate(self, number: int) -> None:
         """Begin a new journal, unless the snapshot on disk still needs both of them."""
         if self._previous_end <= self._snapshot_number:
-            self._journal.rotate(number)
-            self._previous_end = number
+            self._previous_end = self._journal.rotate(number)
         else:
             self._journal.flush()  # the image may hold changes that are not on disk yet
+
+    def _forget_previous(self) -> None:
+        for path in (self.path + ".previous", self._journal.previous):
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.unlink(path)
+        self._previous_end = 0
 
     def _write_snapshot(self, number: int, image: bytes) -> None:
         """Replace the snapshot; the one before stays as DB_PATH.previous."""
@@ -2248,11 +2564,105 @@ class Store:
             temporary = self.path + ".previous.tmp"
             with contextlib.suppress(FileNotFoundError):
                 self._disk.unlink(temporary)
-            os.link(self.path, temporary)
+            self._disk.link(self.path, temporary)
             self._disk.rename(temporary, self.path + ".previous")
-        self._disk.replace(self.path, image)
+        self._disk.replace(self.path, encode_snapshot(image, self._vault))
         self._snapshot_number = number
         self.snapshot_time = time.time()
+
+    def image(self) -> bytes:
+        """The database as bytes, for seal()."""
+        return self._image()[1]
+
+    def seal(self, image: bytes) -> bytes:
+        """An image as a snapshot file; needs no lock."""
+        return encode_snapshot(image, self._vault)
+
+    def read_image(self, data: bytes) -> Store:
+        """A store of its own, without files, that holds a snapshot file's state.
+
+        Raises DamagedError or ConfigError when the data does not verify.
+        """
+        other = Store("the snapshot", "none", self._disk, self._vault)
+        try:
+            other._take_over(decode_snapshot(data, self._vault, "the snapshot"))
+            migrate(other._db)
+            other._verify_rows(self._db)
+            other._load_counts()
+        except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+            raise _damaged("the snapshot", 0, str(error)) from None
+        return other
+
+    def _verify_rows(self, model: sqlite3.Connection) -> None:
+        """Believe nothing of a database from outside. Raises ValueError, sqlite3.Error."""
+        schema = "SELECT type, name, sql FROM sqlite_master ORDER BY type, name"
+        if self._db.execute(schema).fetchall() != model.execute(schema).fetchall():
+            raise ValueError("its tables are not those of this version")
+        if not 0 <= self.number < MAX_INTEGER // 2:
+            raise ValueError("its record number is out of range")
+        after = 0
+        while peers := self.peers_after(after, READ_CHUNK):
+            for peer in peers:
+                verify_peer(peer)
+            after = peers[-1].id
+
+    def adopt(self, other: Store) -> None:
+        """Become `other`, on disk first. Raises OSError, DiskError with nothing changed here.
+
+        Under snapshot_lock and then the gateway's lock. The number goes up, so that no old record
+        is replayed over the new state.
+        """
+        self.flush()
+        other.number = max(self.number, other.number) + 1
+        number, image = other._image()
+        try:
+            self._write_snapshot(number, image)
+        except OSError as error:  # which of the two is there now? Nothing counts until a fresh one
+            self.number = number
+            self._dirty = True
+            self._journal.fail(error)
+            raise
+        self.number, self._db = number, other._db
+        self.counts, self._next_id = other.counts, max(self._next_id, other._next_id)
+        self._dirty = False
+        try:
+            self._restart_journal(number)
+        except OSError as error:
+            self._journal.fail(error)
+
+    def salvage(self) -> Iterator[str]:
+        """Read whatever can be read into this store; yields what was found, line by line."""
+        for path in (self.path, self.path + ".previous"):
+            try:
+                self._load_snapshot(path)
+            except DamagedError as error:
+                yield f"not used: {str(error).split('. ')[0]}"
+            else:
+                yield f"used: {path}, record {self.number}"
+                break
+        migrate(self._db)
+        self._load_counts()
+        for path in (self._journal.previous, self._journal.path):
+            if os.path.exists(path):
+                yield self._salvage_journal(path)
+
+    def _salvage_journal(self, path: str) -> str:
+        applied = refused = missing = 0
+        for record in salvage_journal(Path(path).read_bytes(), path, self._vault):
+            if record.number <= self.number:
+                continue
+            missing += record.number - self.number - 1
+            try:
+                self._apply(_decode_record(record.content))
+                applied += 1
+            except (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError):
+                refused += 1
+            self.number = record.number
+        return f"used: {path}: {applied} records, {missing} missing, {refused} not applicable"
+
+    def write_copy(self, path: str) -> None:
+        """Write the state as a snapshot file of its own. Raises OSError."""
+        self._disk.replace(path, encode_snapshot(self._image()[1], self._vault))
 
     def _restart_journal(self, number: int) -> None:
         if self.durability != "none":
@@ -2293,6 +2703,9 @@ class Device(NamedTuple):
     private_key: bytes
     listen_port: int
 
+    def __repr__(self) -> str:
+        return f"Device(listen_port={self.listen_port})"
+
 
 class Backend(Protocol):
     """One interface. apply() and setup() are called by one thread at a time, read() by another."""
@@ -2305,8 +2718,11 @@ class Backend(Protocol):
     def alive(self) -> bool:
         """Whether it is still the interface that setup() left behind."""
 
-    def read(self) -> list[PeerState]:
-        """Every peer with its counters: O(peers). Raises BackendError."""
+    def read(self, *, whole: bool = True) -> list[PeerState]:
+        """Every peer with its counters: O(peers). Raises BackendError.
+
+        Without `whole`, peers that changed meanwhile may be missing.
+        """
 
     def apply(self, changes: Sequence[Change]) -> None:
         """Do all changes in their order. Raises BackendError; some may then have been done."""
@@ -2365,15 +2781,19 @@ def parse_nl_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
         position += (length + 3) & ~3
 
 
-def parse_nl_error(payload: bytes) -> tuple[int, str]:
-    """struct nlmsgerr -> (errno or 0, the kernel's own words if it sent any)."""
+def parse_nl_error(payload: bytes, flags: int) -> tuple[int, str]:
+    """struct nlmsgerr -> (errno or 0, the kernel's own words if it sent any).
+
+    Words stand behind the header of the request that is echoed, the rest of which is CAPPED.
+    """
     if len(payload) < 4:
         raise CodecError("netlink: an error message without an error number")
     number = -struct.unpack_from("=i", payload)[0]
     if not 0 <= number < 4096:
         raise CodecError(f"netlink: error number {-number}")
-    for kind, value in parse_nl_attributes(payload[20:]) if number else ():
-        if kind == 1:  # NLMSGERR_ATTR_MSG, with NETLINK_CAP_ACK
+    told = number and flags & NLM_F_ACK_TLVS and flags & NLM_F_CAPPED
+    for kind, value in parse_nl_attributes(payload[20:]) if told else ():
+        if kind == NLMSGERR_ATTR_MSG:
             return number, value.rstrip(b"\0").decode("ascii", "replace")
     return number, ""
 
@@ -2467,11 +2887,11 @@ def decode_wg_peer(data: bytes) -> PeerState:
             psk = _exactly(value, KEY_BYTES, "preshared key")
         elif kind == WGPEER_A_LAST_HANDSHAKE_TIME:
             seconds, nanoseconds = struct.unpack("=qq", _exactly(value, 16, "timespec"))
-            handshake = seconds or int(nanoseconds != 0)
+            handshake = _in_range(seconds or int(nanoseconds != 0), MAX_TIME)
         elif kind == WGPEER_A_RX_BYTES:
-            rx = struct.unpack("=Q", _exactly(value, 8, "counter"))[0]
+            rx = _in_range(struct.unpack("=Q", _exactly(value, 8, "counter"))[0], MAX_INTEGER)
         elif kind == WGPEER_A_TX_BYTES:
-            tx = struct.unpack("=Q", _exactly(value, 8, "counter"))[0]
+            tx = _in_range(struct.unpack("=Q", _exactly(value, 8, "counter"))[0], MAX_INTEGER)
         elif kind == WGPEER_A_ALLOWEDIPS:
             networks = value
     if not key:
@@ -2487,6 +2907,12 @@ def _decode_allowed_ip(data: bytes) -> bytes:
     if len(address) not in (4, 16) or len(mask) != 1 or mask[0] > len(address) * 8:
         raise CodecError("wireguard: an allowed IP without a valid address and mask")
     return address + mask
+
+
+def _in_range(value: int, high: int) -> int:
+    if not 0 <= value <= high:
+        raise CodecError("wireguard: a counter or a time out of range")
+    return value
 
 
 def _exactly(value: bytes, length: int, what: str) -> bytes:
@@ -2520,20 +2946,23 @@ class NetlinkSocket:
         self._sequence = itertools.count(1)
         self._lock = threading.Lock()
 
-    def request(self, kind: int, flags: int, payload: bytes) -> list[bytes]:
-        """Send one request and return the payloads of its answer. Raises NetlinkError."""
+    def request(self, kind: int, flags: int, payload: bytes, whole: bool = True) -> list[bytes]:
+        """Send one request and return the payloads of its answer. Raises NetlinkError.
+
+        With `whole`, a dump that a change came into is an EINTR.
+        """
         with self._lock:
-            sequence = next(self._sequence)
+            sequence = next(self._sequence) & 0xFFFFFFFF
             flags |= NLM_F_REQUEST | NLM_F_ACK
             try:
                 self._socket.send(nl_message(NetlinkMessage(kind, flags, sequence, payload)))
-                return self._answer(sequence)
+                return self._answer(sequence, whole)
             except TimeoutError:
                 raise BackendError(f"netlink: no answer within {BACKEND_TIMEOUT:.0f} s") from None
             except OSError as error:
                 raise NetlinkError(error.errno or errno.EIO, "") from None
 
-    def _answer(self, sequence: int) -> list[bytes]:
+    def _answer(self, sequence: int, whole: bool) -> list[bytes]:
         payloads: list[bytes] = []
         interrupted = False
         while True:
@@ -2543,24 +2972,25 @@ class NetlinkSocket:
                 interrupted |= bool(message.flags & NLM_F_DUMP_INTR)
                 if message.type in (NLMSG_ERROR, NLMSG_DONE):
                     if len(message.payload) >= 4:
-                        number, words = parse_nl_error(message.payload)
+                        flags = message.flags if message.type == NLMSG_ERROR else 0
+                        number, words = parse_nl_error(message.payload, flags)
                         if number:
                             raise NetlinkError(number, words)
-                    if interrupted:
+                    if interrupted and whole:
                         raise NetlinkError(errno.EINTR, "the dump was interrupted by a change")
                     return payloads
                 if message.type != NLMSG_NOOP:
                     payloads.append(message.payload)
 
-    def dump(self, kind: int, payload: bytes) -> list[bytes]:
-        """A dump, begun again when a change came in between."""
-        for _ in range(10):
+    def dump(self, kind: int, payload: bytes, whole: bool) -> list[bytes]:
+        """A dump, begun again when a change came in between and it must be whole."""
+        for _ in range(DUMP_TRIES):
             try:
-                return self.request(kind, NLM_F_DUMP, payload)
+                return self.request(kind, NLM_F_DUMP, payload, whole)
             except NetlinkError as error:
                 if error.errno != errno.EINTR:
                     raise
-        raise BackendError("netlink: the dump was interrupted ten times")
+        raise BackendError(f"netlink: the dump was interrupted {DUMP_TRIES} times")
 
     def close(self) -> None:
         self._socket.close()
@@ -2650,12 +3080,12 @@ class Route:
         index = self.index(link.name)
         step = "find it"
         try:
+            if not self.is_up(index, link.mtu):  # the MTU first: a small one drops IPv6 addresses
+                step = f"set MTU {link.mtu} and bring it up"
+                self.set_up(index, link.mtu)
             for address in link.addresses:
                 step = f"add {address}"
                 self.add_address(index, address)
-            if not self.is_up(index, link.mtu):
-                step = f"set MTU {link.mtu} and bring it up"
-                self.set_up(index, link.mtu)
         except BackendError as error:
             raise BackendError(f"{link.name}: cannot {step}: {error}") from None
         return index
@@ -2706,8 +3136,8 @@ class NetlinkBackend:
     def alive(self) -> bool:
         return self._route.is_right(self._link, self._index)
 
-    def read(self) -> list[PeerState]:
-        return self._dump(self._reader)[1]
+    def read(self, *, whole: bool = True) -> list[PeerState]:
+        return self._dump(self._reader, whole)[1]
 
     def apply(self, changes: Sequence[Change]) -> None:
         for payload in encode_wg_batches(self._link.name, changes):
@@ -2725,10 +3155,12 @@ class NetlinkBackend:
         except NetlinkError as error:
             raise BackendError(f"{self._link.name}: {error}") from None
 
-    def _dump(self, netlink: NetlinkSocket) -> tuple[Device, list[PeerState]]:
+    def _dump(self, netlink: NetlinkSocket, whole: bool = True) -> tuple[Device, list[PeerState]]:
         head = nl_attribute(WGDEVICE_A_IFNAME, self._link.name.encode("ascii") + b"\0")
         try:
-            payloads = netlink.dump(self._family, genl(WG_CMD_GET_DEVICE, WG_GENL_VERSION, head))
+            payloads = netlink.dump(
+                self._family, genl(WG_CMD_GET_DEVICE, WG_GENL_VERSION, head), whole
+            )
         except NetlinkError as error:
             raise BackendError(f"{self._link.name}: {error}") from None
         return decode_wg_device(payloads)
@@ -2814,9 +3246,9 @@ def _uapi_state(peer: dict[str, Any]) -> PeerState:
     handshake = peer.get("last_handshake_time_sec", 0)
     return PeerState(
         WirePeer(peer["key"], psk, tuple(sorted(peer["networks"]))),
-        handshake or int(peer.get("last_handshake_time_nsec", 0) != 0),
-        peer.get("rx_bytes", 0),
-        peer.get("tx_bytes", 0),
+        _in_range(handshake or int(peer.get("last_handshake_time_nsec", 0) != 0), MAX_TIME),
+        _in_range(peer.get("rx_bytes", 0), MAX_INTEGER),
+        _in_range(peer.get("tx_bytes", 0), MAX_INTEGER),
     )
 
 
@@ -2825,19 +3257,21 @@ class UapiConnection:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._lock = threading.Lock()
         self._socket: socket.socket | None = None
 
     def exchange(self, request: bytes) -> bytes:
         """Send one operation, return its answer without the empty line. Raises BackendError."""
-        try:
+        with self._lock:
             try:
-                return self._exchange(request)
-            except (BrokenPipeError, ConnectionResetError, EOFError):
-                self.close()  # the program was restarted since; operations are idempotent
-                return self._exchange(request)
-        except (OSError, EOFError) as error:
-            self.close()
-            raise BackendError(f"{self._path}: {_reason(error)}") from None
+                try:
+                    return self._exchange(request)
+                except (BrokenPipeError, ConnectionResetError, EOFError):
+                    self.close()  # the program was restarted since; operations are idempotent
+                    return self._exchange(request)
+            except (OSError, EOFError) as error:
+                self.close()
+                raise BackendError(f"{self._path}: {_reason(error)}") from None
 
     def _exchange(self, request: bytes) -> bytes:
         if self._socket is None:
@@ -2948,7 +3382,7 @@ class UapiBackend:
             return False
         return self._route.is_right(self._link, self._index) and uapi_answers(self._path)
 
-    def read(self) -> list[PeerState]:
+    def read(self, *, whole: bool = True) -> list[PeerState]:
         return decode_uapi_device(self._reader.exchange(b"get=1\n\n"))[1]
 
     def apply(self, changes: Sequence[Change]) -> None:
@@ -2980,7 +3414,7 @@ class MemoryBackend:
     def alive(self) -> bool:
         return True
 
-    def read(self) -> list[PeerState]:
+    def read(self, *, whole: bool = True) -> list[PeerState]:
         return [PeerState(peer, 0, 0, 0) for peer in tuple(self._peers.values())]
 
     def apply(self, changes: Sequence[Change]) -> None:
@@ -3122,34 +3556,47 @@ class Gateway:
         LOG.info("%s (%s): %s", link.name, backend.kind, result)
 
     def _add_interface(self, link: Link, backend: Backend) -> None:
+        interface = Interface(link, backend, {}, encode_key(x25519_public(link.private_key)))
+        try:
+            pools = self._make_pools(interface, self.store)
+        except Conflict as error:
+            raise ConfigError(f"WG_IPV4_SUBNET, WG_IPV6_SUBNET: {error.detail}") from None
+        self.interfaces[link.name] = interface._replace(pools=pools)
+
+    def _make_pools(self, interface: Interface, store: Store) -> dict[str, AddressPool]:
+        """The pools of an interface as a store has them. Raises Conflict."""
         subnets = {"ipv4": self.config.wg_ipv4_subnet, "ipv6": self.config.wg_ipv6_subnet}
         pools = {family: AddressPool(subnet) for family, subnet in subnets.items() if subnet}
-        held: dict[str, list[str]] = {family: [] for family in FAMILIES}
-        for _, interface, *addresses in self._all_addresses():
-            if interface == link.name:
-                for family, address in zip(FAMILIES, addresses, strict=True):
-                    if address is not None:
-                        held[family].append(address)
+        held = self._held(interface.name, store)
         for family in FAMILIES:
             try:
                 if family in pools:
-                    pools[family].restore(held[family], self.store.released(family))
+                    pools[family].restore(held[family], store.released(family))
                 elif held[family]:
                     raise ValueError(held[family][0])
-            except ValueError as error:
-                raise ConfigError(
-                    f"WG_{family.upper()}_SUBNET {subnets[family]}: the "
-                    f"database has a peer with the address {error}, which is outside or excluded"
+            except ValueError:  # the address itself is a VPN client's: it stays out of logs
+                raise Conflict(
+                    f"there is a peer whose {family} address is outside of {subnets[family]}, "
+                    "excluded there, or given twice"
                 ) from None
-        public_key = encode_key(x25519_public(link.private_key))
-        self.interfaces[link.name] = Interface(link, backend, pools, public_key)
+        return pools
 
-    def _all_addresses(self) -> Iterator[tuple[int, str, str | None, str | None]]:
+    def _held(self, interface: str, store: Store) -> dict[str, list[str]]:
+        """Each family's addresses that peers of an interface hold."""
+        held: dict[str, list[str]] = {family: [] for family in FAMILIES}
+        for _, name, *addresses in self._all_addresses(store):
+            if name == interface:
+                for family, address in zip(FAMILIES, addresses, strict=True):
+                    if address is not None:
+                        held[family].append(address)
+        return held
+
+    def _all_addresses(self, store: Store) -> Iterator[tuple[int, str, str | None, str | None]]:
         """(id, interface, IPv4, IPv6) of every peer; the lock is held for a chunk at a time."""
         after = 0
         while True:
             with self.lock:
-                rows = self.store.address_rows(after, READ_CHUNK * 10)
+                rows = store.address_rows(after, READ_CHUNK * 10)
             yield from rows
             if not rows:
                 return
@@ -3157,13 +3604,18 @@ class Gateway:
 
     def close(self) -> None:
         """Let go of the interfaces, which stay as they are, and write what is left to disk."""
+        sample = threading.Thread(target=self._last_sample, daemon=True)
+        sample.start()
+        sample.join(LAST_SAMPLE_SECONDS)
+        self.snapshot()
+        for interface in self.interfaces.values():
+            interface.backend.close()
+
+    def _last_sample(self) -> None:
         try:
             self.sample()
         except BackendError as error:
             LOG.error("the last sample is missing: %s", error)
-        self.snapshot()
-        for interface in self.interfaces.values():
-            interface.backend.close()
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -3210,42 +3662,44 @@ class Gateway:
                     results.append(rules[name](fields))
             except GatewayError as error:
                 results.append(error)
-        last = max((r.number for r in results if isinstance(r, Outcome)), default=0)
-        try:
-            self._settle(last)
-        except Unavailable as error:
-            durable = self.store.durable
-            return [error if isinstance(r, Outcome) and r.number > durable else r for r in results]
-        return results
+        numbers = [r.number for r in results if isinstance(r, Outcome)]
+        with self.lock:  # a refusal may be so because of a change not yet on disk
+            numbers.append(self._last_pending())
+        with contextlib.suppress(Unavailable):  # each result is looked at below
+            self._settle(max(numbers))
+        lost = Unavailable("the disk refused the change: nothing was changed")
+        return [
+            lost if isinstance(r, Outcome) and self.store.is_lost(r.number) else r for r in results
+        ]
 
     def _do(
         self, rule: Callable[[Mapping[str, Any]], Outcome], fields: Mapping[str, Any]
     ) -> Outcome:
+        refusal = outcome = None
         with self.lock:
-            outcome = rule(fields)
-        self._settle(outcome.number)
-        return outcome
-
-    def get(self, public_key: str) -> tuple[Peer, Traffic]:
-        with self.lock:
-            peer = self._known(public_key)
-            traffic = self.store.traffic(peer.id)
-            number = self._last_pending()
+            try:
+                outcome = rule(fields)
+            except GatewayError as error:  # it may be so because of a change not yet on disk
+                refusal = error
+            number = outcome.number if outcome else self._last_pending()
         self._settle(number)
-        return peer, traffic
+        if refusal is not None:
+            raise refusal
+        return cast(Outcome, outcome)
+
+    def get(self, public_key: str) -> Outcome:
+        return self._do(self._get, {"public_key": public_key})
 
     def page(self, after: int, limit: int, chosen: Filter) -> list[tuple[Peer, Traffic]]:
         with self.lock:
-            return self.store.page(after, limit, chosen)
+            rows = self.store.page(after, limit, chosen)
+            number = self._last_pending()
+        self._settle(number)
+        return rows
 
     def usage(self, interface: Interface) -> dict[str, dict[str, Any]]:
         """Each family's pool: totals, and every address held."""
-        held: dict[str, list[str]] = {family: [] for family in FAMILIES}
-        for _, name, *addresses in self._all_addresses():
-            if name == interface.name:
-                for family, address in zip(FAMILIES, addresses, strict=True):
-                    if address is not None:
-                        held[family].append(address)
+        held = self._held(interface.name, self.store)
         return {
             family: {**pool_usage(interface.pools.get(family)), "assigned_ips": held[family]}
             for family in FAMILIES
@@ -3277,13 +3731,19 @@ class Gateway:
     # --- rules: under the lock, each leaves everything as it was when it raises ------------------
 
     def _create(self, fields: Mapping[str, Any]) -> Outcome:
+        self._check_usable()
         peer = self.store.get(fields["public_key"])
         if peer is not None:
             return Outcome(False, peer, self.store.traffic(peer.id), self._last_pending())
         peer = self._new_peer(fields)
         return Outcome(True, peer, Traffic(), self._change([Step(None, peer)]))
 
+    def _get(self, fields: Mapping[str, Any]) -> Outcome:
+        peer = self._known(fields["public_key"])
+        return Outcome(False, peer, self.store.traffic(peer.id), self._last_pending())
+
     def _set_status(self, fields: Mapping[str, Any]) -> Outcome:
+        self._check_usable()
         peer = self._known(fields["public_key"])
         if fields["status"] == "active" and peer.status != "active":
             self._check_may_be_active(peer)
@@ -3322,6 +3782,11 @@ class Gateway:
     def _replace(self, before: Peer, after: Peer) -> Outcome:
         number = self._last_pending() if after == before else self._change([Step(before, after)])
         return Outcome(after != before, after, self.store.traffic(after.id), number)
+
+    def _check_usable(self) -> None:
+        """No answer may speak of an interface that is known to be wrong."""
+        if "interface" in self.failures:
+            raise Unavailable("the interface is not usable")
 
     def _known(self, public_key: str) -> Peer:
         peer = self.store.get(public_key)
@@ -3422,8 +3887,7 @@ class Gateway:
         """
         if self.store.failure:
             raise Unavailable("the disk refuses writes: no change is accepted until it works again")
-        if "interface" in self.failures:
-            raise Unavailable("the interface is not usable")
+        self._check_usable()
         try:
             self._project(steps)
         except BackendError as error:
@@ -3475,19 +3939,24 @@ class Gateway:
             self.store.wait(number)
         except DiskError as error:
             LOG.error("%s", error)
-            self._roll_back()
+            with self.lock:
+                self._undo_pending()
             raise Unavailable("the disk refused the change: nothing was changed") from None
 
-    def _roll_back(self) -> None:
-        """Undo, newest first, every change that did not reach the disk."""
-        with self.lock:
-            self.store.discard()
-            durable = self.store.durable
-            while self._pending and self._pending[-1][0] > durable:
-                _, steps = self._pending.pop()
-                self._project_back(steps)
-                self.store.undo(steps)
-                self._move_addresses([Step(s.after, s.before) for s in reversed(steps)])
+    def _undo_pending(self) -> None:
+        """After a disk fault: undo, newest first, every change that did not reach the disk.
+
+        Under the lock. When the fault is mended there is nothing to undo: that was done first.
+        """
+        if not self.store.failure:
+            return
+        self.store.discard()
+        durable = self.store.durable
+        while self._pending and self._pending[-1][0] > durable:
+            _, steps = self._pending.pop()
+            self._project_back(steps)
+            self.store.undo(steps)
+            self._move_addresses([Step(s.after, s.before) for s in reversed(steps)])
 
     # --- the interface as a projection -----------------------------------------------------------
 
@@ -3505,8 +3974,11 @@ class Gateway:
 
     def reconcile(self) -> SyncResult:
         """Bring every interface in line with the store; what is right is not touched."""
+        failure = self.failures.get("interface")
         results = [self._reconcile(interface) for interface in self.interfaces.values()]
-        self.failures.pop("interface", None)
+        with self.lock:  # a new failure may have come up meanwhile: that stays
+            if self.failures.get("interface") is failure:
+                self.failures.pop("interface", None)
         return SyncResult(*(sum(column) for column in zip(*results, strict=True)))
 
     def _reconcile(self, interface: Interface) -> SyncResult:
@@ -3549,7 +4021,7 @@ class Gateway:
         """Read every interface's counters into the store. Raises BackendError."""
         for interface in self.interfaces.values():
             with self._watching() as touched:
-                states = interface.backend.read()
+                states = interface.backend.read(whole=False)
                 for start in range(0, len(states), READ_CHUNK):
                     with self.lock:
                         chunk = states[start : start + READ_CHUNK]
@@ -3612,15 +4084,54 @@ class Gateway:
 
     def snapshot(self) -> None:
         """Write a snapshot if something changed; failures are kept until one succeeds."""
-        if self.store.failure:
-            self._roll_back()
         try:
-            if self.store.snapshot(self.lock):
+            if self.store.snapshot(self.lock, self._undo_pending):
                 LOG.debug("snapshot written")
             self.failures.pop("snapshot", None)
         except (OSError, DiskError) as error:
             self.failures["snapshot"] = _reason(error)
             LOG.error("snapshot failed: %s", _reason(error))
+
+    def export(self) -> bytes:
+        """The whole state as a snapshot file, all of it on disk here."""
+        with self.lock:
+            image = self.store.image()
+            number = self._last_pending()
+        self._settle(number)
+        return self.store.seal(image)
+
+    def import_(self, data: bytes) -> int:
+        """Replace the whole state by a snapshot file's; returns the number of peers.
+
+        All or nothing in the store; the interface is then brought in line.
+        """
+        try:
+            other = self.store.read_image(data)
+        except StartError as error:
+            raise Malformed(f"the snapshot was refused: {error}") from None
+        pools = {
+            name: self._make_pools(interface, other) for name, interface in self.interfaces.items()
+        }
+        for name in other.interfaces():
+            if name not in self.interfaces:
+                raise Conflict(f"the snapshot has peers of {name}, which is not here")
+        with self._projection, self.store.snapshot_lock, self.lock:
+            if self.store.failure:
+                raise Unavailable("the disk refuses writes")
+            try:
+                self.store.adopt(other)
+            except (OSError, DiskError) as error:
+                LOG.error("import: %s", _reason(error))
+                raise Unavailable("the disk refused the snapshot: nothing was changed") from None
+            self._pending.clear()
+            for name, interface in self.interfaces.items():
+                self.interfaces[name] = interface._replace(pools=pools[name])
+        try:
+            LOG.info("import: %s", self.reconcile())
+        except BackendError as error:
+            self.failures["interface"] = str(error)
+            raise Unavailable("imported, but the interface is not in line yet") from None
+        return self.peer_count()
 
     def heal(self) -> None:
         """After a disk fault: keep trying to write a fresh snapshot."""
@@ -3819,6 +4330,9 @@ class Head(NamedTuple):
     keep_alive: bool
     expects_continue: bool
 
+    def __repr__(self) -> str:  # the headers hold signatures and tokens
+        return f"Head({self.method}, {self.path})"
+
 
 class Request(NamedTuple):
     """An authentic request with its body read; `key` is the path's public key, if it has one."""
@@ -3828,6 +4342,9 @@ class Request(NamedTuple):
     body: bytes
     content_type: bytes
     key: str
+
+    def __repr__(self) -> str:  # the body holds preshared keys
+        return f"Request({self.path})"
 
 
 class Response(NamedTuple):
@@ -4097,6 +4614,36 @@ class Admitted(NamedTuple):
     key: str
 
 
+def log_defect(error: BaseException) -> None:
+    """A defect of ours: its place is logged, never the values it happened with."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    LOG.error(
+        "internal error: %s at line %d", type(error).__name__, trace.tb_lineno if trace else 0
+    )
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def answering_defects(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a defect of ours an answer, too: a client never waits for one in vain."""
+
+    @functools.wraps(function)
+    def call(*arguments: _P.args, **named: _P.kwargs) -> _R:
+        try:
+            return function(*arguments, **named)
+        except GatewayError:
+            raise
+        except Exception as error:  # the one boundary at which anything is caught
+            log_defect(error)
+            raise GatewayError("an internal error; the gateway's log names its place") from None
+
+    return call
+
+
 class App:
     """Answers requests: admit() from the head alone, then answer() with the body."""
 
@@ -4122,15 +4669,19 @@ class App:
         self.reload(config)
 
     def reload(self, config: Config) -> None:
-        """Take over keys and tokens from a new configuration."""
-        keys = {"default": config.gateway_api_key, **config.gateway_api_keys}
-        self._authenticator.reload(keys, config.max_timestamp_diff, config.auth_schemes)
-        self._metrics_token = config.metrics_token
+        """Take over keys and tokens from a new configuration. Raises ConfigError."""
         secret = config.gateway_public_key
-        self._box = PayloadBox(secret) if secret else None
+        try:
+            self._box = PayloadBox(secret) if secret else None
+        except ImportError:
+            raise ConfigError("GATEWAY_PUBLIC_KEY needs python3-cryptography") from None
+        keys = {"default": config.gateway_api_key, **config.gateway_api_keys}
+        self._authenticator.reload(keys, config.auth_schemes)
+        self._metrics_token = config.metrics_token
 
     # --- from the head alone ---------------------------------------------------------------------
 
+    @answering_defects
     def admit(self, head: Head, source: str) -> Admitted:
         """Signature first, then path and method, then length. Raises GatewayError."""
         path = head.path[:-1] if head.path.endswith("/") and len(head.path) > 1 else head.path
@@ -4147,7 +4698,7 @@ class App:
             self._check_metrics(head, source)
         if head.length > route.limit:
             raise TooLarge(f"the body has {head.length} bytes, {route.limit} are accepted")
-        if route.guard == "signed" and not self.gateway.ready:
+        if route.guard != "open" and not self.gateway.ready:
             raise Unavailable("the gateway is starting", headers=[("Retry-After", "1")])
         key = key_from_path(segment) if segment else ""
         if key is None:
@@ -4155,7 +4706,7 @@ class App:
         return Admitted(head, route, key)
 
     def _authenticate(self, head: Head) -> None:
-        host = head.headers.get(b"host", b"").decode("ascii", "replace")
+        host = head.headers.get(b"host", b"").decode("latin-1")
         self._authenticator.verify(
             SignedMessage(head.method, host, head.target, head.headers, head.length)
         )
@@ -4173,7 +4724,7 @@ class App:
     def _check_metrics(self, head: Head, source: str) -> None:
         if self._metrics_token is None:
             if not ipaddress.ip_address(source).is_loopback:
-                raise Unauthorized("without METRICS_TOKEN only loopback may read the metrics")
+                raise Forbidden("without METRICS_TOKEN only loopback may read the metrics")
             return
         expected = b"Bearer " + self._metrics_token.encode("utf-8")
         if not hmac.compare_digest(expected, head.headers.get(b"authorization", b"")):
@@ -4195,7 +4746,7 @@ class App:
                 admitted.head.headers.get(b"content-type", b""),
                 admitted.key,
             )
-            return admitted.route.handler(self, request)
+            return answering_defects(admitted.route.handler)(self, request)
         except GatewayError as error:
             return problem(error)
 
@@ -4283,17 +4834,17 @@ class App:
             ],
             self.gateway.online_since(),
         )
-        rows = self.gateway.page(_decode_cursor(query.get("cursor")), limit, chosen)
-        shown = [self._shown(peer, traffic) for peer, traffic in rows]
-        cursor = _encode_cursor(rows[-1][0].id) if len(rows) == limit else None
+        rows = self.gateway.page(_decode_cursor(query.get("cursor")), limit + 1, chosen)
+        shown = [self._shown(peer, traffic) for peer, traffic in rows[:limit]]
+        cursor = _encode_cursor(rows[limit - 1][0].id) if len(rows) > limit else None
         return Response(200, encode_json({"configurations": shown, "next_cursor": cursor}))
 
     def get(self, request: Request) -> Response:
         form = _query_choice(request.query, "format", ("json", "wg-quick"))
-        peer, traffic = self.gateway.get(request.key)
-        shown = self._shown(peer, traffic)
+        outcome = self.gateway.get(request.key)
+        shown = self._shown(outcome.peer, outcome.traffic)
         if form == "wg-quick":
-            text = wg_quick(shown, peer.preshared_key)
+            text = wg_quick(shown, outcome.peer.preshared_key)
             return Response(200, text.encode("utf-8"), "text/plain; charset=utf-8")
         return Response(200, encode_json(shown))
 
@@ -4311,6 +4862,13 @@ class App:
         name = _query_choice(request.query, "interface", tuple(self.gateway.interfaces))
         interface = self.gateway.interfaces[name or next(iter(self.gateway.interfaces))]
         return Response(200, encode_json(self.gateway.usage(interface)))
+
+    def export(self, request: Request) -> Response:
+        return Response(200, self.gateway.export(), "application/octet-stream")
+
+    def import_(self, request: Request) -> Response:
+        content = {"status": "imported", "total_peers": self.gateway.import_(request.body)}
+        return Response(200, encode_json(content))
 
     def sync_ips(self, request: Request) -> Response:
         try:
@@ -4395,6 +4953,8 @@ ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute("POST", "/api/v1/sync-ips", App.sync_ips),
     ApiRoute("GET", "/api/v1/server/status", App.status),
     ApiRoute("GET", "/api/v1/server/metrics", App.server_metrics),
+    ApiRoute("GET", "/api/v1/snapshot", App.export),
+    ApiRoute("PUT", "/api/v1/snapshot", App.import_, limit=MAX_SNAPSHOT),
     ApiRoute("GET", "/metrics", App.prometheus, "metrics"),
     ApiRoute("GET", "/healthz", App.healthz, "open"),
     ApiRoute("GET", "/readyz", App.readyz, "open"),
@@ -4484,11 +5044,13 @@ class Connection(BaseHTTPRequestHandler):
             pass
 
     def finish(self) -> None:
-        self.server.leave(self)
-        if self._unread:
-            self._linger()
-        with contextlib.suppress(OSError):
-            self._socket.close()
+        try:
+            if self._unread:
+                self._linger()
+            with contextlib.suppress(OSError):
+                self._socket.close()
+        finally:
+            self.server.leave(self)
 
     def cut(self) -> None:
         """End a connection from another thread: its read returns at once."""
@@ -4608,7 +5170,6 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 512
-    allow_reuse_address = True
 
     def __init__(self, config: Config, app: App, tls: ssl.SSLContext) -> None:
         address = ipaddress.ip_address(config.api_host)
@@ -4617,7 +5178,7 @@ class Server(ThreadingHTTPServer):
         self.tls = tls
         self.closing = False
         self.allowed = config.allowed_backends
-        self._limit = config.max_connections
+        self._limit = min(config.max_connections, raise_file_limit(config.max_connections))
         self._lock = threading.Lock()
         self._connections: dict[Connection, None] = {}  # least recently active first
         self._open = 0
@@ -4633,8 +5194,18 @@ class Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        self.socket.bind(self.server_address)  # HTTPServer would ask DNS for a name
+        # A restart must not wait for old connections to time out; HTTPServer would ask DNS.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
+
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.05)  # or accept would be tried again at once, and for ever
+            raise
 
     @staticmethod
     def source(client_address: Any) -> str:
@@ -4672,13 +5243,7 @@ class Server(ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A defect of ours: its place is logged, never the values it happened with."""
-        error = sys.exc_info()[1]
-        trace = error.__traceback__ if error else None
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        line = trace.tb_lineno if trace else 0
-        LOG.error("internal error: %s at line %d", type(error).__name__, line)
+        log_defect(sys.exc_info()[1] or RuntimeError())
 
     def enter(self, connection: Connection) -> None:
         with self._lock:
@@ -4723,6 +5288,18 @@ class Server(ThreadingHTTPServer):
             time.sleep(0.01)
 
 
+def raise_file_limit(connections: int) -> int:
+    """Ask for enough open files; returns how many connections there is room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * connections + RESERVED_FILES  # a lingering connection beside each new one
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return connections if soft == resource.RLIM_INFINITY else max(8, soft - RESERVED_FILES)
+
+
 class Timer(threading.Thread):
     """Runs jobs, each at its interval in seconds, one after the other, until stop()."""
 
@@ -4739,13 +5316,15 @@ class Timer(threading.Thread):
                     due[i] = time.monotonic() + interval
                     try:
                         job()
-                    except (BackendError, DiskError, OSError, sqlite3.Error) as error:
+                    except (BackendError, DiskError, OSError) as error:
                         LOG.error("%s: %s", self.name, error)
+                    except Exception as error:  # a defect must not end all jobs for good
+                        log_defect(error)
 
     def stop(self) -> None:
+        """No further job begins; one that hangs is left behind."""
         self._stop_event.set()
-        if self.is_alive():
-            self.join()
+        self.join(STOP_SECONDS)
 
 
 def make_tls(config: Config) -> ssl.SSLContext:
@@ -4753,9 +5332,10 @@ def make_tls(config: Config) -> ssl.SSLContext:
     cert, key = config.tls_cert, config.tls_key
     if not os.path.exists(cert) and not os.path.exists(key):
         names = ["localhost", "127.0.0.1", "::1", socket.gethostname()]
-        host = (config.wg_endpoint or "").strip("[]")
+        names.append((config.wg_endpoint or "").strip("[]"))
         try:
-            make_certificate(cert, key, [*names, host] if host else names)
+            usable = [name for name in names if re.fullmatch(r"[A-Za-z0-9.:-]{1,253}", name)]
+            make_certificate(cert, key, usable)
         except ImportError:
             raise ConfigError(
                 f"TLS_CERT {cert!r} does not exist, and making one needs python3-cryptography"
@@ -4767,7 +5347,7 @@ def make_tls(config: Config) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     try:
-        context.load_cert_chain(cert, key)
+        context.load_cert_chain(cert, key, password="")  # never ask on a terminal
         fingerprint = certificate_fingerprint(cert)
         if config.tls_client_ca:
             context.load_verify_locations(config.tls_client_ca)
@@ -4793,6 +5373,24 @@ def set_up_logging(level: str) -> None:
     logging.logThreads = logging.logProcesses = False
 
 
+def open_store(config: Config) -> Store:
+    vault = Vault(config.snapshot_key) if config.snapshot_key else None
+    if vault and importlib.util.find_spec("cryptography") is None:
+        raise ConfigError("SNAPSHOT_KEY needs python3-cryptography")
+    return Store(config.db_path, config.durability, Disk(), vault)
+
+
+def lock_database(path: str) -> None:
+    """Keep a second gateway off the same files, for as long as the process lives. StartError."""
+    try:
+        handle = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StartError(f"DB_PATH {path!r} is in use by another gateway") from None
+    except OSError as error:
+        raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
+
+
 class Service:
     """The whole of it: builds the parts, runs until SIGTERM, reloads on SIGHUP."""
 
@@ -4809,12 +5407,13 @@ class Service:
             signal.signal(number, lambda received, _: self._signals.put(received))
         threading.stack_size(512 * 1024)  # bytes; a thread per connection
         link = make_link(config, load_private_key(config.wg_private_key_file))
-        store = Store(config.db_path, config.durability, Disk())
+        store = open_store(config)
         gateway = Gateway(config, store, time.time)
         host = HostMetrics(os.path.dirname(config.db_path) or ".")
         app = App(config, gateway, time.time, host)
         server = Server(config, app, make_tls(config))
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        lock_database(config.db_path)
         store.recover()
         gateway.start(link, self._open(config, link))
         timers = self._start_timers(config, gateway, host)
@@ -4857,12 +5456,12 @@ class Service:
         while (number := self._signals.get()) == signal.SIGHUP:
             try:
                 config = self._load()
-                server.tls = make_tls(config)
+                tls = make_tls(config)
+                app.reload(config)
             except StartError as error:
                 LOG.error("reload refused, the old settings stay: %s", error)
                 continue
-            server.allowed = config.allowed_backends
-            app.reload(config)
+            server.tls, server.allowed = tls, config.allowed_backends
             LOG.info("reloaded keys, allowlist and certificate")
         LOG.info("%s: stopping", signal.Signals(number).name)
 
@@ -4873,19 +5472,176 @@ class Service:
 # ==================================================================================================
 
 
+class ApiClient:
+    """Signed calls to a gateway whose certificate has a known fingerprint."""
+
+    def __init__(self, url: str, key_id: str, secret: str, fingerprint: str, scheme: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme != "https" or not parts.hostname:
+            raise StartError(f"{url!r} is not an https URL")
+        self._host, self._port = parts.hostname, parts.port or 443
+        self._key_id, self._secret, self._scheme = key_id, secret, scheme
+        self._fingerprint = fingerprint.replace(":", "").lower()
+
+    def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """(status, body) of one request. Raises StartError when no answer can be trusted."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE  # the fingerprint says more than a name
+        connection = http.client.HTTPSConnection(
+            self._host, self._port, timeout=60, context=context
+        )
+        try:
+            connection.connect()
+            certificate = cast(ssl.SSLSocket, connection.sock).getpeercert(True) or b""
+            if hashlib.sha256(certificate).hexdigest() != self._fingerprint:
+                raise StartError(f"{self._host}: the certificate has another fingerprint")
+            connection.request(method, path, body or None, self._headers(method, path, body))
+            response = connection.getresponse()
+            return response.status, response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise StartError(f"{self._host} port {self._port}: {_reason(error)}") from None
+        finally:
+            connection.close()
+
+    def _headers(self, method: str, path: str, body: bytes) -> dict[str, str]:
+        now = int(time.time())
+        headers = {"Content-Type": "application/json"} if body else {}
+        if self._scheme == "legacy":
+            signature = sign_legacy(self._secret, now, len(body))
+            return {**headers, "signature": signature, "timestamp": str(now)}
+        digest = base64.b64encode(hashlib.sha256(body).digest()).decode("ascii")
+        headers["Content-Digest"] = f"sha-256=:{digest}:"
+        named = {k.lower().encode("ascii"): v.encode("ascii") for k, v in headers.items()}
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        authority = host if self._port == 443 else f"{host}:{self._port}"
+        message = SignedMessage(method, authority, path, named, len(body))
+        nonce = secrets.token_hex(16)
+        given, mac = sign_rfc9421(self._key_id, self._secret, message, now, nonce)
+        return {**headers, "Signature-Input": given, "Signature": mac}
+
+
+def client_of(config: Config, arguments: argparse.Namespace) -> ApiClient:
+    """A client of this host's gateway, or of the one that the arguments name."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.api_host, config.api_host)
+    url = arguments.url or f"https://{host}:{config.api_port}"
+    secret = config.gateway_api_key
+    try:
+        if arguments.key_file:
+            secret = Path(arguments.key_file).read_text("utf-8").strip()
+        fingerprint = arguments.fingerprint or certificate_fingerprint(config.tls_cert)
+    except (OSError, ValueError) as error:
+        raise StartError(f"--key-file or TLS_CERT: {_reason(error)}") from None
+    scheme = arguments.scheme or config.auth_schemes[0]
+    return ApiClient(url, arguments.key_id, secret, fingerprint, scheme)
+
+
+def read_data(given: str | None) -> bytes:
+    """--data: a text, @FILE, or @- for standard input."""
+    if given is None:
+        return b""
+    if not given.startswith("@"):
+        return given.encode("utf-8")
+    try:
+        return sys.stdin.buffer.read() if given == "@-" else Path(given[1:]).read_bytes()
+    except OSError as error:
+        raise StartError(f"--data {given}: {_reason(error)}") from None
+
+
 def command_serve(arguments: argparse.Namespace) -> int:
     return Service(lambda: load_config(os.environ, arguments.env_file)).run()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the process's exit code."""
+def command_call(arguments: argparse.Namespace) -> int:
+    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    status, body = client.call(arguments.method, arguments.path, read_data(arguments.data))
+    sys.stdout.buffer.write(body + (b"" if body.endswith(b"\n") else b"\n"))
+    if status >= 400:
+        print(f"wggw: status {status}", file=sys.stderr)
+    return int(status >= 400)
+
+
+def command_snapshot(arguments: argparse.Namespace) -> int:
+    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    if arguments.action == "export":
+        status, body = client.call("GET", "/api/v1/snapshot")
+        if status == 200:
+            Disk().replace(arguments.file, body)
+            print(f"exported {len(body)} bytes to {arguments.file}")
+            return 0
+    else:
+        status, body = client.call("PUT", "/api/v1/snapshot", read_data("@" + arguments.file))
+        if status == 200:
+            print(f"imported: {json.loads(body)['total_peers']} peers")
+            return 0
+    raise StartError(f"status {status}: {json.loads(body).get('detail')}")
+
+
+def command_check(arguments: argparse.Namespace) -> int:
+    """Verify snapshot and journals without writing; with --repair save what can be saved."""
+    config = load_config(os.environ, arguments.env_file)
+    store = open_store(config)
+    if arguments.repair:
+        return repair(store)
+    if not os.path.exists(config.db_path):
+        print(f"{config.db_path}: there is no snapshot")
+    current = store.load()
+    print(f"{config.db_path}: good, {sum(store.counts.values())} peers, record {store.number}")
+    if current and current.torn:
+        print(f"{config.db_path}.journal: {current.torn} bytes of a torn record will be dropped")
+    return 0
+
+
+def repair(store: Store) -> int:
+    for line in store.salvage():
+        print(line)
+    target = store.path + ".repaired"
+    try:
+        store.write_copy(target)
+    except OSError as error:
+        raise StartError(f"{target}: {_reason(error)}") from None
+    names = " ".join(f"{store.path}{end}" for end in ("", ".previous", ".journal*"))
+    print(f"saved {sum(store.counts.values())} peers, record {store.number}, in {target}")
+    print("nothing else was changed. To use it, move the old files away and it into their place:")
+    print(f"  mkdir damaged; mv {names} damaged/; mv {target} {store.path}")
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="wggw.py", description="A WireGuard gateway.")
     parser.add_argument("--version", action="version", version=f"wggw {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="run the gateway")
-    serve.add_argument("--env-file", metavar="PATH", help="settings; default ./.env if it exists")
-    serve.set_defaults(run=command_serve)
-    arguments = parser.parse_args(argv)
+
+    def command(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--env-file", metavar="PATH", help="settings; default ./.env")
+        added.set_defaults(run=run)
+        return added
+
+    command("serve", command_serve, "run the gateway")
+    check = command("check", command_check, "verify snapshot and journal; exit 3 when damaged")
+    check.add_argument(
+        "--repair", action="store_true", help="save what can be saved, in a new file"
+    )
+    call = command("call", command_call, "send one signed request")
+    call.add_argument("method")
+    call.add_argument("path")
+    call.add_argument("--data", help="the body: a text, @FILE, or @- for standard input")
+    snapshot = command("snapshot", command_snapshot, "export or import the whole state")
+    snapshot.add_argument("action", choices=("export", "import"))
+    snapshot.add_argument("file")
+    for client in (call, snapshot):
+        client.add_argument("--url", help="default: this host's gateway")
+        client.add_argument("--key-file", help="holds the API key; default: GATEWAY_API_KEY")
+        client.add_argument("--key-id", default="default")
+        client.add_argument("--fingerprint", help="SHA-256 of the certificate; default: TLS_CERT's")
+        client.add_argument("--scheme", choices=("legacy", "rfc9421"))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the process's exit code."""
+    arguments = make_parser().parse_args(argv)
     try:
         return cast(int, arguments.run(arguments))
     except StartError as error:

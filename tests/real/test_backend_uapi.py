@@ -1,0 +1,134 @@
+"""UapiBackend keeps the backends' contract with wireguard-go; its program's life and death."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import interfaces
+import netns
+import pytest
+from backend_contract import InterfaceContract, held, peer, put, wg_dump
+from harness import wait_for
+
+import wggw
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture
+def interface() -> Iterator[interfaces.Opened]:
+    netns.need("ip", "wg", "wireguard-go", tun=True)
+    make = functools.partial(wggw.UapiBackend, program=shutil.which("wireguard-go"))
+    with interfaces.interface(make, netns.end_daemon) as opened:
+        yield opened
+
+
+class TestUapiBackend(InterfaceContract):
+    def test_the_program_outlives_the_backend(
+        self, backend: wggw.Backend, interface: interfaces.Opened
+    ) -> None:
+        put(backend, peer("a", "10.99.0.2/32"))
+        pid = netns.daemon_pid(interface.link.name)
+        backend.close()
+        second = interface.open(interface.link)
+        second.setup()
+        assert netns.daemon_pid(interface.link.name) == pid
+        assert held(second) == {peer("a", "10.99.0.2/32")}
+
+    def test_a_backend_that_did_not_start_the_program_sees_its_death(
+        self, backend: wggw.Backend, interface: interfaces.Opened
+    ) -> None:
+        second = interface.open(interface.link)
+        second.setup()
+        assert second.alive()
+        interface.destroy()
+        assert not second.alive()
+        second.setup()
+        assert second.alive()
+
+    def test_deleting_the_link_is_the_end_of_the_interface(
+        self, backend: wggw.Backend, interface: interfaces.Opened
+    ) -> None:
+        name = interface.link.name
+        netns.output("ip", "link", "delete", name)
+        wait_for(lambda: netns.daemon_pid(name) is None, 5, "the end of wireguard-go")
+        assert not backend.alive()
+        backend.setup()
+        put(backend, peer("a", "10.99.0.2/32"))
+        assert wg_dump(name).peers == {peer("a", "10.99.0.2/32")}
+
+    def test_a_running_program_is_used_without_one_to_start(
+        self, backend: wggw.Backend, interface: interfaces.Opened
+    ) -> None:
+        put(backend, peer("a", "10.99.0.2/32"))
+        second = wggw.UapiBackend(interface.link, None)
+        interface.backends.append(second)
+        second.setup()
+        assert held(second) == {peer("a", "10.99.0.2/32")}
+
+
+def test_without_program_and_socket_the_error_names_the_socket(
+    interface: interfaces.Opened,
+) -> None:
+    backend = wggw.UapiBackend(interface.link, None)
+    interface.backends.append(backend)
+    with pytest.raises(wggw.BackendError, match=f"{interface.link.name}.sock"):
+        backend.setup()
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        pytest.param("exit 3", "status 3", id="ends at once"),
+        pytest.param("exec sleep 60", "did not open", id="never opens its socket"),
+        pytest.param(None, "No such file", id="is not there"),
+    ],
+)
+def test_a_program_that_does_not_serve_is_a_backend_error_and_not_left_running(
+    interface: interfaces.Opened,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str | None,
+    words: str,
+) -> None:
+    monkeypatch.setattr(wggw, "DAEMON_START_SECONDS", 0.3)
+    program = tmp_path / "program"
+    if script is not None:
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    backend = wggw.UapiBackend(interface.link, str(program))
+    interface.backends.append(backend)
+    with pytest.raises(wggw.BackendError, match=words):
+        backend.setup()
+    assert not processes_of(program, "sleep 60")
+
+
+def processes_of(*words: object) -> list[str]:
+    """Command lines with one of these words, of processes in this thread's namespace."""
+    here = Path("/proc/thread-self/ns/net").readlink()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "ns/net").readlink() == here:
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue  # it ended meanwhile
+    return [line for line in found if any(str(word) in line for word in words)]
+
+
+def test_a_program_that_hangs_is_a_backend_error_in_time(
+    interface: interfaces.Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw, "BACKEND_TIMEOUT", 0.3)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / f"{interface.link.name}.sock"))
+        silent.listen()
+        backend = wggw.UapiBackend(interface.link, None, str(tmp_path))
+        interface.backends.append(backend)
+        for call in (backend.setup, backend.read, lambda: put(backend, peer("a"))):
+            with pytest.raises(wggw.BackendError):
+                call()

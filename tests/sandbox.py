@@ -1,0 +1,150 @@
+"""A machine to install on that is this machine, seen through private namespaces.
+
+Network, processes and mounts are its own: /etc, /usr and /var are those of this machine with every
+change in memory, /run is empty. What is done inside is gone when it ends, daemons included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import ROOT, wait_for
+
+NAMESPACES = ("--mount", "--net", "--pid")
+SETUP = r"""
+set -e
+mount -t tmpfs changes /mnt
+for directory in /etc /usr /var; do
+  mkdir -p /mnt$directory/upper /mnt$directory/work
+  mount -t overlay overlay $directory \
+    -o lowerdir=$directory,upperdir=/mnt$directory/upper,workdir=/mnt$directory/work
+done
+rm -rf /etc/wggw /var/lib/wggw
+mount -t tmpfs run /run
+ip link set lo up
+echo ready
+exec sleep infinity
+"""
+# sudo and apt-get as they are found first: nothing asks for a password, nothing is fetched.
+SUDO = '#!/bin/sh\nexec "$@"\n'
+APT_GET = '#!/bin/sh\necho "$@" >>"$(dirname "$0")/apt-get.calls"\nexit 7\n'
+
+
+class Machine:
+    """`tree` is a clean copy of the project; `bin` comes first in PATH."""
+
+    def __init__(self, directory: Path, pid: int) -> None:
+        self.tree = directory / "wggw"
+        self.bin = directory / "bin"
+        self._enter = ["nsenter", "--target", str(pid), *NAMESPACES, f"--wd={self.tree}"]
+        self._environment = {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "HOME": str(directory),
+            "TERM": "dumb",
+        }
+        copy_tree(self.tree)
+        self.bin.mkdir()
+        for name, text in (("sudo", SUDO), ("apt-get", APT_GET)):
+            (self.bin / name).write_text(text)
+            (self.bin / name).chmod(0o755)
+
+    def run(self, script: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run a bash script in the tree; both streams are its stdout."""
+        return subprocess.run(
+            [*self._enter, "bash", "-c", script],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+
+    def output(self, script: str) -> str:
+        done = self.run(script)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def apt_calls(self) -> list[str]:
+        calls = self.bin / "apt-get.calls"
+        return calls.read_text().splitlines() if calls.exists() else []
+
+    def start(self, command: str) -> Background:
+        return Background(self, command)
+
+    def spawn(self, script: str, log: Path) -> subprocess.Popen[bytes]:
+        with log.open("wb") as out:
+            return subprocess.Popen(
+                [*self._enter, "bash", "-c", script],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+
+
+class Background:
+    """A command that runs in the machine; `signal` reaches the very process that it names."""
+
+    def __init__(self, machine: Machine, command: str) -> None:
+        self._machine = machine
+        self._log = machine.tree.parent / "background.log"
+        self._process = machine.spawn(f"echo $$ >../background.pid; exec {command}", self._log)
+
+    def text(self) -> str:
+        return self._log.read_text()
+
+    def wait_text(self, text: str, seconds: float = 30) -> str:
+        def there() -> bool:
+            assert text in self.text() or self._process.poll() is None, self.text()
+            return text in self.text()
+
+        wait_for(there, seconds, f"{text!r} in the output")
+        return self.text()
+
+    def signal(self, name: str) -> None:
+        self._machine.output(f"kill -{name} $(cat ../background.pid)")
+
+    def wait(self, seconds: float = 20) -> int:
+        return self._process.wait(seconds)
+
+
+def copy_tree(to: Path) -> None:
+    """The project's files, without dot files and what running it has left behind."""
+    shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.db*", "*.pem"))
+
+
+def _first_child(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+@contextlib.contextmanager
+def machine(directory: Path) -> Iterator[Machine]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: it makes namespaces with private mounts")
+    if not shutil.which("apt-get"):
+        pytest.skip("needs Debian or Ubuntu")
+    holder = subprocess.Popen(
+        ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", "-c", SETUP],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        line = holder.stdout.readline()
+        if line != "ready\n":
+            pytest.skip(f"needs the right to make namespaces and overlays: {line.strip()}")
+        yield Machine(directory, _first_child(holder.pid))
+    finally:
+        holder.kill()
+        holder.wait()

@@ -1,0 +1,253 @@
+"""The address pool against a model that keeps plain lists, and its cost."""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import random
+import time
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from wggw import AddressPool
+
+SUBNETS = [
+    "10.0.1.0/30",
+    "10.0.1.0/29",
+    "10.0.1.0/24",
+    "10.7.0.0/16",
+    "fd42:4242:1::/64",
+    "fd42::/112",
+    "fd42::/126",
+]
+
+
+def pool_of(subnet: str) -> AddressPool:
+    return AddressPool(ipaddress.ip_network(subnet))
+
+
+def peers_of(subnet: str, limit: int = 2000) -> list[str]:
+    """The first addresses that peers can have, by counting: not the way the pool does it."""
+    network = ipaddress.ip_network(subnet)
+    first = [str(a) for a in itertools.islice(network, 2, 2 + limit)]
+    return first[:-1] if network.version == 4 and network.num_addresses <= limit + 2 else first
+
+
+class Machine(RuleBasedStateMachine):
+    """Histories of take, claim, release and restart. The model: who is held, who was released when.
+
+    `spread` bounds how far from the start of the subnet claims are made, so that small subnets are
+    exhausted and addresses meet each other in large ones.
+    """
+
+    @initialize(subnet=st.sampled_from(SUBNETS))
+    def begin(self, subnet: str) -> None:
+        self.subnet = subnet
+        self.pool = pool_of(subnet)
+        self.order = peers_of(subnet)
+        self.held: set[str] = set()
+        self.released: list[str] = []  # oldest first
+
+    def expected(self) -> str | None:
+        """Never used first, lowest first; then the one released longest ago."""
+        for address in self.order:
+            if address not in self.held and address not in self.released:
+                return address
+        return self.released[0] if self.released else None
+
+    def hold(self, address: str) -> None:
+        self.held.add(address)
+        if address in self.released:
+            self.released.remove(address)
+
+    @rule()
+    def take(self) -> None:
+        expected = self.expected()
+        assert self.pool.peek() == expected
+        assert self.pool.take() == expected
+        if expected is not None:
+            self.hold(expected)
+
+    @rule(data=st.data())
+    def claim(self, data: st.DataObject) -> None:
+        address = data.draw(st.sampled_from(self.order[:40]))
+        free = address not in self.held
+        assert self.pool.is_free(address) == free
+        if free:
+            self.pool.claim(address)
+            self.hold(address)
+        else:
+            with pytest.raises(ValueError, match=address):
+                self.pool.claim(address)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        address = data.draw(st.sampled_from(sorted(self.held)))
+        self.pool.release(address)
+        self.held.remove(address)
+        self.released.append(address)
+
+    @rule(data=st.data())
+    def release_of_a_free_address_is_refused(self, data: st.DataObject) -> None:
+        address = data.draw(st.sampled_from(self.order[:40]))
+        if address not in self.held:
+            with pytest.raises(ValueError, match=address):
+                self.pool.release(address)
+
+    @rule(shuffle=st.randoms(use_true_random=False))
+    def restart(self, shuffle: random.Random) -> None:
+        held = sorted(self.held)
+        shuffle.shuffle(held)
+        self.pool = pool_of(self.subnet)
+        self.pool.restore(held, self.released)
+
+    @invariant()
+    def counts_are_right(self) -> None:
+        if hasattr(self, "pool"):
+            assert self.pool.used == len(self.held)
+
+
+Machine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestPoolIsItsModel = Machine.TestCase
+
+
+@pytest.mark.parametrize("subnet", SUBNETS)
+def test_gateway_network_and_broadcast_are_never_given(subnet: str) -> None:
+    pool, network = pool_of(subnet), ipaddress.ip_network(subnet)
+    assert pool.gateway == network.network_address + 1
+    outside = [network.network_address - 1, network.broadcast_address + 1]
+    excluded = [network.network_address, pool.gateway, *outside]
+    if network.version == 4:
+        excluded.append(network.broadcast_address)
+    for address in excluded:
+        assert not pool.is_free(str(address))
+        for refused in (pool.claim, pool.release):
+            with pytest.raises(ValueError, match=str(address)):
+                refused(str(address))
+    assert pool.used == 0
+
+
+@pytest.mark.parametrize(
+    ("subnet", "total"),
+    [
+        ("10.0.1.0/30", 1),
+        ("10.0.1.0/29", 5),
+        ("10.0.1.0/24", 253),
+        ("10.7.0.0/16", 65533),
+        ("fd42::/126", 2),
+        ("fd42::/112", 65534),
+        ("fd42:4242:1::/64", 2**64 - 2),
+    ],
+)
+def test_total_counts_what_peers_can_have(subnet: str, total: int) -> None:
+    assert pool_of(subnet).total == total
+
+
+def test_last_address_of_ipv6_is_a_peers() -> None:
+    assert pool_of("fd42::/126").is_free("fd42::3")
+
+
+@pytest.mark.parametrize("subnet", ["10.0.1.0/30", "10.0.1.0/29", "10.0.1.0/24", "fd42::/126"])
+def test_every_address_is_given_once_and_then_none(subnet: str) -> None:
+    pool = pool_of(subnet)
+    given = [pool.take() for _ in range(pool.total)]
+    assert given == peers_of(subnet)
+    assert pool.take() is pool.peek() is None
+    assert pool.used == pool.total
+
+
+def test_whole_16_is_given_once_each() -> None:
+    pool = pool_of("10.7.0.0/16")
+    assert len({pool.take() for _ in range(pool.total)}) == pool.total == 65533
+    assert pool.take() is None
+
+
+def test_never_used_addresses_go_before_released_ones() -> None:
+    pool = pool_of("10.0.1.0/29")
+    for address in ("10.0.1.2", "10.0.1.3"):
+        assert pool.take() == address
+    pool.release("10.0.1.3")
+    pool.release("10.0.1.2")
+    given = [pool.take() for _ in range(5)]
+    assert given == ["10.0.1.4", "10.0.1.5", "10.0.1.6", "10.0.1.3", "10.0.1.2"]
+
+
+@pytest.mark.parametrize("held", ["10.0.1.1", "10.0.1.255", "10.0.2.2", "10.0.1.0"])
+def test_held_address_that_cannot_be_here_is_named(held: str) -> None:
+    with pytest.raises(ValueError, match=held):
+        pool_of("10.0.1.0/24").restore([held], [])
+
+
+def test_address_held_twice_is_named() -> None:
+    with pytest.raises(ValueError, match=r"10\.0\.1\.9"):
+        pool_of("10.0.1.0/24").restore(["10.0.1.9", "10.0.1.8", "10.0.1.9"], [])
+
+
+def test_released_addresses_outside_a_changed_subnet_are_forgotten() -> None:
+    pool = pool_of("10.0.1.0/29")
+    pool.restore(["10.0.1.2"], ["10.9.9.9", "10.0.1.1", "10.0.1.200", "10.0.1.3"])
+    given = [pool.take() for _ in range(5)]
+    assert given == ["10.0.1.4", "10.0.1.5", "10.0.1.6", "10.0.1.3", None]
+
+
+def test_behind_the_fresh_span_released_addresses_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wggw.FRESH_SPAN", 4)
+    pool = pool_of("fd42::/64")
+    given = [pool.take() for _ in range(3)]
+    assert given == ["fd42::2", "fd42::3", "fd42::4"]
+    pool.release("fd42::3")
+    assert pool.take() == "fd42::3"  # all fresh ones up to the span are used
+    assert pool.take() == "fd42::5"  # nothing was released: on with fresh ones
+
+
+def test_memory_for_released_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A /64 under churn remembers at most FRESH_SPAN addresses, not every one it ever gave."""
+    monkeypatch.setattr("wggw.FRESH_SPAN", 50)
+    pool = pool_of("fd42::/64")
+    seen = set()
+    for _ in range(1000):
+        address = pool.take()
+        assert address is not None
+        seen.add(address)
+        pool.release(address)
+    assert len(seen) <= 50
+
+
+def cost(pool: AddressPool, addresses: Iterable[str]) -> float:
+    """The shortest of several times that a round of claim, release and take needs."""
+    rounds = list(addresses)
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        for address in rounds:
+            pool.release(address)
+            pool.claim(address)
+            taken = pool.take()
+            assert taken is not None
+            pool.release(taken)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@pytest.mark.parametrize("subnet", ["10.7.0.0/16", "fd42::/64"])
+def test_cost_does_not_grow_with_addresses_held(subnet: str) -> None:
+    """O(n) would be 100 times slower with 100 times the peers; the factor allows for noise."""
+    times = {}
+    for held in (200, 20_000):
+        pool = pool_of(subnet)
+        given = [pool.take() or "" for _ in range(held)]
+        times[held] = cost(pool, given[50:150])
+    assert times[20_000] < 10 * times[200]
+
+
+def test_hole_in_front_of_claims_is_filled_first() -> None:
+    pool = pool_of("10.7.0.0/16")
+    for address in peers_of("10.7.0.0/16", 5_002)[1:5_000]:
+        pool.claim(address)
+    assert pool.take() == "10.7.0.2"
+    assert pool.take() == "10.7.19.138"  # offset 5002

@@ -1,0 +1,442 @@
+"""Connections: who is slow, silent, greedy or ambiguous harms nobody else and smuggles nothing.
+
+The deadlines are real, 10 s and more, so that one test waits for all of them side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import ssl
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Client, GatewayProcess, a_key, encode, path_key, running, sign, wait_for
+
+PEERS = "/api/v1/configurations/"
+MEDIAN_LIMIT = 0.05  # seconds; a request takes about 1 ms on an idle machine
+ANSWER = re.compile(rb"HTTP/1\.1 (\d{3}) [^\r]*\r\n((?:[^\r]+\r\n)*)\r\n")
+
+
+class Wire:
+    """A TLS connection that sends what it is told to."""
+
+    def __init__(self, port: int) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        raw = socket.create_connection(("127.0.0.1", port), timeout=30)
+        try:
+            self.socket = context.wrap_socket(raw)
+        except BaseException:
+            raw.close()
+            raise
+        self._rest = b""
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def answer(self) -> tuple[int, bytes]:
+        """The next answer's status and body; a 100 Continue is an answer of its own."""
+        while (match := ANSWER.match(self._rest)) is None:
+            data = self.socket.recv(65536)
+            assert data, f"closed in front of an answer's end: {self._rest!r}"
+            self._rest += data
+        status, rest = int(match[1]), self._rest[match.end() :]
+        length = re.search(rb"(?i)content-length: (\d+)", match[2])
+        size = int(length[1]) if length else 0
+        while len(rest) < size:
+            data = self.socket.recv(65536)
+            assert data, "closed in the middle of a body"
+            rest += data
+        self._rest = rest[size:]
+        return status, rest[:size]
+
+    def is_closed(self) -> bool:
+        """Wait until the gateway ends the connection; anything else that comes is False."""
+        try:
+            return not self._rest and self.socket.recv(1) == b""
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def head(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> bytes:
+    lines = [f"{method} {path} HTTP/1.1", "Host: gateway"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def signed(method: str, path: str, body: bytes = b"", **more: str) -> bytes:
+    return head(method, path, {**sign(body), **more}, body)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    with running(tmp_path_factory.mktemp("connections"), WG_IPV4_SUBNET="10.9.0.0/16") as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def wire(shared: GatewayProcess) -> Iterator[Wire]:
+    connection = Wire(shared.port)
+    yield connection
+    connection.close()
+
+
+def median(client: Client, requests: int = 40) -> float:
+    """Seconds that a request takes."""
+    taken = []
+    for _ in range(requests):
+        started = time.perf_counter()
+        assert client.get(a_key("nobody")).status == 404
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def check_quick(gateway: GatewayProcess) -> None:
+    """A connection that is already there and a new one are both served at once."""
+    client = gateway.client()
+    try:
+        started = time.perf_counter()
+        assert client.raw("GET", "/readyz", b"", {}).status == 200
+        assert time.perf_counter() - started < 1.0
+        assert median(client) < MEDIAN_LIMIT
+    finally:
+        client.close()
+
+
+# --- slow, silent, many --------------------------------------------------------------------------
+
+
+def test_slow_clients_delay_nobody_and_are_ended_by_their_deadlines(
+    shared: GatewayProcess,
+) -> None:
+    """Silent in the handshake, a byte at a time in the handshake, a byte at a time in the head."""
+    client = shared.client()
+    before = median(client)
+    silent = socket.create_connection(("127.0.0.1", shared.port), timeout=30)
+    dribbler = socket.create_connection(("127.0.0.1", shared.port), timeout=30)
+    slow, promising = Wire(shared.port), Wire(shared.port)
+    stop = threading.Event()
+
+    def dribble() -> None:
+        """Bytes of a TLS record and of a head, each too slow to come to its end."""
+        record = iter(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + bytes(500))
+        request = iter(signed("GET", "/api/v1/ip-usage"))
+        while not stop.wait(0.5):
+            with contextlib.suppress(OSError):
+                dribbler.sendall(bytes([next(record)]))
+            with contextlib.suppress(OSError):
+                slow.send(bytes([next(request)]))
+
+    body = encode({"public_key": a_key("promised")})
+    promising.send(signed("POST", PEERS, body)[: -len(body)])
+    thread = threading.Thread(target=dribble)
+    started = time.monotonic()
+    thread.start()
+    try:
+        check_quick(shared)
+        assert median(client) < max(MEDIAN_LIMIT, 10 * before)
+        for what, peer in (("silent", silent), ("dribbler", dribbler)):
+            with contextlib.suppress(ConnectionError):
+                assert peer.recv(1) == b"", what
+            assert 9 < time.monotonic() - started < 15, what
+        assert slow.answer()[0] == 408
+        assert slow.is_closed()
+        assert time.monotonic() - started < 15
+        # The one who announced a body has a longer deadline; when it comes, it is served.
+        promising.send(body)
+        assert promising.answer()[0] == 200
+    finally:
+        stop.set()
+        thread.join()
+        for connection in (silent, dribbler, slow, promising, client):
+            connection.close()
+
+
+def test_500_idle_connections_delay_nobody(shared: GatewayProcess) -> None:
+    client = shared.client()
+    before = median(client)
+    with contextlib.ExitStack() as stack:
+        for _ in range(250):  # half of them in TLS, half of them before it
+            stack.callback(Wire(shared.port).close)
+            raw = socket.create_connection(("127.0.0.1", shared.port), timeout=30)
+            stack.callback(raw.close)
+        assert median(client) < max(MEDIAN_LIMIT, 10 * before)
+        check_quick(shared)
+
+
+def open_files(gateway: GatewayProcess) -> int:
+    assert gateway.process is not None
+    return len(list(Path(f"/proc/{gateway.process.pid}/fd").iterdir()))
+
+
+def test_closed_connections_leave_nothing_open(shared: GatewayProcess) -> None:
+    client = shared.client()
+    median(client, 1)
+    before = open_files(shared)
+    for _ in range(20):
+        Wire(shared.port).close()
+        socket.create_connection(("127.0.0.1", shared.port)).close()
+    wait_for(lambda: open_files(shared) <= before, what="files to be closed")
+
+
+# --- the cap -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def capped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    with running(tmp_path_factory.mktemp("capped"), MAX_CONNECTIONS="16") as gateway:
+        yield gateway
+
+
+def test_beyond_the_cap_the_newest_is_served_and_the_idlest_is_closed(
+    capped: GatewayProcess,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        wires = []
+        for _ in range(16):
+            wires.append(Wire(capped.port))
+            stack.callback(wires[-1].close)
+            wires[-1].send(head("GET", "/healthz", {}))
+            assert wires[-1].answer()[0] == 200
+        # The first two come back to life: the third has now been idle for longest.
+        for wire in wires[:2]:
+            wire.send(head("GET", "/healthz", {}))
+            assert wire.answer()[0] == 200
+        newest = Wire(capped.port)
+        stack.callback(newest.close)
+        newest.send(head("GET", "/healthz", {}))
+        assert newest.answer()[0] == 200
+        assert wires[2].is_closed()
+        for wire in (*wires[:2], *wires[3:]):
+            wire.send(head("GET", "/healthz", {}))
+            assert wire.answer()[0] == 200
+
+
+def test_a_burst_beyond_the_cap_never_exceeds_it(capped: GatewayProcess) -> None:
+    """Also clients that never say a word do not keep others out."""
+    base = open_files(capped)
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            raw = socket.create_connection(("127.0.0.1", capped.port), timeout=30)
+            stack.callback(raw.close)
+        client = capped.client()
+        stack.callback(client.close)
+        assert client.raw("GET", "/readyz", b"", {}).status == 200
+        wait_for(lambda: open_files(capped) <= base + 16, what="the cap to hold")
+        assert client.raw("GET", "/readyz", b"", {}).status == 200
+
+
+def test_connections_up_to_the_cap_need_no_more_files_than_there_are(tmp_path: Path) -> None:
+    """A usual soft limit of open files is raised, or the cap is what the limit allows."""
+    limited = ["sh", "-c", 'ulimit -Sn 128; exec "$@"', "sh"]
+    gateway = GatewayProcess(tmp_path, limited, MAX_CONNECTIONS="300")
+    try:
+        gateway.start()
+        with contextlib.ExitStack() as stack:
+            for _ in range(200):
+                raw = socket.create_connection(("127.0.0.1", gateway.port), timeout=30)
+                stack.callback(raw.close)
+            client = gateway.client()
+            stack.callback(client.close)
+            started = time.monotonic()
+            assert client.create(a_key(1)).status == 200
+            assert time.monotonic() - started < 5
+    finally:
+        gateway.close()
+
+
+# --- keep-alive, pipelining ----------------------------------------------------------------------
+
+
+def test_a_connection_is_kept_alive(wire: Wire) -> None:
+    for number in range(5):
+        body = encode({"public_key": a_key(("kept", number))})
+        wire.send(signed("POST", PEERS, body))
+        assert wire.answer()[0] == 200
+
+
+def test_an_error_with_its_body_read_keeps_the_connection(wire: Wire) -> None:
+    for request, status in (
+        (signed("POST", PEERS, b"{"), 400),
+        (signed("POST", PEERS, encode({"public_key": "x"})), 422),
+        (signed("GET", PEERS + path_key(a_key("nobody"))), 404),
+        (signed("DELETE", "/api/v1/ip-usage"), 405),
+        (head("GET", "/api/v1/ip-usage", {}), 401),
+        (signed("GET", "/api/v1/ip-usage"), 200),
+    ):
+        wire.send(request)
+        assert wire.answer()[0] == status
+
+
+def test_connection_close_and_http_1_0_are_obeyed(shared: GatewayProcess) -> None:
+    for request in (
+        head("GET", "/healthz", {"Connection": "close"}),
+        b"GET /healthz HTTP/1.0\r\n\r\n",
+    ):
+        wire = Wire(shared.port)
+        wire.send(request)
+        assert wire.answer()[0] == 200
+        assert wire.is_closed()
+        wire.close()
+
+
+def test_pipelined_requests_are_answered_in_their_order(wire: Wire) -> None:
+    key = a_key("pipelined")
+    path = PEERS + path_key(key)
+    wire.send(
+        signed("POST", PEERS, encode({"public_key": key}))
+        + signed("GET", path)
+        + signed("PUT", path + "/status", encode({"status": "suspended"}))
+        + b"\r\n"  # RFC 9112 section 2.2: an empty line in front of a request is ignored
+        + signed("DELETE", path)
+        + signed("GET", path)
+    )
+    assert [wire.answer()[0] for _ in range(5)] == [200, 200, 200, 200, 404]
+
+
+def test_a_request_in_single_bytes_is_understood(wire: Wire) -> None:
+    for byte in signed("POST", PEERS, encode({"public_key": a_key("bytes")})):
+        wire.send(bytes([byte]))
+    assert wire.answer()[0] == 200
+
+
+# --- bodies that nobody reads --------------------------------------------------------------------
+
+
+def test_a_refused_body_closes_the_connection_and_the_answer_arrives(wire: Wire) -> None:
+    """Also when there is far more of it than fits into any buffer."""
+    body = b"x" * 60000
+    wire.send(head("POST", PEERS, {}, body))
+    assert wire.answer()[0] == 401
+    assert wire.is_closed()
+
+
+def test_a_body_too_large_is_refused_before_it_is_sent(wire: Wire) -> None:
+    body = b"x" * 2_000_000
+    wire.send(signed("POST", PEERS, body)[: -len(body)])
+    assert wire.answer()[0] == 413
+    assert wire.is_closed()
+
+
+def victims(shared: GatewayProcess) -> tuple[str, bytes]:
+    """A peer, and a signed request that deletes it."""
+    key = a_key("victim")
+    client = shared.client()
+    assert client.create(key).status == 200
+    client.close()
+    return key, signed("DELETE", PEERS + path_key(key))
+
+
+def smuggled(inner: bytes) -> list[tuple[str, bytes, int]]:
+    """Requests that are refused, each with a good request where its body would be."""
+    line = b"POST " + PEERS.encode() + b" HTTP/1.1\r\nHost: gateway\r\n"
+    size = str(len(inner)).encode()
+    auth = "".join(f"{n}: {v}\r\n" for n, v in sign(inner).items()).encode()
+    return [
+        ("unsigned", head("POST", PEERS, {}, inner), 401),
+        ("unknown path", signed("POST", "/api/v1/none", inner), 404),
+        ("method not allowed", signed("PATCH", "/api/v1/ip-usage", inner), 405),
+        ("no key in the path", signed("PUT", PEERS + "x/status", inner), 404),
+        ("open, with a body", head("POST", "/healthz", {}, inner), 405),
+        ("chunked", line + auth + b"Transfer-Encoding: chunked\r\n\r\n" + inner, 411),
+        (
+            "both lengths",
+            line + b"Content-Length: " + size + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + inner,
+            400,
+        ),
+        (
+            "two lengths",
+            line + auth + b"Content-Length: 0\r\nContent-Length: " + size + b"\r\n\r\n" + inner,
+            400,
+        ),
+        ("a list of lengths", line + auth + b"Content-Length: 0, 0\r\n\r\n" + inner, 400),
+        ("a signed length", line + auth + b"Content-Length: +" + size + b"\r\n\r\n" + inner, 400),
+        ("a hex length", line + auth + b"Content-Length: 0x10\r\n\r\n" + inner, 400),
+        ("a negative length", line + auth + b"Content-Length: -1\r\n\r\n" + inner, 400),
+        ("space before the colon", line + auth + b"Content-Length : 0\r\n\r\n" + inner, 400),
+        ("a folded header", line + auth + b"X: a\r\n Content-Length: 0\r\n\r\n" + inner, 400),
+        ("a bare line feed", line + auth + b"X: a\nContent-Length: 0\r\n\r\n" + inner, 400),
+        ("no host", b"GET /healthz HTTP/1.1\r\n\r\n" + inner, 400),
+        ("two hosts", b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n" + inner, 400),
+        ("no HTTP", b"hello\r\n\r\n" + inner, 400),
+        ("another version", b"GET / HTTP/2.0\r\nHost: a\r\n\r\n" + inner, 505),
+        ("too many headers", line + b"X: y\r\n" * 100 + b"\r\n" + inner, 431),
+        ("a head too large", line + b"X: " + b"y" * 17000 + b"\r\n\r\n" + inner, 431),
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(smuggled(b""))), ids=[c[0] for c in smuggled(b"")])
+def test_a_refused_requests_body_never_becomes_the_next_request(
+    shared: GatewayProcess, case: int
+) -> None:
+    key, inner = victims(shared)
+    _, request, status = smuggled(inner)[case]
+    wire = Wire(shared.port)
+    try:
+        wire.send(request)
+        assert wire.answer()[0] == status
+        assert wire.is_closed()
+    finally:
+        wire.close()
+    client = shared.client()
+    assert client.get(key).status == 200
+    client.close()
+
+
+def test_a_body_on_a_get_is_read_and_is_no_request(shared: GatewayProcess, wire: Wire) -> None:
+    key, inner = victims(shared)
+    wire.send(signed("GET", PEERS + path_key(key), inner) + signed("GET", "/api/v1/ip-usage"))
+    status, body = wire.answer()
+    assert status == 200 and key.encode() in body
+    status, body = wire.answer()
+    assert status == 200 and b"gateway_ip" in body
+
+
+# --- Expect: 100-continue ------------------------------------------------------------------------
+
+
+def test_expect_continue_is_answered_before_the_body(wire: Wire) -> None:
+    body = encode({"public_key": a_key("expected")})
+    wire.send(signed("POST", PEERS, body, Expect="100-continue")[: -len(body)])
+    assert wire.answer()[0] == 100
+    wire.send(body)
+    assert wire.answer()[0] == 200
+
+
+def test_a_refused_request_is_not_asked_for_its_body(wire: Wire) -> None:
+    body = encode({"public_key": a_key("unexpected")})
+    wire.send(head("POST", PEERS, {"Expect": "100-continue"}, body)[: -len(body)])
+    assert wire.answer()[0] == 401
+    assert wire.is_closed()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_waits_for_100_continue_and_is_served(shared: GatewayProcess) -> None:
+    body = encode({"public_key": a_key("curl"), "request_id": "x" * 200})
+    headers = {**sign(body), "Expect": "100-continue", "Content-Type": "application/json"}
+    command = ["curl", "--silent", "--show-error", "--insecure", "--include", "--max-time", "20"]
+    for name, value in headers.items():
+        command += ["--header", f"{name}: {value}"]
+    command += ["--http1.1", "--expect100-timeout", "15", "--data-binary", "@-"]
+    command.append(f"https://127.0.0.1:{shared.port}{PEERS}")
+    started = time.monotonic()
+    done = subprocess.run(command, input=body, capture_output=True, check=True, timeout=30)
+    assert time.monotonic() - started < 5
+    assert done.stdout.startswith(b"HTTP/1.1 100 Continue")
+    assert b'"status":"created"' in done.stdout

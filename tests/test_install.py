@@ -1,0 +1,221 @@
+"""install.sh: what it refuses, what it makes, and that it never changes what is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import ROOT
+from sandbox import Machine, machine
+
+INSTALL = ROOT / "install.sh"
+COMMAND = "./install.sh --foreground"
+PRINTED = re.compile(r"^(?:sudo )?bash <<'END'\n.*?^END$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Machine]:
+    with machine(tmp_path) as made:
+        yield made
+
+
+def needs_userspace(host: Machine) -> None:
+    if Path("/sys/module/wireguard").exists():
+        pytest.skip("the kernel has WireGuard: nothing else is needed")
+
+
+# --- options: no root needed ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "installing a service is not part of this version"),
+        (("--dry-run", "--yes"), "installing a service is not part of this version"),
+        (("--foreground", "--nonsense"), "unknown option --nonsense"),
+        (("--foreground", "extra"), "unknown option extra"),
+        (("--foreground", "--port"), "--port needs a value"),
+        (("--foreground", "--endpoint", "a b"), "--endpoint: 'a b' has characters"),
+        (("--foreground", "--endpoint=$(id)"), "--endpoint: '$(id)' has characters"),
+        (("--foreground", "--ipv4-subnet", "a\nB=c"), "--ipv4-subnet: 'a\nB=c' has characters"),
+    ],
+)
+def test_wrong_option_is_refused_by_name(arguments: tuple[str, ...], message: str) -> None:
+    done = subprocess.run([INSTALL, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_help_names_every_option() -> None:
+    done = subprocess.run([INSTALL, "--help"], capture_output=True, text=True, check=True)
+    options = set(re.findall(r"^ +(--[a-z0-9-]+)[^a-z0-9*=-]", INSTALL.read_text(), re.MULTILINE))
+    assert len(options) >= 10
+    assert {option for option in options if option not in done.stdout} == set()
+
+
+# --- on a machine ---------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("signal", ["INT", "TERM"])
+def test_printed_command_creates_a_peer_and_a_signal_ends_it_with_0(
+    host: Machine, signal: str
+) -> None:
+    install = host.start(f"{COMMAND} --endpoint vpn.example.org --port 5000 --api-port 8443")
+    printed = PRINTED.search(install.wait_text("\nEND\n"))
+    assert printed, install.text()
+    answer = json.loads(host.output(f"cd .. && {printed[0]}\n"))
+    assert (answer["status"], answer["assigned_ip"]) == ("created", "10.0.1.2")
+    assert (answer["endpoint"], answer["port"]) == ("vpn.example.org:5000", 5000)
+    assert answer["public_key"] == host.output("wg pubkey <../client.key").strip()
+    assert host.output("wg show wg0 peers").strip() == answer["public_key"]
+    for shown in (
+        answer["server_public_key"],
+        "https://127.0.0.1:8443",
+        host.output("openssl x509 -in /etc/wggw/cert.pem -outform DER | sha256sum")[:64],
+    ):
+        assert shown in install.text()
+    install.signal(signal)
+    assert install.wait() == 0
+    assert host.apt_calls() == []
+
+
+@pytest.mark.real
+def test_settings_are_readable_by_root_alone_and_the_key_is_nowhere_else(host: Machine) -> None:
+    install = host.start(COMMAND)
+    install.wait_text("\nEND\n")
+    files = host.output("stat -c '%a %U %n' /etc/wggw /etc/wggw/* /var/lib/wggw").splitlines()
+    assert [line for line in files if not re.match("[67]00 root ", line)] == []
+    assert "600 root /etc/wggw/wggw.env" in files
+    key = re.search("^GATEWAY_API_KEY=([0-9a-f]{64})$", host.output("cat /etc/wggw/wggw.env"), re.M)
+    assert key
+    assert key[1] not in install.text()
+    assert host.run(f"grep -l {key[1][:40]}[{key[1][40]}] /proc/[0-9]*/cmdline").returncode == 1
+
+
+@pytest.mark.real
+def test_settings_that_exist_are_never_changed(host: Machine) -> None:
+    host.output(
+        "install -d -m 700 /etc/wggw /var/lib/wggw\n"
+        "printf '%s\\n' '# mine' 'GATEWAY_API_KEY=\"0123456789 abcdef\"' API_PORT=9000 "
+        "WG_IPV6_SUBNET= TLS_CERT=/etc/wggw/cert.pem TLS_KEY=/etc/wggw/key.pem "
+        "WG_PRIVATE_KEY_FILE=/etc/wggw/privatekey >/etc/wggw/wggw.env"
+    )
+    look = "cd /etc/wggw && stat -c '%Y %a %i' wggw.env && sha256sum wggw.env"
+    before = host.output(look)
+    refused = host.run(f"{COMMAND} --api-port 9001")
+    assert refused.returncode == 2
+    assert "has API_PORT=9000 and is never changed" in refused.stdout
+    install = host.start(f"{COMMAND} --api-port 9000 --ipv6-subnet ''")
+    printed = PRINTED.search(install.wait_text("\nEND\n"))
+    assert printed
+    answer = json.loads(host.output(f"cd .. && {printed[0]}\n"))
+    assert answer["status"] == "created"
+    assert host.output(look) == before
+
+
+@pytest.mark.real
+def test_second_start_keeps_peers_keys_and_settings(host: Machine) -> None:
+    look = "sha256sum /etc/wggw/*; wg show wg0 peers; wg show wg0 public-key"
+    seen = []
+    for _ in range(2):
+        install = host.start(COMMAND)
+        printed = PRINTED.search(install.wait_text("\nEND\n"))
+        assert printed
+        if not seen:
+            host.output(printed[0])
+        seen.append(host.output(look))
+        install.signal("TERM")
+        assert install.wait() == 0
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.real
+def test_dry_run_shows_the_actions_and_changes_nothing(host: Machine) -> None:
+    host.output("rm $(command -v wg)")
+    shown = host.output(f"{COMMAND} --dry-run")
+    for action in ("apt-get install", "wireguard-tools", "write /etc/wggw/wggw.env", "serve"):
+        assert action in shown
+    assert host.apt_calls() == []
+    assert host.run("ls -d /etc/wggw /var/lib/wggw; ip link show wg0").returncode != 0
+
+
+@pytest.mark.real
+def test_what_is_missing_is_installed_and_apt_failing_ends_it(host: Machine) -> None:
+    host.output("rm $(command -v wg)")
+    done = host.run(COMMAND)
+    assert done.returncode == 7
+    assert "+ apt-get update" in done.stdout
+    assert host.apt_calls() == ["update -q"]
+    (host.bin / "apt-get").write_text('#!/bin/sh\necho "$@" >>"$(dirname "$0")/apt-get.calls"\n')
+    host.run(f"{COMMAND} --port 99999")
+    assert host.apt_calls()[2] == "install -q -y --no-install-recommends wireguard-tools"
+
+
+@pytest.mark.real
+def test_bad_value_is_named_and_leaves_no_settings_behind(host: Machine) -> None:
+    for option, variable in (
+        ("--port 99999", "WG_DEFAULT_PORT"),
+        ("--ipv4-subnet 10.0.0.1/24", "WG_IPV4_SUBNET"),
+        ("--ipv4-subnet= --ipv6-subnet=", "WG_IPV4_SUBNET"),
+    ):
+        done = host.run(f"{COMMAND} {option}")
+        assert done.returncode == 2, done.stdout
+        assert f"install.sh: {variable}" in done.stdout
+        assert host.output("ls -A /etc/wggw") == ""
+
+
+@pytest.mark.real
+def test_exit_code_is_the_gateways(host: Machine) -> None:
+    host.output("install -d /var/lib/wggw; echo damaged >/var/lib/wggw/wireguard.db")
+    done = host.run(COMMAND)
+    assert done.returncode == 3, done.stdout
+    assert "wireguard.db" in done.stdout
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (
+            "echo ID=fedora >../os; mount --bind ../os /etc/os-release",
+            "only Debian .* and Ubuntu .* are supported",
+        ),
+        ("ip link add wg0 type veth peer name other", "interface wg0 exists already"),
+    ],
+)
+def test_machine_that_is_not_fit_is_refused(host: Machine, before: str, message: str) -> None:
+    host.output(before)
+    done = host.run(COMMAND)
+    assert done.returncode != 0
+    assert re.search(message, done.stdout), done.stdout
+    assert host.run("ls /etc/wggw").returncode != 0
+
+
+@pytest.mark.real
+def test_without_root_it_says_so(host: Machine) -> None:
+    host.output("cp install.sh /run/; chmod 755 /run/install.sh")
+    done = host.run("cd / && setpriv --reuid 65534 --clear-groups /run/install.sh --foreground")
+    assert done.returncode == 1
+    assert "must run as root" in done.stdout
+
+
+@pytest.mark.real
+def test_without_tun_it_says_so(host: Machine) -> None:
+    needs_userspace(host)
+    host.output("mount -t tmpfs none /dev/net")
+    done = host.run(COMMAND)
+    assert done.returncode == 1
+    assert "/dev/net/tun" in done.stdout
+
+
+@pytest.mark.real
+def test_without_the_right_to_make_interfaces_it_says_so(host: Machine) -> None:
+    needs_userspace(host)
+    done = host.run(f"setpriv --bounding-set -net_admin --inh-caps -net_admin {COMMAND}")
+    assert done.returncode == 1
+    assert "CAP_NET_ADMIN is missing" in done.stdout

@@ -1,0 +1,836 @@
+"""The store: what comes back after a restart, a disk fault at every call, a crash at every call.
+
+The history that is replayed under faults commits, waits, takes snapshots and restarts. A fault is
+injected at the Nth call of the disk for every N until none is left. What must hold each time: the
+state that comes back holds every acknowledged change, and it is one that existed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import sqlite3
+import stat
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import a_key
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wggw import (
+    DamagedError,
+    Disk,
+    DiskError,
+    Filter,
+    Peer,
+    PeerState,
+    StartError,
+    Step,
+    Store,
+    Traffic,
+    Vault,
+    WirePeer,
+    decode_key,
+)
+
+State = frozenset[Peer]
+
+
+def a_peer(number: int, **fields: Any) -> Peer:
+    peer = Peer(
+        id=number,
+        public_key=a_key(number),
+        interface="wg0",
+        status="active",
+        status_reason=None,
+        assigned_ip=f"10.0.{number // 250}.{number % 250 + 2}",
+        assigned_ipv6=f"fd00::{number + 2:x}" if number % 2 else None,
+        tunnel_traffic="ipv4",
+        dns="d1",
+        port=51820,
+        preshared_key=None,
+        persistent_keepalive=25,
+        expires_at=None,
+        quota_bytes=None,
+        created_at=1765200000 + number,
+        request_id=None,
+        obfuscation=None,
+    )
+    return peer._replace(**fields)
+
+
+def opened(
+    path: Path,
+    disk: Disk | None = None,
+    durability: str = "commit",
+    vault: Vault | None = None,
+) -> Store:
+    store = Store(str(path / "db"), durability, disk or FastDisk(), vault)
+    store.recover()
+    return store
+
+
+@contextlib.contextmanager
+def closing(store: Store) -> Iterator[Store]:
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def state_of(store: Store) -> State:
+    return frozenset(store.peers_after(0, 10_000))
+
+
+def recovered(path: Path, vault: Vault | None = None) -> State:
+    """What a fresh start on these files gives, twice: the second must change nothing."""
+    with closing(opened(path, vault=vault)) as store:
+        first = state_of(store)
+    with closing(opened(path, vault=vault)) as store:
+        assert state_of(store) == first
+    return first
+
+
+def put(store: Store, *peers: Peer, wait: bool = True) -> int:
+    steps = [Step(store.get(peer.public_key), peer) for peer in peers]
+    number = store.commit(steps)
+    if wait:
+        store.wait(number)
+    return number
+
+
+def nothing() -> None:
+    pass
+
+
+def save(store: Store, undo: Callable[[], None] = nothing) -> bool:
+    return store.snapshot(contextlib.nullcontext(), undo)
+
+
+class FastDisk(Disk):
+    """Without the fsyncs: no test here cuts the machine's power."""
+
+    def fsync(self, handle: int) -> None:
+        pass
+
+
+class BreakableDisk(FastDisk):
+    broken = False
+
+    def fsync(self, handle: int) -> None:
+        if self.broken:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+# --- changes --------------------------------------------------------------------------------------
+
+
+def test_what_was_committed_is_there_after_a_restart(tmp_path: Path) -> None:
+    peer = a_peer(
+        1,
+        preshared_key=a_key("psk"),
+        expires_at=1765300000,
+        quota_bytes=2**63 - 1,
+        request_id='r "\\ ü \u2028 😀',
+        tunnel_traffic="ipv4,ipv6",
+    )
+    other = a_peer(2, status="suspended", status_reason="quota")
+    with closing(opened(tmp_path)) as store:
+        assert put(store, peer) == 1
+        assert put(store, other) == 2
+    with closing(opened(tmp_path)) as store:
+        assert store.get(peer.public_key) == peer
+        assert store.get(other.public_key) == other
+        assert store.number == 2
+        assert store.new_id() == 3
+
+
+def test_change_and_delete_are_there_after_a_restart(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+        put(store, a_peer(2))
+        put(store, a_peer(2, status="suspended"))
+        store.wait(store.commit([Step(a_peer(1), None)]))
+    assert recovered(tmp_path) == {a_peer(2, status="suspended")}
+
+
+def test_undo_takes_back_every_kind_of_step(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1), a_peer(2))
+        before, counts = state_of(store), +store.counts
+        steps = [
+            Step(a_peer(1), None),
+            Step(a_peer(2), a_peer(2, status="suspended")),
+            Step(None, a_peer(3)),
+        ]
+        store.commit(steps)
+        assert state_of(store) == {a_peer(2, status="suspended"), a_peer(3)}
+        store.undo(steps)
+        assert state_of(store) == before
+        assert +store.counts == counts
+
+
+def test_undone_delete_keeps_the_traffic_that_was_counted(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+        store.sample([seen(1, 10, 20, 30)])
+        steps = [Step(a_peer(1), None)]
+        store.commit(steps)
+        store.undo(steps)
+        assert store.traffic(1) == Traffic(10, 20, 30)
+
+
+@pytest.mark.parametrize("field", ["public_key", "assigned_ip", "assigned_ipv6"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_another_peer_has_is_refused_and_changes_nothing(
+    tmp_path: Path, field: str, alone: bool
+) -> None:
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+        before, counts, number = state_of(store), +store.counts, store.number
+        double = a_peer(3, **{field: getattr(a_peer(1), field)})
+        steps = [Step(None, double)] if alone else [Step(None, a_peer(5)), Step(None, double)]
+        with pytest.raises(sqlite3.IntegrityError):
+            store.commit(steps)
+        assert state_of(store) == before
+        assert +store.counts == counts
+        assert store.number == number
+        put(store, a_peer(7))
+    assert recovered(tmp_path) == before | {a_peer(7)}
+
+
+def test_delete_of_a_peer_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store, pytest.raises(sqlite3.IntegrityError):
+        store.commit([Step(a_peer(1), None)])
+
+
+def test_released_addresses_keep_their_order_over_restarts_and_snapshots(tmp_path: Path) -> None:
+    order = [3, 1, 4, 2]
+    with closing(opened(tmp_path)) as store:
+        put(store, *(a_peer(number) for number in range(1, 6)))
+        for number in order:
+            store.wait(store.commit([Step(a_peer(number), None)]))
+            if number == 1:
+                save(store)
+    with closing(opened(tmp_path)) as store:
+        assert list(store.released("ipv4")) == [f"10.0.0.{n + 2}" for n in order]
+        assert list(store.released("ipv6")) == ["fd00::5", "fd00::3"]
+        put(store, a_peer(9, assigned_ip="10.0.0.5"))  # the oldest is taken, given back again
+        store.wait(store.commit([Step(a_peer(9, assigned_ip="10.0.0.5"), None)]))
+        assert list(store.released("ipv4")) == ["10.0.0.3", "10.0.0.6", "10.0.0.4", "10.0.0.5"]
+
+
+HISTORY = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "suspend", "move", "delete", "undo", "pair", "restart"]),
+        st.integers(1, 6),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(history=HISTORY)
+def test_counts_and_rows_are_right_after_any_history(
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, int]]
+) -> None:
+    path = tmp_path_factory.mktemp("history")
+    model: dict[int, Peer] = {}
+    disk = BreakableDisk()
+    store = opened(path, disk)
+    for what, number in history:
+        old = model.get(number)
+        if what == "restart":
+            store.close()
+            store = opened(path, disk)
+        elif what == "pair":
+            new = {n: a_peer(n, status="suspended") for n in (number, number + 1)}
+            put(store, *new.values())
+            model |= new
+        elif what == "delete" and old:
+            store.wait(store.commit([Step(old, None)]))
+            del model[number]
+        elif what == "undo":
+            steps = [Step(old, None if old else a_peer(number))]
+            disk.broken = True
+            with pytest.raises(DiskError):
+                store.wait(store.commit(steps))
+            disk.broken = False
+            store.discard()
+            store.undo(steps)
+            assert save(store)
+        else:
+            status = "suspended" if what == "suspend" else "active"
+            interface = "wg1" if what == "move" else "wg0"
+            model[number] = a_peer(number, status=status, interface=interface)
+            put(store, model[number])
+        assert state_of(store) == set(model.values())
+        assert +store.counts == Counter((p.interface, p.status) for p in model.values())
+        assert set(store.released("ipv4")).isdisjoint(p.assigned_ip for p in model.values())
+    store.close()
+    assert recovered(path) == set(model.values())
+
+
+def test_pages_give_every_peer_once_in_order(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store:
+        for number in range(1, 24):
+            put(store, a_peer(number, status="suspended" if number % 3 == 0 else "active"))
+        store.sample([seen(number, 1, 1, 1000 + number) for number in range(1, 24, 2)])
+
+        def listed(chosen: Filter) -> list[int]:
+            found: list[int] = []
+            while rows := store.page(found[-1] if found else 0, 5, chosen):
+                found += [peer.id for peer, _ in rows]
+            return found
+
+        assert listed(Filter()) == [*range(1, 24)]
+        assert listed(Filter(status="suspended")) == [*range(3, 24, 3)]
+        assert listed(Filter(interface="wg9")) == []
+        assert listed(Filter(online=True, online_since=1010)) == [*range(11, 24, 2)]
+        offline = [n for n in range(1, 24) if n % 2 == 0 or n < 11]
+        assert listed(Filter(online=False, online_since=1010)) == offline
+
+
+# --- traffic --------------------------------------------------------------------------------------
+
+
+def seen(number: int, rx: int, tx: int, handshake: int = 0) -> PeerState:
+    return PeerState(WirePeer(decode_key(a_key(number)), b"", ()), handshake, rx, tx)
+
+
+def test_traffic_is_accumulated_over_counters_that_start_again(tmp_path: Path) -> None:
+    samples = [(100, 10, 5), (150, 10, 7), (150, 10, 7), (30, 2, 6), (40, 5, 0)]
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+        for sample in samples:
+            store.sample([seen(1, *sample)])
+        assert store.traffic(1) == Traffic(150 + 40, 10 + 5, 7)
+        assert save(store)
+    with closing(opened(tmp_path)) as store:
+        assert store.traffic(1) == Traffic(190, 15, 7)
+        store.sample([seen(1, 45, 5)])  # the interface outlived the restart
+        assert store.traffic(1) == Traffic(195, 15, 7)
+
+
+def test_peer_made_anew_in_the_interface_counts_from_zero(tmp_path: Path) -> None:
+    """Also where the new counter is already above the old one at the next sample."""
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1), a_peer(2))
+        store.sample([seen(1, 100, 0), seen(2, 100, 0)])
+        store.restart_counters([decode_key(a_key(1))])
+        store.sample([seen(1, 120, 0), seen(2, 120, 0)])
+        assert store.traffic(1).rx_bytes == 220
+        assert store.traffic(2).rx_bytes == 120
+
+
+@pytest.mark.parametrize("change", [{"status": "suspended"}, {"public_key": a_key("new")}])
+def test_suspended_or_rekeyed_peer_counts_from_zero(tmp_path: Path, change: dict[str, Any]) -> None:
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+        store.sample([seen(1, 100, 100)])
+        after = a_peer(1, **change)
+        store.commit([Step(a_peer(1), after)])
+        store.commit([Step(after, a_peer(1))])
+        store.sample([seen(1, 120, 130)])
+        assert store.traffic(1) == Traffic(220, 230, 0)
+
+
+def test_traffic_of_unknown_and_of_new_peers_is_zero(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store:
+        store.sample([seen(1, 100, 100, 5)])
+        put(store, a_peer(1))
+        assert store.traffic(1) == Traffic()
+        store.sample([seen(1, 100, 100, 5)])
+        store.commit([Step(a_peer(1), None)])
+        put(store, a_peer(1))
+        assert store.traffic(1) == Traffic()
+        assert store.online(0) == 0
+
+
+def test_quota_and_expiry_find_active_peers_only(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store:
+        for number, status in ((1, "active"), (2, "suspended"), (3, "active")):
+            put(store, a_peer(number, status=status, quota_bytes=50, expires_at=100 + number))
+        store.sample([seen(1, 25, 25), seen(2, 100, 0), seen(3, 26, 25)])
+        assert [peer.id for peer in store.over_quota(0, 10)] == [3]
+        assert [peer.id for peer in store.expired(102, 10)] == [1]
+        assert [peer.id for peer in store.expired(103, 10)] == [1, 3]
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """The machine stops here: no handler for errors may run on."""
+
+
+class TrackingDisk(Disk):
+    """Counts calls, and remembers what a power failure would leave.
+
+    `synced`: inode -> bytes known to be on disk. `mirror`: the directory's names as of its last
+    sync, as hard links. before() and after() surround each call, and may raise.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / "files"
+        self.mirror = path / "mirror"
+        self.path.mkdir()
+        self.mirror.mkdir()
+        self.synced: dict[int, int] = {}
+        self.calls = 0
+
+    def before(self, call: str, handle: int, data: bytes) -> None:
+        self.calls += 1
+
+    def after(self) -> None:
+        pass
+
+    def write(self, handle: int, data: bytes) -> None:
+        self.before("write", handle, data)
+        super().write(handle, data)
+        self.after()
+
+    def fsync(self, handle: int) -> None:
+        self.before("fsync", handle, b"")
+        found = os.fstat(handle)
+        if stat.S_ISDIR(found.st_mode):
+            shutil.rmtree(self.mirror)
+            shutil.copytree(self.path, self.mirror, copy_function=os.link)
+        else:
+            self.synced[found.st_ino] = found.st_size
+        self.after()
+
+    def rename(self, old: str, new: str) -> None:
+        self.before("rename", -1, b"")
+        super().rename(old, new)
+        self.after()
+
+    def unlink(self, path: str) -> None:
+        self.before("unlink", -1, b"")
+        super().unlink(path)
+        self.after()
+
+    def remains(self, path: Path) -> list[Path]:
+        """What may be found after the crash, each as a directory of its own.
+
+        The process was killed: all as it is. The power went: only what was synced, with the names
+        as they are or as they were when the directory was synced.
+        """
+        choices = [(self.path, False), (self.path, True), (self.mirror, True)]
+        made = []
+        for number, (source, cut) in enumerate(choices):
+            target = path / f"remains{number}"
+            target.mkdir()
+            for file in source.iterdir():
+                content = file.read_bytes()
+                end = self.synced.get(file.stat().st_ino, 0) if cut else len(content)
+                (target / file.name).write_bytes(content[:end])
+            made.append(target)
+        return made
+
+
+class FailingDisk(TrackingDisk):
+    """The Nth call fails with an OSError, once or from then on; a failing write is cut short."""
+
+    def __init__(self, path: Path, nth: int, forever: bool) -> None:
+        super().__init__(path)
+        self.nth, self.forever = nth, forever
+
+    def before(self, call: str, handle: int, data: bytes) -> None:
+        super().before(call, handle, data)
+        if self.calls == self.nth or (self.forever and self.calls > self.nth):
+            os.write(handle, data[: len(data) // 2]) if call == "write" else None
+            raise OSError(errno.EIO, "Input/output error")
+
+
+class CrashingDisk(TrackingDisk):
+    """The machine stops at the Nth call: before it, in the middle of a write, or behind it."""
+
+    def __init__(self, path: Path, nth: int, where: str) -> None:
+        super().__init__(path)
+        self.nth, self.where = nth, where
+
+    def before(self, call: str, handle: int, data: bytes) -> None:
+        super().before(call, handle, data)
+        if self.calls >= self.nth and self.where != "after":
+            if self.where == "middle" and call == "write":
+                os.write(handle, data[: len(data) // 2])
+            raise Crash
+
+    def after(self) -> None:
+        if self.calls >= self.nth:
+            raise Crash
+
+
+class FailingThenCrashingDisk(CrashingDisk):
+    """A call fails once, and some calls later the machine stops."""
+
+    def __init__(self, path: Path, nth: int, later: int) -> None:
+        super().__init__(path, nth + later, "before")
+        self.failing = nth
+
+    def before(self, call: str, handle: int, data: bytes) -> None:
+        super().before(call, handle, data)
+        if self.calls == self.failing:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+class Run:
+    """Plays the history as a gateway would, and keeps what may come back.
+
+    `states` are all states since the last acknowledged one, that one first.
+    """
+
+    def __init__(self, disk: TrackingDisk, vault: Vault | None) -> None:
+        self.disk = disk
+        self.vault = vault
+        self.states: list[State] = [frozenset()]
+        self.finished = False
+        self.pending: list[tuple[int, list[Step]]] = []
+        self.store = self.begin()
+
+    def begin(self) -> Store:
+        return Store(str(self.disk.path / "db"), "commit", self.disk, self.vault)
+
+    def commit(self, *steps: Step) -> None:
+        if self.store.failure:
+            return
+        self.pending.append((self.store.commit(steps), list(steps)))
+        self.states.append(state_of(self.store))
+
+    def wait(self) -> None:
+        """Acknowledged, or undone and mended by a snapshot if the disk lets us."""
+        try:
+            if self.pending:
+                self.store.wait(self.pending[-1][0])
+            self.states = self.states[-1:]
+        except DiskError:
+            self.undo_pending()
+            self.snapshot()
+        self.pending = []
+
+    def undo_pending(self) -> None:
+        """Take back what did not reach the disk, newest first."""
+        self.store.discard()
+        while self.pending and self.pending[-1][0] > self.store.durable:
+            self.store.undo(self.pending.pop()[1])
+        self.states.append(state_of(self.store))
+
+    def snapshot(self) -> None:
+        for _ in range(2):
+            with contextlib.suppress(OSError, DiskError):
+                self.store.snapshot(threading.Lock(), self.undo_pending)
+                self.states = self.states[-1:]
+                return
+
+    def restart(self) -> None:
+        self.store.close()
+        self.store = self.begin()
+        self.store.recover()
+        assert state_of(self.store) in self.states
+
+    def play(self) -> None:
+        self.store.recover()
+        self.commit(Step(None, a_peer(1)))
+        self.wait()
+        self.commit(Step(None, a_peer(2)))
+        self.commit(Step(None, a_peer(3)))
+        self.wait()
+        self.snapshot()
+        self.commit(Step(a_peer(1), a_peer(1, status="suspended")))
+        self.wait()
+        self.restart()
+        self.commit(Step(a_peer(2), None)) if self.store.get(a_key(2)) else None
+        self.wait()
+        self.snapshot()
+        self.commit(Step(None, a_peer(4)), Step(None, a_peer(5)))
+        self.wait()
+        self.snapshot()
+        self.commit(Step(None, a_peer(6)))
+        self.wait()
+        self.restart()
+        self.commit(Step(None, a_peer(7)))
+        self.wait()
+        self.finished = True
+
+
+def play_history(disk: TrackingDisk, vault: Vault | None = None) -> Run:
+    """One history under a disk's faults; a start that was refused ends it."""
+    run = Run(disk, vault)
+    try:
+        run.play()
+    except (StartError, Crash):
+        pass
+    finally:
+        with contextlib.suppress(Crash):
+            run.store.close()
+    return run
+
+
+def for_every_call(
+    make: Callable[[Path, int], TrackingDisk], tmp_path: Path, vault: Vault | None = None
+) -> int:
+    """Play the history with a fault at call 1, 2, ... until none is hit; returns how many."""
+    for nth in range(1, 500):
+        path = tmp_path / str(nth)
+        path.mkdir()
+        run = play_history(make(path, nth), vault)
+        if run.disk.calls < nth:
+            assert run.finished
+            return nth - 1
+        for remains in run.disk.remains(path):
+            found = recovered(remains, vault)
+            assert found in run.states, f"call {nth}, {remains.name}: {sorted(found)}"
+        shutil.rmtree(path)
+    raise AssertionError("the history does not end")
+
+
+def test_history_without_faults_is_acknowledged_to_its_end(tmp_path: Path) -> None:
+    run = play_history(TrackingDisk(tmp_path))
+    ids = {1, 3, 4, 5, 6, 7}
+    assert run.finished
+    assert len(run.states) == 1
+    assert {peer.id for peer in run.states[0]} == ids
+    for remains in run.disk.remains(tmp_path):
+        assert {peer.id for peer in recovered(remains)} == ids
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("forever", [False, True], ids=["once", "from-then-on"])
+def test_failing_call_loses_nothing_acknowledged(tmp_path: Path, forever: bool) -> None:
+    calls = for_every_call(lambda path, nth: FailingDisk(path, nth, forever), tmp_path)
+    assert calls > 40
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("where", ["before", "middle", "after"])
+def test_crash_at_every_call_loses_nothing_acknowledged(tmp_path: Path, where: str) -> None:
+    calls = for_every_call(lambda path, nth: CrashingDisk(path, nth, where), tmp_path)
+    assert calls > 40
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("where", ["before", "middle"])
+def test_crash_with_sealed_files_loses_nothing_acknowledged(tmp_path: Path, where: str) -> None:
+    vault = Vault("a secret for the snapshots")
+    assert for_every_call(lambda path, nth: CrashingDisk(path, nth, where), tmp_path, vault) > 40
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("later", range(1, 14))
+def test_crash_while_a_fault_is_mended_loses_nothing_acknowledged(
+    tmp_path: Path, later: int
+) -> None:
+    make = lambda path, nth: FailingThenCrashingDisk(path, nth, later)  # noqa: E731
+    assert for_every_call(make, tmp_path) > 40
+
+
+@pytest.mark.parametrize(("call", "ahead"), [("write", 1), ("fsync", 2)])
+def test_refused_change_does_not_come_back(tmp_path: Path, call: str, ahead: int) -> None:
+    """The disk refused it and the caller was told so: a restart must not bring it back."""
+    disk = FailingDisk(tmp_path, 10**9, True)
+    with closing(opened(disk.path, disk)) as store:
+        put(store, a_peer(1))
+        disk.nth = disk.calls + ahead
+        steps = [Step(None, a_peer(2))]
+        with pytest.raises(DiskError):
+            store.wait(store.commit(steps))
+        store.discard()
+        store.undo(steps)
+    assert recovered(disk.path) == {a_peer(1)}, call
+
+
+def test_snapshot_that_mends_a_fault_undoes_what_was_refused_first(tmp_path: Path) -> None:
+    disk = BreakableDisk()
+    with closing(opened(tmp_path, disk)) as store:
+        put(store, a_peer(1))
+        steps = [Step(None, a_peer(2))]
+        number = store.commit(steps)
+        disk.broken = True
+        with pytest.raises(DiskError):
+            store.flush()
+        disk.broken = False
+
+        def undo() -> None:
+            store.discard()
+            store.undo(steps)
+
+        assert save(store, undo)
+        with pytest.raises(DiskError):  # a waiter that comes only now
+            store.wait(number)
+        put(store, a_peer(3))
+    assert recovered(tmp_path) == {a_peer(1), a_peer(3)}
+
+
+# --- damaged and missing files --------------------------------------------------------------------
+
+
+def furnished(path: Path) -> State:
+    """Files of two generations, the journal with records behind the snapshot."""
+    path.mkdir(exist_ok=True)
+    with closing(opened(path)) as store:
+        put(store, a_peer(1))
+        save(store)
+        put(store, a_peer(2))
+        save(store)
+        put(store, a_peer(3))
+        return state_of(store)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def refused(path: Path) -> str:
+    """The start is refused, with exit code 3, and nothing on disk was changed."""
+    before = contents(path)
+    with pytest.raises(DamagedError) as caught:
+        opened(path)
+    assert caught.value.code == 3
+    assert contents(path) == before
+    return str(caught.value)
+
+
+def test_snapshot_and_journal_of_two_generations_come_back(tmp_path: Path) -> None:
+    expected = furnished(tmp_path)
+    assert set(contents(tmp_path)) == {"db", "db.previous", "db.journal", "db.journal.previous"}
+    assert recovered(tmp_path) == expected
+
+
+def test_generation_before_can_be_restored_with_both_journals(tmp_path: Path) -> None:
+    expected = furnished(tmp_path)
+    (tmp_path / "db.previous").rename(tmp_path / "db")
+    assert recovered(tmp_path) == expected
+
+
+def test_missing_journal_behind_a_rotation_is_begun_anew(tmp_path: Path) -> None:
+    furnished(tmp_path)
+    (tmp_path / "db.journal").unlink()
+    assert recovered(tmp_path) == {a_peer(1), a_peer(2)}
+
+
+def test_missing_snapshot_beside_other_files_is_refused(tmp_path: Path) -> None:
+    for kept in ("db.journal", "db.journal.previous", "db.previous"):
+        path = tmp_path / f"only-{kept}"
+        furnished(path)
+        for name in contents(path):
+            if name != kept:
+                (path / name).unlink()
+        message = refused(path)
+        assert str(path / "db") in message
+        assert kept in message
+
+
+def test_journal_that_does_not_follow_the_snapshot_is_refused(tmp_path: Path) -> None:
+    furnished(tmp_path)
+    (tmp_path / "db.journal.previous").unlink()
+    (tmp_path / "db.previous").rename(tmp_path / "db")
+    assert "db.journal" in refused(tmp_path)
+
+
+def test_empty_or_foreign_snapshot_is_refused(tmp_path: Path) -> None:
+    expected = furnished(tmp_path)
+    good = (tmp_path / "db").read_bytes()
+    for content in (b"", b"x", bytes(4096), good[:1000], good[:-4096], b"SQLite format 3\0"):
+        (tmp_path / "db").write_bytes(content)
+        assert str(tmp_path / "db") in refused(tmp_path)
+    (tmp_path / "db").write_bytes(good)
+    assert recovered(tmp_path) == expected
+
+
+def test_snapshot_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    furnished(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db:
+        db.execute("PRAGMA application_id = 0")  # by other hands: without a checksum
+        db.execute("PRAGMA user_version = 99")
+    assert "99" in refused(tmp_path)
+
+
+def test_damaged_journal_is_refused_in_both_generations(tmp_path: Path) -> None:
+    for name in ("db.journal", "db.journal.previous"):
+        path = tmp_path / name
+        furnished(path)
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(content[:3] + b"\xff" + content[4:])
+        assert str(path / name) in refused(path)
+
+
+def test_flipped_bits_of_a_snapshot_are_refused(tmp_path: Path) -> None:
+    """SQLite's own check does not see a changed address or key: the checksum does."""
+    furnished(tmp_path)
+    good = (tmp_path / "db").read_bytes()
+    places = random.Random(1)  # the same ones each time, so that a failure can be looked at
+    used = [place for place in range(len(good)) if good[place]]
+    for place in [*range(100), *places.sample(used, 200), *places.sample(range(len(good)), 50)]:
+        garbled = bytearray(good)
+        garbled[place] ^= 1 << places.randrange(8)
+        (tmp_path / "db").write_bytes(garbled)
+        assert str(tmp_path / "db") in refused(tmp_path)
+
+
+def test_snapshot_changed_by_other_hands_on_purpose_is_read(tmp_path: Path) -> None:
+    furnished(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db:
+        db.execute("UPDATE peers SET dns = 'd2' WHERE id = 1")
+        db.commit()
+    refused(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db:
+        db.execute("PRAGMA application_id = 0")
+    assert recovered(tmp_path) == {a_peer(1, dns="d2"), a_peer(2), a_peer(3)}
+
+
+def test_snapshot_is_an_ordinary_database(tmp_path: Path) -> None:
+    furnished(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db:
+        assert db.execute("SELECT public_key FROM peers ORDER BY id").fetchall() == [
+            (a_key(1),),
+            (a_key(2),),
+        ]
+    assert (tmp_path / "db").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "db.journal").stat().st_mode & 0o777 == 0o600
+
+
+def test_snapshot_is_written_only_when_something_changed(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store:
+        save(store)
+        before = contents(tmp_path)
+        assert save(store) is False
+        assert contents(tmp_path) == before
+        put(store, a_peer(1))
+        assert save(store) is True
+
+
+@pytest.mark.parametrize("durability", ["commit", "interval", "none"])
+def test_every_durability_keeps_what_a_snapshot_holds(tmp_path: Path, durability: str) -> None:
+    with closing(opened(tmp_path, durability=durability)) as store:
+        put(store, a_peer(1))
+        save(store)
+        put(store, a_peer(2))
+        store.flush()
+    expected = {a_peer(1)} if durability == "none" else {a_peer(1), a_peer(2)}
+    assert recovered(tmp_path) == expected
+
+
+def test_durability_may_change_between_starts(tmp_path: Path) -> None:
+    expected: set[Peer] = set()
+    for number, durability in enumerate(["commit", "none", "interval", "none", "commit"], 1):
+        with closing(opened(tmp_path, durability=durability)) as store:
+            assert state_of(store) == expected
+            put(store, a_peer(number))
+            store.flush()
+            save(store)
+        expected.add(a_peer(number))
+    assert recovered(tmp_path) == expected
+
+
+def test_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="DB_PATH"):
+        opened(tmp_path / "absent")

@@ -1,0 +1,328 @@
+"""TLS: which versions, which certificate, who gets that far, and life without `cryptography`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from harness import GatewayProcess, a_key, running, wait_for
+
+import wggw
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    with running(tmp_path_factory.mktemp("tls")) as gateway:
+        yield gateway
+
+
+def shake_hands(
+    port: int,
+    version: ssl.TLSVersion | None = None,
+    client_pair: tuple[Path, Path] | None = None,
+    trust: Path | None = None,
+) -> tuple[str | None, bytes]:
+    """The version agreed on and the served certificate. Raises ssl.SSLError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = trust is not None
+    if trust is None:
+        context.verify_mode = ssl.CERT_NONE
+    else:
+        context.load_verify_locations(trust)
+    if version is not None:
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")  # or this side would refuse old ones itself
+        context.minimum_version = context.maximum_version = version
+    if client_pair is not None:
+        context.load_cert_chain(*client_pair)
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as raw,
+        context.wrap_socket(raw, server_hostname="127.0.0.1") as tls,
+    ):
+        # With TLS 1.3 a client learns only here that its certificate was not accepted.
+        tls.sendall(b"GET /healthz HTTP/1.1\r\nHost: gateway\r\n\r\n")
+        assert tls.recv(65536).startswith(b"HTTP/1.1 200 ")
+        certificate = tls.getpeercert(binary_form=True)
+        assert certificate is not None
+        return tls.version(), certificate
+
+
+@pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1"])
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+def test_old_versions_are_refused_by_the_gateway(shared: GatewayProcess, version: str) -> None:
+    with pytest.raises(ssl.SSLError) as caught:
+        shake_hands(shared.port, ssl.TLSVersion[version])
+    # The alert comes from the other side: this one would have spoken it.
+    assert "ALERT_PROTOCOL_VERSION" in str(caught.value.reason)
+
+
+@pytest.mark.parametrize(("version", "name"), [("TLSv1_2", "TLSv1.2"), ("TLSv1_3", "TLSv1.3")])
+def test_current_versions_are_accepted(shared: GatewayProcess, version: str, name: str) -> None:
+    assert shake_hands(shared.port, ssl.TLSVersion[version])[0] == name
+
+
+def test_plain_http_is_no_way_in(shared: GatewayProcess) -> None:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: gateway\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert b"HTTP/1.1 200" not in raw.recv(65536)
+
+
+# --- certificates --------------------------------------------------------------------------------
+
+
+def test_the_logged_fingerprint_is_the_served_certificates(shared: GatewayProcess) -> None:
+    served = shake_hands(shared.port)[1]
+    match = re.search(r"SHA-256 fingerprint ([0-9A-Fa-f:]+)", shared.text())
+    assert match is not None
+    assert match[1].replace(":", "").lower() == hashlib.sha256(served).hexdigest()
+
+
+def test_the_self_made_pair_is_p256_private_and_can_be_trusted(shared: GatewayProcess) -> None:
+    cert, key = shared.directory / "cert.pem", shared.directory / "key.pem"
+    assert key.stat().st_mode & 0o777 == 0o600
+    made = x509.load_pem_x509_certificate(cert.read_bytes())
+    public = made.public_key()
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    assert isinstance(public.curve, ec.SECP256R1)
+    assert shake_hands(shared.port, trust=cert)[1] == made.public_bytes(serialization.Encoding.DER)
+
+
+def write_pair(
+    directory: Path, name: str, issuer: tuple[Path, Path] | None = None
+) -> tuple[Path, Path]:
+    """A certificate and its key: a CA of its own, or issued by another pair."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    signer, issuer_name = key, subject
+    if issuer is not None:
+        loaded = serialization.load_pem_private_key(issuer[1].read_bytes(), None)
+        assert isinstance(loaded, ec.EllipticCurvePrivateKey)
+        signer = loaded
+        issuer_name = x509.load_pem_x509_certificate(issuer[0].read_bytes()).subject
+    now = datetime.now(timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer_name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .sign(signer, hashes.SHA256())
+    )
+    paths = directory / f"{name}.crt", directory / f"{name}.key"
+    pem = serialization.Encoding.PEM
+    paths[0].write_bytes(certificate.public_bytes(pem))
+    paths[1].write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return paths
+
+
+def test_given_files_are_used_and_left_alone(tmp_path: Path) -> None:
+    cert, key = write_pair(tmp_path, "given")
+    before = cert.read_bytes(), key.read_bytes()
+    with running(tmp_path, TLS_CERT=str(cert), TLS_KEY=str(key)) as gateway:
+        served = shake_hands(gateway.port)[1]
+        given = x509.load_pem_x509_certificate(cert.read_bytes())
+        assert served == given.public_bytes(serialization.Encoding.DER)
+        assert hashlib.sha256(served).hexdigest() in gateway.text()
+    assert (cert.read_bytes(), key.read_bytes()) == before
+    assert not (tmp_path / "cert.pem").exists()
+
+
+@pytest.mark.parametrize("damage", ["no key", "no certificate", "not PEM", "another key"])
+def test_files_that_do_not_fit_are_exit_2(tmp_path: Path, damage: str) -> None:
+    cert, key = write_pair(tmp_path, "given")
+    if damage == "no key":
+        key.unlink()
+    elif damage == "no certificate":
+        cert.unlink()
+    elif damage == "not PEM":
+        cert.write_text("hello")
+    else:
+        key.write_bytes(write_pair(tmp_path, "other")[1].read_bytes())
+    gateway = GatewayProcess(tmp_path, TLS_CERT=str(cert), TLS_KEY=str(key))
+    try:
+        assert gateway.spawn().wait(20) == 2
+        assert "TLS_CERT" in gateway.text() and "PRIVATE" not in gateway.text()
+    finally:
+        gateway.close()
+
+
+def test_with_a_client_ca_only_its_certificates_get_in(tmp_path: Path) -> None:
+    ca = write_pair(tmp_path, "ca")
+    good, stranger = write_pair(tmp_path, "good", ca), write_pair(tmp_path, "stranger")
+    settings = {"TLS_CLIENT_CA": str(ca[0])}
+    gateway = GatewayProcess(tmp_path, None, **settings)
+    try:
+        gateway.spawn()
+        wait_for(lambda: "ready on" in gateway.text(), 20, "readiness")
+        for pair in (None, stranger):
+            with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
+                shake_hands(gateway.port, client_pair=pair)
+        assert shake_hands(gateway.port, client_pair=good)[0] == "TLSv1.3"
+    finally:
+        gateway.close()
+
+
+# --- ALLOWED_BACKENDS ----------------------------------------------------------------------------
+
+SOURCES = [
+    (("192.0.2.1", 1), True),
+    (("192.0.2.255", 1), True),
+    (("192.0.3.1", 1), False),
+    (("203.0.113.9", 1), False),
+    (("127.0.0.1", 1), True),
+    (("127.9.9.9", 1), True),
+    (("::1", 1, 0, 0), True),
+    (("2001:db8:0:1::5", 1, 0, 0), True),
+    (("2001:db8:1::5", 1, 0, 0), False),
+    (("::ffff:192.0.2.1", 1, 0, 0), True),
+    (("::ffff:203.0.113.9", 1, 0, 0), False),
+    (("::ffff:127.0.0.1", 1, 0, 0), True),
+    (("fe80::1%eth0", 1, 0, 2), False),
+]
+
+
+@pytest.mark.parametrize(("source", "admitted"), SOURCES, ids=[s[0] for s, _ in SOURCES])
+def test_other_sources_than_the_allowed_are_not_admitted(
+    source: tuple[object, ...], admitted: bool
+) -> None:
+    server = object.__new__(wggw.Server)
+    server.allowed = (ip_network("192.0.2.0/24"), ip_network("2001:db8::/48"))
+    assert server.verify_request(None, source) is admitted
+    server.allowed = ()
+    assert server.verify_request(None, source) is True
+
+
+def test_loopback_is_never_cut_off(tmp_path: Path) -> None:
+    with running(tmp_path, ALLOWED_BACKENDS="192.0.2.0/24") as gateway:
+        assert gateway.client().create(a_key(1)).status == 200
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=10)
+
+
+@pytest.fixture
+def namespaces(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Two network namespaces, 192.0.2.1 (the gateway's) and 192.0.2.2, joined by a cable.
+
+    The client's has a second address, 192.0.2.130, outside of 192.0.2.0/25.
+    """
+    inside, outside = f"wggw-tls-a{os.getpid()}", f"wggw-tls-b{os.getpid()}"
+    try:
+        ip("netns", "add", inside)
+        ip("netns", "add", outside)
+        ip("-n", inside, "link", "add", "c0", "type", "veth", "peer", "c0", "netns", outside)
+        for name, addresses in ((inside, ["192.0.2.1"]), (outside, ["192.0.2.2", "192.0.2.130"])):
+            for address in addresses:
+                ip("-n", name, "address", "add", f"{address}/24", "dev", "c0")
+            for link in ("lo", "c0"):
+                ip("-n", name, "link", "set", link, "up")
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"needs network namespaces: {error}")
+    else:
+        yield inside, outside
+    finally:
+        for name in (inside, outside):
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                ip("netns", "delete", name)
+
+
+PROBE = """
+import socket, ssl, sys
+raw = socket.create_connection(("192.0.2.1", int(sys.argv[2])), 10, (sys.argv[1], 0))
+context = ssl._create_unverified_context()
+try:
+    context.wrap_socket(raw)
+    print("in")
+except OSError:
+    print("out")
+"""
+
+
+def test_a_source_that_is_not_allowed_is_cut_off_before_tls(
+    tmp_path: Path, namespaces: tuple[str, str]
+) -> None:
+    inside, outside = namespaces
+    gateway = GatewayProcess(
+        tmp_path,
+        ["ip", "netns", "exec", inside],
+        API_HOST="192.0.2.1",
+        ALLOWED_BACKENDS="192.0.2.0/25,2001:db8::/32",
+    )
+    try:
+        gateway.spawn()
+        wait_for(lambda: "ready on" in gateway.text(), 20, "readiness")
+        for source, expected in (("192.0.2.2", "in"), ("192.0.2.130", "out")):
+            probe = ["ip", "netns", "exec", outside, sys.executable, "-c", PROBE, source]
+            done = subprocess.run(
+                [*probe, str(gateway.port)], capture_output=True, text=True, timeout=20, check=True
+            )
+            assert done.stdout.strip() == expected
+    finally:
+        gateway.close()
+
+
+# --- without the cryptography package ------------------------------------------------------------
+
+
+@pytest.fixture
+def without(tmp_path: Path) -> str:
+    """A PYTHONPATH on which `import cryptography` fails as if it were not installed."""
+    directory = tmp_path / "without"
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['cryptography'] = None\n"
+        "import os\nopen(os.path.join(os.path.dirname(__file__), 'used'), 'w').close()\n"
+    )
+    return str(directory)
+
+
+def test_with_a_given_certificate_the_server_needs_no_cryptography(
+    tmp_path: Path, without: str
+) -> None:
+    cert, key = write_pair(tmp_path, "given")
+    with running(tmp_path, PYTHONPATH=without, TLS_CERT=str(cert), TLS_KEY=str(key)) as gateway:
+        assert (Path(without) / "used").exists()
+        assert gateway.client().create(a_key(1), protocol="dual").status == 200
+        assert gateway.stop() == 0
+        gateway.start()
+        assert gateway.client().get(a_key(1)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [({}, "TLS_CERT"), ({"GATEWAY_PUBLIC_KEY": "a shared secret of two"}, "GATEWAY_PUBLIC_KEY")],
+    ids=["no certificate", "payload encryption"],
+)
+def test_what_needs_cryptography_says_so_and_exits_2(
+    tmp_path: Path, without: str, setting: dict[str, str], named: str
+) -> None:
+    if setting:
+        cert, key = write_pair(tmp_path, "given")
+        setting = {**setting, "TLS_CERT": str(cert), "TLS_KEY": str(key)}
+    gateway = GatewayProcess(tmp_path, None, PYTHONPATH=without, **setting)
+    try:
+        assert gateway.spawn().wait(20) == 2
+        last = gateway.text().splitlines()[-1]
+        assert named in last and "cryptography" in last
+    finally:
+        gateway.close()

@@ -1,0 +1,163 @@
+"""A guest: a real kernel and a real systemd that run as processes of this machine.
+
+    with Guest(directory, kernel(), image("bookworm")) as guest:
+        result = guest.run("wg --version", seconds=60)
+
+The guest runs the script as root; `directory/host` is its /host, the project its /tree (read
+only). The disk is the image with the guest's own changes beside it: they stay from one run to the
+next, and power_cut() loses what the guest had not yet written to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+TREE = HERE.parent.parent
+TERMINAL = re.compile(r"[\r\a]|\x1b[\[\]][0-9;?!]*[A-Za-z]?|\x1b.")  # systemd sets up its console
+NOISE = re.compile(r"job-exit |reboot: |Powering off|systemd\[1\]: |epollctl")
+
+PRELUDE = f"""\
+mkdir -p /tree
+mount -t hostfs -o ro,{shlex.quote(str(TREE))} none /tree || exit 120
+export PYTHONDONTWRITEBYTECODE=1
+ip link set lo up
+"""
+
+
+class NotBuilt(Exception):
+    """The kernel or the image is missing; the message says how to make it."""
+
+
+def _made_by(script: str, *arguments: str) -> Path:
+    """The path that a build script prints. Builds only when WGGW_VM_BUILD is set: it takes long."""
+    command = [str(HERE / script)]
+    if not os.environ.get("WGGW_VM_BUILD"):
+        command.append("--path")
+    done = subprocess.run(
+        [*command, *arguments],
+        stdin=subprocess.DEVNULL,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stderr.strip().splitlines() or ["no reason given"]
+    if done.returncode:
+        raise NotBuilt(f"tests/vm/{script} failed: {lines[-1]}")
+    path = Path(done.stdout.splitlines()[-1])
+    if not path.exists():
+        raise NotBuilt(
+            f"{path} is not there: make it with tests/vm/{' '.join([script, *arguments])}, "
+            "or set WGGW_VM_BUILD=1"
+        )
+    return path
+
+
+def kernel() -> Path:
+    """The kernel's path. Raises NotBuilt."""
+    return _made_by("kernel.sh")
+
+
+def image(suite: str) -> Path:
+    """The disk image of a Debian suite. Raises NotBuilt."""
+    return _made_by("root.sh", suite)
+
+
+class Result(NamedTuple):
+    """What a job ended with (None: it did not end by itself) and what it printed."""
+
+    status: int | None
+    output: str
+
+
+class Guest:
+    """One machine; start() and run() boot it anew each time, from the disk as it was left."""
+
+    def __init__(self, directory: Path, kernel: Path, image: Path, memory: str = "1536M") -> None:
+        self.host = directory / "host"
+        self.host.mkdir(parents=True)
+        self._directory, self._kernel, self._image = directory, kernel, image
+        self._memory = memory
+        self._console = directory / "console"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.power_cut()
+
+    def start(self, script: str) -> None:
+        """Boot and run the script; its output is in output() as it comes."""
+        (self.host / "job").write_text(PRELUDE + script)
+        command = [
+            str(self._kernel),
+            f"mem={self._memory}",
+            f"ubd0={self._directory / 'disk.cow'},{self._image}",
+            f"uml_dir={self._directory}",
+            "umid=guest",
+            f"job={self.host}",
+            *[
+                "root=/dev/ubda",
+                "rw",
+                "con=null",
+                "con0=fd:0,fd:1",
+                "quiet",
+                "systemd.show_status=false",
+            ],
+        ]
+        with self._console.open("wb") as console:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                start_new_session=True,
+            )
+
+    def run(self, script: str, seconds: float) -> Result:
+        """Boot, run the script, wait for its end; after `seconds` the power is cut."""
+        self.start(script)
+        return self.wait(seconds)
+
+    def wait(self, seconds: float) -> Result:
+        assert self._process is not None, "the guest is not running"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        self.power_cut()
+        found = re.search(r"^job-exit (\d+)", self._text(), re.MULTILINE)
+        return Result(int(found[1]) if found else None, self.output())
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def power_cut(self) -> None:
+        """End the machine at once: nothing is flushed, nothing is told."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            # The session holds the kernel, its disk's thread and the guest's processes.
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process = None
+
+    def output(self) -> str:
+        """What the job printed so far."""
+        lines = self._text().splitlines()
+        return "\n".join(line for line in lines if not NOISE.match(line))
+
+    def _text(self) -> str:
+        return TERMINAL.sub("", self._console.read_bytes().decode("utf-8", "replace"))
