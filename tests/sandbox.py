@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,19 +18,31 @@ import pytest
 from harness import ROOT, wait_for
 
 NAMESPACES = ("--mount", "--net", "--pid")
+# The token is written below each overlay: where it can be read, changes stay in memory.
 SETUP = r"""
 set -e
 mount -t tmpfs changes /mnt
 for directory in /etc /usr /var; do
   mkdir -p /mnt$directory/upper /mnt$directory/work
+  echo "$TOKEN" >/mnt$directory/upper/.sandbox
   mount -t overlay overlay $directory \
     -o lowerdir=$directory,upperdir=/mnt$directory/upper,workdir=/mnt$directory/work
 done
+eval "$GUARD"
 rm -rf /etc/wggw /var/lib/wggw
 mount -t tmpfs run /run
 ip link set lo up
 echo ready
 exec sleep infinity
+"""
+# Runs before every script, because scripts here remove programs: never outside the overlays.
+GUARD = r"""
+for directory in /etc /usr /var; do
+  if [[ -z $TOKEN || $(cat $directory/.sandbox 2>/dev/null) != "$TOKEN" ]]; then
+    echo "sandbox: not inside it, nothing is run"
+    exit 99
+  fi
+done
 """
 # sudo and apt-get as they are found first: nothing asks for a password, nothing is fetched.
 SUDO = '#!/bin/sh\nexec "$@"\n'
@@ -39,14 +52,16 @@ APT_GET = '#!/bin/sh\necho "$@" >>"$(dirname "$0")/apt-get.calls"\nexit 7\n'
 class Machine:
     """`tree` is a clean copy of the project; `bin` comes first in PATH."""
 
-    def __init__(self, directory: Path, pid: int) -> None:
+    def __init__(self, directory: Path, pid: int, token: str) -> None:
         self.tree = directory / "wggw"
         self.bin = directory / "bin"
-        self._enter = ["nsenter", "--target", str(pid), *NAMESPACES, f"--wd={self.tree}"]
+        # --root: without it a chroot's machine would be entered at the root outside the chroot.
+        self._enter = ["nsenter", "--target", str(pid), *NAMESPACES, "--root", f"--wd={self.tree}"]
         self._environment = {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "HOME": str(directory),
             "TERM": "dumb",
+            "TOKEN": token,
         }
         copy_tree(self.tree)
         self.bin.mkdir()
@@ -57,7 +72,7 @@ class Machine:
     def run(self, script: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a bash script in the tree; both streams are its stdout."""
         return subprocess.run(
-            [*self._enter, "bash", "-c", script],
+            [*self._enter, "bash", "-c", GUARD + script],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -82,7 +97,7 @@ class Machine:
     def spawn(self, script: str, log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as out:
             return subprocess.Popen(
-                [*self._enter, "bash", "-c", script],
+                [*self._enter, "bash", "-c", GUARD + script],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -132,11 +147,13 @@ def machine(directory: Path) -> Iterator[Machine]:
         pytest.skip("needs root: it makes namespaces with private mounts")
     if not shutil.which("apt-get"):
         pytest.skip("needs Debian or Ubuntu")
+    token = secrets.token_hex(16)
     holder = subprocess.Popen(
         ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", "-c", SETUP],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
+        env={**os.environ, "TOKEN": token, "GUARD": GUARD},
         text=True,
     )
     try:
@@ -144,7 +161,7 @@ def machine(directory: Path) -> Iterator[Machine]:
         line = holder.stdout.readline()
         if line != "ready\n":
             pytest.skip(f"needs the right to make namespaces and overlays: {line.strip()}")
-        yield Machine(directory, _first_child(holder.pid))
+        yield Machine(directory, _first_child(holder.pid), token)
     finally:
         holder.kill()
         holder.wait()

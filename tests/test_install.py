@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT
-from sandbox import Machine, machine
+from sandbox import GUARD, Machine, machine
 
 INSTALL = ROOT / "install.sh"
 COMMAND = "./install.sh --foreground"
@@ -55,6 +56,19 @@ def test_help_names_every_option() -> None:
     options = set(re.findall(r"^ +(--[a-z0-9-]+)[^a-z0-9*=-]", INSTALL.read_text(), re.MULTILINE))
     assert len(options) >= 10
     assert {option for option in options if option not in done.stdout} == set()
+
+
+@pytest.mark.parametrize("token", ["", "another"])
+def test_sandbox_runs_nothing_outside_itself(token: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{GUARD}echo reached"],
+        env={"PATH": os.environ["PATH"], "TOKEN": token},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 99
+    assert "reached" not in done.stdout
 
 
 # --- on a machine ---------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def test_sigterm_finishes_what_is_in_flight_and_ends_idle_connections(
     def refused() -> bool:
         try:
             socket.create_connection(address, 1).close()
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, ConnectionResetError):
             return True
         return False
 
