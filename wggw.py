@@ -1982,7 +1982,7 @@ class Journal:
         """
         with self._flush_lock:
             self._flush(number)
-            last = self.durable
+            last = max(number, self.durable)
             try:
                 self._disk.rename(self.path, self.previous)
                 self._begin(last)
