@@ -62,6 +62,7 @@ import os
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -1808,7 +1809,8 @@ def encode_snapshot(image: bytes, vault: Vault | None) -> bytes:
     if vault is None:
         return bytes(stamped)
     seal = Seal.new(vault, b"snapshot")
-    parts = [SNAPSHOT_MAGIC, seal.header, b"\n"]
+    head = SNAPSHOT_MAGIC + seal.header
+    parts = [b"%b %08x\n" % (head, zlib.crc32(head))]
     for index, start in enumerate(range(0, len(stamped), SNAPSHOT_CHUNK)):
         chunk = bytes(stamped[start : start + SNAPSHOT_CHUNK])
         last = start + SNAPSHOT_CHUNK >= len(stamped)
@@ -1842,9 +1844,12 @@ def decode_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
 
 def _open_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
     header, _, body = data.partition(b"\n")
-    if not re.fullmatch(rb"[0-9a-f]{32} [0-9a-f]{16}", header[len(SNAPSHOT_MAGIC) :]):
+    match = re.fullmatch(
+        rb"([0-9a-f]{32} [0-9a-f]{16}) ([0-9a-f]{8})", header[len(SNAPSHOT_MAGIC) :]
+    )
+    if match is None or b"%08x" % zlib.crc32(header[:-9]) != match[2]:
         raise _damaged(name, 0, "the header is damaged")
-    seal = Seal.read(vault, b"snapshot", header[len(SNAPSHOT_MAGIC) :], name)
+    seal = Seal.read(vault, b"snapshot", match[1], name)
     size = SNAPSHOT_CHUNK + 16
     parts: list[bytes] = []
     for index, start in enumerate(range(0, len(body), size)):
@@ -2162,7 +2167,6 @@ class Store:
         self._snapshot_number = 0  # the last record that the snapshot on disk holds
         self._previous_end = 0  # the last record of the journal before the current one
         self._gone: dict[int, Traffic] = {}  # of deleted peers, until that is on disk
-        self._was_plain = False  # whether the snapshot that was loaded is not encrypted
         self.snapshot_lock = threading.Lock()
         self._journal = Journal(path + ".journal", disk, vault)
         self._db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
@@ -2194,9 +2198,7 @@ class Store:
 
     def _load_snapshot(self, path: str) -> None:
         try:
-            data = Path(path).read_bytes()
-            self._was_plain = data.startswith(SQLITE_MAGIC)
-            self._take_over(decode_snapshot(data, self._vault, path))
+            self._take_over(decode_snapshot(Path(path).read_bytes(), self._vault, path))
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise _damaged(path, 0, f"not a good snapshot: {error}") from None
         except OSError as error:
@@ -2269,10 +2271,9 @@ class Store:
         try:
             # A sealed journal is never resumed: a dropped record's number would be a nonce twice.
             if self.durability == "none" or last != self.number or self._vault:
-                self._write_snapshot(*self._image())
-                self._restart_journal(self.number)
-                if self._vault and self._was_plain:  # nothing readable may stay beside it
-                    self._forget_previous()
+                number, image = self._image()
+                self._write_snapshot(number, image)
+                self._begin_anew(number, image)
             elif current:
                 self._journal.resume(current.size, self.number)
         except OSError as error:
@@ -2532,7 +2533,9 @@ class Store:
                 if not failed and self.durability != "none":
                     self._rotate(number)
                 self._write_snapshot(number, image)
-                if failed or self.durability == "none":
+                if failed:
+                    self._begin_anew(number, image)
+                elif self.durability == "none":
                     self._restart_journal(number)
             except (OSError, DiskError):
                 self._dirty = True
@@ -2552,10 +2555,15 @@ class Store:
         else:
             self._journal.flush()  # the image may hold changes that are not on disk yet
 
-    def _forget_previous(self) -> None:
-        for path in (self.path + ".previous", self._journal.previous):
-            with contextlib.suppress(FileNotFoundError):
-                self._disk.unlink(path)
+    def _begin_anew(self, number: int, image: bytes) -> None:
+        """Behind a snapshot of `image` just written: a second copy as .previous, an empty journal.
+
+        The journals from before are then needed by neither generation, and nothing of them stays.
+        """
+        self._write_snapshot(number, image)
+        self._restart_journal(number)
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.unlink(self._journal.previous)
         self._previous_end = 0
 
     def _write_snapshot(self, number: int, image: bytes) -> None:
@@ -2626,7 +2634,7 @@ class Store:
         self.counts, self._next_id = other.counts, max(self._next_id, other._next_id)
         self._dirty = False
         try:
-            self._restart_journal(number)
+            self._begin_anew(number, image)
         except OSError as error:
             self._journal.fail(error)
 
@@ -5607,10 +5615,11 @@ def repair(store: Store) -> int:
         store.write_copy(target)
     except OSError as error:
         raise StartError(f"{target}: {_reason(error)}") from None
-    names = " ".join(f"{store.path}{end}" for end in ("", ".previous", ".journal*"))
+    ends = ("", ".previous", ".journal", ".journal.previous")
+    old = shlex.join(name for end in ends if os.path.exists(name := store.path + end))
     print(f"saved {sum(store.counts.values())} peers, record {store.number}, in {target}")
     print("nothing else was changed. To use it, move the old files away and it into their place:")
-    print(f"  mkdir damaged; mv {names} damaged/; mv {target} {store.path}")
+    print(f"  mkdir damaged && mv {old} damaged/ && mv {shlex.join([target, store.path])}")
     return 0
 
 

@@ -194,6 +194,17 @@ def test_sealed_payload_opens_with_the_independently_derived_key(shared: str) ->
     assert aead.decrypt(sealed[:12], sealed[12:], None) == b'{"a": 1}'
 
 
+@needs_openssl
+@pytest.mark.parametrize("plaintext", [b"{}", b'{"status":"created"}' * 20])
+def test_openssl_reads_what_was_sealed(plaintext: bytes) -> None:
+    """GCM's ciphertext is CTR's that begins at block 2 (NIST SP 800-38D section 7.1)."""
+    sealed = base64.b64decode(PayloadBox("a shared secret of both").seal(plaintext))
+    key = independent_key("a shared secret of both").hex()
+    block = (sealed[:12] + (2).to_bytes(4, "big")).hex()
+    read = openssl("enc", "-d", "-aes-256-ctr", "-K", key, "-iv", block, given=sealed[12:-16])
+    assert read == plaintext
+
+
 @pytest.mark.parametrize("case", PAYLOAD["cases"], ids=lambda c: c["iv_hex"])
 def test_sealing_with_the_vectors_iv_gives_the_vectors_text(
     case: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,472 @@
+"""`wggw.py check`: verifies without writing; --repair saves what can be read into a new file."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from harness import API_KEY, WGGW, GatewayProcess, a_key, running
+from test_restart import state, stopped
+
+SECRET = "a key for what lies on disk"
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def check(directory: Path, *arguments: str, **settings: str) -> Done:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "GATEWAY_API_KEY": API_KEY,
+        "DB_PATH": str(directory / "wireguard.db"),
+        **settings,
+    }
+    done = subprocess.run(
+        [sys.executable, str(WGGW), "check", *arguments],
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert SECRET not in done.stdout + done.stderr
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def files_of(directory: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file with its content and time of change."""
+    return {
+        str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def changed(directory: Path, before: dict[str, tuple[bytes, int]]) -> set[str]:
+    now = files_of(directory)
+    return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+
+
+# --- the files that are checked -------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """A directory with the files of a killed gateway, and the state that it had."""
+
+    directory: Path
+    settings: dict[str, str]
+    state: Any
+
+
+def fill(gateway: GatewayProcess) -> None:
+    """Records on both sides of two snapshots; behind the last one of each kind."""
+    for life in range(3):
+        client = gateway.client()
+        for number in range(5):
+            made = client.create(a_key((life, number)), protocol="dual", request_id=f"r{number}")
+            assert made.status == 200
+        client.close()
+        if life < 2:
+            gateway.stop()
+            gateway.start()
+    client = gateway.client()
+    assert client.status(a_key((0, 1)), "suspended").status == 200
+    assert client.delete(a_key((1, 0))).status == 200
+    client.close()
+
+
+def keep(directory: Path, settings: dict[str, str]) -> Kept:
+    with running(directory, **settings) as gateway:
+        fill(gateway)
+        before = state(gateway)
+        gateway.kill()
+    gateway.log.unlink()
+    return Kept(directory, settings, before)
+
+
+@pytest.fixture(scope="module", params=["plain", "sealed"])
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    settings = {"SNAPSHOT_KEY": SECRET} if request.param == "sealed" else {}
+    return keep(tmp_path_factory.mktemp(request.param), settings)
+
+
+@pytest.fixture
+def kept(original: Kept, tmp_path: Path) -> Iterator[Kept]:
+    """A copy of them, which the test may damage."""
+    copy = tmp_path / "copy"
+    shutil.copytree(original.directory, copy)
+    yield original._replace(directory=copy)
+
+
+def path_of(kept: Kept, end: str) -> Path:
+    return kept.directory / f"wireguard.db{end}"
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+def record_start(path: Path, number: int) -> int:
+    """The offset of a journal's record; 0 is the header."""
+    return sum(len(line) for line in path.read_bytes().splitlines(keepends=True)[:number])
+
+
+# --- check ----------------------------------------------------------------------------------------
+
+
+def test_good_files_are_exit_0_and_nothing_is_written(kept: Kept) -> None:
+    before = files_of(kept.directory)
+    done = check(kept.directory, **kept.settings)
+    assert done.code == 0, done
+    assert f"{path_of(kept, '')}: good, 14 peers, record 17" in done.out
+    assert "torn" not in done.out
+    assert changed(kept.directory, before) == set()
+
+
+def test_torn_tail_is_exit_0_and_its_size_is_told(kept: Kept) -> None:
+    path = path_of(kept, ".journal")
+    content = path.read_bytes()
+    last = content.rfind(b"\n", 0, -1) + 1
+    path.write_bytes(content[:-7])
+    before = files_of(kept.directory)
+    done = check(kept.directory, **kept.settings)
+    assert done.code == 0, done
+    assert "good, 15 peers, record 16" in done.out
+    assert f"{path}: {len(content) - 7 - last} bytes of a torn record" in done.out
+    assert changed(kept.directory, before) == set()
+
+
+def damage_snapshot(kept: Kept) -> tuple[Path, int | None]:
+    path = path_of(kept, "")
+    flip(path, path.stat().st_size // 2)
+    return path, None
+
+
+def damage_header(kept: Kept) -> tuple[Path, int | None]:
+    path = path_of(kept, ".journal")
+    flip(path, 3)
+    return path, 0
+
+
+def damage_record(kept: Kept) -> tuple[Path, int | None]:
+    path = path_of(kept, ".journal")
+    start = record_start(path, 2)
+    flip(path, start + 30)
+    return path, start
+
+
+def remove_record(kept: Kept) -> tuple[Path, int | None]:
+    path = path_of(kept, ".journal")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3] + lines[4:]))
+    return path, record_start(path, 3)
+
+
+def remove_snapshot(kept: Kept) -> tuple[Path, int | None]:
+    path_of(kept, "").unlink()
+    return path_of(kept, ""), None
+
+
+def empty_snapshot(kept: Kept) -> tuple[Path, int | None]:
+    path_of(kept, "").write_bytes(b"")
+    return path_of(kept, ""), 0
+
+
+def older_snapshot(kept: Kept) -> tuple[Path, int | None]:
+    """A snapshot that the journal does not follow."""
+    path_of(kept, ".journal.previous").unlink(missing_ok=True)
+    fresh = kept.directory / "fresh"
+    fresh.mkdir()
+    with running(fresh, **kept.settings) as gateway:
+        gateway.client().create(a_key("other"))
+        gateway.stop()
+    shutil.copy(fresh / "wireguard.db", path_of(kept, ""))
+    shutil.rmtree(fresh)
+    return path_of(kept, ".journal"), 0
+
+
+Damage = Callable[[Kept], tuple[Path, int | None]]
+DAMAGES: tuple[Damage, ...] = (
+    damage_snapshot,
+    damage_header,
+    damage_record,
+    remove_record,
+    remove_snapshot,
+    empty_snapshot,
+    older_snapshot,
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_exit_3_that_names_file_and_offset(kept: Kept, damage: Damage) -> None:
+    path, offset = damage(kept)
+    before = files_of(kept.directory)
+    done = check(kept.directory, **kept.settings)
+    assert done.code == 3, done
+    assert "good" not in done.out
+    last = done.err.splitlines()[-1]
+    assert str(path) in last
+    assert offset is None or f"at byte {offset}:" in last
+    assert "--repair" in last
+    assert changed(kept.directory, before) == set()
+    with stopped(kept.directory, **kept.settings) as gateway:  # a start says the same
+        assert gateway.spawn().wait(20) == 3
+        assert str(path) in gateway.text().splitlines()[-1]
+
+
+def test_check_of_a_new_installation_writes_nothing(tmp_path: Path) -> None:
+    done = check(tmp_path)
+    assert done.code == 0
+    assert "there is no snapshot" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("repair", [(), ("--repair",)])
+def test_wrong_key_is_exit_2_and_nothing_is_written(
+    tmp_path: Path, repair: tuple[str, ...]
+) -> None:
+    kept = keep(tmp_path, {"SNAPSHOT_KEY": SECRET})
+    before = files_of(kept.directory)
+    for settings in ({}, {"SNAPSHOT_KEY": "not the key that it was"}):
+        done = check(kept.directory, *repair, **settings)
+        assert done.code == 2, done
+        assert "SNAPSHOT_KEY" in done.err
+        assert changed(kept.directory, before) == set()
+
+
+def test_check_beside_a_running_gateway_disturbs_nothing(kept: Kept) -> None:
+    with running(kept.directory, **kept.settings) as gateway:
+        assert gateway.client().create(a_key("new")).status == 200
+        before = files_of(kept.directory)
+        done = check(kept.directory, **kept.settings)
+        assert done.code == 0, done
+        assert "good, 15 peers" in done.out
+        assert changed(kept.directory, before) <= {"log"}  # a line may come after its answer
+        assert gateway.client().create(a_key("newer")).status == 200
+
+
+# --- repair ---------------------------------------------------------------------------------------
+
+
+def repair(kept: Kept) -> Done:
+    """Repair; the old files are untouched and one new one is there."""
+    before = files_of(kept.directory)
+    done = check(kept.directory, "--repair", **kept.settings)
+    assert done.code == 0, done
+    assert changed(kept.directory, before) == {"wireguard.db.repaired"}
+    assert path_of(kept, ".repaired").stat().st_mode & 0o077 == 0
+    return done
+
+
+def commands_of(done: Done) -> str:
+    """What the operator is told to type: the indented lines."""
+    return "\n".join(line.strip() for line in done.out.splitlines() if line.startswith("  "))
+
+
+def shown_after(kept: Kept, done: Done) -> Any:
+    """Do as told, start the gateway, and see what it shows."""
+    script = commands_of(done)
+    assert script
+    subprocess.run(["sh", "-c", script], cwd=kept.directory, check=False, capture_output=True)
+    with running(kept.directory, **kept.settings) as gateway:
+        shown = state(gateway)
+        saved = re.search(r"saved (\d+) peers", done.out)
+        assert saved and int(saved[1]) == len(shown[0]["configurations"])
+        client = gateway.client()
+        synced = client.send("POST", "/api/v1/sync-ips").json
+        assert (synced["added"], synced["updated"], synced["removed"]) == (0, 0, 0)
+        assert client.create(a_key("a life after")).status == 200
+        gateway.kill()
+        gateway.start()
+        assert gateway.client().get(a_key("a life after")).status == 200
+    return shown
+
+
+def peers_of(shown: Any) -> dict[str, Any]:
+    return {row["public_key"]: row for row in shown[0]["configurations"]}
+
+
+def test_repair_of_good_files_saves_everything(kept: Kept) -> None:
+    assert shown_after(kept, repair(kept)) == kept.state
+
+
+@pytest.mark.parametrize("how", ["flipped", "emptied", "removed", "header"])
+def test_damaged_snapshot_falls_back_to_the_one_before_with_nothing_lost(
+    kept: Kept, how: str
+) -> None:
+    path = path_of(kept, "")
+    if how == "removed":
+        path.unlink()
+    elif how == "emptied":
+        path.write_bytes(b"")
+    else:
+        flip(path, 20 if how == "header" else path.stat().st_size // 2)
+    done = repair(kept)
+    assert f"used: {path}.previous" in done.out
+    assert shown_after(kept, done) == kept.state
+
+
+def test_both_journals_are_saved_behind_the_snapshot_before(tmp_path: Path) -> None:
+    """The rotation of a running gateway, not only those of its starts."""
+    with running(tmp_path, SNAPSHOT_INTERVAL="0.2") as gateway:
+        client = gateway.client()
+        snapshot = tmp_path / "wireguard.db"
+        for number in range(4):
+            written = snapshot.stat().st_mtime_ns
+            assert client.create(a_key(number)).status == 200
+            while snapshot.stat().st_mtime_ns == written:
+                assert client.create(a_key((number, "more"))).status == 200
+        assert client.delete(a_key(1)).status == 200
+        before = state(gateway)
+        gateway.kill()
+    kept = Kept(tmp_path, {}, before)
+    flip(path_of(kept, ""), 5000)
+    done = repair(kept)
+    assert "0 missing" in done.out
+    assert shown_after(kept, done) == before
+
+
+def create_and_kill(gateway: GatewayProcess, label: str) -> None:
+    client = gateway.client()
+    for number in range(3):
+        assert client.create(a_key((label, number))).status == 200
+    client.close()
+    gateway.kill()
+
+
+@pytest.mark.parametrize("settings", [{}, {"SNAPSHOT_KEY": SECRET}], ids=["plain", "sealed"])
+def test_snapshot_before_is_whole_after_kills(tmp_path: Path, settings: dict[str, str]) -> None:
+    """What a start leaves behind holds everything twice, as what a rotation leaves does."""
+    with running(tmp_path, **settings) as gateway:
+        for life in ("first", "second", "third"):
+            create_and_kill(gateway, life)
+            gateway.start()
+        before = state(gateway)
+        create_and_kill(gateway, "last")
+    flip(tmp_path / "wireguard.db", (tmp_path / "wireguard.db").stat().st_size // 2)
+    kept = Kept(tmp_path, settings, before)
+    saved = peers_of(shown_after(kept, repair(kept)))
+    assert saved.keys() == peers_of(before).keys() | {a_key(("last", n)) for n in range(3)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"SNAPSHOT_KEY": SECRET}], ids=["plain", "sealed"])
+def test_snapshot_before_is_whole_after_an_import(tmp_path: Path, settings: dict[str, str]) -> None:
+    """The state of before the import must not come back under records of after it."""
+    with running(tmp_path, **settings) as gateway:
+        client = gateway.client()
+        assert client.create(a_key("exported")).status == 200
+        exported = client.send("GET", "/api/v1/snapshot").body
+        assert client.create(a_key("replaced")).status == 200
+        assert client.send("PUT", "/api/v1/snapshot", exported).status == 200
+        client.close()
+        before = state(gateway)
+        create_and_kill(gateway, "last")
+    flip(tmp_path / "wireguard.db", (tmp_path / "wireguard.db").stat().st_size // 2)
+    kept = Kept(tmp_path, settings, before)
+    saved = peers_of(shown_after(kept, repair(kept)))
+    assert saved.keys() == {a_key("exported"), *(a_key(("last", n)) for n in range(3))}
+
+
+def test_damaged_record_loses_itself_only(kept: Kept) -> None:
+    path = path_of(kept, ".journal")
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 8  # the header, five creates, a suspension, a deletion
+    flip(path, record_start(path, 3) + 40)
+    done = repair(kept)
+    assert "1 missing" in done.out
+    assert str(path) in done.out
+    saved = peers_of(shown_after(kept, done))
+    expected = peers_of(kept.state)
+    lost = expected.keys() - saved.keys()
+    assert lost == {a_key((2, 2))}
+    assert saved == {key: row for key, row in expected.items() if key not in lost}
+
+
+def test_torn_tail_is_saved_up_to_it(kept: Kept) -> None:
+    path = path_of(kept, ".journal")
+    path.write_bytes(path.read_bytes()[:-9])
+    saved = peers_of(shown_after(kept, repair(kept)))
+    assert saved.keys() - peers_of(kept.state).keys() == {a_key((1, 0))}  # its deletion was torn
+
+
+def test_nothing_readable_is_an_empty_file_and_says_so(kept: Kept) -> None:
+    for path in kept.directory.glob("wireguard.db*"):
+        path.write_bytes(random.Random(path.name).randbytes(path.stat().st_size))
+    done = repair(kept)
+    assert "saved 0 peers" in done.out
+    for end in ("", ".previous"):
+        assert f"not used: {path_of(kept, end)}:" in done.out
+
+
+def test_repair_says_what_it_used_and_what_it_did_not(kept: Kept) -> None:
+    flip(path_of(kept, ""), path_of(kept, "").stat().st_size // 2)
+    lines = repair(kept).out.splitlines()
+    assert lines[0].startswith(f"not used: {path_of(kept, '')}: at byte")
+    assert lines[1].startswith(f"used: {path_of(kept, '.previous')}, record")
+    assert any(line.startswith(f"used: {path_of(kept, '.journal')}: ") for line in lines)
+
+
+def test_repair_twice_gives_the_same(kept: Kept) -> None:
+    flip(path_of(kept, ".journal"), record_start(path_of(kept, ".journal"), 2) + 40)
+    first = repair(kept)
+    second = check(kept.directory, "--repair", **kept.settings)
+    assert (second.code, second.out) == (0, first.out)
+
+
+def test_printed_commands_work_where_names_have_blanks(tmp_path: Path) -> None:
+    directory = tmp_path / "a b; 'c' $d"
+    directory.mkdir()
+    with running(directory) as gateway:
+        client = gateway.client()
+        for number in range(3):
+            client.create(a_key(number))
+        before = state(gateway)
+        gateway.kill()
+    flip(directory / "wireguard.db.journal", 2)
+    kept = Kept(directory, {}, before)
+    done = repair(kept)
+    saved = shown_after(kept, done)  # the header alone is damaged: every record is readable
+    assert peers_of(saved) == peers_of(before)
+    assert (directory / "damaged" / "wireguard.db.journal").exists()
+
+
+def test_sealed_repair_stays_sealed(tmp_path: Path) -> None:
+    kept = keep(tmp_path, {"SNAPSHOT_KEY": SECRET})
+    repair(kept)
+    content = path_of(kept, ".repaired").read_bytes()
+    assert content.startswith(b"wggw-snapshot 1 ")
+    assert a_key((0, 0)).encode() not in content
+
+
+def test_repair_onto_a_full_or_missing_place_is_exit_1(tmp_path: Path) -> None:
+    done = check(tmp_path, "--repair", DB_PATH=str(tmp_path / "missing" / "db"))
+    assert done.code == 1
+    assert str(tmp_path / "missing" / "db.repaired") in done.err
+
+
+def test_repaired_peers_keep_their_addresses_and_order(kept: Kept) -> None:
+    """Addresses that were released are given again in the same order after a repair."""
+    flip(path_of(kept, ""), path_of(kept, "").stat().st_size // 2)
+    shown = peers_of(shown_after(kept, repair(kept)))
+    before = peers_of(kept.state)
+    assert {key: row["assigned_ip"] for key, row in shown.items()} == {
+        key: row["assigned_ip"] for key, row in before.items()
+    }

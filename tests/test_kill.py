@@ -1,0 +1,327 @@
+"""SIGKILL and a full disk under load: what was acknowledged is there, the rest is whole or absent.
+
+WGGW_KILL_ROUNDS says how often the gateway is killed, WGGW_KILL_SEED repeats the moments of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import random
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from harness import Answer, Client, GatewayProcess, a_key, running, wait_for
+
+PEERS = "/api/v1/configurations/"
+ROUNDS = int(os.environ.get("WGGW_KILL_ROUNDS", "10"))
+CLIENTS = 4
+KEYS = 25  # of each client; all of them together nearly fill the subnet
+SETTINGS = {
+    "WG_IPV4_SUBNET": "10.7.0.0/25",
+    "WG_IPV6_SUBNET": "fd00:7::/120",
+    "SNAPSHOT_INTERVAL": "0.3",  # so that rotations fall into the moments of the kills
+}
+
+
+class Seen(NamedTuple):
+    """A peer as a backend sees it."""
+
+    status: str
+    addresses: tuple[str | None, str | None]
+
+
+def seen(row: dict[str, Any], status: str) -> Seen:
+    return Seen(status, (row.get("assigned_ip"), row.get("assigned_ipv6")))
+
+
+class Backend(threading.Thread):
+    """Changes its own keys as fast as it can, and keeps what it was told.
+
+    `known` is the last acknowledged state of each key. `open` is the change that had no answer
+    yet: its key, and whether a state is what the change makes of the known one.
+    """
+
+    def __init__(self, number: int, gateway: GatewayProcess, seed: str) -> None:
+        super().__init__(daemon=True)
+        self.keys = [a_key((number, index)) for index in range(KEYS)]
+        self.known: dict[str, Seen] = {}
+        self.open: tuple[str, Callable[[Seen | None], bool]] | None = None
+        self.acknowledged = 0
+        self.failure: str | None = None
+        self._gateway = gateway
+        self._random = random.Random(f"{seed} {number}")
+
+    def again(self) -> Backend:
+        """The same backend for the gateway's next life."""
+        other = Backend(0, self._gateway, "")
+        other.keys, other.known, other._random = self.keys, self.known, self._random
+        return other
+
+    def run(self) -> None:
+        client = self._gateway.client()
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while self.failure is None:
+                self._step(client)
+        client.close()
+
+    def _step(self, client: Client) -> None:
+        key = self._random.choice(self.keys)
+        known = self.known.get(key)
+        if known is None:
+            self._create(client, key)
+        elif self._random.random() < 0.3:
+            self.open = key, lambda now: now is None
+            self._take(client.delete(key), key, None)
+        else:
+            wanted = known._replace(status="active" if known.status != "active" else "suspended")
+            self.open = key, lambda now: now == wanted
+            self._take(client.status(key, wanted.status), key, wanted)
+
+    def _create(self, client: Client, key: str) -> None:
+        self.open = key, lambda now: now is not None and now.status == "active"
+        answer = client.create(key, protocol=self._random.choice(("ipv4", "ipv6", "dual")))
+        created = answer.status == 200 and answer.json.get("status") == "created"
+        self._take(answer, key, seen(answer.json, "active") if created else None)
+
+    def _take(self, answer: Answer, key: str, state: Seen | None) -> None:
+        if answer.status != 200:
+            self.failure = repr(answer)
+            return
+        self.open = None
+        self.acknowledged += 1
+        if state is None:
+            self.known.pop(key, None)
+        else:
+            self.known[key] = state
+
+    def check(self, found: dict[str, Seen]) -> None:
+        """What was acknowledged is there; the open change is whole or absent, and known now."""
+        assert self.failure is None, self.failure
+        for key in self.keys:
+            now, known = found.get(key), self.known.get(key)
+            if now != known:
+                assert self.open is not None, f"{key}: {known} was acknowledged, {now} is there"
+                assert self.open[0] == key, f"{key}: {known} was acknowledged, {now} is there"
+                assert self.open[1](now), f"{key}: neither {known} nor the change: {now}"
+                if now is None:
+                    del self.known[key]
+                else:
+                    self.known[key] = now
+
+
+def all_peers(client: Client) -> dict[str, Seen]:
+    rows = client.send("GET", f"{PEERS}?limit=1000").json["configurations"]
+    return {row["public_key"]: seen(row, row["status"]) for row in rows}
+
+
+def check_in_line(client: Client, found: dict[str, Seen]) -> None:
+    """Interface, pools and store agree, and no address is held twice."""
+    synced = client.send("POST", "/api/v1/sync-ips").json
+    active = sum(peer.status == "active" for peer in found.values())
+    assert [synced[k] for k in ("added", "updated", "removed", "unchanged")] == [0, 0, 0, active]
+    usage = client.send("GET", "/api/v1/ip-usage").json
+    for index, family in enumerate(("ipv4", "ipv6")):
+        held = [peer.addresses[index] for peer in found.values() if peer.addresses[index]]
+        assert len(set(held)) == len(held)
+        assert usage[family]["used"] == len(held)
+
+
+def kill_round(gateway: GatewayProcess, backends: list[Backend], seconds: float) -> list[Backend]:
+    """One life under load, its end, and what the next life shows."""
+    started = [backend.again() for backend in backends]
+    for backend in started:
+        backend.start()
+    time.sleep(seconds)
+    gateway.kill()
+    for backend in started:
+        backend.join(30)
+        assert not backend.is_alive()
+    gateway.start()
+    client = gateway.client()
+    found = all_peers(client)
+    for backend in started:
+        backend.check(found)
+    assert found.keys() == {key for backend in started for key in backend.known}
+    check_in_line(client, found)
+    client.close()
+    return started
+
+
+@pytest.mark.timeout(60 + 3 * ROUNDS)
+@pytest.mark.parametrize("sealed", [False, True], ids=["plain", "sealed"])
+def test_a_kill_under_load_loses_nothing_acknowledged(tmp_path: Path, sealed: bool) -> None:
+    seed = os.environ.get("WGGW_KILL_SEED") or str(random.randrange(10**6))
+    print(f"WGGW_KILL_SEED={seed}")
+    moments = random.Random(seed)
+    settings = {**SETTINGS, **({"SNAPSHOT_KEY": "a key for what lies on disk"} if sealed else {})}
+    begun, acknowledged, open_changes, rotated = time.monotonic(), 0, 0, set()
+    with running(tmp_path, **settings) as gateway:
+        backends = [Backend(number, gateway, seed) for number in range(CLIENTS)]
+        for _ in range(ROUNDS):
+            backends = kill_round(gateway, backends, moments.uniform(0.01, 0.6))
+            acknowledged += sum(backend.acknowledged for backend in backends)
+            open_changes += sum(backend.open is not None for backend in backends)
+            rotated.add((tmp_path / "wireguard.db").stat().st_mtime_ns)
+    print(f"{ROUNDS} rounds in {time.monotonic() - begun:.1f} s: {acknowledged} acknowledged, ")
+    print(f"{open_changes} open at a kill, {len(rotated)} snapshots seen")
+    # The load was a load: changes were under way at the kills, and snapshots were written.
+    assert acknowledged > 20 * ROUNDS
+    assert open_changes > ROUNDS
+    assert len(rotated) > 1
+
+
+# --- a disk that is full --------------------------------------------------------------------------
+
+
+class SmallDisk:
+    """A directory on a file system of its own, in a mount namespace that one process holds."""
+
+    def __init__(self, directory: Path, holder: int) -> None:
+        self.inside = directory  # as processes in the namespace see it
+        self.outside = Path(f"/proc/{holder}/root{directory}")
+        self.prefix = [
+            *("nsenter", "--target", str(holder), "--mount"),
+            *("--root", f"--wd={directory.parent}"),
+        ]
+
+    @property
+    def _filler(self) -> Path:
+        return self.outside / "filler"
+
+    def fill(self) -> None:
+        """Leave no byte free."""
+        with self._filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def free(self) -> None:
+        self._filler.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    if os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("nsenter"):
+        pytest.skip("needs root, unshare and nsenter: it mounts a file system")
+    directory = tmp_path / "small"
+    directory.mkdir()
+    script = 'mount -t tmpfs -o size=512k small "$1" && echo ready && exec sleep infinity'
+    holder = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", script, "sh", str(directory)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        assert holder.stdout is not None
+        line = holder.stdout.readline()
+        if line != b"ready\n":
+            pytest.skip(f"needs the right to mount: {line.decode(errors='replace').strip()}")
+        yield SmallDisk(directory, holder.pid)
+    finally:
+        holder.kill()
+        holder.wait()
+        assert holder.stdout is not None
+        holder.stdout.close()
+
+
+@contextlib.contextmanager
+def on_small_disk(disk: SmallDisk, directory: Path, **more: str) -> Iterator[GatewayProcess]:
+    path = str(disk.inside / "wireguard.db")
+    gateway = GatewayProcess(directory, disk.prefix, DB_PATH=path, **{**SETTINGS, **more})
+    try:
+        yield gateway.start()
+    finally:
+        gateway.close()
+
+
+def readiness(client: Client) -> Answer:
+    return client.raw("GET", "/readyz", b"", {})
+
+
+def create_until_refused(client: Client, known: dict[str, Seen], label: str) -> Answer:
+    for number in range(5000):
+        answer = client.create(a_key((label, len(known))))
+        if answer.status != 200:
+            return answer
+        known[a_key((label, len(known)))] = seen(answer.json, "active")
+        if number % 2:  # addresses are few
+            gone = next(reversed(known))
+            if client.delete(gone).status == 200:
+                del known[gone]
+    raise AssertionError("the disk never became full")
+
+
+def check_full(client: Client, known: dict[str, Seen], refused: Answer) -> None:
+    """Full: changes are refused and change nothing, reads and readiness tell."""
+    assert refused.status == 503, refused
+    assert client.create(a_key("refused")).status == 503
+    for key in list(known)[:3]:
+        assert client.status(key, "suspended").status == 503
+        assert client.delete(key).status == 503
+    status = client.send("GET", "/api/v1/server/status")
+    assert (status.status, status.json["status"]) == (200, "degraded")
+    assert status.json["reasons"]
+    assert readiness(client).status == 503
+    assert b"degraded" in readiness(client).body
+    assert all_peers(client) == known
+    check_in_line(client, known)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("sealed", [False, True], ids=["plain", "sealed"])
+def test_a_full_disk_refuses_changes_and_heals_by_itself(
+    small_disk: SmallDisk, tmp_path: Path, sealed: bool
+) -> None:
+    more = {"SNAPSHOT_KEY": "a key for what lies on disk"} if sealed else {}
+    known: dict[str, Seen] = {}
+    with on_small_disk(small_disk, tmp_path, **more) as gateway:
+        for life in range(2):
+            client = gateway.client()
+            for number in range(10):
+                answer = client.create(a_key((life, number)), protocol="dual")
+                known[a_key((life, number))] = seen(answer.json, "active")
+            small_disk.fill()
+            check_full(client, known, create_until_refused(client, known, f"full {life}"))
+            small_disk.free()
+            wait_for(lambda c=client: readiness(c).status == 200, 15, "health by itself")
+            assert client.send("GET", "/api/v1/server/status").json["status"] == "healthy"
+            assert all_peers(client) == known
+            answer = client.create(a_key(("after", life)))
+            assert answer.status == 200
+            known[a_key(("after", life))] = seen(answer.json, "active")
+            client.close()
+            gateway.kill()
+            gateway.start()
+            client = gateway.client()
+            assert all_peers(client) == known
+            check_in_line(client, known)
+            client.close()
+
+
+@pytest.mark.real
+def test_a_kill_while_the_disk_is_full_loses_nothing_acknowledged(
+    small_disk: SmallDisk, tmp_path: Path
+) -> None:
+    known: dict[str, Seen] = {}
+    with on_small_disk(small_disk, tmp_path) as gateway:
+        client = gateway.client()
+        for number in range(10):
+            known[a_key(number)] = seen(client.create(a_key(number)).json, "active")
+        small_disk.fill()
+        check_full(client, known, create_until_refused(client, known, "full"))
+        client.close()
+        gateway.kill()
+        small_disk.free()
+        gateway.start()
+        client = gateway.client()
+        assert all_peers(client) == known
+        check_in_line(client, known)
+        client.close()
