@@ -707,22 +707,43 @@ def wire_peer(peer: Peer) -> WirePeer:
     )
 
 
+_ROW_TEXTS = ("public_key", "interface", "tunnel_traffic", "dns")
+_ROW_TEXTS_OR_NONE = ("status_reason", "preshared_key", "request_id", "obfuscation")
+_ROW_RANGES = {
+    "id": (1, MAX_INTEGER // 2),
+    "port": (1, 65535),
+    "persistent_keepalive": (0, 65535),
+    "created_at": (0, MAX_TIME),
+    "expires_at": (0, MAX_TIME),
+    "quota_bytes": (0, MAX_INTEGER),
+}
+
+
 def verify_peer(peer: Peer) -> None:
     """Check a row from outside as a request's fields are checked. Raises ValueError, TypeError."""
+    row = peer._asdict()
+    texts = [row[name] for name in _ROW_TEXTS]
+    texts += [row[name] for name in _ROW_TEXTS_OR_NONE if row[name] is not None]
+    if any(type(text) is not str for text in texts):
+        raise ValueError("a text is no text")
+    for name, (low, high) in _ROW_RANGES.items():
+        number = row[name]
+        if number is None and name in ("expires_at", "quota_bytes"):
+            continue
+        if type(number) is not int or not low <= number <= high:
+            raise ValueError(f"{name} is out of range")
+    if peer.status not in ("active", "suspended"):
+        raise ValueError("status")
     decode_key(peer.public_key)
     if peer.preshared_key is not None:
         decode_key(peer.preshared_key)
-    for address in (peer.assigned_ip, peer.assigned_ipv6):
-        if address is not None and str(ipaddress.ip_address(address)) != address:
-            raise ValueError("an address is not in its canonical form")
+    four, six = peer.assigned_ip, peer.assigned_ipv6
+    if four is not None and str(ipaddress.IPv4Address(four)) != four:
+        raise ValueError("an IPv4 address is not in its canonical form")
+    if six is not None and str(ipaddress.IPv6Address(six)) != six:
+        raise ValueError("an IPv6 address is not in its canonical form")
     if not set(peer.tunnel_traffic.split(",")) <= set(FAMILIES):
         raise ValueError("tunnel_traffic")
-    numbers = (peer.port, peer.persistent_keepalive, peer.created_at)
-    optional = [n for n in (peer.expires_at, peer.quota_bytes) if n is not None]
-    if any(type(number) is not int or number < 0 for number in (*numbers, *optional)):
-        raise ValueError("a number is out of range")
-    rfc3339(peer.created_at)
-    rfc3339(peer.expires_at or 0)
 
 
 def rfc3339(seconds: int | float) -> str:
@@ -2093,6 +2114,16 @@ _SAMPLE = """
 """
 
 
+_BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(
+    f"typeof({name}) <> 'integer' OR {name} NOT BETWEEN 0 AND {limit}"
+    for name, limit in (
+        ("rx_bytes", MAX_INTEGER // 4),
+        ("tx_bytes", MAX_INTEGER // 4),
+        ("rx_seen", MAX_INTEGER // 4),
+        ("tx_seen", MAX_INTEGER // 4),
+        ("last_handshake", MAX_TIME),
+    )
+)
 SUSPENDED = "p.status = 'suspended' AND p.status <> 'active'"
 
 
@@ -2608,6 +2639,12 @@ class Store:
             raise ValueError("its tables are not those of this version")
         if not 0 <= self.number < MAX_INTEGER // 2:
             raise ValueError("its record number is out of range")
+        for (address,) in self._db.execute("SELECT address FROM released"):
+            ipaddress.ip_address(address)
+        if self._db.execute(_BAD_TRAFFIC).fetchone():
+            raise ValueError("traffic is out of range")
+        if self._db.execute("SELECT 1 FROM peers WHERE id < 1").fetchone():
+            raise ValueError("an id is out of range")
         after = 0
         while peers := self.peers_after(after, READ_CHUNK):
             for peer in peers:
@@ -4126,6 +4163,9 @@ class Gateway:
         pools = {
             name: self._make_pools(interface, other) for name, interface in self.interfaces.items()
         }
+        for interface in self.interfaces.values():
+            if other.get(interface.public_key):
+                raise Conflict("the snapshot has this gateway's own key as a peer")
         for name in other.interfaces():
             if name not in self.interfaces:
                 raise Conflict(f"the snapshot has peers of {name}, which is not here")
@@ -5491,10 +5531,13 @@ class ApiClient:
     """Signed calls to a gateway whose certificate has a known fingerprint."""
 
     def __init__(self, url: str, key_id: str, secret: str, fingerprint: str, scheme: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme != "https" or not parts.hostname:
-            raise StartError(f"{url!r} is not an https URL")
-        self._host, self._port = parts.hostname, parts.port or 443
+        try:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme != "https" or not parts.hostname:
+                raise ValueError
+            self._host, self._port = parts.hostname, parts.port or 443
+        except ValueError:
+            raise StartError(f"{url!r} is not an https URL") from None
         self._key_id, self._secret, self._scheme = key_id, secret, scheme
         self._fingerprint = fingerprint.replace(":", "").lower()
 
@@ -5514,7 +5557,7 @@ class ApiClient:
             connection.request(method, path, body or None, self._headers(method, path, body))
             response = connection.getresponse()
             return response.status, response.read()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise StartError(f"{self._host} port {self._port}: {_reason(error)}") from None
         finally:
             connection.close()
@@ -5578,18 +5621,24 @@ def command_call(arguments: argparse.Namespace) -> int:
 
 def command_snapshot(arguments: argparse.Namespace) -> int:
     client = client_of(load_config(os.environ, arguments.env_file), arguments)
-    if arguments.action == "export":
+    exporting = arguments.action == "export"
+    if exporting:
         status, body = client.call("GET", "/api/v1/snapshot")
-        if status == 200:
-            Disk().replace(arguments.file, body)
-            print(f"exported {len(body)} bytes to {arguments.file}")
-            return 0
     else:
         status, body = client.call("PUT", "/api/v1/snapshot", read_data("@" + arguments.file))
-        if status == 200:
+    try:
+        if status == 200 and exporting:
+            Disk().replace(arguments.file, body)
+            print(f"exported {len(body)} bytes to {arguments.file}")
+        elif status == 200:
             print(f"imported: {json.loads(body)['total_peers']} peers")
-            return 0
-    raise StartError(f"status {status}: {json.loads(body).get('detail')}")
+        else:
+            raise StartError(f"status {status}: {json.loads(body)['detail']}")
+    except OSError as error:
+        raise StartError(f"{arguments.file}: {_reason(error)}") from None
+    except (ValueError, KeyError, TypeError):
+        raise StartError(f"status {status}, with an answer that is not a gateway's") from None
+    return 0
 
 
 def command_check(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from harness import API_KEY, WGGW, GatewayProcess, a_key, encode, free_port, path_key, running
+from harness import (
+    API_KEY,
+    WGGW,
+    GatewayProcess,
+    a_key,
+    encode,
+    free_port,
+    path_key,
+    running,
+    wait_for,
+)
 
 import wggw
 
@@ -222,7 +232,8 @@ class Recorder(threading.Thread):
                 self.received += data
                 if self._answer and b"\r\n\r\n" in self.received:
                     peer.sendall(self._answer)
-                    break
+                    self._answer = b""
+                    peer.shutdown(socket.SHUT_WR)  # and read on, or the answer is reset away
 
     def close(self) -> None:
         self._listener.close()
@@ -313,12 +324,13 @@ def test_the_key_is_in_no_argument_of_a_process(shared: GatewayProcess, tmp_path
         stderr=subprocess.STDOUT,
     )
     try:
-        shown = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        cmdline = Path(f"/proc/{process.pid}/cmdline")
+        shown = wait_for(lambda: b"@-" in (text := cmdline.read_bytes()) and text)
         out, _ = process.communicate(encode({"public_key": a_key("argv")}), timeout=30)
     finally:
         process.kill()
         process.wait()
-    assert shown and API_KEY.encode() not in shown
+    assert API_KEY.encode() not in shown
     assert b'"created"' in out
     assert API_KEY.encode() not in out
     for command in ("call", "snapshot"):

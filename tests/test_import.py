@@ -1,0 +1,587 @@
+"""Export and import: the whole state moves, all of it or nothing, and the interface follows."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import API_KEY, WGGW, Answer, GatewayProcess, a_key, running, wait_for
+from test_restart import change_all_sorts, state
+
+import wggw
+
+SNAPSHOT = "/api/v1/snapshot"
+PEERS = "/api/v1/configurations/"
+SECRET = "a key for what lies on disk"
+
+
+@contextlib.contextmanager
+def two(tmp_path: Path, **settings: str) -> Iterator[tuple[GatewayProcess, GatewayProcess]]:
+    """Two gateways with the same settings and files of their own."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with running(tmp_path / "one", **settings) as one, running(tmp_path / "two", **settings) as two:
+        yield one, two
+
+
+def export(gateway: GatewayProcess) -> bytes:
+    answer = gateway.client().send("GET", SNAPSHOT)
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "application/octet-stream"
+    return answer.body
+
+
+def import_(gateway: GatewayProcess, data: bytes) -> Answer:
+    headers = {"Content-Type": "application/octet-stream"}
+    return gateway.client().send("PUT", SNAPSHOT, data, **headers)
+
+
+def check_in_line(gateway: GatewayProcess) -> None:
+    synced = gateway.client().send("POST", "/api/v1/sync-ips").json
+    assert (synced["added"], synced["updated"], synced["removed"]) == (0, 0, 0)
+    active = gateway.client().send("GET", f"{PEERS}?limit=1000&status=active").json
+    assert synced["unchanged"] == len(active["configurations"])
+
+
+def without_own_key(shown: Any) -> Any:
+    """Peers and pools without what belongs to the gateway itself."""
+    peers, usage = shown
+    rows = [
+        {name: value for name, value in row.items() if name != "server_public_key"}
+        for row in peers["configurations"]
+    ]
+    return rows, usage
+
+
+# --- the whole state ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"SNAPSHOT_KEY": SECRET}], ids=["plain", "sealed"])
+def test_whole_state_moves_and_the_interface_follows(
+    tmp_path: Path, settings: dict[str, str]
+) -> None:
+    with two(tmp_path, **settings) as (one, other):
+        change_all_sorts(one)
+        client = other.client()
+        for number in (0, 1, "own"):  # peers that are there go, or change
+            assert client.create(a_key(number), dns="d3").status == 200
+        data = export(one)
+        answer = import_(other, data)
+        total = len(state(one)[0]["configurations"])
+        assert (answer.status, answer.json) == (200, {"status": "imported", "total_peers": total})
+        assert without_own_key(state(other)) == without_own_key(state(one))
+        assert client.get(a_key("own")).status == 404
+        check_in_line(other)
+        other.kill()  # right behind the answer
+        other.start()
+        assert without_own_key(state(other)) == without_own_key(state(one))
+        check_in_line(other)
+        secret = other.client().create(a_key("psk")).json
+        assert secret["status"] == "exists" and secret["dns"] == "d2"
+
+
+def test_order_of_released_addresses_moves(tmp_path: Path) -> None:
+    with two(tmp_path, WG_IPV4_SUBNET="10.7.0.8/29") as (one, other):
+        client = one.client()
+        for number in range(5):
+            client.create(a_key(number))
+        for number in (4, 0, 2):
+            client.delete(a_key(number))
+        assert import_(other, export(one)).status == 200
+        for gateway in (one, other):
+            made = [gateway.client().create(a_key(("new", n))).json for n in range(3)]
+            assert [m["assigned_ip"] for m in made] == ["10.7.0.14", "10.7.0.10", "10.7.0.12"]
+
+
+def test_import_of_the_own_export_is_the_state_of_then(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        change_all_sorts(gateway)
+        before, data = state(gateway), export(gateway)
+        client = gateway.client()
+        client.create(a_key("later"))
+        client.delete(a_key(4))
+        client.status(a_key(0), "active")
+        for _ in range(3):
+            assert import_(gateway, data).status == 200
+            assert state(gateway) == before
+            check_in_line(gateway)
+        gateway.stop()
+        gateway.start()
+        assert state(gateway) == before
+
+
+def test_changes_go_on_behind_an_import(tmp_path: Path) -> None:
+    """Numbers, ids and addresses fit together behind it, over a kill and a stop."""
+    with two(tmp_path) as (one, other):
+        change_all_sorts(one)
+        for number in range(40):
+            assert other.client().create(a_key(("old", number))).status == 200
+        assert import_(other, export(one)).status == 200
+        for end in (other.kill, other.stop):
+            client = other.client()
+            for number in range(5):
+                assert client.create(a_key((end.__name__, number)), protocol="dual").status == 200
+            assert client.delete(a_key((end.__name__, 0))).status == 200
+            client.close()
+            before = state(other)
+            end()
+            other.start()
+            assert state(other) == before
+            check_in_line(other)
+
+
+def test_export_of_an_empty_gateway_empties_another(tmp_path: Path) -> None:
+    with two(tmp_path) as (one, other):
+        change_all_sorts(other)
+        assert import_(other, export(one)).json["total_peers"] == 0
+        assert state(other)[0]["configurations"] == []
+        assert [u["used"] for u in state(other)[1].values() if isinstance(u, dict)] == [0, 0]
+        check_in_line(other)
+
+
+def test_exported_file_starts_a_gateway(tmp_path: Path) -> None:
+    """An export is a snapshot: in place of DB_PATH it is the state as well."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with running(tmp_path / "one") as one:
+        change_all_sorts(one)
+        (tmp_path / "two" / "wireguard.db").write_bytes(export(one))
+        with running(tmp_path / "two") as other:
+            assert without_own_key(state(other)) == without_own_key(state(one))
+            check_in_line(other)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    with running(tmp_path_factory.mktemp("victim")) as gateway:
+        change_all_sorts(gateway)
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def good(victim: GatewayProcess) -> bytes:
+    return export(victim)
+
+
+def check_refused(gateway: GatewayProcess, data: bytes, label: object = "") -> Answer:
+    before = state(gateway)
+    answer = import_(gateway, data)
+    assert 400 <= answer.status < 500, (label, answer)
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert state(gateway) == before
+    check_in_line(gateway)
+    return answer
+
+
+def test_what_is_no_snapshot_is_refused(victim: GatewayProcess, good: bytes) -> None:
+    for data in (b"", b"x", b"{}", os.urandom(5000), good[:16], b"wggw-snapshot 1 ", good[::-1]):
+        check_refused(victim, data)
+
+
+def test_truncated_and_extended_snapshots_are_refused(victim: GatewayProcess, good: bytes) -> None:
+    for length in (100, 511, 512, 4096, len(good) // 2, len(good) - 4096, len(good) - 1):
+        check_refused(victim, good[:length], length)
+    check_refused(victim, good + b"\0")
+    check_refused(victim, good + good)
+
+
+def test_flipped_bits_are_refused(victim: GatewayProcess, good: bytes) -> None:
+    for position in [*range(0, 100, 7), *range(100, len(good), len(good) // 40)]:
+        data = good[:position] + bytes([good[position] ^ 0x10]) + good[position + 1 :]
+        check_refused(victim, data, position)
+
+
+def test_sealed_snapshot_needs_the_same_key(
+    tmp_path: Path, victim: GatewayProcess, good: bytes
+) -> None:
+    sealed = wggw.encode_snapshot(good, wggw.Vault("another key than that one"))
+    assert "SNAPSHOT_KEY" in check_refused(victim, sealed).json["detail"]
+    with running(tmp_path, SNAPSHOT_KEY=SECRET) as gateway:
+        assert "SNAPSHOT_KEY" in check_refused(gateway, sealed).json["detail"]
+
+
+def edited(image: bytes, tmp_path: Path, *statements: str) -> bytes:
+    """The database changed by other hands, its checksum right all the same."""
+    path = tmp_path / "edited.db"
+    path.write_bytes(image)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = OFF")
+        database.execute("PRAGMA ignore_check_constraints = ON")
+        for statement in statements:
+            database.execute(statement)
+    return wggw.encode_snapshot(path.read_bytes(), None)
+
+
+ONE = "WHERE id = (SELECT min(id) FROM peers WHERE status = 'active')"
+BAD = {
+    "foreign schema": ("CREATE TABLE more (x)",),
+    "missing table": ("DROP TABLE traffic",),
+    "missing trigger": ("DROP TRIGGER address_released",),
+    "missing index": ("DROP INDEX peers_quota",),
+    "newer version": ("PRAGMA user_version = 9999",),
+    "no version": ("PRAGMA user_version = 0",),
+    "no number": ("DELETE FROM meta",),
+    "number is no number": ("UPDATE meta SET value = 'x'",),
+    "number below 0": ("UPDATE meta SET value = '-1'",),
+    "number too large": (f"UPDATE meta SET value = '{2**63 - 1}'",),
+    "short key": (f"UPDATE peers SET public_key = 'abc' {ONE}",),
+    "key that is no text": (f"UPDATE peers SET public_key = x'00ff' {ONE}",),
+    "key in another form": (f"UPDATE peers SET public_key = '{'A' * 42}B=' {ONE}",),
+    "bad psk": (f"UPDATE peers SET preshared_key = 'x' {ONE}",),
+    "address outside": (f"UPDATE peers SET assigned_ip = '192.0.2.1' {ONE}",),
+    "the gateway's address": (f"UPDATE peers SET assigned_ip = '10.0.1.1' {ONE}",),
+    "the network's address": (f"UPDATE peers SET assigned_ip = '10.0.1.0' {ONE}",),
+    "the broadcast address": (f"UPDATE peers SET assigned_ip = '10.0.1.255' {ONE}",),
+    "address that is none": (f"UPDATE peers SET assigned_ip = '10.0.1.x' {ONE}",),
+    "address in another form": (f"UPDATE peers SET assigned_ipv6 = 'FD42:4242:1:0::9' {ONE}",),
+    "address of the other family": (f"UPDATE peers SET assigned_ip = 'fd42:4242:1::99' {ONE}",),
+    "IPv6 outside": (f"UPDATE peers SET assigned_ipv6 = 'fd00:9::9' {ONE}",),
+    "other interface": (f"UPDATE peers SET interface = 'wg7' {ONE}",),
+    "interface that is no text": (f"UPDATE peers SET interface = x'776730' {ONE}",),
+    "unknown status": (f"UPDATE peers SET status = 'gone' {ONE}",),
+    "traffic of no family": (f"UPDATE peers SET tunnel_traffic = '' {ONE}",),
+    "unknown family": (f"UPDATE peers SET tunnel_traffic = 'ipv5' {ONE}",),
+    "port that is no number": (f"UPDATE peers SET port = 'x' {ONE}",),
+    "port too large": (f"UPDATE peers SET port = 70000 {ONE}",),
+    "keepalive too large": (f"UPDATE peers SET persistent_keepalive = 70000 {ONE}",),
+    "quota below 0": (f"UPDATE peers SET quota_bytes = -1 {ONE}",),
+    "time that has no date": (f"UPDATE peers SET created_at = {2**62} {ONE}",),
+    "expiry that has no date": (f"UPDATE peers SET expires_at = {2**62} {ONE}",),
+    "dns that is no text": (f"UPDATE peers SET dns = x'ff' {ONE}",),
+    "request_id that is no text": (f"UPDATE peers SET request_id = x'ff' {ONE}",),
+    "status_reason that is no text": (f"UPDATE peers SET status_reason = x'ff' {ONE}",),
+    "id below 1": (f"UPDATE peers SET id = -5 {ONE}",),
+    "id at the end": (f"UPDATE peers SET id = {2**63 - 1} {ONE}",),
+    "released address that is none": ("INSERT INTO released (address) VALUES ('x')",),
+    "traffic that is no number": ("INSERT INTO traffic SELECT id, 'x', 0, 0, 0, 0 FROM peers",),
+    "traffic below 0": ("INSERT INTO traffic SELECT id, -5, 0, 0, 0, 0 FROM peers",),
+    "handshake that has no date": (
+        f"INSERT INTO traffic SELECT id, 0, 0, 0, 0, {2**62} FROM peers",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_rows_are_refused_and_change_nothing(
+    victim: GatewayProcess, good: bytes, tmp_path: Path, kind: str
+) -> None:
+    check_refused(victim, edited(good, tmp_path, *BAD[kind]), kind)
+
+
+def test_edited_snapshot_with_good_rows_is_taken(tmp_path: Path) -> None:
+    """The way in which the bad ones are made is not what refuses them; traffic moves, too."""
+    with running(tmp_path) as gateway:
+        client = gateway.client()
+        for number in range(3):
+            client.create(a_key(number))
+        data = edited(
+            export(gateway),
+            tmp_path,
+            "INSERT INTO traffic SELECT id, id * 100, id * 1000, 0, 0, 1765200000 FROM peers",
+            f"UPDATE peers SET assigned_ip = '10.0.1.200', dns = 'd2' {ONE}",
+        )
+        assert import_(gateway, data).status == 200
+        shown = client.get(a_key(0)).json
+        assert (shown["assigned_ip"], shown["dns"]) == ("10.0.1.200", "d2")
+        for _ in range(2):
+            rows = [gateway.client().get(a_key(number)).json for number in range(3)]
+            assert [(r["rx_bytes"], r["tx_bytes"]) for r in rows] == [
+                (100 * n, 1000 * n) for n in (1, 2, 3)
+            ]
+            assert rows[0]["last_handshake"] == "2025-12-08T13:20:00Z"
+            gateway.kill()
+            gateway.start()
+
+
+def test_own_key_of_the_gateway_as_a_peer_is_refused(tmp_path: Path) -> None:
+    """WireGuard ignores such a peer: it could never be in line."""
+    with running(tmp_path) as gateway:
+        own = gateway.client().create(a_key(1)).json["server_public_key"]
+        data = edited(export(gateway), tmp_path, f"UPDATE peers SET public_key = '{own}' {ONE}")
+        check_refused(gateway, data)
+
+
+def test_import_without_a_signature_is_refused(victim: GatewayProcess, good: bytes) -> None:
+    before = state(victim)
+    assert victim.client().raw("PUT", SNAPSHOT, good, {}).status == 401
+    assert victim.client().raw("GET", SNAPSHOT, b"", {}).status == 401
+    assert state(victim) == before
+
+
+# --- under load -----------------------------------------------------------------------------------
+
+
+class Creator(threading.Thread):
+    """Creates until told to stop; keeps when each answer's request began."""
+
+    def __init__(self, gateway: GatewayProcess, number: int, stop: threading.Event) -> None:
+        super().__init__(daemon=True)
+        self.done: list[tuple[float, str]] = []
+        self.failure: BaseException | None = None
+        self._gateway, self._number, self._stop_event = gateway, number, stop
+
+    def run(self) -> None:
+        client = self._gateway.client()
+        try:
+            while not self._stop_event.is_set():
+                key = a_key((self._number, len(self.done)))
+                begun = time.monotonic()
+                answer = client.create(key)
+                assert answer.status == 200, answer
+                self.done.append((begun, key))
+        except BaseException as error:
+            self.failure = error
+        finally:
+            client.close()
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("settings", [{}, {"SNAPSHOT_KEY": SECRET}], ids=["plain", "sealed"])
+def test_import_under_load_loses_nothing_acknowledged_after_it(
+    tmp_path: Path, settings: dict[str, str]
+) -> None:
+    settings = {"WG_IPV4_SUBNET": "10.7.0.0/16", "SNAPSHOT_INTERVAL": "0.2", **settings}
+    with running(tmp_path, **settings) as gateway:
+        for number in range(20):
+            assert gateway.client().create(a_key(("base", number))).status == 200
+        data = export(gateway)
+        stop = threading.Event()
+        creators = [Creator(gateway, number, stop) for number in range(3)]
+        for creator in creators:
+            creator.start()
+        last = 0.0
+        for _ in range(6):
+            written = sum(len(creator.done) for creator in creators)
+            wait_for(lambda n=written: sum(len(c.done) for c in creators) > n + 10, 20)
+            begun = time.monotonic()
+            assert import_(gateway, data).status == 200
+            last = time.monotonic()
+            assert last - begun < 10
+        counted = sum(len(creator.done) for creator in creators)
+        wait_for(lambda: sum(len(c.done) for c in creators) > counted + 10, 20)
+        stop.set()
+        for creator in creators:
+            creator.join(30)
+            assert not creator.is_alive()
+            assert creator.failure is None, creator.failure
+        check_in_line(gateway)
+        gateway.kill()
+        gateway.start()
+        client = gateway.client()
+        after = [key for creator in creators for begun, key in creator.done if begun > last]
+        assert len(after) > 5
+        for key in after:
+            assert client.get(key).status == 200
+        for number in range(20):
+            assert client.get(a_key(("base", number))).status == 200
+        check_in_line(gateway)
+
+
+def test_exports_under_load_are_states_that_were_on_disk(tmp_path: Path) -> None:
+    """What an export shows was acknowledged or is on disk: it is never ahead of a kill."""
+    with running(tmp_path, WG_IPV4_SUBNET="10.7.0.0/16", SNAPSHOT_INTERVAL="0.2") as gateway:
+        stop = threading.Event()
+        creators = [Creator(gateway, number, stop) for number in range(3)]
+        for creator in creators:
+            creator.start()
+        client = gateway.client()
+        data = b""
+        for _ in range(5):
+            data = client.send("GET", SNAPSHOT).body
+        gateway.kill()
+        stop.set()
+        for creator in creators:
+            creator.join(30)
+        gateway.start()
+        shown = {row["public_key"] for row in state(gateway)[0]["configurations"]}
+        with contextlib.closing(sqlite3.connect(":memory:")) as database:
+            database.deserialize(data)
+            exported = {
+                row[0] for row in database.execute("SELECT public_key FROM peers LIMIT 999")
+            }
+        listed = {key for key in exported if gateway.client().get(key).status == 200}
+        assert exported == listed and shown
+
+
+# --- a disk that fails ----------------------------------------------------------------------------
+
+
+class BreakingDisk(wggw.Disk):
+    """Fails the Nth call from when it is armed, once; counts the calls."""
+
+    def __init__(self) -> None:
+        self.calls, self.nth = 0, 0
+
+    def _call(self) -> None:
+        self.calls += 1
+        if self.calls == self.nth:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def write(self, handle: int, data: bytes) -> None:
+        self._call()
+        super().write(handle, data)
+
+    def fsync(self, handle: int) -> None:
+        self._call()
+
+    def rename(self, old: str, new: str) -> None:
+        self._call()
+        super().rename(old, new)
+
+    def link(self, old: str, new: str) -> None:
+        self._call()
+        super().link(old, new)
+
+    def arm(self, nth: int) -> None:
+        self.calls, self.nth = 0, nth
+
+
+def a_gateway(path: Path, disk: wggw.Disk) -> wggw.Gateway:
+    """A gateway in this process, on that disk."""
+    settings = {"GATEWAY_API_KEY": API_KEY, "DB_PATH": str(path / "db"), "WG_BACKEND": "memory"}
+    config = wggw.load_config(settings, os.devnull)
+    store = wggw.Store(config.db_path, "commit", disk)
+    store.recover()
+    gateway = wggw.Gateway(config, store, time.time)
+    gateway.start(wggw.make_link(config, bytes(range(32))), wggw.MemoryBackend())
+    return gateway
+
+
+def peers_of(gateway: wggw.Gateway) -> list[Any]:
+    rows = gateway.page(0, 1000, wggw.Filter())
+    return [(row[0]._replace(created_at=0), row[1]) for row in rows]
+
+
+def create(gateway: wggw.Gateway, label: object) -> None:
+    gateway.create(wggw.parse_fields({"public_key": a_key(label)}, wggw.CREATE_FIELDS))
+
+
+def imported(gateway: wggw.Gateway, data: bytes) -> bool:
+    try:
+        gateway.import_(data)
+    except wggw.Unavailable as error:
+        assert error.status == 503
+        return False
+    return True
+
+
+def test_disk_fault_during_an_import_is_503_and_the_old_state(tmp_path: Path) -> None:
+    """Every call in turn; each time the gateway is healthy again by itself, nothing is lost."""
+    (tmp_path / "source").mkdir()
+    source = a_gateway(tmp_path / "source", BreakingDisk())
+    for number in range(3):
+        create(source, ("new", number))
+    data, new = source.export(), peers_of(source)
+    refused = 0
+    for nth in range(1, 100):
+        path = tmp_path / str(nth)
+        path.mkdir()
+        disk = BreakingDisk()
+        gateway = a_gateway(path, disk)
+        for number in range(5):
+            create(gateway, number)
+        old = peers_of(gateway)
+        disk.arm(nth)
+        done = imported(gateway, data)
+        hit = disk.calls >= nth
+        disk.arm(0)
+        expected = new if done else old
+        refused += not done
+        assert peers_of(gateway) == expected, nth
+        assert gateway.reconcile()[:3] == (0, 0, 0)
+        gateway.heal()
+        assert gateway.degraded() == [], nth
+        create(gateway, "after")
+        expected = peers_of(gateway)
+        again = a_gateway(shutil.copytree(path, tmp_path / f"again{nth}"), BreakingDisk())
+        assert peers_of(again) == expected, nth
+        for one in (gateway, again):
+            one.store.close()
+        if not hit:
+            assert done and refused > 3
+            return
+    raise AssertionError("an import has no end")
+
+
+def test_import_is_refused_while_the_disk_refuses_writes(tmp_path: Path) -> None:
+    disk = BreakingDisk()
+    gateway = a_gateway(tmp_path, disk)
+    create(gateway, 1)
+    data, before = gateway.export(), peers_of(gateway)
+    disk.arm(1)
+    with pytest.raises(wggw.Unavailable):
+        create(gateway, 2)
+    assert gateway.degraded() != []
+    assert not imported(gateway, data)
+    assert peers_of(gateway) == before
+    gateway.heal()
+    assert gateway.degraded() == []
+    assert imported(gateway, data)
+    assert peers_of(gateway) == before
+
+
+# --- from the command line ------------------------------------------------------------------------
+
+
+def snapshot(gateway: GatewayProcess, action: str, file: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(WGGW), "snapshot", action, file],
+        cwd=gateway.directory,
+        env={"PATH": os.environ["PATH"], **gateway.settings},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_command_line_moves_the_state(tmp_path: Path) -> None:
+    file = tmp_path / "a state"
+    with two(tmp_path) as (one, other):
+        change_all_sorts(one)
+        done = snapshot(one, "export", str(file))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"exported {file.stat().st_size} bytes to {file}\n"
+        assert file.stat().st_mode & 0o777 == 0o600
+        done = snapshot(other, "import", str(file))
+        total = len(state(one)[0]["configurations"])
+        assert (done.returncode, done.stdout) == (0, f"imported: {total} peers\n")
+        assert without_own_key(state(other)) == without_own_key(state(one))
+
+
+def test_command_line_tells_what_was_refused(tmp_path: Path) -> None:
+    (tmp_path / "garbage").write_bytes(b"garbage")
+    directory = tmp_path / "gateway"
+    directory.mkdir()
+    with running(directory) as gateway:
+        gateway.client().create(a_key(1))
+        before = state(gateway)
+        cases: list[tuple[str, Callable[[], Path], str]] = [
+            ("import", lambda: tmp_path / "garbage", "400"),
+            ("import", lambda: tmp_path / "missing", "missing"),
+            ("export", lambda: tmp_path / "missing" / "file", "missing"),
+        ]
+        for action, file, told in cases:
+            done = snapshot(gateway, action, str(file()))
+            assert done.returncode == 1, done
+            assert done.stderr.startswith("wggw: ") and told in done.stderr
+            assert "Traceback" not in done.stderr and API_KEY not in done.stderr
+        assert state(gateway) == before
+        gateway.stop()
+        assert snapshot(gateway, "export", str(tmp_path / "file")).returncode == 1
+        assert not (tmp_path / "file").exists()
