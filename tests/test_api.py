@@ -1011,7 +1011,7 @@ def garbled() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("text", garbled())
+@pytest.mark.parametrize("text", garbled(), ids=[f"text{n}" for n in range(len(garbled()))])
 def test_a_garbled_payload_is_a_400_and_creates_nothing(api: Client, text: str) -> None:
     key = fresh()
     before = usage(api)

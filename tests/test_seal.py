@@ -417,7 +417,8 @@ def test_every_moved_chunk_is_noticed(length: int) -> None:
         moved.append([*parts[:n], parts[n + 1], parts[n], *parts[n + 2 :]])
     moved += [[*parts, bytes(16)], [*parts, parts[0]]]
     for changed in moved:
-        with pytest.raises(DamagedError):
+        # The seal itself notices, not only the checksum of what it holds.
+        with pytest.raises(DamagedError, match="does not decrypt" if changed else "snapshot"):
             decode_snapshot(b"".join([head, *changed]), VAULT, "name")
 
 
