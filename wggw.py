@@ -747,7 +747,12 @@ def verify_peer(peer: Peer) -> None:
 
 
 def rfc3339(seconds: int | float) -> str:
-    return datetime.fromtimestamp(int(seconds), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return _rfc3339(int(seconds))
+
+
+@functools.lru_cache(maxsize=1024)
+def _rfc3339(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def parse_rfc3339(text: str) -> int:
@@ -1538,6 +1543,7 @@ class AddressPool:
     def __init__(self, network: IPv4or6Network) -> None:
         self.network = network
         self.gateway = network.network_address + 1
+        self._family = socket.AF_INET if network.version == 4 else socket.AF_INET6
         self._base = int(network.network_address)
         self._last = network.num_addresses - (2 if network.version == 4 else 1)
         self._fresh = 2  # lowest offset that was never used, but for those ahead
@@ -1576,7 +1582,7 @@ class AddressPool:
             offset = next(iter(self._released))
         if offset > self._last:
             return None
-        return str(self.network[offset])
+        return self._text(offset)
 
     def take(self) -> str | None:
         """Hold the next address and return it, or None when all are held."""
@@ -1612,9 +1618,12 @@ class AddressPool:
         self._released[offset] = None
         self.used -= 1
 
+    def _text(self, offset: int) -> str:
+        packed = (self._base + offset).to_bytes(self.network.max_prefixlen // 8, "big")
+        return socket.inet_ntop(self._family, packed)
+
     def _offset(self, address: str) -> int | None:
-        family = socket.AF_INET if self.network.version == 4 else socket.AF_INET6
-        offset = int.from_bytes(socket.inet_pton(family, address), "big") - self._base
+        offset = int.from_bytes(socket.inet_pton(self._family, address), "big") - self._base
         return offset if 2 <= offset <= self._last else None
 
     def _close_gap(self) -> None:
@@ -2164,10 +2173,15 @@ def migrate(db: sqlite3.Connection) -> None:
 _DEFAULTS = dict.fromkeys(Peer._fields)
 
 
+_RECORD_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
 def _encode_record(content: Mapping[str, Any]) -> bytes:
-    put = [{k: v for k, v in peer._asdict().items() if v is not None} for peer in content["put"]]
-    record = {"put": put, "del": content["del"]}
-    return json.dumps(record, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    put = [
+        {name: value for name, value in zip(Peer._fields, peer, strict=True) if value is not None}
+        for peer in content["put"]
+    ]
+    return _RECORD_ENCODER.encode({"put": put, "del": content["del"]}).encode("ascii")
 
 
 def _decode_record(content: bytes) -> dict[str, Any]:
@@ -4506,13 +4520,18 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+# json.dumps() and loads() with options make one of these in each call.
+_JSON_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+
+
 def decode_json(body: bytes) -> dict[str, Any]:
     """A JSON object, strictly: UTF-8, no duplicate keys, NaN or depth. Raises Malformed."""
     try:
         text = body.decode("utf-8")
         if text.count("[") + text.count("{") > MAX_JSON_DEPTH and json_depth(text) > MAX_JSON_DEPTH:
             raise ValueError
-        parsed = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        parsed = _JSON_DECODER.decode(text)
     except (ValueError, RecursionError):
         raise Malformed("the body is not valid JSON in UTF-8 with unique keys") from None
     if not isinstance(parsed, dict):
@@ -4533,7 +4552,7 @@ def json_depth(text: str) -> int:
 
 
 def encode_json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    return _JSON_ENCODER.encode(value).encode("utf-8")
 
 
 def problem(error: GatewayError) -> Response:
@@ -4797,9 +4816,13 @@ class App:
                 admitted.head.headers.get(b"content-type", b""),
                 admitted.key,
             )
-            return answering_defects(admitted.route.handler)(self, request)
+            return self._run(admitted.route, request)
         except GatewayError as error:
             return problem(error)
+
+    @answering_defects
+    def _run(self, route: ApiRoute, request: Request) -> Response:
+        return route.handler(self, request)
 
     def _json_body(self, request: Request) -> dict[str, Any]:
         kind = request.content_type.split(b";")[0].strip().lower()
@@ -5081,6 +5104,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self._socket: socket.socket = self.request
+        self._source = self.server.source(self.client_address)
         self._buffer = bytearray()
         self._deadline = 0.0
         self._unread = False  # whether input was left behind that nobody will read
@@ -5132,7 +5156,7 @@ class Connection(BaseHTTPRequestHandler):
             head_only = head.method == "HEAD"
             method = head.method
             self._unread = head.length > 0
-            admitted = self.server.app.admit(head, self.server.source(self.client_address))
+            admitted = self.server.app.admit(head, self._source)
             route = admitted.route.template
             body = self._read_body(head)
             self._unread = False
