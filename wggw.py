@@ -11,6 +11,10 @@ A request's path
     its one lock: interface first, then store and journal -> outside the lock the request waits
     until the journal is on disk (one fsync for all that wait) -> the answer.
 
+Sections, each using only those above it (search for "# name:")
+    constants, errors, config, values, crypto, addresses, journal, store, backends, gateway,
+    metrics, http, server, command line
+
 Laws
     1. The store is the truth; an interface is a projection of it, brought in line by one diff().
     2. An answer is given only when interface and disk both have the change. A request that fails
@@ -34,6 +38,12 @@ The files on disk
                        the rest of the line without it. JSON: {"put": [peer...], "del": [id...]}.
     DB_PATH.journal.previous   the journal before the last snapshot; with DB_PATH.previous and
                        DB_PATH.journal it still holds everything.
+    With SNAPSHOT_KEY set (AES-256-GCM, a key for each file by HKDF from a random salt):
+                       the journal's first line has SALT and KEY-CHECK (hex) behind AFTER, and JSON
+                       is base64, sealed with the record's number as nonce; the snapshot is a line
+                       "wggw-snapshot 1 SALT KEY-CHECK CRC" and sealed chunks of 64 KiB, numbered,
+                       the last one marked.
+    The snapshot's checksum is its SQLite application id (see encode_snapshot).
     Recovery reads the snapshot, then every record with a higher number. A bad record is a torn
     write, and dropped, when nothing readable behind it was written after it was known to be on
     disk; otherwise acknowledged changes are damaged and the start is refused (exit 3).
