@@ -127,6 +127,7 @@ LINGER_SECONDS = 1.0  # how long unread input is drained so that the last answer
 STOP_SECONDS = 0.5  # how long it waits for each timer's job
 LAST_SAMPLE_SECONDS = 1.0  # and for the last reading of the counters
 DRAIN_GRACE = 0.2  # seconds for threads to take up requests that have arrived before SIGTERM
+MAX_CLIENT_WAIT = 5  # seconds that `wggw.py call` waits when the gateway says Retry-After
 DRAIN_SECONDS = 2.0  # how long SIGTERM waits for requests in flight (it must end within 5)
 
 FRESH_SPAN = 2**18  # a pool's never-used addresses go first up to here; then released ones: a /64
@@ -5577,7 +5578,19 @@ class ApiClient:
         self._fingerprint = fingerprint.replace(":", "").lower()
 
     def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """(status, body) of one request. Raises StartError when no answer can be trusted."""
+        """(status, body) of one request. Raises StartError when no answer can be trusted.
+
+        Within the second of its start a gateway accepts no RFC 9421 signature, says when it will,
+        and is asked once more then.
+        """
+        status, content, wait = self._call(method, path, body)
+        if status == HTTPStatus.UNAUTHORIZED and wait:
+            time.sleep(min(wait, MAX_CLIENT_WAIT))
+            status, content, _ = self._call(method, path, body)
+        return status, content
+
+    def _call(self, method: str, path: str, body: bytes) -> tuple[int, bytes, int]:
+        """(status, body, seconds of Retry-After or 0)."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE  # the fingerprint says more than a name
@@ -5591,7 +5604,8 @@ class ApiClient:
                 raise StartError(f"{self._host}: the certificate has another fingerprint")
             connection.request(method, path, body or None, self._headers(method, path, body))
             response = connection.getresponse()
-            return response.status, response.read()
+            wait = response.headers.get("Retry-After", "")
+            return response.status, response.read(), int(wait) if wait.isdecimal() else 0
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise StartError(f"{self._host} port {self._port}: {_reason(error)}") from None
         finally:
