@@ -64,10 +64,12 @@ import hashlib
 import hmac
 import http.client
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -114,7 +116,9 @@ MAX_BATCH = 1000  # operations
 MAX_SNAPSHOT = 256 * 2**20  # bytes of an imported snapshot: 60,000 peers need about 20 MB
 MAX_INTEGER = 2**63 - 1  # SQLite's INTEGER
 MAX_TIME = 253402300799  # Unix seconds: the year 10000 has no RFC 3339 form
-MAX_NONCES = 2**18  # live ones: 2,000 signed requests a second for two minutes, about 30 MB
+MAX_NONCES = 2**18  # live ones: 2,000 signed requests a second for two minutes, about 40 MB
+MAX_THROTTLED = 4096  # addresses whose failures are remembered
+MAX_SIGNATURES = 8  # of one message
 
 RESERVED_FILES = 128  # open files for everything but connections
 HANDSHAKE_DEADLINE = 10.0  # seconds for TLS
@@ -191,7 +195,15 @@ class Malformed(GatewayError):
 
 
 class Unauthorized(GatewayError):
+    """A request is not accepted; `reason` is the metrics' word for why."""
+
     status = 401
+
+    def __init__(
+        self, detail: str, reason: str = "signature", headers: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(detail, headers=headers)
+        self.reason = reason
 
 
 class Forbidden(GatewayError):
@@ -334,6 +346,8 @@ class Config:
     log_level: str
     metrics_token: str | None = field(repr=False)
     max_connections: int
+    max_connections_per_address: int
+    max_auth_failures: int
 
 
 def _text(raw: str) -> str:
@@ -511,6 +525,8 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("METRICS_TOKEN", None, _secret, "a text of 16 characters or more", True),
     Setting("MAX_CONNECTIONS", "1024", _integer(8, 65536), "connections, 8 to 65536"),
+    Setting("MAX_CONNECTIONS_PER_ADDRESS", "256", _integer(1, 65536), "connections, 1 to 65536"),
+    Setting("MAX_AUTH_FAILURES", "100", _integer(1, 10**6), "failures a minute, 1 to 1000000"),
 )
 
 # Settings of the contract that this version does not serve yet: ignoring one of them would break
@@ -966,8 +982,8 @@ class Authenticator:
     """Verifies signatures of both schemes. `clock` gives Unix seconds.
 
     A signature of RFC 9421 is accepted once: nonces are remembered for as long as their `created`
-    could be accepted. They are not kept over a restart; instead what was created before the start
-    is refused, for at most the window.
+    could be accepted. Over a restart only those of clients whose clock is ahead of this one are
+    kept, in a file (see NonceGuard.keep); what was created before the start is refused.
     """
 
     def __init__(
@@ -982,7 +998,7 @@ class Authenticator:
         self._clock = clock
         self._schemes = schemes
         self._started = int(clock())
-        self._nonces = NonceGuard()
+        self.nonces = NonceGuard()
 
     def reload(self, keys: Mapping[str, str], schemes: Sequence[str]) -> None:
         """Take over new keys; the window stays, because nonces are remembered for that long."""
@@ -1034,22 +1050,25 @@ class Authenticator:
         if abs(now - created) > self._window:
             raise Unauthorized(
                 f"the timestamp is outside the window of {self._window} s; "
-                f"the server's time is {int(now)} ({rfc3339(now)})"
+                f"the server's time is {int(now)} ({rfc3339(now)})",
+                "time",
             )
         return int(now)
 
     def _check_fresh(self, given: MessageSignature) -> None:
         now = self._check_time(given.created)
         if given.expires is not None and given.expires < now:
-            raise Unauthorized(f"the signature has expired; the server's time is {now}")
+            raise Unauthorized(f"the signature has expired; the server's time is {now}", "time")
         if given.created <= self._started:
             wait = str(max(1, self._started + 1 - now))
             raise Unauthorized(
                 "signatures from before the gateway's start are not accepted: sign again",
-                headers=[("Retry-After", wait)],
+                "start",
+                [("Retry-After", wait)],
             )
-        if not self._nonces.first_use(given.key_id, given.nonce, given.created + self._window, now):
-            raise Unauthorized("the nonce was used before")
+        until = given.created + self._window
+        if not self.nonces.first_use(given.key_id, given.nonce, until, now, given.created > now):
+            raise Unauthorized("the nonce was used before", "replay")
 
 
 NOT_AUTHENTIC = "the request is not authentic"
@@ -1061,36 +1080,124 @@ class NonceGuard:
     def __init__(self, limit: int = MAX_NONCES) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._by_second: dict[int, set[bytes]] = {}
-        self._count = 0
+        self._live: set[bytes] = set()
+        self._by_second: dict[int, list[bytes]] = {}
         self._swept = 0
+        self._path = ""
+        self._file: io.FileIO | None = None
+        self._written = 0  # lines in the file
 
-    def first_use(self, key_id: str, nonce: str, until: int, now: int) -> bool:
+    def keep(self, path: str, now: int) -> None:
+        """Keep the nonces of `early` signatures over a restart. Raises OSError.
+
+        What was created before the start is refused, so that only a `created` ahead of the clock
+        could be replayed behind it: with clocks in step nothing is written. The file has lines of
+        UNTIL (Unix seconds) and NONCE (a hash, hex); torn ones were never acknowledged.
+        """
+        with self._lock:
+            with contextlib.suppress(FileNotFoundError):
+                text = Path(path).read_text("ascii", "replace")
+                for until, entry in re.findall(r"(?m)^([0-9]{1,12}) ([0-9a-f]{32})$", text):
+                    if int(until) >= now:
+                        self._add(bytes.fromhex(entry), int(until))
+            self._path = path
+            self._rewrite()
+
+    def first_use(self, key_id: str, nonce: str, until: int, now: int, early: bool = False) -> bool:
         """Whether this nonce is new; it is remembered up to the second `until`.
 
-        Raises TooManyRequests when there is no room.
+        Raises TooManyRequests when there is no room, Unavailable when it cannot be kept.
         """
         entry = hashlib.blake2b(f"{key_id} {nonce}".encode(), digest_size=16).digest()
         with self._lock:
-            self._sweep(now)
-            if any(entry in entries for entries in self._by_second.values()):
+            if now != self._swept:
+                self._sweep(now)
+            if entry in self._live:
                 return False
-            if self._count >= self._limit:
+            if len(self._live) >= self._limit:
                 raise TooManyRequests("too many requests", headers=[("Retry-After", "1")])
-            self._by_second.setdefault(until, set()).add(entry)
-            self._count += 1
-            return True
+            self._add(entry, until)
+            file = self._append(until, entry) if early else None
+        if file is not None:
+            try:
+                os.fsync(file.fileno())  # outside of the lock: others need not wait
+            except OSError as error:
+                raise Unavailable(f"the nonce cannot be kept: {_reason(error)}") from None
+        return True
+
+    def _add(self, entry: bytes, until: int) -> None:
+        self._live.add(entry)
+        self._by_second.setdefault(until, []).append(entry)
 
     def _sweep(self, now: int) -> None:
-        if now == self._swept:
-            return
         self._swept = now
         for second in [second for second in self._by_second if second < now]:
-            self._count -= len(self._by_second.pop(second))
+            self._live.difference_update(self._by_second.pop(second))
+
+    def _append(self, until: int, entry: bytes) -> io.FileIO | None:
+        try:
+            if self._written >= 2 * self._limit:
+                self._rewrite()
+            if self._file is not None:
+                self._file.write(_nonce_line(until, entry))
+                self._written += 1
+        except OSError as error:
+            raise Unavailable(f"the nonce cannot be kept: {_reason(error)}") from None
+        return self._file
+
+    def _rewrite(self) -> None:
+        """Begin the file anew with all live nonces in it."""
+        rows = [(until, entry) for until, row in self._by_second.items() for entry in row]
+        write_secret(self._path, b"".join(_nonce_line(*row) for row in rows))
+        # Not closed here: another thread may be in its fsync.
+        self._file = io.FileIO(self._path, "a")
+        self._written = len(rows)
+
+
+def _nonce_line(until: int, entry: bytes) -> bytes:
+    return b"%d %b\n" % (until, entry.hex().encode("ascii"))
+
+
+class Throttle:
+    """Failed authentications by address: `limit` in a minute, for as many addresses as fit.
+
+    IPv6 addresses count by /64, which is what one customer has. Only failures are looked up here.
+    """
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = limit
+        self._clock = clock
+        self._lock = threading.Lock()
+        # address -> (failures not forgotten yet, at what time); least recent first
+        self._failures: collections.OrderedDict[str, tuple[float, float]] = (
+            collections.OrderedDict()
+        )
+
+    def fail(self, source: str) -> float:
+        """Count a failure; returns the seconds to wait when there are too many, or 0."""
+        address, now = address_group(source), self._clock()
+        with self._lock:
+            failures, since = self._failures.pop(address, (0.0, now))
+            failures = max(0.0, failures - (now - since) * self._limit / 60) + 1
+            over = failures - self._limit
+            self._failures[address] = (min(failures, float(self._limit)), now)
+            if len(self._failures) > MAX_THROTTLED:
+                self._failures.popitem(last=False)
+        return over * 60 / self._limit if over > 0 else 0.0
+
+
+def address_group(source: str) -> str:
+    """What limits per address count: an IPv4 address, or the /64 of an IPv6 address."""
+    if ":" not in source:
+        return source
+    return str(ipaddress.IPv6Network((source, 64), strict=False).network_address)
 
 
 class MessageSignature(NamedTuple):
-    """One signature of a message: label, covered components, its parameters, the MAC."""
+    """One signature of a message: covered components, its parameters, the MAC.
+
+    A query parameter's component is "@query-param", a space, and the parameter's name.
+    """
 
     components: tuple[str, ...]
     parameters: str  # as in the signature base: ("@method" ...);created=...
@@ -1108,13 +1215,15 @@ def parse_signatures(headers: Mapping[bytes, bytes]) -> Iterator[MessageSignatur
         macs = parse_dictionary(headers.get(b"signature", b"").decode("ascii"))
     except ValueError:
         return
+    if len(inputs) > MAX_SIGNATURES:
+        return
     for label, (components, parameters) in inputs.items():
         mac = macs.get(label, (None, {}))[0]
         if not isinstance(components, tuple) or not isinstance(mac, bytes):
             continue
-        if any(not isinstance(name, str) or given for name, given in components):
-            continue  # no component parameters: none is needed for what must be covered
-        names = tuple(str(name) for name, _ in components)
+        names = tuple(itertools.starmap(_component_name, components))
+        if "" in names:
+            continue
         created, expires = parameters.get("created"), parameters.get("expires")
         nonce, key_id = parameters.get("nonce"), parameters.get("keyid")
         if len(set(names)) != len(names) or type(created) is not int:
@@ -1127,6 +1236,21 @@ def parse_signatures(headers: Mapping[bytes, bytes]) -> Iterator[MessageSignatur
             continue
         text = serialize_inner_list(names, parameters)
         yield MessageSignature(names, text, created, expires, nonce, key_id, mac)
+
+
+def _component_name(name: Bare, parameters: Parameters) -> str:
+    """A covered component as in MessageSignature, "" for what we do not know.
+
+    No other component parameters: none is needed for what must be covered.
+    """
+    if not isinstance(name, str) or " " in name:
+        return ""
+    if not parameters:
+        return name
+    parameter = parameters.get("name")
+    if name != "@query-param" or len(parameters) != 1 or not isinstance(parameter, str):
+        return ""
+    return f"{name} {parameter}"
 
 
 def _covers_enough(message: SignedMessage, given: MessageSignature) -> bool:
@@ -1145,7 +1269,7 @@ def signature_base(message: SignedMessage, given: MessageSignature) -> bytes | N
         value = _component(message, name)
         if value is None:
             return None
-        lines.append(b'"%b": %b\n' % (name.encode("ascii"), value))
+        lines.append(b"%b: %b\n" % (_component_identifier(name).encode("ascii"), value))
     lines.append(b'"@signature-params": ' + given.parameters.encode("ascii"))
     return b"".join(lines)
 
@@ -1155,6 +1279,8 @@ def _component(message: SignedMessage, name: str) -> bytes | None:
     if not name.startswith("@"):
         return message.headers.get(name.encode("ascii")) if name == name.lower() else None
     path, _, query = message.target.partition("?")
+    if name.startswith("@query-param "):
+        return _query_parameter(query, name.partition(" ")[2])
     authority = message.authority.lower().removesuffix(":443")
     derived = {
         "@method": message.method,
@@ -1169,13 +1295,34 @@ def _component(message: SignedMessage, name: str) -> bytes | None:
     return None if value is None else value.encode("latin-1", "replace")
 
 
-def digest_matches(header: bytes, body: bytes) -> bool:
-    """Whether Content-Digest (RFC 9530) has the body's SHA-256."""
+def _query_parameter(query: str, name: str) -> bytes | None:
+    """RFC 9421 section 2.2.8, None where the parameter is not there exactly once."""
     try:
-        given = parse_dictionary(header.decode("ascii")).get("sha-256", (None, {}))[0]
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=32)
+    except ValueError:
+        return None
+    wanted = urllib.parse.unquote(name)
+    values = [value for key, value in pairs if key == wanted]
+    if len(values) != 1:
+        return None
+    return urllib.parse.quote(values[0], safe="*").replace("~", "%7E").encode("ascii")
+
+
+def digest_matches(header: bytes, body: bytes) -> bool:
+    """Whether Content-Digest (RFC 9530) has a digest that we know, and each such is the body's."""
+    try:
+        given = parse_dictionary(header.decode("ascii"))
     except ValueError:
         return False
-    return isinstance(given, bytes) and hmac.compare_digest(hashlib.sha256(body).digest(), given)
+    known = [name for name in DIGESTS if name in given]
+    return bool(known) and all(
+        isinstance(mac := given[name][0], bytes)
+        and hmac.compare_digest(DIGESTS[name](body).digest(), mac)
+        for name in known
+    )
+
+
+DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}
 
 
 def sign_rfc9421(
@@ -1297,13 +1444,18 @@ def parse_dictionary(text: str) -> dict[str, tuple[Bare | InnerList, Parameters]
 
 
 def serialize_inner_list(names: Sequence[str], parameters: Mapping[str, Bare]) -> str:
-    """RFC 8941 section 4.1.1.1, for a list of strings."""
-    listed = " ".join(_serialize_bare(name) for name in names)
+    """RFC 8941 section 4.1.1.1, for a list of component names as in MessageSignature."""
+    listed = " ".join(_component_identifier(name) for name in names)
     tail = "".join(
         f";{key}" if value is True else f";{key}={_serialize_bare(value)}"
         for key, value in parameters.items()
     )
     return f"({listed}){tail}"
+
+
+def _component_identifier(component: str) -> str:
+    name, space, parameter = component.partition(" ")
+    return f'"{name}"' + (f";name={_serialize_bare(parameter)}" if space else "")
 
 
 def _serialize_bare(value: Bare) -> str:
@@ -4323,6 +4475,8 @@ class RequestMetrics:
         self._lock = threading.Lock()
         self._counts: collections.Counter[tuple[str, str, int]] = collections.Counter()
         self._durations: dict[str, list[float]] = {}  # per route: buckets, then the sum
+        self._callers: collections.Counter[Caller] = collections.Counter()
+        self._refused: collections.Counter[str] = collections.Counter()
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
         with self._lock:
@@ -4333,7 +4487,30 @@ class RequestMetrics:
             row[next((i for i, edge in enumerate(BUCKETS) if seconds <= edge), len(BUCKETS))] += 1
             row[-1] += seconds
 
+    def signed(self, caller: Caller) -> None:
+        """Count an authentic request."""
+        with self._lock:
+            self._callers[caller] += 1
+
+    def refused(self, reason: str) -> None:
+        """Count a failed authentication."""
+        with self._lock:
+            self._refused[reason] += 1
+
     def render(self) -> Iterator[str]:
+        yield from self._render_requests()
+        with self._lock:
+            callers, refused = sorted(self._callers.items()), sorted(self._refused.items())
+        name = "wggw_signed_requests_total"
+        yield from _metric_head(name, "counter", "Authentic requests by scheme and key id.")
+        for caller, count in callers:
+            yield f'{name}{{scheme="{caller.scheme}",key_id="{caller.key_id}"}} {count}\n'
+        name = "wggw_auth_failures_total"
+        yield from _metric_head(name, "counter", "Failed authentications by reason.")
+        for reason, count in refused:
+            yield f'{name}{{reason="{reason}"}} {count}\n'
+
+    def _render_requests(self) -> Iterator[str]:
         with self._lock:
             counts = sorted(self._counts.items())
             durations = sorted((route, list(row)) for route, row in self._durations.items())
@@ -4437,9 +4614,9 @@ class Response(NamedTuple):
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~]{1,8192}) HTTP/(\d)\.(\d)")
 _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 _SINGLE_HEADERS = frozenset(
-    (b"content-length", b"host", b"signature", b"timestamp", b"content-type", b"authorization")
+    (b"content-length", b"host", b"timestamp", b"content-type", b"authorization")
 )
-_ORIGIN = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
+_ORIGIN = re.compile(r"https?://([^/?#@]+)(?=[/?]|$)", re.IGNORECASE)
 
 
 def parse_head(data: bytes) -> Head:
@@ -4463,7 +4640,10 @@ def parse_head(data: bytes) -> Head:
     target = match[2].decode("ascii")
     if not target.startswith("/"):
         origin = _ORIGIN.match(target)
-        target = target[origin.end() :] if origin else target
+        if origin:  # its authority counts, whatever Host says (RFC 9112 section 3.2.2)
+            headers[b"host"] = origin[1].encode("ascii")
+            target = target[origin.end() :]
+            target = target if target.startswith("/") else "/" + target
     path, _, query = target.partition("?")
     return Head(
         match[1].decode("ascii"),
@@ -4743,12 +4923,20 @@ class App:
         self._host = host
         self._started = clock()
         self._authenticator = Authenticator({}, config.max_timestamp_diff, clock)
+        self._throttle = Throttle(config.max_auth_failures)
         self._endpoints: dict[str, Endpoint] = {}
         for route in ROUTES:
             pattern = re.compile(re.escape(route.template).replace(r"\{public_key\}", "([^/]+)"))
             row = self._endpoints.setdefault(route.template, Endpoint(route.template, pattern, {}))
             row.methods[route.method] = route
         self.reload(config)
+
+    def keep_nonces(self, path: str) -> None:
+        """See NonceGuard.keep. Raises StartError."""
+        try:
+            self._authenticator.nonces.keep(path, int(self._clock()))
+        except OSError as error:
+            raise StartError(f"DB_PATH: {path!r} cannot be written: {_reason(error)}") from None
 
     def reload(self, config: Config) -> None:
         """Take over keys and tokens from a new configuration. Raises ConfigError."""
@@ -4768,7 +4956,7 @@ class App:
         """Signature first, then path and method, then length. Raises GatewayError."""
         path = head.path[:-1] if head.path.endswith("/") and len(head.path) > 1 else head.path
         if path.startswith("/api/") or path == "/api":
-            self._authenticate(head)
+            self._authenticate(head, source)
         row, segment = self._find(path)
         route = row.methods.get("GET" if head.method == "HEAD" else head.method)
         if route is None:
@@ -4787,11 +4975,26 @@ class App:
             raise NotFound("the path does not hold a public key")
         return Admitted(head, route, key)
 
-    def _authenticate(self, head: Head) -> None:
+    def _authenticate(self, head: Head, source: str) -> None:
+        """The signature first: a right one is never refused for what its address did."""
         host = head.headers.get(b"host", b"").decode("latin-1")
-        self._authenticator.verify(
-            SignedMessage(head.method, host, head.target, head.headers, head.length)
-        )
+        message = SignedMessage(head.method, host, head.target, head.headers, head.length)
+        try:
+            caller = self._authenticator.verify(message)
+        except Unauthorized as error:
+            self._count_failure(error, source)
+            raise
+        self.metrics.signed(caller)
+
+    def _count_failure(self, error: Unauthorized, source: str) -> None:
+        """Raises TooManyRequests when there were too many from there."""
+        self.metrics.refused(error.reason)
+        wait = self._throttle.fail(source) if error.reason == "signature" else 0
+        if wait:
+            raise TooManyRequests(
+                "too many requests that were not authentic",
+                headers=[("Retry-After", str(math.ceil(wait)))],
+            ) from None
 
     def _find(self, path: str) -> tuple[Endpoint, str]:
         row = self._endpoints.get(path)
@@ -4810,7 +5013,9 @@ class App:
             return
         expected = b"Bearer " + self._metrics_token.encode("utf-8")
         if not hmac.compare_digest(expected, head.headers.get(b"authorization", b"")):
-            raise Unauthorized("the request is not authentic")
+            error = Unauthorized(NOT_AUTHENTIC)
+            self._count_failure(error, source)
+            raise error
 
     # --- with the body ---------------------------------------------------------------------------
 
@@ -4819,8 +5024,10 @@ class App:
         try:
             headers = admitted.head.headers
             signed = admitted.route.guard == "signed" and b"signature-input" in headers
-            if signed and body and not digest_matches(headers.get(b"content-digest", b""), body):
-                raise Unauthorized("the body does not have the signed Content-Digest")
+            digest = headers.get(b"content-digest")  # of a body that was taken away, too
+            if signed and (body or digest) and not digest_matches(digest or b"", body):
+                self.metrics.refused("digest")
+                raise Unauthorized("the body does not have the signed Content-Digest", "digest")
             request = Request(
                 admitted.head.path,
                 parse_query(admitted.head.query) if admitted.head.query else {},
@@ -5113,10 +5320,12 @@ class Connection(BaseHTTPRequestHandler):
 
     server: Server
     busy = False  # between a request's head and the end of its answer
+    trusted = False  # whether an authentic request came over it
 
     def setup(self) -> None:
         self._socket: socket.socket = self.request
         self._source = self.server.source(self.client_address)
+        self.group = address_group(self._source)
         self._buffer = bytearray()
         self._deadline = 0.0
         self._unread = False  # whether input was left behind that nobody will read
@@ -5170,6 +5379,7 @@ class Connection(BaseHTTPRequestHandler):
             self._unread = head.length > 0
             admitted = self.server.app.admit(head, self._source)
             route = admitted.route.template
+            self.trusted = self.trusted or admitted.route.guard == "signed"
             body = self._read_body(head)
             self._unread = False
             keep_alive = head.keep_alive and not self.server.closing
@@ -5266,9 +5476,11 @@ class Server(ThreadingHTTPServer):
         self.closing = False
         self.allowed = config.allowed_backends
         self._limit = min(config.max_connections, raise_file_limit(config.max_connections))
+        self._address_limit = config.max_connections_per_address
         self._lock = threading.Lock()
         self._connections: dict[Connection, None] = {}  # least recently active first
         self._open = 0
+        self._open_from: collections.Counter[str] = collections.Counter()  # by address group
         self._date = (0, "")
         try:
             super().__init__((config.api_host, config.api_port), Connection)
@@ -5311,23 +5523,42 @@ class Server(ThreadingHTTPServer):
         )
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        group = address_group(self.source(client_address))
         with self._lock:
             self._open += 1
-            crowded = self._open > self._limit
-            idle = next((c for c in self._connections if not c.busy), None) if crowded else None
+            self._open_from[group] += 1
+            greedy = self._open_from[group] > self._address_limit
+            crowded = greedy or self._open > self._limit
+            idle = self._idlest(group if greedy else None) if crowded else None
             if idle is not None:
                 del self._connections[idle]
         if idle is not None:
             idle.cut()
         try:
             if crowded and idle is None:
-                raise RuntimeError("too many connections, and all of them busy")
+                raise RuntimeError("too many connections, and none of them idle")
             super().process_request(request, client_address)
         except RuntimeError as error:  # also: no thread can be started
             LOG.warning("a connection was refused: %s", error)
             with self._lock:
-                self._open -= 1
+                self._closed(group)
             self.shutdown_request(request)
+
+    def _idlest(self, group: str | None) -> Connection | None:
+        """The least recently active connection (of an address), one without a signature first."""
+        found = None
+        for connection in self._connections:
+            if not connection.busy and group in (None, connection.group):
+                if not connection.trusted:
+                    return connection
+                found = found or connection
+        return found
+
+    def _closed(self, group: str) -> None:
+        self._open -= 1
+        self._open_from[group] -= 1
+        if not self._open_from[group]:
+            del self._open_from[group]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log_defect(sys.exc_info()[1] or RuntimeError())
@@ -5345,7 +5576,7 @@ class Server(ThreadingHTTPServer):
     def leave(self, connection: Connection) -> None:
         with self._lock:
             self._connections.pop(connection, None)
-            self._open -= 1
+            self._closed(connection.group)
 
     def date(self) -> str:
         now = int(time.time())
@@ -5505,6 +5736,7 @@ class Service:
         server = Server(config, app, make_tls(config))
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         lock_database(config.db_path)
+        app.keep_nonces(config.db_path + ".nonces")
         store.recover()
         gateway.start(link, self._open(config, link))
         timers = self._start_timers(config, gateway, host)

@@ -145,6 +145,8 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
     ),
     "METRICS_TOKEN": ([("", None), ("t" * 16, "t" * 16)], ["t" * 15, NOT_UTF8]),
     "MAX_CONNECTIONS": ([("8", 8), ("65536", 65536)], ["", "7", "65537", "many"]),
+    "MAX_CONNECTIONS_PER_ADDRESS": ([("1", 1), ("65536", 65536)], ["", "0", "65537", "all"]),
+    "MAX_AUTH_FAILURES": ([("1", 1), ("1000000", 10**6)], ["", "0", "1000001", "1.5"]),
 }
 
 # The contract's table of settings, as far as it has defaults that a program can compare.

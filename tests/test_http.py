@@ -87,7 +87,7 @@ HEADS: list[tuple[str, bytes, int]] = [
     ("empty line", head(HOST, b"", b"X: y"), 400),
     ("no host", head(), 400),
     ("two hosts", head(HOST, b"Host: other"), 400),
-    ("two signatures", head(HOST, b"Signature: a", b"signature: b"), 400),
+    ("two signatures", head(HOST, b"Signature: a", b"signature: b"), 200),  # a list, RFC 9421
     ("two timestamps", head(HOST, b"Timestamp: 1", b"timestamp: 2"), 400),
     ("two authorizations", head(HOST, b"Authorization: a", b"Authorization: b"), 400),
     ("HTTP/1.0", head(first=b"GET / HTTP/1.0"), 200),
@@ -137,6 +137,7 @@ TARGETS = [
     (b"HTTPS://gateway/a", "/a", ""),
     (b"https://gateway", "/", ""),
     (b"https://gateway?b", "/", "b"),
+    (b"https://user@gateway/a", "https://user@gateway/a", ""),
     (b"//other/a", "//other/a", ""),
 ]
 
@@ -145,6 +146,12 @@ TARGETS = [
 def test_target_in_every_form(target: bytes, path: str, query: str) -> None:
     found = parse_head(head(HOST, first=b"GET %b HTTP/1.1" % target))
     assert (found.path, found.query) == (path, query)
+
+
+def test_authority_of_an_absolute_target_replaces_the_host_header() -> None:
+    """RFC 9112 section 3.2.2: so that nothing in between can see another host than we do."""
+    found = parse_head(head(HOST, first=b"GET https://other:8443?b HTTP/1.1"))
+    assert (found.headers[b"host"], found.target) == (b"other:8443", "/?b")
 
 
 @pytest.mark.parametrize(

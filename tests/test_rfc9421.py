@@ -5,26 +5,32 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import io
+import re
 import secrets
 import time
-import warnings
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
-from harness import API_KEY, Answer, Client, GatewayProcess, a_key, encode, running, wait_for
-from http_message_signatures import (
-    HTTPMessageSigner,
-    HTTPSignatureKeyResolver,
-    algorithms,
+from harness import (
+    API_KEY,
+    Answer,
+    Client,
+    GatewayProcess,
+    a_key,
+    encode,
+    running,
+    sign,
+    wait_for,
 )
 
 import wggw
 
 PATH = "/api/v1/configurations/"
+BODY = encode({"public_key": a_key("attack"), "request_id": "attack"})
+STATES = ("created", "exists")
 STATUS = "/api/v1/server/status"
 
 
@@ -72,39 +78,6 @@ def test_signature_base_and_mac_are_those_of_the_rfc() -> None:
     assert base is not None
     mac = hmac.new(secret, base, hashlib.sha256).digest()
     assert base64.b64encode(mac) == b"pxcQw6G3AjtMBQjwo8XzkZf/bws5LelbaMk5rGIGtE8="
-
-
-class Keys(HTTPSignatureKeyResolver):  # type: ignore[misc]
-    def resolve_private_key(self, key_id: str) -> bytes:
-        return API_KEY.encode()
-
-    def resolve_public_key(self, key_id: str) -> bytes:
-        return API_KEY.encode()
-
-
-def test_requests_with_http_message_signatures_is_accepted(gateway: GatewayProcess) -> None:
-    body = encode({"public_key": a_key("off-the-shelf")})
-    digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
-    request = requests.Request(
-        "POST",
-        f"https://127.0.0.1:{gateway.port}{PATH}",
-        data=body,
-        headers={"Content-Type": "application/json", "Content-Digest": f"sha-256=:{digest}:"},
-    ).prepare()
-    signer = HTTPMessageSigner(signature_algorithm=algorithms.HMAC_SHA256, key_resolver=Keys())
-    signer.sign(
-        request,
-        key_id="default",
-        created=datetime.now(),
-        nonce=secrets.token_hex(8),
-        covered_component_ids=("@method", "@target-uri", "content-digest"),
-        body=body,
-        use_existing_digest=True,
-    )
-    with requests.Session() as session, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        answer = session.send(request, verify=False)
-    assert (answer.status_code, answer.json().get("status")) == (200, "created")
 
 
 def signed(
@@ -204,6 +177,215 @@ def test_a_replayed_request_is_refused(client: Client) -> None:
     assert [get(client, headers).status for _ in range(3)] == [200, 401, 401]
 
 
+# What a thief can do with a captured request: each row changes one thing.
+ATTACKS: dict[str, tuple[Callable[[dict[str, str]], dict[str, str]], str, str, bytes]] = {
+    "replay": (lambda h: h, "POST", PATH + "?a=b", BODY),
+    "method": (lambda h: h, "PUT", PATH + "?a=b", BODY),
+    "path": (lambda h: h, "POST", "/api/v1/configurations/batch?a=b", BODY),
+    "encoded path": (lambda h: h, "POST", "/api/v1/%63onfigurations/?a=b", BODY),
+    "slash": (lambda h: h, "POST", PATH[:-1] + "?a=b", BODY),
+    "query": (lambda h: h, "POST", PATH + "?a=c", BODY),
+    "no query": (lambda h: h, "POST", PATH, BODY),
+    "authority": (lambda h: {**h, "Host": "other.example"}, "POST", PATH + "?a=b", BODY),
+    "body": (lambda h: h, "POST", PATH + "?a=b", BODY.replace(b"attack", b"attacK")),
+    "shorter body": (lambda h: h, "POST", PATH + "?a=b", BODY[:-1]),
+    "no body": (lambda h: h, "POST", PATH + "?a=b", b""),
+    "digest": (
+        lambda h: {**h, "Content-Digest": h["Content-Digest"].replace("=:", "=:A", 1)},
+        "POST",
+        PATH + "?a=b",
+        BODY,
+    ),
+    "a second digest": (
+        lambda h: {**h, "Content-Digest": h["Content-Digest"] + ", sha-512=:AAAA:"},
+        "POST",
+        PATH + "?a=b",
+        BODY,
+    ),
+    **{
+        f"input: {old} becomes {new}": (
+            lambda h, o=old, n=new: {**h, "Signature-Input": h["Signature-Input"].replace(o, n)},
+            "POST",
+            PATH + "?a=b",
+            BODY,
+        )
+        for old, new in {
+            "created=1": "created=2",
+            'keyid="default"': 'keyid="second"',
+            'nonce="': 'nonce="0',
+            '"@method" "@target-uri"': '"@target-uri" "@method"',
+            '"@method" ': "",
+            ' "content-digest"': "",
+            '("@method"': '("@method";req',
+            '"@target-uri"': '"@target-uri";sf',
+            "a=(": "b=(",
+            ");": ");tag=1;",
+            ";created": ";created=5;created",
+        }.items()
+    },
+    "signature of another label": (
+        lambda h: {**h, "Signature": "b" + h["Signature"][1:]},
+        "POST",
+        PATH + "?a=b",
+        BODY,
+    ),
+    "one bit of the signature": (
+        lambda h: {**h, "Signature": h["Signature"].translate(str.maketrans("Aa1", "Bb2"))},
+        "POST",
+        PATH + "?a=b",
+        BODY,
+    ),
+    "the label twice": (
+        lambda h: {**h, "Signature-Input": h["Signature-Input"] + ", " + h["Signature-Input"]},
+        "POST",
+        PATH + "?a=b",
+        BODY,
+    ),
+    "no signature": (
+        lambda h: {k: v for k, v in h.items() if k != "Signature"},
+        "POST",
+        PATH + "?a=b",
+        BODY,
+    ),
+    "legacy headers beside it": (
+        lambda h: {**h, "Timestamp": str(int(time.time())), "Signature": "0" * 64},
+        "POST",
+        PATH + "?a=b",
+        BODY,
+    ),
+    "nine labels": (
+        lambda h: {
+            **h,
+            "Signature-Input": ", ".join(
+                [h["Signature-Input"], *(f"x{n}=()" for n in range(wggw.MAX_SIGNATURES))]
+            ),
+        },
+        "POST",
+        PATH + "?a=b",
+        BODY,
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_captured_request_is_good_for_nothing_else(client: Client, attack: str) -> None:
+    change, method, path, body = ATTACKS[attack]
+    assert client.create(a_key("victim")).status == 200
+    parameter = ("@method", "@target-uri", "@authority")
+    headers = signed(client, "POST", PATH + "?a=b", BODY, components=parameter, nonce=attack)
+    if attack == "replay":
+        assert client.raw("POST", PATH + "?a=b", BODY, headers).json["status"] in STATES
+    before = client.send("GET", PATH).json
+    answer = client.raw(method, path, body, change(headers))
+    assert answer.status == 401, answer
+    if attack != "digest":
+        assert "time" not in answer.json["detail"]
+    assert client.send("GET", PATH).json == before
+
+
+def test_one_good_signature_among_others_is_enough(client: Client) -> None:
+    """Labels that say nothing to us, of a proxy perhaps, in front of and behind the good one."""
+    good = signed(client)
+    others = {"Signature-Input": 'x=("@method";req);created=1', "Signature": "x=:AAAA:"}
+    for place in (0, 1):
+        good = signed(client)
+        order = [others]
+        order.insert(place, good)
+        headers = {name: ", ".join(each[name] for each in order) for name in good}
+        assert get(client, headers).status == 200
+
+
+def test_field_names_are_case_insensitive(client: Client) -> None:
+    headers = {name.swapcase(): value for name, value in signed(client).items()}
+    assert get(client, headers).status == 200
+
+
+def test_query_parameters_and_empty_queries_are_covered_as_the_rfc_says() -> None:
+    message = wggw.SignedMessage("GET", "Example.com:443", "/a?b=c%20d+e&f&g=1&g=2", {}, 0)
+    values = {
+        "@query-param b": b"c%20d%20e",
+        "@query-param f": b"",
+        "@query-param g": None,  # twice
+        "@query-param h": None,
+        "@query": b"?b=c%20d+e&f&g=1&g=2",
+        "@authority": b"example.com",
+        "@target-uri": b"https://example.com/a?b=c%20d+e&f&g=1&g=2",
+        "@request-target": b"/a?b=c%20d+e&f&g=1&g=2",
+        "@path": b"/a",
+        "@scheme": b"https",
+        "@status": None,
+        "@unknown": None,
+    }
+    assert {name: wggw._component(message, name) for name in values} == values
+    for target in ("/a", "/a?"):
+        assert wggw._component(message._replace(target=target), "@query") == b"?"
+
+
+def test_metrics_count_by_scheme_key_and_reason(tmp_path: Path) -> None:
+    with running(tmp_path, GATEWAY_API_KEYS='{"second": "another secret of the backend"}') as one:
+        client = one.client()
+        started = int(time.time())
+        wait_for(lambda: int(time.time()) > started, what="the next second")
+        again = signed(client)
+        second = "another secret of the backend"
+        body = encode({"public_key": a_key("digest")})
+        for headers in (again, again, signed(client, key=second, keyid="second"), {}):
+            get(client, headers)
+        get(client, signed(client, created=5))
+        get(client, signed(client, created=started - 9))
+        client.raw("POST", PATH, body + b" ", signed(client, "POST", PATH, body))
+        client = one.client()
+        assert client.send("GET", STATUS).status == 200
+        found = dict(
+            re.findall(
+                r"(?:signed_requests|auth_failures)_total\{(.*)\} (\d+)",
+                client.raw("GET", "/metrics", b"", {}).body.decode(),
+            )
+        )
+    assert found == {
+        'scheme="rfc9421",key_id="default"': "2",
+        'scheme="rfc9421",key_id="second"': "1",
+        'scheme="legacy",key_id="default"': "1",
+        'reason="replay"': "1",
+        'reason="signature"': "1",
+        'reason="time"': "1",
+        'reason="start"': "1",
+        'reason="digest"': "1",
+    }
+
+
+# --- failures by address --------------------------------------------------------------------------
+
+
+def test_failures_are_slowed_down_and_a_right_signature_never_is(tmp_path: Path) -> None:
+    with running(tmp_path, MAX_AUTH_FAILURES="5") as gateway:
+        client = gateway.client()
+        answers = [client.raw("GET", STATUS, b"", {}) for _ in range(30)]
+        statuses = [answer.status for answer in answers]
+        assert statuses[:5] == [401] * 5
+        assert statuses.count(429) >= 20
+        assert int(answers[-1].headers["Retry-After"]) in range(1, 61)
+        assert client.send("GET", STATUS).status == 200  # the same connection and address
+        assert client.send("GET", STATUS, timestamp="1").status == 429
+        late = client.raw("GET", STATUS, b"", sign(at=1000000000))
+        assert (late.status, "server's time" in late.json["detail"]) == (401, True)
+
+
+def test_throttle_forgets_with_time_counts_by_64_and_is_bounded() -> None:
+    now = [0.0]
+    throttle = wggw.Throttle(60, lambda: now[0])
+    assert [throttle.fail("192.0.2.1") for _ in range(61)] == [0.0] * 60 + [1.0]
+    assert throttle.fail("192.0.2.2") == 0.0
+    now[0] += 2.5  # two failures are forgotten and half of a third
+    assert [throttle.fail("192.0.2.1") for _ in range(3)] == [0.0, 0.0, 0.5]
+    six = wggw.Throttle(2, lambda: now[0])
+    found = [six.fail(f"2001:db8:0:1:{n}::1") for n in range(3)]
+    assert (found, six.fail("2001:db8:0:2::1")) == ([0.0, 0.0, 30.0], 0.0)
+    for number in range(3 * wggw.MAX_THROTTLED):
+        throttle.fail(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+    assert len(throttle._failures) == wggw.MAX_THROTTLED
+
+
 def test_a_signature_is_good_for_its_method_path_and_body_alone(client: Client) -> None:
     body = encode({"public_key": a_key("covered")})
     other = encode({"public_key": a_key("coverXd")})
@@ -223,6 +405,62 @@ def test_signatures_from_before_the_start_are_refused(tmp_path: Path) -> None:
         answer = get(gateway.client(), headers)
         assert answer.status == 401
         assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_a_nonce_of_a_clock_that_is_ahead_is_kept_over_a_restart(tmp_path: Path) -> None:
+    """Its `created` lies behind the start: only its nonce can tell that it was used."""
+    with running(tmp_path) as gateway:
+        client = gateway.client()
+        headers = [signed(client, created=int(time.time()) + 40) for _ in range(2)]
+        assert get(client, headers[0]).status == 200
+        gateway.kill()
+        gateway.start()
+        client = gateway.client()
+        assert [get(client, each).status for each in headers] == [401, 200]
+        assert (tmp_path / "wireguard.db.nonces").stat().st_mode & 0o777 == 0o600
+
+
+def test_nonce_file_is_made_anew_when_it_grows_and_drops_what_is_over(tmp_path: Path) -> None:
+    path = tmp_path / "nonces"
+    path.write_text(f"99 {'0' * 32}\n100 {'1' * 32}\ngarbage\n100 {'2' * 31}")
+    guard = wggw.NonceGuard(limit=3)
+    guard.keep(str(path), 100)
+    assert path.read_text() == f"100 {'1' * 32}\n"
+    for turn in range(20):
+        assert guard.first_use("k", str(turn), 200 + turn, 200 + turn, early=True)
+        assert not guard.first_use("k", str(turn), 200 + turn, 200 + turn)
+    assert len(path.read_text().splitlines()) <= 6
+    other = wggw.NonceGuard(limit=3)
+    other.keep(str(path), 219)
+    assert not other.first_use("k", "19", 219, 219)
+    assert other.first_use("k", "19", 300, 220)
+
+
+def test_a_nonce_that_cannot_be_kept_is_not_accepted(tmp_path: Path) -> None:
+    guard = wggw.NonceGuard()
+    guard.keep(str(tmp_path / "nonces"), 100)
+    guard._file = io.FileIO("/dev/full", "w")
+    with pytest.raises(wggw.Unavailable):
+        guard.first_use("k", "n", 200, 100, early=True)
+    assert guard.first_use("k", "m", 200, 100)
+
+
+def test_100_000_nonces_cost_the_same_each_and_none_is_accepted_twice() -> None:
+    guard = wggw.NonceGuard()
+
+    def seconds(first: int, count: int) -> float:
+        started = time.perf_counter()
+        for number in range(first, first + count):
+            assert guard.first_use("k", str(number), 100 + number % 120, 100)
+        return time.perf_counter() - started
+
+    few = min(seconds(1000 * n, 1000) for n in range(10))
+    seconds(10_000, 80_000)
+    many = min(seconds(90_000 + 1000 * n, 1000) for n in range(10))
+    assert many < 4 * few, (few, many)
+    assert not any(guard.first_use("k", str(number), 500, 100) for number in range(100_000))
+    assert guard.first_use("k", "0", 500, 500)  # all of them are over and forgotten
+    assert len(guard._live) == 1 and len(guard._by_second) == 1
 
 
 def test_schemes_can_be_switched_off(tmp_path: Path) -> None:
