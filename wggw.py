@@ -112,6 +112,7 @@ MAX_BODY = 64 * 1024  # bytes of an ordinary request's body
 MAX_JSON_DEPTH = 32
 MAX_TEXT = 256  # characters of a free text such as request_id
 MAX_PAGE = 1000  # peers in one answer to a list
+DEFAULT_PAGE = 100
 MAX_BATCH = 1000  # operations
 MAX_SNAPSHOT = 256 * 2**20  # bytes of an imported snapshot: 60,000 peers need about 20 MB
 MAX_INTEGER = 2**63 - 1  # SQLite's INTEGER
@@ -621,6 +622,7 @@ def _reason(error: BaseException) -> str:
 # ==================================================================================================
 
 FAMILIES = ("ipv4", "ipv6")
+STATUSES = ("active", "suspended")
 ADDRESS_FIELD = {"ipv4": "assigned_ip", "ipv6": "assigned_ipv6"}
 
 
@@ -760,7 +762,7 @@ def verify_peer(peer: Peer) -> None:
             continue
         if type(number) is not int or not low <= number <= high:
             raise ValueError(f"{name} is out of range")
-    if peer.status not in ("active", "suspended"):
+    if peer.status not in STATUSES:
         raise ValueError("status")
     decode_key(peer.public_key)
     if peer.preshared_key is not None:
@@ -818,13 +820,21 @@ def diff(
         yield "removed", Change(public_key, None)
 
 
-# --- fields of a request's body: each parser takes a JSON value and raises ValueError ------------
+# --- fields of a request: each parser takes a JSON value (or a query's text), raises ValueError ---
+
+Schema = Mapping[str, Any]  # JSON Schema 2020-12
 
 
 def _field_text(value: Any) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT:
         raise ValueError
     value.encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, a ValueError
+    return value
+
+
+def _field_long_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
     return value
 
 
@@ -839,24 +849,6 @@ def _field_public_key(value: Any) -> str:
     if decode_key(text) == bytes(KEY_BYTES):  # no peer has it, and interfaces drop it silently
         raise ValueError
     return text
-
-
-def _field_integer(low: int, high: int) -> Callable[[Any], int]:
-    def parse(value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError
-        return value
-
-    return parse
-
-
-def _field_choice(*words: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if not isinstance(value, str) or value not in words:
-            raise ValueError
-        return value
-
-    return parse
 
 
 def _field_families(value: Any) -> tuple[str, ...]:
@@ -888,71 +880,135 @@ def _field_obfuscation(value: Any) -> bool:
 
 
 class Field(NamedTuple):
-    """A field of a body: how it is parsed, and what it accepts, in an error's words."""
+    """A field of a body or a query: its parser, what it accepts in an error's words, its schema.
+
+    Where it is not required, null is as good as absent, unless `null` says that it is a value.
+    """
 
     parse: Callable[[Any], Any]
     accepts: str
+    schema: Schema
+    required: bool = False
+    null: bool = False
 
 
-def _nullable(row: Field) -> Field:
+def integer_field(low: int, high: int, accepts: str) -> Field:
+    def parse(value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError
+        return value
+
+    return Field(parse, accepts, {"type": "integer", "minimum": low, "maximum": high})
+
+
+def choice_field(words: Sequence[str], accepts: str = "") -> Field:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or value not in words:
+            raise ValueError
+        return value
+
+    accepts = accepts or f"one of {', '.join(words)}"
+    return Field(parse, accepts, {"type": "string", "enum": list(words)})
+
+
+def nullable(row: Field) -> Field:
+    """The field when null is a value of its own."""
+
     def parse(value: Any) -> Any:
         return None if value is None else row.parse(value)
 
-    return Field(parse, f"{row.accepts}, or null")
+    return Field(parse, f"{row.accepts}, or null", or_null(row.schema), row.required, True)
 
 
-PUBLIC_KEY_FIELD = Field(_field_public_key, "44 characters of base64, a 32-byte public key")
+def or_null(schema: Schema) -> Schema:
+    """The schema of a value that may be null, too."""
+    if "$ref" in schema:
+        return {"anyOf": [schema, {"type": "null"}]}
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    enum = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
+    return {**schema, **enum, "type": [*kinds, "null"]}
+
+
+# base64 of 32 bytes: the last character before "=" carries 4 bits
+KEY_SCHEMA: Schema = {"type": "string", "pattern": "^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"}
+TIME_SCHEMA: Schema = {"type": "string", "format": "date-time"}
+FAMILIES_SCHEMA: Schema = {"type": "array", "items": {"type": "string", "enum": list(FAMILIES)}}
+TEXT_SCHEMA: Schema = {"type": "string", "maxLength": MAX_TEXT}
+
+PUBLIC_KEY_FIELD = Field(
+    _field_public_key, "44 characters of base64, a 32-byte public key", KEY_SCHEMA, required=True
+)
 
 CREATE_FIELDS: dict[str, Field] = {
     "public_key": PUBLIC_KEY_FIELD,
-    "request_id": Field(_field_text, f"a text of at most {MAX_TEXT} characters"),
-    "protocol": Field(_field_choice("ipv4", "ipv6", "dual"), 'null, "ipv4", "ipv6" or "dual"'),
-    "tunnel_traffic": Field(_field_families, 'a list of "ipv4", "ipv6"'),
-    "port": Field(_field_integer(1, 65535), "a port that the gateway listens on"),
-    "dns": Field(_field_text, "a key of DNS_SERVERS"),
-    "preshared_key": Field(_field_key, "44 characters of base64, 32 bytes"),
-    "persistent_keepalive": Field(_field_integer(0, 65535), "seconds, 0 to 65535"),
-    "expires_at": Field(_field_time, "an RFC 3339 time with a zone"),
-    "quota_bytes": Field(_field_integer(0, MAX_INTEGER), "a number of bytes, 0 or more"),
-    "assigned_ip": Field(_field_ipv4, "an IPv4 address"),
-    "assigned_ipv6": Field(_field_ipv6, "an IPv6 address"),
-    "obfuscation": Field(_field_obfuscation, 'an object with "enabled": true or false'),
+    "request_id": Field(_field_text, f"a text of at most {MAX_TEXT} characters", TEXT_SCHEMA),
+    "protocol": choice_field((*FAMILIES, "dual"), 'null, "ipv4", "ipv6" or "dual"'),
+    "tunnel_traffic": Field(_field_families, 'a list of "ipv4", "ipv6"', FAMILIES_SCHEMA),
+    "port": integer_field(1, 65535, "a port that the gateway listens on"),
+    "dns": Field(_field_text, "a key of DNS_SERVERS", TEXT_SCHEMA),
+    "preshared_key": Field(_field_key, "44 characters of base64, 32 bytes", KEY_SCHEMA),
+    "persistent_keepalive": integer_field(0, 65535, "seconds, 0 to 65535"),
+    "expires_at": Field(_field_time, "an RFC 3339 time with a zone", TIME_SCHEMA),
+    "quota_bytes": integer_field(0, MAX_INTEGER, "a number of bytes, 0 or more"),
+    "assigned_ip": Field(_field_ipv4, "an IPv4 address", {"type": "string", "format": "ipv4"}),
+    "assigned_ipv6": Field(_field_ipv6, "an IPv6 address", {"type": "string", "format": "ipv6"}),
+    "obfuscation": Field(
+        _field_obfuscation,
+        'an object with "enabled": true or false',
+        {"type": ["object", "boolean"], "properties": {"enabled": {"type": "boolean"}}},
+    ),
 }
 
-# What a PATCH may change; null takes away what may be missing.
+SEALED_FIELDS: dict[str, Field] = {
+    "encrypted_payload": Field(_field_long_text, "base64 text", {"type": "string"}),
+}
+
+# What a PATCH may change; null takes away what may be missing, and is refused elsewhere.
 PATCH_FIELDS: dict[str, Field] = {
-    **{n: CREATE_FIELDS[n] for n in ("dns", "tunnel_traffic", "port", "persistent_keepalive")},
-    **{n: _nullable(CREATE_FIELDS[n]) for n in ("expires_at", "quota_bytes", "preshared_key")},
+    **{
+        n: CREATE_FIELDS[n]._replace(null=True)
+        for n in ("dns", "tunnel_traffic", "port", "persistent_keepalive")
+    },
+    **{n: nullable(CREATE_FIELDS[n]) for n in ("expires_at", "quota_bytes", "preshared_key")},
 }
 
 ROTATE_FIELDS: dict[str, Field] = {"new_public_key": PUBLIC_KEY_FIELD}
 
 STATUS_FIELDS: dict[str, Field] = {
-    "status": Field(_field_choice("active", "suspended"), '"active" or "suspended"'),
+    "status": choice_field(STATUSES, '"active" or "suspended"')._replace(required=True),
 }
 
 
-def parse_fields(
-    body: Mapping[str, Any], table: Mapping[str, Field], required: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Decode the known fields of a JSON object; null is as good as absent. Raises Invalid."""
-    given = {name: body[name] for name in table if body.get(name) is not None}
-    for name in required:
-        if name not in given:
-            raise Invalid(name, f"is required: {table[name].accepts}")
-    return parse_patch(given, table)
-
-
-def parse_patch(body: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
-    """Decode the known fields that are there, null too. Raises Invalid."""
+def parse_fields(given: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
+    """Decode the fields of a table; what it does not know is ignored. Raises Invalid."""
     parsed: dict[str, Any] = {}
     for name, row in table.items():
-        if name in body:
-            try:
-                parsed[name] = row.parse(body[name])
-            except (ValueError, TypeError):
-                raise Invalid(name, f"must be {row.accepts}") from None
+        value = given.get(name)
+        if value is None and not (row.null and name in given):
+            if row.required:
+                raise Invalid(name, f"is required: {row.accepts}")
+            continue
+        try:
+            parsed[name] = row.parse(value)
+        except (ValueError, TypeError):
+            raise Invalid(name, f"must be {row.accepts}") from None
     return parsed
+
+
+def fields_schema(table: Mapping[str, Field]) -> Schema:
+    """What parse_fields() accepts, as the schema of an object."""
+    required = [name for name, row in table.items() if row.required]
+    return {
+        "type": "object",
+        "properties": {
+            name: {
+                **(row.schema if row.required or row.null else or_null(row.schema)),
+                "description": row.accepts,
+            }
+            for name, row in table.items()
+        },
+        **({"required": required} if required else {}),
+    }
 
 
 # ==================================================================================================
@@ -4592,10 +4648,14 @@ class Head(NamedTuple):
 
 
 class Request(NamedTuple):
-    """An authentic request with its body read; `key` is the path's public key, if it has one."""
+    """An authentic request with its body read; `key` is the path's public key, if it has one.
 
+    `query` is decoded by the route's table.
+    """
+
+    route: ApiRoute
     path: str
-    query: Mapping[str, str]
+    query: Mapping[str, Any]
     body: bytes
     content_type: bytes
     key: str
@@ -4825,12 +4885,45 @@ def wg_quick(shown: Mapping[str, Any], preshared_key: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-# A batch's operations, and what is said when they are done.
-OPERATIONS = {
-    "create": "created",
-    "delete": "deleted",
-    "suspend": "suspended",
-    "activate": "updated",
+class Operation(NamedTuple):
+    """A batch's operation: what is said when it is done, and its fields."""
+
+    said: str
+    fields: Mapping[str, Field]
+
+
+KEY_FIELDS: dict[str, Field] = {"public_key": PUBLIC_KEY_FIELD}
+
+OPERATIONS: dict[str, Operation] = {
+    "create": Operation("created", CREATE_FIELDS),
+    "delete": Operation("deleted", KEY_FIELDS),
+    "suspend": Operation("suspended", KEY_FIELDS),
+    "activate": Operation("updated", KEY_FIELDS),
+}
+
+
+def _field_operations(value: Any) -> list[Any]:
+    if not isinstance(value, list) or len(value) > MAX_BATCH:
+        raise ValueError
+    return value
+
+
+BATCH_FIELDS: dict[str, Field] = {
+    "operations": Field(
+        _field_operations,
+        f"a list of at most {MAX_BATCH} operations",
+        {
+            "type": "array",
+            "maxItems": MAX_BATCH,
+            "items": {
+                "oneOf": [
+                    fields_schema({"op": choice_field((op,))._replace(required=True), **row.fields})
+                    for op, row in OPERATIONS.items()
+                ]
+            },
+        },
+        required=True,
+    ),
 }
 
 
@@ -4844,18 +4937,33 @@ def _decode_operation(given: Any) -> tuple[str, Mapping[str, Any]] | GatewayErro
             raise Invalid("op", f"must be one of {', '.join(OPERATIONS)}")
         if given.get("encrypted_payload") is not None:
             raise Invalid("encrypted_payload", "is not accepted in a batch")
-        table = CREATE_FIELDS if name == "create" else {"public_key": PUBLIC_KEY_FIELD}
-        return name, parse_fields(given, table, ("public_key",))
+        return name, parse_fields(given, OPERATIONS[name].fields)
     except GatewayError as error:
         return error
 
 
+Content = Mapping[str, Schema]  # media type -> schema
+NO_FIELDS: Mapping[str, Field] = {}
+
+
 class ApiRoute(NamedTuple):
-    """A row of the route table. `guard`: who may call it; `limit`: bytes of the body."""
+    """A row of the route table: it decides what is accepted, and describes it in /openapi.json.
+
+    `bodies`: the field tables of which one must fit a JSON body; `media`: bodies that are not one
+    JSON object; `answer`: the content of a 200; `errors`: statuses beyond those that the other
+    columns entail (see _error_statuses); `guard`: who may call it, a row of GUARDS; `limit`: bytes
+    of the body.
+    """
 
     method: str
     template: str
     handler: Callable[[App, Request], Response]
+    summary: str
+    answer: Content
+    bodies: tuple[Mapping[str, Field], ...] = ()
+    media: Content = {}
+    query: Mapping[str, Field] = NO_FIELDS
+    errors: tuple[int, ...] = ()
     guard: str = "signed"
     limit: int = MAX_BODY
 
@@ -5028,9 +5136,11 @@ class App:
             if signed and (body or digest) and not digest_matches(digest or b"", body):
                 self.metrics.refused("digest")
                 raise Unauthorized("the body does not have the signed Content-Digest", "digest")
+            query = parse_query(admitted.head.query) if admitted.head.query else {}
             request = Request(
+                admitted.route,
                 admitted.head.path,
-                parse_query(admitted.head.query) if admitted.head.query else {},
+                parse_fields(query, admitted.route.query),
                 body,
                 admitted.head.headers.get(b"content-type", b""),
                 admitted.key,
@@ -5049,17 +5159,19 @@ class App:
             raise UnsupportedMediaType("the body must be application/json")
         return decode_json(request.body)
 
+    def _fields(self, request: Request) -> dict[str, Any]:
+        """The body, decoded by the route's table."""
+        return parse_fields(self._json_body(request), request.route.bodies[0])
+
     def _shown(self, peer: Peer, traffic: Traffic) -> dict[str, Any]:
         interface = self.gateway.interfaces[peer.interface]
         return configuration(peer, traffic, interface, self.config, self.gateway.online_since())
 
     def create(self, request: Request) -> Response:
         body = self._json_body(request)
-        sealed = body.get("encrypted_payload")
-        if sealed is None:
+        if body.get("encrypted_payload") is None:
             return self._create(body)
-        if not isinstance(sealed, str):
-            raise Invalid("encrypted_payload", "must be base64 text")
+        sealed = parse_fields(body, SEALED_FIELDS)["encrypted_payload"]
         if self._box is None:
             raise Malformed("encrypted_payload: payload encryption is not set up here")
         opened = self._box.open(sealed)
@@ -5071,7 +5183,7 @@ class App:
         return Response(response.status, encode_json(content), headers=response.headers)
 
     def _create(self, body: Mapping[str, Any]) -> Response:
-        fields = parse_fields(body, CREATE_FIELDS, ("public_key",))
+        fields = parse_fields(body, CREATE_FIELDS)
         return Response(200, encode_json(self._created(self.gateway.create(fields))))
 
     def _created(self, outcome: Outcome) -> dict[str, Any]:
@@ -5083,10 +5195,7 @@ class App:
         return shown
 
     def batch(self, request: Request) -> Response:
-        given = self._json_body(request).get("operations")
-        if not isinstance(given, list) or len(given) > MAX_BATCH:
-            raise Invalid("operations", f"must be a list of at most {MAX_BATCH} operations")
-        operations = [_decode_operation(operation) for operation in given]
+        operations = [_decode_operation(given) for given in self._fields(request)["operations"]]
         results = [
             self._batch_result(operation, result)
             for operation, result in zip(operations, self.gateway.batch(operations), strict=True)
@@ -5104,56 +5213,57 @@ class App:
             return cast(dict[str, Any], json.loads(problem(cast(GatewayError, error)).body))
         if operation[0] == "create":
             return self._created(result)
-        return {"status": OPERATIONS[operation[0]], "public_key": result.peer.public_key}
+        return {"status": OPERATIONS[operation[0]].said, "public_key": result.peer.public_key}
 
     def update(self, request: Request) -> Response:
-        fields = parse_patch(self._json_body(request), PATCH_FIELDS)
-        outcome = self.gateway.update(request.key, fields)
+        outcome = self.gateway.update(request.key, self._fields(request))
         return Response(200, encode_json(self._shown(outcome.peer, outcome.traffic)))
 
     def rotate(self, request: Request) -> Response:
-        fields = parse_fields(self._json_body(request), ROTATE_FIELDS, ("new_public_key",))
-        outcome = self.gateway.rotate(request.key, fields["new_public_key"])
+        outcome = self.gateway.rotate(request.key, self._fields(request)["new_public_key"])
         return Response(200, encode_json(self._shown(outcome.peer, outcome.traffic)))
 
     def list(self, request: Request) -> Response:
         query = request.query
-        limit = _query_integer(query, "limit", 100, 1, MAX_PAGE)
+        limit = query.get("limit", DEFAULT_PAGE)
         chosen = Filter(
-            _query_choice(query, "status", ("active", "suspended")),
-            _query_choice(query, "interface", tuple(self.gateway.interfaces)),
-            {"true": True, "false": False, None: None}[
-                _query_choice(query, "online", ("true", "false"))
-            ],
+            query.get("status"),
+            self._named_interface(query),
+            query.get("online"),
             self.gateway.online_since(),
         )
-        rows = self.gateway.page(_decode_cursor(query.get("cursor")), limit + 1, chosen)
+        rows = self.gateway.page(query.get("cursor", 0), limit + 1, chosen)
         shown = [self._shown(peer, traffic) for peer, traffic in rows[:limit]]
         cursor = _encode_cursor(rows[limit - 1][0].id) if len(rows) > limit else None
         return Response(200, encode_json({"configurations": shown, "next_cursor": cursor}))
 
     def get(self, request: Request) -> Response:
-        form = _query_choice(request.query, "format", ("json", "wg-quick"))
         outcome = self.gateway.get(request.key)
         shown = self._shown(outcome.peer, outcome.traffic)
-        if form == "wg-quick":
+        if request.query.get("format") == "wg-quick":
             text = wg_quick(shown, outcome.peer.preshared_key)
             return Response(200, text.encode("utf-8"), "text/plain; charset=utf-8")
         return Response(200, encode_json(shown))
 
     def set_status(self, request: Request) -> Response:
-        fields = parse_fields(self._json_body(request), STATUS_FIELDS, ("status",))
-        self.gateway.set_status(request.key, fields["status"])
-        said = "updated" if fields["status"] == "active" else "suspended"
+        status = self._fields(request)["status"]
+        self.gateway.set_status(request.key, status)
+        said = "updated" if status == "active" else "suspended"
         return Response(200, encode_json({"status": said}))
 
     def delete(self, request: Request) -> Response:
         self.gateway.delete(request.key)
         return Response(200, b'{"status":"deleted"}')
 
+    def _named_interface(self, query: Mapping[str, Any]) -> str | None:
+        name: str | None = query.get("interface")
+        if name is not None and name not in self.gateway.interfaces:
+            raise Invalid("interface", f"must be one of {', '.join(self.gateway.interfaces)}")
+        return name
+
     def ip_usage(self, request: Request) -> Response:
-        name = _query_choice(request.query, "interface", tuple(self.gateway.interfaces))
-        interface = self.gateway.interfaces[name or next(iter(self.gateway.interfaces))]
+        name = self._named_interface(request.query) or next(iter(self.gateway.interfaces))
+        interface = self.gateway.interfaces[name]
         return Response(200, encode_json(self.gateway.usage(interface)))
 
     def export(self, request: Request) -> Response:
@@ -5232,60 +5342,497 @@ class App:
             raise Unavailable("degraded: " + "; ".join(reasons))
         return Response(200, b'{"status":"ready"}')
 
-
-ROUTES: tuple[ApiRoute, ...] = (
-    ApiRoute("POST", "/api/v1/configurations", App.create),
-    ApiRoute("GET", "/api/v1/configurations", App.list),
-    ApiRoute("POST", "/api/v1/configurations/batch", App.batch, limit=MAX_BATCH * 1024),
-    ApiRoute("GET", "/api/v1/configurations/{public_key}", App.get),
-    ApiRoute("PATCH", "/api/v1/configurations/{public_key}", App.update),
-    ApiRoute("POST", "/api/v1/configurations/{public_key}/rotate", App.rotate),
-    ApiRoute("DELETE", "/api/v1/configurations/{public_key}", App.delete),
-    ApiRoute("PUT", "/api/v1/configurations/{public_key}/status", App.set_status),
-    ApiRoute("GET", "/api/v1/ip-usage", App.ip_usage),
-    ApiRoute("POST", "/api/v1/sync-ips", App.sync_ips),
-    ApiRoute("GET", "/api/v1/server/status", App.status),
-    ApiRoute("GET", "/api/v1/server/metrics", App.server_metrics),
-    ApiRoute("GET", "/api/v1/snapshot", App.export),
-    ApiRoute("PUT", "/api/v1/snapshot", App.import_, limit=MAX_SNAPSHOT),
-    ApiRoute("GET", "/metrics", App.prometheus, "metrics"),
-    ApiRoute("GET", "/healthz", App.healthz, "open"),
-    ApiRoute("GET", "/readyz", App.readyz, "open"),
-)
-
-
-def _query_choice(query: Mapping[str, str], name: str, words: Sequence[str]) -> str | None:
-    value = query.get(name)
-    if value is not None and value not in words:
-        raise Invalid(name, f"must be one of {', '.join(words)}")
-    return value
-
-
-def _query_integer(query: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
-    value = query.get(name)
-    if value is None:
-        return default
-    try:
-        return _integer(low, high)(value)
-    except ValueError:
-        raise Invalid(name, f"must be a number, {low} to {high}") from None
+    def openapi(self, request: Request) -> Response:
+        return Response(200, openapi_document())
 
 
 def _encode_cursor(peer_id: int) -> str:
     return base64.urlsafe_b64encode(b"1:%d" % peer_id).decode("ascii").rstrip("=")
 
 
-def _decode_cursor(text: str | None) -> int:
-    if text is None:
-        return 0
-    try:
-        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-        match = re.fullmatch(rb"1:([0-9]{1,18})", raw)
-        if match:
-            return int(match[1])
-    except ValueError:
-        pass
-    raise Invalid("cursor", "must be the next_cursor of an earlier answer")
+def _query_cursor(text: str) -> int:
+    raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    match = re.fullmatch(rb"1:([0-9]{1,18})", raw)
+    if not match:
+        raise ValueError
+    return int(match[1])
+
+
+def _query_flag(text: str) -> bool:
+    return {"true": True, "false": False}[choice_field(("true", "false")).parse(text)]
+
+
+def _query_limit(text: str) -> int:
+    return _integer(1, MAX_PAGE)(text)
+
+
+INTERFACE_FIELD = Field(_field_text, "the name of an interface", TEXT_SCHEMA)
+
+LIST_QUERY: dict[str, Field] = {
+    "limit": Field(
+        _query_limit,
+        f"a number, 1 to {MAX_PAGE}",
+        {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": DEFAULT_PAGE},
+    ),
+    "cursor": Field(_query_cursor, "the next_cursor of an earlier answer", {"type": "string"}),
+    "status": choice_field(STATUSES),
+    "online": Field(_query_flag, "true or false", {"type": "boolean"}),
+    "interface": INTERFACE_FIELD,
+}
+
+# --- the route table, and the answers' schemas ----------------------------------------------------
+
+
+def json_content(schema: Schema) -> Content:
+    return {"application/json": schema}
+
+
+def component(name: str) -> Schema:
+    """A reference to a row of SCHEMAS."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def answer_schema(**properties: Schema) -> Schema:
+    """An object whose properties are always there; more may come in later versions."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def said_schema(*words: str, **more: Schema) -> Schema:
+    return answer_schema(status={"type": "string", "enum": list(words)}, **more)
+
+
+TEXT: Schema = {"type": "string"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+PERCENT: Schema = {"type": "number", "minimum": 0, "maximum": 100}
+NUMBER: Schema = {"type": "number", "minimum": 0}
+BINARY: Schema = {"type": "string", "contentMediaType": "application/octet-stream"}
+STATUS: Schema = {"type": "string", "enum": list(STATUSES)}
+IPV4: Schema = {"type": "string", "format": "ipv4"}
+IPV6: Schema = {"type": "string", "format": "ipv6"}
+
+CONFIGURATION: dict[str, Schema] = {
+    "public_key": KEY_SCHEMA,
+    "status": STATUS,
+    "status_reason": or_null({"type": "string", "enum": ["expired", "quota"]}),
+    "assigned_ip": or_null(IPV4),
+    "assigned_ipv6": or_null(IPV6),
+    "tunnel_traffic": FAMILIES_SCHEMA,
+    "allowed_ips": {"type": "array", "items": TEXT},
+    "dns": TEXT,
+    "dns_servers": {"type": "array", "items": TEXT},
+    "port": {"type": "integer", "minimum": 1, "maximum": 65535},
+    "interface": TEXT,
+    "server_public_key": KEY_SCHEMA,
+    "endpoint": or_null(TEXT),
+    "mtu": COUNT,
+    "persistent_keepalive": COUNT,
+    "expires_at": or_null(TIME_SCHEMA),
+    "quota_bytes": or_null(COUNT),
+    "created_at": TIME_SCHEMA,
+    "request_id": or_null(TEXT),
+    "obfuscation": or_null({"type": "object"}),
+    "online": {"type": "boolean"},
+    "last_handshake": or_null(TIME_SCHEMA),
+    "rx_bytes": COUNT,
+    "tx_bytes": COUNT,
+}
+
+
+def created_schema() -> Schema:
+    """A configuration as create answers it: without an IPv6 address that there is not."""
+    shown: dict[str, Schema] = {
+        **CONFIGURATION,
+        "status": {"type": "string", "enum": ["created", "exists"]},
+        "peer_status": STATUS,
+    }
+    required = [name for name in shown if name != "assigned_ipv6"]
+    return {"type": "object", "properties": {**shown, "assigned_ipv6": IPV6}, "required": required}
+
+
+POOL: dict[str, Schema] = {
+    "total": COUNT,
+    "used": COUNT,
+    "available": COUNT,
+    "gateway_ip": or_null(TEXT),
+}
+
+SCHEMAS: dict[str, Schema] = {
+    "Configuration": answer_schema(**CONFIGURATION),
+    "Created": created_schema(),
+    "EncryptedResponse": answer_schema(encrypted_response=TEXT),
+    "Problem": answer_schema(type=TEXT, title=TEXT, status={"type": "integer"}, detail=TEXT),
+    "Usage": answer_schema(**POOL, assigned_ips={"type": "array", "items": TEXT}),
+    "Pool": answer_schema(**POOL),
+    "Memory": answer_schema(total=COUNT, available=COUNT, used=COUNT, percent=PERCENT),
+    "Disk": answer_schema(total=COUNT, free=COUNT, used=COUNT, percent=PERCENT),
+    "Interface": answer_schema(name=TEXT, backend=TEXT, public_key=KEY_SCHEMA, listen_port=COUNT),
+    "BatchResult": {
+        "anyOf": [
+            component("Created"),
+            said_schema("deleted", "suspended", "updated", public_key=KEY_SCHEMA),
+            component("Problem"),
+        ]
+    },
+}
+
+SHOWN = json_content(component("Configuration"))
+CONFIGURATIONS_PATH = "/api/v1/configurations"
+PEER_PATH = CONFIGURATIONS_PATH + "/{public_key}"
+
+ROUTES: tuple[ApiRoute, ...] = (
+    ApiRoute(
+        "POST",
+        CONFIGURATIONS_PATH,
+        App.create,
+        "Create a peer. The same public key again answers `exists`, with the same addresses.",
+        json_content({"anyOf": [component("Created"), component("EncryptedResponse")]}),
+        (CREATE_FIELDS, SEALED_FIELDS),
+        errors=(409,),
+    ),
+    ApiRoute(
+        "GET",
+        CONFIGURATIONS_PATH,
+        App.list,
+        "List the peers, a page at a time.",
+        json_content(
+            answer_schema(
+                configurations={"type": "array", "items": component("Configuration")},
+                next_cursor=or_null(TEXT),
+            )
+        ),
+        query=LIST_QUERY,
+    ),
+    ApiRoute(
+        "POST",
+        CONFIGURATIONS_PATH + "/batch",
+        App.batch,
+        "Do operations in order, each of them whole or not at all; a result for each.",
+        json_content(answer_schema(results={"type": "array", "items": component("BatchResult")})),
+        (BATCH_FIELDS,),
+        limit=MAX_BATCH * 1024,
+    ),
+    ApiRoute(
+        "GET",
+        PEER_PATH,
+        App.get,
+        "One peer with its live state, or its client's configuration as text.",
+        {**SHOWN, "text/plain": TEXT},
+        query={"format": choice_field(("json", "wg-quick"))},
+    ),
+    ApiRoute(
+        "PATCH",
+        PEER_PATH,
+        App.update,
+        "Change a peer; null takes away what may be missing.",
+        SHOWN,
+        (PATCH_FIELDS,),
+        errors=(409,),
+    ),
+    ApiRoute(
+        "POST",
+        PEER_PATH + "/rotate",
+        App.rotate,
+        "Give a peer a new key; its addresses stay.",
+        SHOWN,
+        (ROTATE_FIELDS,),
+        errors=(409,),
+    ),
+    ApiRoute(
+        "DELETE",
+        PEER_PATH,
+        App.delete,
+        "Delete a peer; its addresses become free.",
+        json_content(said_schema("deleted")),
+    ),
+    ApiRoute(
+        "PUT",
+        PEER_PATH + "/status",
+        App.set_status,
+        "Suspend or activate a peer. Activating answers `updated`.",
+        json_content(said_schema("suspended", "updated")),
+        (STATUS_FIELDS,),
+        errors=(409,),
+    ),
+    ApiRoute(
+        "GET",
+        "/api/v1/ip-usage",
+        App.ip_usage,
+        "Total, used and free addresses of an interface, by default the first.",
+        json_content(answer_schema(**{family: component("Usage") for family in FAMILIES})),
+        query={"interface": INTERFACE_FIELD},
+    ),
+    ApiRoute(
+        "POST",
+        "/api/v1/sync-ips",
+        App.sync_ips,
+        "Compare interfaces and store now, and repair.",
+        json_content(said_schema("synced", **dict.fromkeys(SyncResult._fields, COUNT))),
+    ),
+    ApiRoute(
+        "GET",
+        "/api/v1/server/status",
+        App.status,
+        "Health, peers online, load.",
+        json_content(
+            said_schema(
+                "healthy",
+                "degraded",
+                wireguard_peers=COUNT,
+                total_peers=COUNT,
+                memory_usage=PERCENT,
+                load_average=NUMBER,
+                timestamp=TIME_SCHEMA,
+                reasons={"type": "array", "items": TEXT},
+                version=TEXT,
+                uptime_seconds=COUNT,
+                interfaces={"type": "array", "items": component("Interface")},
+            )
+        ),
+    ),
+    ApiRoute(
+        "GET",
+        "/api/v1/server/metrics",
+        App.server_metrics,
+        "Figures of host and WireGuard.",
+        json_content(
+            answer_schema(
+                system=answer_schema(
+                    cpu_percent=PERCENT,
+                    memory=component("Memory"),
+                    disk=component("Disk"),
+                    load_average={"type": "array", "items": NUMBER},
+                ),
+                wireguard=answer_schema(
+                    active_peers=COUNT,
+                    online_peers=COUNT,
+                    total_peers=COUNT,
+                    ip_usage=answer_schema(**{f: component("Pool") for f in FAMILIES}),
+                    last_handshakes={"type": "object", "additionalProperties": TIME_SCHEMA},
+                ),
+                timestamp=TIME_SCHEMA,
+            )
+        ),
+    ),
+    ApiRoute(
+        "GET",
+        "/api/v1/snapshot",
+        App.export,
+        "The whole state as one file, encrypted when SNAPSHOT_KEY is set.",
+        {"application/octet-stream": BINARY},
+    ),
+    ApiRoute(
+        "PUT",
+        "/api/v1/snapshot",
+        App.import_,
+        "Replace the whole state by such a file.",
+        json_content(said_schema("imported", total_peers=COUNT)),
+        media={"application/octet-stream": BINARY},
+        errors=(409,),
+        limit=MAX_SNAPSHOT,
+    ),
+    ApiRoute(
+        "GET", "/metrics", App.prometheus, "Prometheus text.", {"text/plain": TEXT}, guard="metrics"
+    ),
+    ApiRoute(
+        "GET",
+        "/healthz",
+        App.healthz,
+        "The process is alive.",
+        json_content(said_schema("alive")),
+        guard="open",
+    ),
+    ApiRoute(
+        "GET",
+        "/readyz",
+        App.readyz,
+        "Ready to serve, or 503 with the reason.",
+        json_content(said_schema("ready")),
+        errors=(503,),
+        guard="open",
+    ),
+    ApiRoute(
+        "GET",
+        "/openapi.json",
+        App.openapi,
+        "This description.",
+        json_content({"type": "object"}),
+        guard="open",
+    ),
+)
+
+# --- the API's description (OpenAPI 3.1), made of the tables above --------------------------------
+
+
+class Guard(NamedTuple):
+    """Who may call a route: security requirements, one of them enough, and the refusals."""
+
+    security: Sequence[Mapping[str, Sequence[str]]]
+    errors: tuple[int, ...]
+
+
+GUARDS: dict[str, Guard] = {
+    "signed": Guard(
+        (
+            {"legacySignature": (), "legacyTimestamp": ()},
+            {"signatureInput": (), "messageSignature": ()},
+        ),
+        (401, 429, 503),
+    ),
+    "metrics": Guard(({"metricsToken": ()}, {}), (401, 403, 503)),
+    "open": Guard(({},), ()),
+}
+
+
+def _header_scheme(name: str, description: str) -> Schema:
+    return {"type": "apiKey", "in": "header", "name": name, "description": description}
+
+
+SECURITY_SCHEMES: dict[str, Schema] = {
+    "legacySignature": _header_scheme(
+        "signature",
+        "Hexadecimal HMAC-SHA256, keyed with the text of GATEWAY_API_KEY, of "
+        '"timestamp={timestamp}, body_length={bytes of the body}".',
+    ),
+    "legacyTimestamp": _header_scheme(
+        "timestamp", "Unix seconds, within MAX_TIMESTAMP_DIFF of the gateway's clock."
+    ),
+    "signatureInput": _header_scheme(
+        "Signature-Input",
+        "RFC 9421. Covered: @method; @target-uri, or @path and, with a query, @query; with a body "
+        "content-digest (RFC 9530, sha-256). Parameters: created, nonce and keyid, optionally "
+        "expires and alg. A nonce is accepted once.",
+    ),
+    "messageSignature": _header_scheme("Signature", "RFC 9421, algorithm hmac-sha256."),
+    "metricsToken": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "METRICS_TOKEN. Where it is not set, only loopback may read the metrics.",
+    },
+}
+
+# What a caller should know of a status beyond its name.
+ERROR_TEXTS: dict[int, str] = {
+    400: "Malformed: the request cannot be understood.",
+    401: "Not authentic. With a right signature, `detail` gives the server's time.",
+    403: "The source may not do this.",
+    404: "There is no peer with this key, or nothing at this path.",
+    408: "The request did not arrive in time.",
+    409: "In conflict with the state: an address or a key is taken, a peer has expired.",
+    411: "A body without Content-Length.",
+    413: "The body is longer than what is accepted here.",
+    415: "The body has another media type.",
+    422: "A value is not accepted; `detail` begins with the field's name.",
+    429: "Too many failures or too many signatures: see Retry-After.",
+    431: "The head of the request is too large.",
+    503: "Addresses are exhausted, interface or disk are not usable, or it is starting.",
+}
+ERROR_HEADERS: dict[int, dict[str, Schema]] = {
+    status: {"Retry-After": {"schema": COUNT, "description": "seconds"}} for status in (429, 503)
+}
+
+
+def _error_statuses(route: ApiRoute) -> list[int]:
+    """The errors that a route can answer: what its columns entail, and what its row adds."""
+    statuses = {400, 408, 411, 413, 431, *GUARDS[route.guard].errors, *route.errors}
+    statuses |= {404} if "{" in route.template else set()
+    statuses |= {415} if route.bodies else set()
+    statuses |= {422} if route.bodies or route.query else set()
+    return sorted(statuses)
+
+
+def _parameters(route: ApiRoute) -> Iterator[Schema]:
+    if "{" in route.template:
+        yield {"$ref": "#/components/parameters/public_key"}
+    for name, row in route.query.items():
+        text = row.accepts
+        yield {"name": name, "in": "query", "description": text, "schema": row.schema}
+
+
+def _request_body(route: ApiRoute) -> Schema:
+    tables = [fields_schema(table) for table in route.bodies]
+    json_body = json_content(tables[0] if len(tables) == 1 else {"anyOf": tables}) if tables else {}
+    content = {kind: {"schema": schema} for kind, schema in {**json_body, **route.media}.items()}
+    text = f"At most {route.limit} bytes."
+    return {"required": True, "description": text, "content": content}
+
+
+def _responses(route: ApiRoute) -> dict[str, Schema]:
+    content = {kind: {"schema": schema} for kind, schema in route.answer.items()}
+    responses: dict[str, Schema] = {"200": {"description": "Done.", "content": content}}
+    sealed = "Sealed" if SEALED_FIELDS in route.bodies else ""
+    for status in _error_statuses(route):
+        responses[str(status)] = {"$ref": f"#/components/responses/{sealed}Error{status}"}
+    return responses
+
+
+def _error_response(status: int, sealed: bool) -> Schema:
+    content = {"application/problem+json": {"schema": component("Problem")}}
+    if sealed:
+        content |= {"application/json": {"schema": component("EncryptedResponse")}}
+    headers = {"headers": ERROR_HEADERS[status]} if status in ERROR_HEADERS else {}
+    return {"description": ERROR_TEXTS[status], "content": content, **headers}
+
+
+def describe_route(route: ApiRoute) -> Schema:
+    """A row of the route table as an Operation Object."""
+    parameters = list(_parameters(route))
+    return {
+        "operationId": route.handler.__name__.strip("_"),
+        "summary": route.summary,
+        "security": GUARDS[route.guard].security,
+        **({"parameters": parameters} if parameters else {}),
+        **({"requestBody": _request_body(route)} if route.bodies or route.media else {}),
+        "responses": _responses(route),
+    }
+
+
+def describe_api() -> Schema:
+    """ROUTES as an OpenAPI 3.1 document."""
+    paths: dict[str, dict[str, Schema]] = {}
+    for route in ROUTES:
+        paths.setdefault(route.template, {})[route.method.lower()] = describe_route(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "wggw",
+            "version": __version__,
+            "summary": "A WireGuard gateway's API for the backend of a VPN provider.",
+            "description": "JSON in UTF-8 over HTTPS. A trailing slash makes no difference, HEAD "
+            "is GET without the body, unknown fields are ignored. Errors are RFC 9457 problems; a "
+            "request that failed has changed nothing. A create request with `encrypted_payload` "
+            "is answered by an `encrypted_response`, errors after decryption included.",
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS,
+            "parameters": {
+                "public_key": {
+                    "name": "public_key",
+                    "in": "path",
+                    "required": True,
+                    "description": "base64 with / as _ and + as -, or percent-encoded; the final "
+                    "= may be missing",
+                    "schema": {
+                        "type": "string",
+                        "pattern": "^[A-Za-z0-9+/_-]{42}[AEIMQUYcgkosw048]=?$",
+                    },
+                }
+            },
+            "responses": {
+                f"{'Sealed' if sealed else ''}Error{status}": _error_response(status, sealed)
+                for sealed in (False, True)
+                for status in ERROR_TEXTS
+            },
+            "securitySchemes": SECURITY_SCHEMES,
+        },
+    }
+
+
+@functools.cache
+def openapi_document() -> bytes:
+    """The description as JSON; it is the same for as long as the process runs."""
+    return encode_json(describe_api())
 
 
 def render_response(response: Response, keep_alive: bool, head_only: bool, date: str) -> bytes:

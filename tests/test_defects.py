@@ -288,7 +288,8 @@ def test_a_failing_interface_never_yields_success_and_changes_nothing(
 
 
 def request(key: str = "") -> wggw.Request:
-    return wggw.Request(path="/", query={}, body=b"", content_type=b"", key=key)
+    route = wggw.ROUTES[0]
+    return wggw.Request(route=route, path="/", query={}, body=b"", content_type=b"", key=key)
 
 
 def test_a_failing_interface_makes_sync_a_503(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""/openapi.json is the route table: every row, every field that validates, every answer."""
+
+from __future__ import annotations
+
+import pytest
+from harness import Client
+
+import wggw
+
+DOCUMENT = wggw.describe_api()
+
+
+def test_it_is_served_without_a_signature_and_is_the_code_s(client: Client) -> None:
+    answer = client.raw("GET", "/openapi.json", b"", {})
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
+    assert answer.body == wggw.openapi_document() == wggw.encode_json(DOCUMENT)
+
+
+def test_every_row_is_described() -> None:
+    described = {(m.upper(), path) for path, item in DOCUMENT["paths"].items() for m in item}
+    assert described == {(route.method, route.template) for route in wggw.ROUTES}
+
+
+def test_names_of_operations_are_unique() -> None:
+    names = [op["operationId"] for item in DOCUMENT["paths"].values() for op in item.values()]
+    assert len(set(names)) == len(names) == len(wggw.ROUTES)
+
+
+@pytest.mark.parametrize("route", wggw.ROUTES, ids=lambda r: f"{r.method} {r.template}")
+def test_what_validates_is_what_is_described(route: wggw.ApiRoute) -> None:
+    operation = wggw.describe_route(route)
+    named = {p["name"] for p in operation.get("parameters", ()) if p.get("in") == "query"}
+    assert named == set(route.query)
+    content = operation.get("requestBody", {}).get("content", {})
+    schema = content.get("application/json", {}).get("schema", {})
+    tables = [set(s["properties"]) for s in schema.get("anyOf", [schema] if schema else [])]
+    assert tables == [set(table) for table in route.bodies]
