@@ -609,6 +609,35 @@ def _check_together(config: Config) -> None:
             )
 
 
+class InterfaceSettings(NamedTuple):
+    """What the settings say of one interface; `prefix` begins the names of its variables.
+
+    `ports` are those that a peer may be told: the listen port first.
+    """
+
+    prefix: str
+    name: str
+    subnets: Mapping[str, IPv4or6Network]
+    ports: tuple[int, ...]
+    mtu: int
+    private_key_file: str
+
+
+def interface_settings(config: Config) -> tuple[InterfaceSettings, ...]:
+    """The interfaces that peers can live on; new peers go to the first unless they ask."""
+    subnets = {"ipv4": config.wg_ipv4_subnet, "ipv6": config.wg_ipv6_subnet}
+    return (
+        InterfaceSettings(
+            "WG",
+            config.wg_interface,
+            {family: subnet for family, subnet in subnets.items() if subnet is not None},
+            (config.wg_default_port, *config.wg_extra_ports),
+            config.wg_mtu,
+            config.wg_private_key_file,
+        ),
+    )
+
+
 def _reason(error: BaseException) -> str:
     """What went wrong in the system's words, without paths or values that an error may carry."""
     if isinstance(error, OSError) and error.strerror:
@@ -1652,13 +1681,15 @@ def make_private_key() -> bytes:
     return clamp(secrets.token_bytes(KEY_BYTES))
 
 
-def load_private_key(path: str) -> bytes:
+def load_private_key(settings: InterfaceSettings) -> bytes:
     """Read the interface's private key; make it (0600) if absent. Raises ConfigError."""
+    path = settings.private_key_file
+    variable = f"{settings.prefix}_PRIVATE_KEY_FILE"
     try:
         mode = os.stat(path).st_mode
         if mode & 0o077:
             raise ConfigError(
-                f"WG_PRIVATE_KEY_FILE: {path!r} can be read by others (mode {mode & 0o777:04o}): "
+                f"{variable}: {path!r} can be read by others (mode {mode & 0o777:04o}): "
                 f"a key file must be 0600: chmod 600 {path}"
             )
         return clamp(decode_key(Path(path).read_text("ascii").strip()))
@@ -1668,18 +1699,14 @@ def load_private_key(path: str) -> bytes:
             os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
             write_secret(path, encode_key(key).encode("ascii") + b"\n")
         except OSError as error:
-            raise ConfigError(
-                f"WG_PRIVATE_KEY_FILE: {path!r} cannot be made: {_reason(error)}"
-            ) from None
+            raise ConfigError(f"{variable}: {path!r} cannot be made: {_reason(error)}") from None
         LOG.info("made a new WireGuard private key: %s", path)
         return key
     except OSError as error:
-        raise ConfigError(
-            f"WG_PRIVATE_KEY_FILE: {path!r} cannot be read: {_reason(error)}"
-        ) from None
+        raise ConfigError(f"{variable}: {path!r} cannot be read: {_reason(error)}") from None
     except ValueError:
         raise ConfigError(
-            f"WG_PRIVATE_KEY_FILE: {path!r} does not hold a base64 private key (wg genkey)"
+            f"{variable}: {path!r} does not hold a base64 private key (wg genkey)"
         ) from None
 
 
@@ -3757,9 +3784,13 @@ def open_backend(mode: str, link: Link) -> Backend:
 # ==================================================================================================
 
 
+_T = TypeVar("_T")
+
+
 class Interface(NamedTuple):
     """An interface that peers live on."""
 
+    settings: InterfaceSettings
     link: Link
     backend: Backend
     pools: Mapping[str, AddressPool]
@@ -3767,7 +3798,12 @@ class Interface(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.link.name
+        return self.settings.name
+
+    @property
+    def subject(self) -> str:
+        """What Gateway.failures calls it."""
+        return f"interface {self.settings.name}"
 
 
 class Outcome(NamedTuple):
@@ -3791,13 +3827,13 @@ class SyncResult(NamedTuple):
     unchanged: int
 
 
-def make_link(config: Config, private_key: bytes) -> Link:
-    subnets = [s for s in (config.wg_ipv4_subnet, config.wg_ipv6_subnet) if s is not None]
+def make_link(settings: InterfaceSettings, private_key: bytes) -> Link:
+    subnets = settings.subnets.values()
     return Link(
-        config.wg_interface,
+        settings.name,
         tuple(f"{subnet.network_address + 1}/{subnet.prefixlen}" for subnet in subnets),
-        config.wg_mtu,
-        config.wg_default_port,
+        settings.mtu,
+        settings.ports[0],
         private_key,
     )
 
@@ -3823,35 +3859,42 @@ class Gateway:
 
     # --- start and stop --------------------------------------------------------------------------
 
-    def start(self, link: Link, backend: Backend) -> None:
-        """Rebuild the pools, bring the interface in line, be ready. Raises StartError."""
-        self._add_interface(link, backend)
+    def start(self, opened: Sequence[tuple[InterfaceSettings, Link, Backend]]) -> None:
+        """Rebuild the pools, bring the interfaces in line, be ready. Raises StartError."""
+        for settings, link, backend in opened:
+            self._add_interface(settings, link, backend)
         self.expire()  # or their time would go on until the first tick
         for name in self.store.interfaces():
             if name not in self.interfaces:
+                variables = " or ".join(f"{s.prefix}_INTERFACE {s.name!r}" for s, _, _ in opened)
                 raise ConfigError(
-                    f"WG_INTERFACE {link.name!r}: the database has peers of interface {name!r}: "
+                    f"{variables}: the database has peers of interface {name!r}: "
                     "peers never move by themselves"
                 )
         try:
-            result = self.reconcile()
+            for interface in self.interfaces.values():
+                result = self._reconcile(interface)
+                LOG.info("%s (%s): %s", interface.name, interface.backend.kind, result)
         except BackendError as error:
             raise StartError(str(error)) from None
         self.ready = True
-        LOG.info("%s (%s): %s", link.name, backend.kind, result)
 
-    def _add_interface(self, link: Link, backend: Backend) -> None:
-        interface = Interface(link, backend, {}, encode_key(x25519_public(link.private_key)))
+    def _add_interface(self, settings: InterfaceSettings, link: Link, backend: Backend) -> None:
+        public_key = encode_key(x25519_public(link.private_key))
+        interface = Interface(settings, link, backend, {}, public_key)
         try:
             pools = self._make_pools(interface, self.store)
         except Conflict as error:
-            raise ConfigError(f"WG_IPV4_SUBNET, WG_IPV6_SUBNET: {error.detail}") from None
-        self.interfaces[link.name] = interface._replace(pools=pools)
+            prefix = settings.prefix
+            raise ConfigError(
+                f"{prefix}_IPV4_SUBNET, {prefix}_IPV6_SUBNET: {error.detail}"
+            ) from None
+        self.interfaces[settings.name] = interface._replace(pools=pools)
 
     def _make_pools(self, interface: Interface, store: Store) -> dict[str, AddressPool]:
         """The pools of an interface as a store has them. Raises Conflict."""
-        subnets = {"ipv4": self.config.wg_ipv4_subnet, "ipv6": self.config.wg_ipv6_subnet}
-        pools = {family: AddressPool(subnet) for family, subnet in subnets.items() if subnet}
+        subnets = interface.settings.subnets
+        pools = {family: AddressPool(subnet) for family, subnet in subnets.items()}
         held = self._held(interface.name, store)
         for family in FAMILIES:
             try:
@@ -3861,7 +3904,7 @@ class Gateway:
                     raise ValueError(held[family][0])
             except ValueError:  # the address itself is a VPN client's: it stays out of logs
                 raise Conflict(
-                    f"there is a peer whose {family} address is outside of {subnets[family]}, "
+                    f"there is a peer whose {family} address is outside of {subnets.get(family)}, "
                     "excluded there, or given twice"
                 ) from None
         return pools
@@ -3982,17 +4025,25 @@ class Gateway:
         self._settle(number)
         return rows
 
-    def usage(self, interface: Interface) -> dict[str, dict[str, Any]]:
-        """Each family's pool: totals, and every address held."""
-        held = self._held(interface.name, self.store)
+    def usage(self, interface: str | None = None) -> dict[str, dict[str, Any]]:
+        """Each family's pools, of one interface or all together: totals, every address held."""
+        chosen = [i for i in self.interfaces.values() if interface in (None, i.name)]
+        held = [self._held(i.name, self.store) for i in chosen]
         return {
-            family: {**pool_usage(interface.pools.get(family)), "assigned_ips": held[family]}
+            family: {
+                **pool_usage(i.pools.get(family) for i in chosen),
+                "assigned_ips": [address for of_one in held for address in of_one[family]],
+            }
             for family in FAMILIES
         }
 
-    def peer_count(self, status: str | None = None) -> int:
+    def peer_count(self, status: str | None = None, interface: str | None = None) -> int:
         with self.lock:
-            return sum(n for (_, s), n in self.store.counts.items() if status in (None, s))
+            return sum(
+                number
+                for (name, state), number in self.store.counts.items()
+                if status in (None, state) and interface in (None, name)
+            )
 
     def online_since(self) -> int:
         """A handshake after this (Unix seconds) means online."""
@@ -4016,9 +4067,9 @@ class Gateway:
     # --- rules: under the lock, each leaves everything as it was when it raises ------------------
 
     def _create(self, fields: Mapping[str, Any]) -> Outcome:
-        self._check_usable()
         peer = self.store.get(fields["public_key"])
         if peer is not None:
+            self._check_usable(peer.interface)
             return Outcome(False, peer, self.store.traffic(peer.id), self._last_pending())
         peer = self._new_peer(fields)
         return Outcome(True, peer, Traffic(), self._change([Step(None, peer)]))
@@ -4028,8 +4079,8 @@ class Gateway:
         return Outcome(False, peer, self.store.traffic(peer.id), self._last_pending())
 
     def _set_status(self, fields: Mapping[str, Any]) -> Outcome:
-        self._check_usable()
         peer = self._known(fields["public_key"])
+        self._check_usable(peer.interface)
         if fields["status"] == "active" and peer.status != "active":
             self._check_may_be_active(peer)
         return self._replace(peer, peer._replace(status=fields["status"], status_reason=None))
@@ -4040,7 +4091,7 @@ class Gateway:
 
     def _update(self, fields: Mapping[str, Any]) -> Outcome:
         peer = self._known(fields["public_key"])
-        self._check_choices(fields)
+        self._check_choices(fields, self.interfaces[peer.interface])
         families = fields.get("tunnel_traffic")
         assigned = [f for f in FAMILIES if getattr(peer, ADDRESS_FIELD[f])]
         if families is not None and not (families and set(families) <= set(assigned)):
@@ -4068,10 +4119,10 @@ class Gateway:
         number = self._last_pending() if after == before else self._change([Step(before, after)])
         return Outcome(after != before, after, self.store.traffic(after.id), number)
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, interface: str) -> None:
         """No answer may speak of an interface that is known to be wrong."""
-        if "interface" in self.failures:
-            raise Unavailable("the interface is not usable")
+        if self.interfaces[interface].subject in self.failures:
+            raise Unavailable(f"the interface {interface} is not usable")
 
     def _known(self, public_key: str) -> Peer:
         peer = self.store.get(public_key)
@@ -4089,9 +4140,10 @@ class Gateway:
     def _new_peer(self, fields: Mapping[str, Any]) -> Peer:
         """Decide everything about a new peer; takes nothing yet."""
         interface = self._interface_for(fields)
+        self._check_usable(interface.name)
         self._check_own_key(fields["public_key"], interface)
         families = self._families_for(fields, interface)
-        self._check_choices(fields)
+        self._check_choices(fields, interface)
         addresses = {f: self._address_for(fields, interface, f) for f in families}
         return Peer(
             id=self.store.new_id(),
@@ -4103,7 +4155,7 @@ class Gateway:
             assigned_ipv6=addresses.get("ipv6"),
             tunnel_traffic=",".join(fields.get("tunnel_traffic") or families),
             dns=fields.get("dns", next(iter(self.config.dns_servers))),
-            port=fields.get("port", self.config.wg_default_port),
+            port=fields.get("port", interface.settings.ports[0]),
             preshared_key=_real_psk(fields.get("preshared_key")),
             persistent_keepalive=fields.get("persistent_keepalive", 25),
             expires_at=fields.get("expires_at"),
@@ -4118,11 +4170,11 @@ class Gateway:
         if public_key == interface.public_key:  # an interface drops it without a word
             raise Conflict("public_key: it is the gateway's own")
 
-    def _check_choices(self, fields: Mapping[str, Any]) -> None:
+    def _check_choices(self, fields: Mapping[str, Any], interface: Interface) -> None:
         """Values that depend on the settings or the time. Raises Invalid."""
-        ports = (self.config.wg_default_port, *self.config.wg_extra_ports)
+        ports = interface.settings.ports
         if fields.get("port", ports[0]) not in ports:
-            raise Invalid("port", "the gateway does not listen on it")
+            raise Invalid("port", f"the gateway does not listen on it for {interface.name}")
         choices = self.config.dns_servers
         if "dns" in fields and fields["dns"] not in choices:
             raise Invalid("dns", f"must be one of {', '.join(choices)}")
@@ -4172,9 +4224,12 @@ class Gateway:
         """
         if self.store.failure:
             raise Unavailable("the disk refuses writes: no change is accepted until it works again")
-        self._check_usable()
+        if self.failures:
+            for name in {peer.interface for step in steps for peer in step if peer}:
+                self._check_usable(name)
         try:
-            self._project(steps)
+            for interface in self.interfaces.values():
+                self._project(interface, steps)
         except BackendError as error:
             LOG.error("%s", error)
             self._project_back(steps)
@@ -4190,20 +4245,21 @@ class Gateway:
         self._pending.append((number, steps))
         return number
 
-    def _project(self, steps: Sequence[Step]) -> None:
-        for name, interface in self.interfaces.items():
-            changes = [c for s in steps for c in _interface_changes(s, name)]
-            if changes:
-                if self._touched is not None:
-                    self._touched.update(change.public_key for change in changes)
-                interface.backend.apply(changes)
+    def _project(self, interface: Interface, steps: Sequence[Step]) -> None:
+        changes = [c for s in steps for c in _interface_changes(s, interface.name)]
+        if changes:
+            if self._touched is not None:
+                self._touched.update(change.public_key for change in changes)
+            interface.backend.apply(changes)
 
     def _project_back(self, steps: Sequence[Step]) -> None:
-        """Put the interface back; when that fails too, the next check repairs it."""
-        try:
-            self._project([Step(step.after, step.before) for step in reversed(steps)])
-        except BackendError as error:
-            self.failures["interface"] = str(error)
+        """Put the interfaces back; where that fails too, the next check repairs it."""
+        inverse = [Step(step.after, step.before) for step in reversed(steps)]
+        for interface in self.interfaces.values():
+            try:
+                self._project(interface, inverse)
+            except BackendError as error:
+                self.failures[interface.subject] = str(error)
 
     def _move_addresses(self, steps: Sequence[Step]) -> None:
         for before, after in steps:
@@ -4257,16 +4313,38 @@ class Gateway:
                 with self.lock:
                     self._touched = None
 
-    def reconcile(self) -> SyncResult:
-        """Bring every interface in line with the store; what is right is not touched."""
-        failure = self.failures.get("interface")
-        results = [self._reconcile(interface) for interface in self.interfaces.values()]
-        with self.lock:  # a new failure may have come up meanwhile: that stays
-            if self.failures.get("interface") is failure:
-                self.failures.pop("interface", None)
+    def reconcile(self, name: str | None = None) -> SyncResult:
+        """Bring one interface or all in line with the store; what is right is not touched.
+
+        One that fails does not keep the others from it. Raises BackendError at the end.
+        """
+        chosen = [i for i in self.interfaces.values() if name in (None, i.name)]
+        results = self._each(chosen, self._reconcile)
         return SyncResult(*(sum(column) for column in zip(*results, strict=True)))
 
+    @staticmethod
+    def _each(chosen: Iterable[Interface], work: Callable[[Interface], _T]) -> list[_T]:
+        """The results for each interface. Raises BackendError after the last one."""
+        results: list[_T] = []
+        errors: list[str] = []
+        for interface in chosen:
+            try:
+                results.append(work(interface))
+            except BackendError as error:
+                errors.append(str(error))
+        if errors:
+            raise BackendError("; ".join(errors))
+        return results
+
     def _reconcile(self, interface: Interface) -> SyncResult:
+        failure = self.failures.get(interface.subject)
+        result = self._bring_in_line(interface)
+        with self.lock:  # a new failure may have come up meanwhile: that stays
+            if self.failures.get(interface.subject) is failure:
+                self.failures.pop(interface.subject, None)
+        return result
+
+    def _bring_in_line(self, interface: Interface) -> SyncResult:
         with self._watching() as touched:
             actual = {state.peer.public_key: state.peer for state in interface.backend.read()}
             present = len(actual)
@@ -4304,20 +4382,24 @@ class Gateway:
 
     def sample(self) -> None:
         """Read every interface's counters into the store. Raises BackendError."""
-        for interface in self.interfaces.values():
-            with self._watching() as touched:
-                states = interface.backend.read(whole=False)
-                for start in range(0, len(states), READ_CHUNK):
-                    with self.lock:
-                        chunk = states[start : start + READ_CHUNK]
-                        self.store.sample([s for s in chunk if s.peer.public_key not in touched])
+        try:
+            self._each(self.interfaces.values(), self._sample)
+        finally:
+            self._suspend_over_quota()
+
+    def _sample(self, interface: Interface) -> None:
+        with self._watching() as touched:
+            states = interface.backend.read(whole=False)
+            for start in range(0, len(states), READ_CHUNK):
                 with self.lock:
-                    expected = self.store.counts[interface.name, "active"]
-                    wrong = not touched and len(states) != expected
-            if wrong:
-                LOG.warning("%s: %d peers, not %d", interface.name, len(states), expected)
-                self.reconcile()
-        self._suspend_over_quota()
+                    chunk = states[start : start + READ_CHUNK]
+                    self.store.sample([s for s in chunk if s.peer.public_key not in touched])
+            with self.lock:
+                expected = self.store.counts[interface.name, "active"]
+                wrong = not touched and len(states) != expected
+        if wrong:
+            LOG.warning("%s: %d peers, not %d", interface.name, len(states), expected)
+            self._reconcile(interface)
 
     def supervise(self) -> None:
         """Put back an interface that is gone, and what a failed change left behind."""
@@ -4326,12 +4408,12 @@ class Gateway:
                 if not interface.backend.alive():
                     LOG.warning("%s: the interface is gone or down: setting it up", interface.name)
                     with self.lock:  # from here on no change is tried
-                        self.failures["interface"] = f"{interface.name} is being set up"
+                        self.failures[interface.subject] = "it is being set up"
                     interface.backend.setup()
-                if "interface" in self.failures:
-                    LOG.info("%s: %s", interface.name, self.reconcile())
+                if interface.subject in self.failures:
+                    LOG.info("%s: %s", interface.name, self._reconcile(interface))
             except BackendError as error:
-                self.failures["interface"] = str(error)
+                self.failures[interface.subject] = str(error)
                 LOG.error("%s", error)
 
     def expire(self) -> None:
@@ -4417,7 +4499,8 @@ class Gateway:
         try:
             LOG.info("import: %s", self.reconcile())
         except BackendError as error:
-            self.failures["interface"] = str(error)
+            for interface in self.interfaces.values():  # the next check finds out which it is
+                self.failures[interface.subject] = str(error)
             raise Unavailable("imported, but the interface is not in line yet") from None
         return self.peer_count()
 
@@ -4461,14 +4544,15 @@ def _addresses(peer: Peer | None) -> set[tuple[str, str, str]]:
     return {(peer.interface, family, address) for family, address in pairs if address}
 
 
-def pool_usage(pool: AddressPool | None) -> dict[str, Any]:
-    if pool is None:
-        return {"total": 0, "used": 0, "available": 0, "gateway_ip": None}
+def pool_usage(given: Iterable[AddressPool | None]) -> dict[str, Any]:
+    """The pools of one family together; the gateway's address is that of the first."""
+    pools = [pool for pool in given if pool is not None]
+    total, used = sum(pool.total for pool in pools), sum(pool.used for pool in pools)
     return {
-        "total": pool.total,
-        "used": pool.used,
-        "available": pool.total - pool.used,
-        "gateway_ip": str(pool.gateway),
+        "total": total,
+        "used": used,
+        "available": total - used,
+        "gateway_ip": str(pools[0].gateway) if pools else None,
     }
 
 
@@ -4598,7 +4682,7 @@ def render_gateway(gateway: Gateway, started: float) -> Iterator[str]:
     for (interface, state), count in counts:
         yield f'wggw_peers{{interface="{interface}",state="{state}"}} {count}\n'
     pools = [
-        (interface.name, family, pool_usage(pool))
+        (interface.name, family, pool_usage([pool]))
         for interface in gateway.interfaces.values()
         for family, pool in interface.pools.items()
     ]
@@ -5262,9 +5346,7 @@ class App:
         return name
 
     def ip_usage(self, request: Request) -> Response:
-        name = self._named_interface(request.query) or next(iter(self.gateway.interfaces))
-        interface = self.gateway.interfaces[name]
-        return Response(200, encode_json(self.gateway.usage(interface)))
+        return Response(200, encode_json(self.gateway.usage(self._named_interface(request.query))))
 
     def export(self, request: Request) -> Response:
         return Response(200, self.gateway.export(), "application/octet-stream")
@@ -5274,8 +5356,9 @@ class App:
         return Response(200, encode_json(content))
 
     def sync_ips(self, request: Request) -> Response:
+        name = self._named_interface(request.query)
         try:
-            result = self.gateway.reconcile()
+            result = self.gateway.reconcile(name)
         except BackendError as error:
             LOG.error("%s", error)
             raise Unavailable("the interface is not usable") from None
@@ -5300,6 +5383,8 @@ class App:
                     "backend": interface.backend.kind,
                     "public_key": interface.public_key,
                     "listen_port": interface.link.listen_port,
+                    "active_peers": self.gateway.peer_count("active", interface.name),
+                    "total_peers": self.gateway.peer_count(None, interface.name),
                 }
                 for interface in self.gateway.interfaces.values()
             ],
@@ -5307,8 +5392,8 @@ class App:
         return Response(200, encode_json(content))
 
     def server_metrics(self, request: Request) -> Response:
-        interface = next(iter(self.gateway.interfaces.values()))
         handshakes = self.gateway.last_handshakes(MAX_PAGE)
+        interfaces = self.gateway.interfaces.values()
         content = {
             "system": {
                 "cpu_percent": self._host.cpu_percent,
@@ -5320,7 +5405,7 @@ class App:
                 "active_peers": self.gateway.peer_count("active"),
                 "online_peers": self.gateway.online_count(),
                 "total_peers": self.gateway.peer_count(),
-                "ip_usage": {f: pool_usage(interface.pools.get(f)) for f in FAMILIES},
+                "ip_usage": {f: pool_usage(i.pools.get(f) for i in interfaces) for f in FAMILIES},
                 "last_handshakes": {key: rfc3339(when) for key, when in handshakes.items()},
             },
             "timestamp": rfc3339(self._clock()),
@@ -6275,7 +6360,10 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         threading.stack_size(512 * 1024)  # bytes; a thread per connection
-        link = make_link(config, load_private_key(config.wg_private_key_file))
+        links = [
+            (settings, make_link(settings, load_private_key(settings)))
+            for settings in interface_settings(config)
+        ]
         store = open_store(config)
         gateway = Gateway(config, store, time.time)
         host = HostMetrics(os.path.dirname(config.db_path) or ".")
@@ -6285,7 +6373,7 @@ class Service:
         lock_database(config.db_path)
         app.keep_nonces(config.db_path + ".nonces")
         store.recover()
-        gateway.start(link, self._open(config, link))
+        gateway.start([(s, link, self._open(config, link)) for s, link in links])
         timers = self._start_timers(config, gateway, host)
         LOG.info("ready on %s port %d", config.api_host, config.api_port)
         self._wait(server, app)

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from wggw import (
     Authenticator,
     ConfigError,
+    InterfaceSettings,
     Malformed,
     PayloadBox,
     Unauthorized,
@@ -305,20 +306,24 @@ def test_made_keys_are_clamped_and_differ() -> None:
     assert all(k[0] & 7 == 0 and k[31] & 0xC0 == 0x40 for k in keys)
 
 
+def key_file(path: Path) -> InterfaceSettings:
+    return InterfaceSettings("WG", "wg0", {}, (51820,), 1420, str(path))
+
+
 def test_absent_private_key_is_made_and_then_kept(tmp_path: Path) -> None:
     path = tmp_path / "new" / "directory" / "privatekey"
-    made = load_private_key(str(path))
+    made = load_private_key(key_file(path))
     assert path.stat().st_mode & 0o777 == 0o600
-    assert decode_key(path.read_text().strip()) == made == load_private_key(str(path))
+    assert decode_key(path.read_text().strip()) == made == load_private_key(key_file(path))
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601, 0o777])
 def test_private_key_that_others_can_reach_is_refused_by_name(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "privatekey"
-    load_private_key(str(path))
+    load_private_key(key_file(path))
     path.chmod(mode)
     with pytest.raises(ConfigError, match=r"^WG_PRIVATE_KEY_FILE") as caught:
-        load_private_key(str(path))
+        load_private_key(key_file(path))
     assert "chmod 600" in str(caught.value)
     assert path.read_text().strip() not in str(caught.value)
 
@@ -332,7 +337,7 @@ def test_file_without_a_key_is_refused_without_showing_it(tmp_path: Path, conten
     path.write_bytes(content)
     path.chmod(0o600)
     with pytest.raises(ConfigError, match=r"^WG_PRIVATE_KEY_FILE") as caught:
-        load_private_key(str(path))
+        load_private_key(key_file(path))
     assert not content or content.decode("latin-1") not in str(caught.value)
     assert path.read_bytes() == content
 
@@ -343,7 +348,7 @@ def test_private_key_path_that_cannot_be_used_is_refused_by_name(tmp_path: Path)
         if path == tmp_path:
             path.chmod(0o700)
         with pytest.raises(ConfigError, match=r"^WG_PRIVATE_KEY_FILE"):
-            load_private_key(str(path))
+            load_private_key(key_file(path))
 
 
 # --- files ----------------------------------------------------------------------------------------

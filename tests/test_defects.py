@@ -231,8 +231,9 @@ class Rig:
         self.gateway = wggw.Gateway(self.config, self.store, lambda: self.now)
         self.store.recover()
         self.backend = backend
-        link = wggw.make_link(self.config, PRIVATE_KEY)
-        self.gateway.start(link, backend)
+        (settings,) = wggw.interface_settings(self.config)
+        link = wggw.make_link(settings, PRIVATE_KEY)
+        self.gateway.start([(settings, link, backend)])
         host = wggw.HostMetrics(str(directory))
         self.app = wggw.App(self.config, self.gateway, lambda: self.now, host)
 
@@ -241,7 +242,7 @@ class Rig:
         (interface,) = self.gateway.interfaces.values()
         return (
             self.gateway.page(0, 1000, wggw.Filter()),
-            self.gateway.usage(interface),
+            self.gateway.usage(interface.name),
             {family: pool.peek() for family, pool in interface.pools.items()},
             {state.peer for state in self.backend.read()},
         )

@@ -457,7 +457,9 @@ def a_gateway(path: Path, disk: wggw.Disk) -> wggw.Gateway:
     store = wggw.Store(config.db_path, "commit", disk)
     store.recover()
     gateway = wggw.Gateway(config, store, time.time)
-    gateway.start(wggw.make_link(config, bytes(range(32))), wggw.MemoryBackend())
+    (settings,) = wggw.interface_settings(config)
+    link = wggw.make_link(settings, bytes(range(32)))
+    gateway.start([(settings, link, wggw.MemoryBackend())])
     return gateway
 
 

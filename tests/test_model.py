@@ -135,7 +135,9 @@ class Histories(RuleBasedStateMachine):
         self.store = wggw.Store(self.config.db_path, "commit", QuickDisk())
         self.gateway = wggw.Gateway(self.config, self.store, lambda: self.now)
         self.store.recover()
-        self.gateway.start(wggw.make_link(self.config, self.private_key), self.backend)
+        (settings,) = wggw.interface_settings(self.config)
+        link = wggw.make_link(settings, self.private_key)
+        self.gateway.start([(settings, link, self.backend)])
 
     # --- what can happen -------------------------------------------------------------------------
 
@@ -281,7 +283,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def pools_are_those_of_the_model(self) -> None:
         (interface,) = self.gateway.interfaces.values()
-        usage = self.gateway.usage(interface)
+        usage = self.gateway.usage(interface.name)
         for family, model in self.families.items():
             pool = interface.pools[family]
             network = pool.network
