@@ -5550,7 +5550,14 @@ SCHEMAS: dict[str, Schema] = {
     "Pool": answer_schema(**POOL),
     "Memory": answer_schema(total=COUNT, available=COUNT, used=COUNT, percent=PERCENT),
     "Disk": answer_schema(total=COUNT, free=COUNT, used=COUNT, percent=PERCENT),
-    "Interface": answer_schema(name=TEXT, backend=TEXT, public_key=KEY_SCHEMA, listen_port=COUNT),
+    "Interface": answer_schema(
+        name=TEXT,
+        backend=TEXT,
+        public_key=KEY_SCHEMA,
+        listen_port=COUNT,
+        active_peers=COUNT,
+        total_peers=COUNT,
+    ),
     "BatchResult": {
         "anyOf": [
             component("Created"),
@@ -5642,7 +5649,7 @@ ROUTES: tuple[ApiRoute, ...] = (
         "GET",
         "/api/v1/ip-usage",
         App.ip_usage,
-        "Total, used and free addresses of an interface, by default the first.",
+        "Total, used and free addresses of all interfaces together, or of one.",
         json_content(answer_schema(**{family: component("Usage") for family in FAMILIES})),
         query={"interface": INTERFACE_FIELD},
     ),
@@ -5652,6 +5659,7 @@ ROUTES: tuple[ApiRoute, ...] = (
         App.sync_ips,
         "Compare interfaces and store now, and repair.",
         json_content(said_schema("synced", **dict.fromkeys(SyncResult._fields, COUNT))),
+        query={"interface": INTERFACE_FIELD},
     ),
     ApiRoute(
         "GET",
