@@ -74,6 +74,7 @@ import os
 import re
 import resource
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -127,6 +128,7 @@ HEAD_DEADLINE = 10.0  # seconds from the first byte of a request to the end of i
 BODY_DEADLINE = 30.0  # seconds for the body
 WRITE_DEADLINE = 30.0  # seconds for the answer
 IDLE_DEADLINE = 75.0  # seconds between two requests of a connection
+SEND_BYTES = 64 * 1024  # what must be sent within one WRITE_DEADLINE
 RECEIVE_BYTES = 16 * 1024  # one TLS record; larger buffers cost page faults in every request
 LINGER_SECONDS = 1.0  # how long unread input is drained so that the last answer is not reset away
 STOP_SECONDS = 0.5  # how long it waits for each timer's job
@@ -1078,16 +1080,19 @@ class Authenticator:
         clock: Callable[[], float],
         schemes: Sequence[str] = ("legacy", "rfc9421"),
     ) -> None:
-        self._keys = {key_id: secret.encode("utf-8") for key_id, secret in keys.items()}
+        self._keys: dict[str, hmac.HMAC] = {}
         self._window = window
         self._clock = clock
-        self._schemes = schemes
         self._started = int(clock())
         self.nonces = NonceGuard()
+        self.reload(keys, schemes)
 
     def reload(self, keys: Mapping[str, str], schemes: Sequence[str]) -> None:
         """Take over new keys; the window stays, because nonces are remembered for that long."""
-        self._keys = {key_id: secret.encode("utf-8") for key_id, secret in keys.items()}
+        self._keys = {
+            key_id: hmac.new(secret.encode("utf-8"), digestmod="sha256")
+            for key_id, secret in keys.items()
+        }
         self._schemes = schemes
 
     def verify(self, message: SignedMessage) -> Caller:
@@ -1108,8 +1113,8 @@ class Authenticator:
         signed = legacy_message(timestamp, body_length)
         given = signature.lower()
         caller = None
-        for key_id, secret in self._keys.items():  # all of them: the time taken tells nothing
-            expected = hmac.digest(secret, signed, "sha256").hex().encode("ascii")
+        for key_id, key in self._keys.items():  # all of them: the time taken tells nothing
+            expected = _mac(key, signed).hex().encode("ascii")
             if hmac.compare_digest(expected, given):
                 caller = Caller(key_id, "legacy")
         if caller is None or not re.fullmatch(rb"[0-9]{1,12}", timestamp):
@@ -1120,12 +1125,11 @@ class Authenticator:
     def _verify_rfc9421(self, message: SignedMessage) -> Caller:
         """RFC 9421 section 3.2; one good signature of several is enough."""
         for given in parse_signatures(message.headers):
-            secret = self._keys.get(given.key_id)
+            key = self._keys.get(given.key_id)
             base = signature_base(message, given)
-            if secret is None or base is None or not _covers_enough(message, given):
+            if key is None or base is None or not _covers_enough(message, given):
                 continue
-            expected = hmac.digest(secret, base, "sha256")
-            if hmac.compare_digest(expected, given.signature):
+            if hmac.compare_digest(_mac(key, base), given.signature):
                 self._check_fresh(given)
                 return Caller(given.key_id, "rfc9421")
         raise Unauthorized(NOT_AUTHENTIC)
@@ -1157,6 +1161,13 @@ class Authenticator:
 
 
 NOT_AUTHENTIC = "the request is not authentic"
+
+
+def _mac(key: hmac.HMAC, message: bytes) -> bytes:
+    """HMAC by a copy of a keyed object: half of hmac.digest()'s time, and the GIL is kept."""
+    mac = key.copy()
+    mac.update(message)
+    return mac.digest()
 
 
 class NonceGuard:
@@ -1848,13 +1859,15 @@ class AddressPool:
     def claim(self, address: str) -> None:
         """Hold this very address. Raises ValueError when it is not free."""
         offset = self._offset(address)
-        if offset is None or not self.is_free(address):
-            raise ValueError(address)
-        if offset in self._released:
+        if offset == self._fresh:
+            self._fresh += 1
+            self._close_gap()
+        elif offset in self._released:
             del self._released[offset]
+        elif offset is None or offset < self._fresh or offset in self._ahead:
+            raise ValueError(address)
         else:
             self._ahead.add(offset)
-            self._close_gap()
         self.used += 1
 
     def release(self, address: str) -> None:
@@ -2140,6 +2153,16 @@ def _open_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
     return b"".join(parts)
 
 
+class Waiter:
+    """Somebody who waits for a record to be on disk; `writes`: woken to write the next ones."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.writes = False
+        self.wake = threading.Lock()
+        self.wake.acquire()
+
+
 class Journal:
     """The open journal: append() in order under the caller's lock, wait() from any thread.
 
@@ -2155,11 +2178,12 @@ class Journal:
         self._seal: Seal | None = None
         self._handle = -1
         self._size = 0  # bytes of the file known to be on disk
-        self._buffer: list[Record] = []
+        self._buffer: list[tuple[int, Callable[[], bytes]]] = []
         self._buffer_lock = threading.Lock()
         self._flush_lock = threading.Lock()
-        self._turn = threading.Condition()
+        self._turn = threading.Lock()  # guards the next two
         self._writing = False  # whether somebody in wait() writes for all
+        self._waiters: list[Waiter] = []  # the others, in the order of their coming
         self._lost: set[int] = set()  # records that will never be on disk, of every fault so far
         self.durable = 0
         self.failure: str | None = None
@@ -2189,37 +2213,55 @@ class Journal:
         self._handle = handle
         self._size, self.durable = size, number
 
-    def append(self, number: int, content: bytes) -> None:
-        """Put a record into the buffer; it is on disk when wait(number) returns."""
+    def append(self, number: int, content: Callable[[], bytes]) -> None:
+        """Put a record into the buffer; it is on disk when wait(number) returns.
+
+        Its content is made by whoever writes it: callers hold a lock that others wait for.
+        """
         with self._buffer_lock:
-            self._buffer.append(Record(number, content))
+            self._buffer.append((number, content))
 
     def wait(self, number: int) -> None:
         """Return when the record is on disk; whoever comes first writes for all. DiskError."""
-        if self._is_first(number):
+        if self.durable < number and self._must_write(number):
             try:
                 self.flush()
             finally:
-                with self._turn:
-                    self._writing = False
-                    self._turn.notify_all()
+                self._pass_on()
         if self.is_lost(number) or self.durable < number:  # a new file's start may be past it
             raise DiskError("the record was lost in a disk fault")
 
     def is_lost(self, number: int) -> bool:
         return number in self._lost
 
-    def _is_first(self, number: int) -> bool:
-        """Wait while another one writes; whether the record is then still to be written, by us."""
-        if self.durable >= number:
-            return False
+    def _must_write(self, number: int) -> bool:
+        """Wait while another one writes; whether the record is then still to be written, by us.
+
+        Each waits on a lock of its own, so that nobody is woken in vain.
+        """
         with self._turn:
-            while self._writing and self.durable < number:
-                self._turn.wait()
             if self.durable >= number:
                 return False
-            self._writing = True
-            return True
+            if not self._writing:
+                self._writing = True
+                return True
+            waiter = Waiter(number)
+            self._waiters.append(waiter)
+        waiter.wake.acquire()
+        return waiter.writes
+
+    def _pass_on(self) -> None:
+        """Wake everyone whose record is on disk, or lost, and one of the others to write next."""
+        with self._turn:
+            durable = MAX_INTEGER if self.failure else self.durable
+            done = [waiter for waiter in self._waiters if waiter.number <= durable]
+            self._waiters = [waiter for waiter in self._waiters if waiter.number > durable]
+            self._writing = bool(self._waiters)
+            if self._writing:
+                done.append(self._waiters.pop(0))
+                done[-1].writes = True
+        for waiter in done:
+            waiter.wake.release()
 
     def flush(self) -> None:
         with self._flush_lock:
@@ -2230,20 +2272,20 @@ class Journal:
         if self.failure:
             raise DiskError(self.failure)
         with self._buffer_lock:
-            records = [record for record in self._buffer if record.number <= last]
-            self._buffer = [record for record in self._buffer if record.number > last]
+            records = [entry for entry in self._buffer if entry[0] <= last]
+            self._buffer = [entry for entry in self._buffer if entry[0] > last]
         if not records:
             return
-        lines = [seal_record(self._seal, record) for record in records]
+        lines = [seal_record(self._seal, Record(n, content())) for n, content in records]
         data = b"".join([journal_line(n, self._size, content) for n, content in lines])
         try:
             self._disk.write(self._handle, data)
             self._disk.fsync(self._handle)
         except OSError as error:
-            self._lost.update(record.number for record in records)
+            self._lost.update(number for number, _ in records)
             self._fail(error)
         self._size += len(data)
-        self.durable = records[-1].number
+        self.durable = records[-1][0]
 
     def fail(self, error: OSError) -> None:
         """Acknowledge nothing until start() has begun a new file."""
@@ -2275,7 +2317,7 @@ class Journal:
     def discard(self) -> None:
         """Forget what waits in the buffer: it was undone."""
         with self._buffer_lock:
-            self._lost.update(record.number for record in self._buffer)
+            self._lost.update(number for number, _ in self._buffer)
             self._buffer = []
 
     def close(self) -> None:
@@ -2420,6 +2462,14 @@ def migrate(db: sqlite3.Connection) -> None:
 _DEFAULTS = dict.fromkeys(Peer._fields)
 
 
+def _content(steps: Sequence[Step]) -> dict[str, Any]:
+    """What a record of these steps holds."""
+    return {
+        "put": [after for _, after in steps if after],
+        "del": [before.id for before, after in steps if before and not after],
+    }
+
+
 _RECORD_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
@@ -2458,6 +2508,7 @@ class Store:
         self._next_id = 1
         self._snapshot_number = 0  # the last record that the snapshot on disk holds
         self._previous_end = 0  # the last record of the journal before the current one
+        self._saved: collections.Counter[tuple[str, str]] | None = None  # counts before apply()
         self._gone: dict[int, Traffic] = {}  # of deleted peers, until that is on disk
         self.snapshot_lock = threading.Lock()
         self._journal = Journal(path + ".journal", disk, vault)
@@ -2658,35 +2709,51 @@ class Store:
 
     # --- changing --------------------------------------------------------------------------------
 
-    def commit(self, steps: Sequence[Step]) -> int:
-        """Apply the steps and put them into the journal; returns the number to wait() for.
+    def apply(self, steps: Sequence[Step]) -> None:
+        """Make the steps true in the rows; commit() or revert() must follow under the same lock.
 
         All of them or none: raises sqlite3.IntegrityError when a key or an address is taken.
         """
-        content: dict[str, Any] = {
-            "put": [step.after for step in steps if step.after],
-            "del": [step.before.id for step in steps if step.before and not step.after],
-        }
+        content = _content(steps)
         if self.durable >= self.number:  # nothing can be undone any more
             self._gone.clear()
         gone = {peer_id: self.traffic(peer_id) for peer_id in content["del"]}
-        self._apply(content)
+        if any(before for before, _ in steps):  # new peers alone are taken back by deleting them
+            self._saved = self.counts.copy()
+            self._db.execute("SAVEPOINT steps")
+        try:
+            self._apply(content)
+        except sqlite3.Error:
+            self._roll_back()
+            raise
         self._gone.update(gone)
+
+    def revert(self, steps: Sequence[Step]) -> None:
+        """Take back apply() in the place of commit(): what traffic was seen, too."""
+        if self._saved is None:
+            self._apply(_content([Step(after, before) for before, after in steps]))
+        self._roll_back()
+
+    def _roll_back(self) -> None:
+        if self._saved is not None:
+            self._db.execute("ROLLBACK TO steps")
+            self._db.execute("RELEASE steps")
+            self.counts, self._saved = self._saved, None
+
+    def commit(self, steps: Sequence[Step]) -> int:
+        """Put applied steps into the journal; returns the number to wait() for."""
+        if self._saved is not None:
+            self._db.execute("RELEASE steps")
+            self._saved = None
         self.number += 1
         self._dirty = True
         if self.durability != "none":
-            self._journal.append(self.number, _encode_record(content))
+            self._journal.append(self.number, functools.partial(_encode_record, _content(steps)))
         return self.number
 
     def undo(self, steps: Sequence[Step]) -> None:
-        """Take back what commit() did; the number stays used."""
-        inverse = [Step(step.after, step.before) for step in reversed(steps)]
-        self._apply(
-            {
-                "put": [step.after for step in inverse if step.after],
-                "del": [step.before.id for step in inverse if step.before and not step.after],
-            }
-        )
+        """Take back what commit() put into the journal; the number stays used."""
+        self._apply(_content([Step(step.after, step.before) for step in reversed(steps)]))
         for step in steps:
             traffic = self._gone.get(step.before.id) if step.before else None
             if step.before and not step.after and traffic:
@@ -4067,12 +4134,15 @@ class Gateway:
     # --- rules: under the lock, each leaves everything as it was when it raises ------------------
 
     def _create(self, fields: Mapping[str, Any]) -> Outcome:
-        peer = self.store.get(fields["public_key"])
-        if peer is not None:
-            self._check_usable(peer.interface)
-            return Outcome(False, peer, self.store.traffic(peer.id), self._last_pending())
-        peer = self._new_peer(fields)
-        return Outcome(True, peer, Traffic(), self._change([Step(None, peer)]))
+        try:  # most are new: whether one is there already is the store's to find when it is put in
+            peer = self._new_peer(fields)
+            return Outcome(True, peer, Traffic(), self._change([Step(None, peer)]))
+        except GatewayError:
+            known = self.store.get(fields["public_key"])
+            if known is None:
+                raise
+        self._check_usable(known.interface)
+        return Outcome(False, known, self.store.traffic(known.id), self._last_pending())
 
     def _get(self, fields: Mapping[str, Any]) -> Outcome:
         peer = self._known(fields["public_key"])
@@ -4228,17 +4298,18 @@ class Gateway:
             for name in {peer.interface for step in steps for peer in step if peer}:
                 self._check_usable(name)
         try:
+            self.store.apply(steps)
+        except sqlite3.IntegrityError:
+            raise Conflict("the key or an address is in use") from None
+        try:
             for interface in self.interfaces.values():
                 self._project(interface, steps)
         except BackendError as error:
             LOG.error("%s", error)
             self._project_back(steps)
+            self.store.revert(steps)
             raise Unavailable("the interface is not usable") from None
-        try:
-            number = self.store.commit(steps)
-        except sqlite3.IntegrityError:
-            self._project_back(steps)
-            raise Conflict("the key or an address is in use") from None
+        number = self.store.commit(steps)
         self._move_addresses(steps)
         while self._pending and self._pending[0][0] <= self.store.durable:
             self._pending.popleft()
@@ -4263,8 +4334,9 @@ class Gateway:
 
     def _move_addresses(self, steps: Sequence[Step]) -> None:
         for before, after in steps:
-            gone = _addresses(before) - _addresses(after)
-            come = _addresses(after) - _addresses(before)
+            gone, come = _addresses(before), _addresses(after)
+            if gone == come:
+                continue
             for interface, family, address in gone:
                 self.interfaces[interface].pools[family].release(address)
             for interface, family, address in come:
@@ -4536,12 +4608,14 @@ def _projection(peer: Peer | None, interface: str) -> WirePeer | None:
     return wire_peer(peer)
 
 
-def _addresses(peer: Peer | None) -> set[tuple[str, str, str]]:
+def _addresses(peer: Peer | None) -> list[tuple[str, str, str]]:
     """(interface, family, address) of a peer."""
-    if peer is None:
-        return set()
-    pairs = (("ipv4", peer.assigned_ip), ("ipv6", peer.assigned_ipv6))
-    return {(peer.interface, family, address) for family, address in pairs if address}
+    held: list[tuple[str, str, str]] = []
+    if peer and peer.assigned_ip:
+        held.append((peer.interface, "ipv4", peer.assigned_ip))
+    if peer and peer.assigned_ipv6:
+        held.append((peer.interface, "ipv6", peer.assigned_ipv6))
+    return held
 
 
 def pool_usage(given: Iterable[AddressPool | None]) -> dict[str, Any]:
@@ -5963,7 +6037,7 @@ class Connection(BaseHTTPRequestHandler):
     trusted = False  # whether an authentic request came over it
 
     def setup(self) -> None:
-        self._socket: socket.socket = self.request
+        self._socket: ssl.SSLSocket = self.request  # a plain one until _handshake()
         self._source = self.server.source(self.client_address)
         self.group = address_group(self._source)
         self._buffer = bytearray()
@@ -6001,6 +6075,11 @@ class Connection(BaseHTTPRequestHandler):
             self._socket, server_side=True, do_handshake_on_connect=False
         )
         self._socket.do_handshake()
+        # From here on waiting is poll()'s business: a timeout of the socket's would cost a system
+        # call whenever it is set, and a read in vain in front of every wait.
+        self._socket.setblocking(False)
+        self._readable = select.poll()
+        self._readable.register(self._socket, select.POLLIN)
 
     def _serve(self) -> bool:
         """Read and answer one request; returns whether another one may follow."""
@@ -6077,18 +6156,36 @@ class Connection(BaseHTTPRequestHandler):
         return body
 
     def _receive(self) -> None:
-        remaining = self._deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError
-        self._socket.settimeout(remaining)
-        data = self._socket.recv(RECEIVE_BYTES)
+        """Add what has arrived to the buffer; waits up to the deadline. Raises TimeoutError."""
+        while True:
+            remaining = self._deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError
+            if self._socket.pending() or self._readable.poll(remaining * 1000 + 1):
+                with contextlib.suppress(ssl.SSLWantReadError):  # a part of a record
+                    data = self._socket.recv(RECEIVE_BYTES)
+                    break
         if not data:
             raise ConnectionClosed
         self._buffer += data
 
     def _send(self, data: bytes) -> None:
-        self._socket.settimeout(WRITE_DEADLINE)
-        self._socket.sendall(data)
+        """Write all of it; each piece within the deadline. Raises TimeoutError, OSError."""
+        view = memoryview(data)
+        while view:
+            view = view[self._send_piece(view[:SEND_BYTES]) :]
+
+    def _send_piece(self, piece: memoryview) -> int:
+        deadline = time.monotonic() + WRITE_DEADLINE
+        while True:
+            try:
+                return self._socket.send(piece)
+            except ssl.SSLWantWriteError:  # OpenSSL wants the same piece again
+                writable = select.poll()
+                writable.register(self._socket, select.POLLOUT)
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not writable.poll(remaining * 1000 + 1):
+                    raise TimeoutError from None
 
     def _linger(self) -> None:
         """Close for writing and throw away what still comes, so that the answer is not reset."""

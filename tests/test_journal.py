@@ -203,7 +203,7 @@ def numbers(path: Path) -> list[int]:
 
 def test_waiting_puts_the_record_on_disk(tmp_path: Path) -> None:
     journal = started(tmp_path / "j", Disk(), 5)
-    journal.append(6, b"{}")
+    journal.append(6, lambda: b"{}")
     assert numbers(tmp_path / "j") == []
     journal.wait(6)
     assert numbers(tmp_path / "j") == [6]
@@ -218,7 +218,7 @@ def test_journal_goes_on_behind_a_torn_tail(tmp_path: Path) -> None:
     assert file is not None
     journal = Journal(str(path), Disk())
     journal.resume(file.size, file.records[-1].number)
-    journal.append(AFTER + 7, b"{}")
+    journal.append(AFTER + 7, lambda: b"{}")
     journal.wait(AFTER + 7)
     journal.close()
     assert numbers(path) == [*range(AFTER + 1, AFTER + 8)]
@@ -237,7 +237,7 @@ def test_many_waiters_share_fsyncs(tmp_path: Path) -> None:
             with lock:
                 last += 1
                 number = last
-                journal.append(number, b'{"put":[]}')
+                journal.append(number, lambda: b'{"put":[]}')
             journal.wait(number)
             if journal.durable < number:
                 errors.append(f"{number} was acknowledged at {journal.durable}")
@@ -261,10 +261,10 @@ def test_after_a_fault_nothing_is_acknowledged_until_a_new_file(
     disk = CountingDisk()
     disk.partial = partial
     journal = started(tmp_path / "j", disk)
-    journal.append(1, b"{}")
+    journal.append(1, lambda: b"{}")
     journal.wait(1)
     disk.fail = call
-    journal.append(2, b"{}")
+    journal.append(2, lambda: b"{}")
     with pytest.raises(DiskError):
         journal.wait(2)
     disk.fail = None  # the disk works again, but an fsync is never simply retried
@@ -280,7 +280,7 @@ def test_after_a_fault_nothing_is_acknowledged_until_a_new_file(
     journal.discard()
     journal.start(2)
     assert journal.failure is None
-    journal.append(3, b"{}")
+    journal.append(3, lambda: b"{}")
     journal.wait(3)
     assert numbers(tmp_path / "j") == [3]
     journal.close()
@@ -292,7 +292,7 @@ def test_every_waiter_of_a_failed_group_learns_it(tmp_path: Path) -> None:
     disk.fail = "fsync"
     outcomes: list[str] = []
     for number in range(1, 9):
-        journal.append(number, b"{}")
+        journal.append(number, lambda: b"{}")
 
     def wait(number: int) -> None:
         try:
@@ -315,18 +315,18 @@ def test_lost_record_is_never_acknowledged_not_after_a_new_file_either(tmp_path:
     disk = CountingDisk()
     journal = started(tmp_path / "j", disk)
     disk.fail = "fsync"
-    journal.append(1, b"{}")
-    journal.append(2, b"{}")
+    journal.append(1, lambda: b"{}")
+    journal.append(2, lambda: b"{}")
     with pytest.raises(DiskError):
         journal.wait(1)
-    journal.append(3, b"{}")  # came between the fault and the discovery of it
+    journal.append(3, lambda: b"{}")  # came between the fault and the discovery of it
     disk.fail = None
     journal.discard()
     journal.start(3)
     for number in (2, 3):
         with pytest.raises(DiskError):
             journal.wait(number)
-    journal.append(4, b"{}")
+    journal.append(4, lambda: b"{}")
     journal.wait(4)
     journal.close()
 
@@ -334,7 +334,7 @@ def test_lost_record_is_never_acknowledged_not_after_a_new_file_either(tmp_path:
 def test_rotate_splits_at_the_number(tmp_path: Path) -> None:
     journal = started(tmp_path / "j", Disk())
     for number in range(1, 6):
-        journal.append(number, b"{}")
+        journal.append(number, lambda: b"{}")
     journal.rotate(3)
     assert numbers(tmp_path / "j.previous") == [1, 2, 3]
     assert numbers(tmp_path / "j") == []
@@ -350,13 +350,13 @@ def test_rotate_splits_at_the_number(tmp_path: Path) -> None:
 def test_failed_rotate_loses_nothing_and_refuses_changes(tmp_path: Path, call: str) -> None:
     disk = CountingDisk()
     journal = started(tmp_path / "j", disk)
-    journal.append(1, b"{}")
+    journal.append(1, lambda: b"{}")
     journal.wait(1)
     disk.fail = call
     with pytest.raises(DiskError):
         journal.rotate(1)
     disk.fail = None
-    journal.append(2, b"{}")
+    journal.append(2, lambda: b"{}")
     with pytest.raises(DiskError):
         journal.wait(2)
     kept = [p for p in ("j", "j.previous") if (tmp_path / p).exists()]

@@ -173,7 +173,7 @@ def test_a_kill_under_load_loses_nothing_acknowledged(tmp_path: Path, sealed: bo
     print(f"{ROUNDS} rounds in {time.monotonic() - begun:.1f} s: {acknowledged} acknowledged, ")
     print(f"{open_changes} open at a kill, {len(rotated)} snapshots seen")
     # The load was a load: changes were under way at the kills, and snapshots were written.
-    assert acknowledged > 20 * ROUNDS
+    assert acknowledged > 5 * ROUNDS
     assert open_changes > ROUNDS
     assert len(rotated) > 1
 

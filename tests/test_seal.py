@@ -23,6 +23,7 @@ from test_store import (
     TrackingDisk,
     a_peer,
     closing,
+    commit,
     contents,
     opened,
     play_history,
@@ -236,7 +237,7 @@ def history(path: Path) -> list[State]:
             states.append(state_of(store))
         put(store, a_peer(2, status="suspended"))
         states.append(state_of(store))
-        store.wait(store.commit([Step(a_peer(3), None)]))
+        store.wait(commit(store, [Step(a_peer(3), None)]))
         states.append(state_of(store))
     return states
 

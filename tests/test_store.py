@@ -99,9 +99,15 @@ def recovered(path: Path, vault: Vault | None = None) -> State:
     return first
 
 
+def commit(store: Store, steps: list[Step]) -> int:
+    """What the gateway does when the interface takes the steps."""
+    store.apply(steps)
+    return store.commit(steps)
+
+
 def put(store: Store, *peers: Peer, wait: bool = True) -> int:
     steps = [Step(store.get(peer.public_key), peer) for peer in peers]
-    number = store.commit(steps)
+    number = commit(store, steps)
     if wait:
         store.wait(number)
     return number
@@ -158,7 +164,7 @@ def test_change_and_delete_are_there_after_a_restart(tmp_path: Path) -> None:
         put(store, a_peer(1))
         put(store, a_peer(2))
         put(store, a_peer(2, status="suspended"))
-        store.wait(store.commit([Step(a_peer(1), None)]))
+        store.wait(commit(store, [Step(a_peer(1), None)]))
     assert recovered(tmp_path) == {a_peer(2, status="suspended")}
 
 
@@ -171,7 +177,7 @@ def test_undo_takes_back_every_kind_of_step(tmp_path: Path) -> None:
             Step(a_peer(2), a_peer(2, status="suspended")),
             Step(None, a_peer(3)),
         ]
-        store.commit(steps)
+        commit(store, steps)
         assert state_of(store) == {a_peer(2, status="suspended"), a_peer(3)}
         store.undo(steps)
         assert state_of(store) == before
@@ -183,7 +189,7 @@ def test_undone_delete_keeps_the_traffic_that_was_counted(tmp_path: Path) -> Non
         put(store, a_peer(1))
         store.sample([seen(1, 10, 20, 30)])
         steps = [Step(a_peer(1), None)]
-        store.commit(steps)
+        commit(store, steps)
         store.undo(steps)
         assert store.traffic(1) == Traffic(10, 20, 30)
 
@@ -199,7 +205,7 @@ def test_what_another_peer_has_is_refused_and_changes_nothing(
         double = a_peer(3, **{field: getattr(a_peer(1), field)})
         steps = [Step(None, double)] if alone else [Step(None, a_peer(5)), Step(None, double)]
         with pytest.raises(sqlite3.IntegrityError):
-            store.commit(steps)
+            commit(store, steps)
         assert state_of(store) == before
         assert +store.counts == counts
         assert store.number == number
@@ -209,7 +215,7 @@ def test_what_another_peer_has_is_refused_and_changes_nothing(
 
 def test_delete_of_a_peer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with closing(opened(tmp_path)) as store, pytest.raises(sqlite3.IntegrityError):
-        store.commit([Step(a_peer(1), None)])
+        commit(store, [Step(a_peer(1), None)])
 
 
 def test_released_addresses_keep_their_order_over_restarts_and_snapshots(tmp_path: Path) -> None:
@@ -217,14 +223,14 @@ def test_released_addresses_keep_their_order_over_restarts_and_snapshots(tmp_pat
     with closing(opened(tmp_path)) as store:
         put(store, *(a_peer(number) for number in range(1, 6)))
         for number in order:
-            store.wait(store.commit([Step(a_peer(number), None)]))
+            store.wait(commit(store, [Step(a_peer(number), None)]))
             if number == 1:
                 save(store)
     with closing(opened(tmp_path)) as store:
         assert list(store.released("ipv4")) == [f"10.0.0.{n + 2}" for n in order]
         assert list(store.released("ipv6")) == ["fd00::5", "fd00::3"]
         put(store, a_peer(9, assigned_ip="10.0.0.5"))  # the oldest is taken, given back again
-        store.wait(store.commit([Step(a_peer(9, assigned_ip="10.0.0.5"), None)]))
+        store.wait(commit(store, [Step(a_peer(9, assigned_ip="10.0.0.5"), None)]))
         assert list(store.released("ipv4")) == ["10.0.0.3", "10.0.0.6", "10.0.0.4", "10.0.0.5"]
 
 
@@ -256,13 +262,13 @@ def test_counts_and_rows_are_right_after_any_history(
             put(store, *new.values())
             model |= new
         elif what == "delete" and old:
-            store.wait(store.commit([Step(old, None)]))
+            store.wait(commit(store, [Step(old, None)]))
             del model[number]
         elif what == "undo":
             steps = [Step(old, None if old else a_peer(number))]
             disk.broken = True
             with pytest.raises(DiskError):
-                store.wait(store.commit(steps))
+                store.wait(commit(store, steps))
             disk.broken = False
             store.discard()
             store.undo(steps)
@@ -337,8 +343,8 @@ def test_suspended_or_rekeyed_peer_counts_from_zero(tmp_path: Path, change: dict
         put(store, a_peer(1))
         store.sample([seen(1, 100, 100)])
         after = a_peer(1, **change)
-        store.commit([Step(a_peer(1), after)])
-        store.commit([Step(after, a_peer(1))])
+        commit(store, [Step(a_peer(1), after)])
+        commit(store, [Step(after, a_peer(1))])
         store.sample([seen(1, 120, 130)])
         assert store.traffic(1) == Traffic(220, 230, 0)
 
@@ -349,7 +355,7 @@ def test_traffic_of_unknown_and_of_new_peers_is_zero(tmp_path: Path) -> None:
         put(store, a_peer(1))
         assert store.traffic(1) == Traffic()
         store.sample([seen(1, 100, 100, 5)])
-        store.commit([Step(a_peer(1), None)])
+        commit(store, [Step(a_peer(1), None)])
         put(store, a_peer(1))
         assert store.traffic(1) == Traffic()
         assert store.online(0) == 0
@@ -503,7 +509,7 @@ class Run:
     def commit(self, *steps: Step) -> None:
         if self.store.failure:
             return
-        self.pending.append((self.store.commit(steps), list(steps)))
+        self.pending.append((commit(self.store, steps), list(steps)))
         self.states.append(state_of(self.store))
 
     def wait(self) -> None:
@@ -642,7 +648,7 @@ def test_refused_change_does_not_come_back(tmp_path: Path, call: str, ahead: int
         disk.nth = disk.calls + ahead
         steps = [Step(None, a_peer(2))]
         with pytest.raises(DiskError):
-            store.wait(store.commit(steps))
+            store.wait(commit(store, steps))
         store.discard()
         store.undo(steps)
     assert recovered(disk.path) == {a_peer(1)}, call
@@ -653,7 +659,7 @@ def test_snapshot_that_mends_a_fault_undoes_what_was_refused_first(tmp_path: Pat
     with closing(opened(tmp_path, disk)) as store:
         put(store, a_peer(1))
         steps = [Step(None, a_peer(2))]
-        number = store.commit(steps)
+        number = commit(store, steps)
         disk.broken = True
         with pytest.raises(DiskError):
             store.flush()
