@@ -81,6 +81,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -134,6 +135,7 @@ LINGER_SECONDS = 1.0  # how long unread input is drained so that the last answer
 STOP_SECONDS = 0.5  # how long it waits for each timer's job
 LAST_SAMPLE_SECONDS = 1.0  # and for the last reading of the counters
 DRAIN_GRACE = 0.2  # seconds for threads to take up requests that have arrived before SIGTERM
+EXPIRY_WARNING = 14 * 86400  # seconds before the certificate's end
 MAX_CLIENT_WAIT = 5  # seconds that `wggw.py call` waits when the gateway says Retry-After
 DRAIN_SECONDS = 2.0  # how long SIGTERM waits for requests in flight (it must end within 5)
 
@@ -145,6 +147,7 @@ DAEMON_START_SECONDS = 5.0  # how long a userspace WireGuard may take to open it
 SUPERVISE_SECONDS = 1.0  # between two looks at the interface and the clock of expiry
 DURABILITY_INTERVAL = 1.0  # seconds: DURABILITY=interval loses at most this
 DUMP_TRIES = 50  # a change interrupts a kernel's dump; requests go on during reconcile()
+PR_SET_DUMPABLE = 4  # include/uapi/linux/prctl.h
 UAPI_DIRECTORY = "/var/run/wireguard"
 
 # include/uapi/linux/netlink.h
@@ -475,7 +478,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("MAX_TIMESTAMP_DIFF", "60", _integer(1, 3600), "seconds, 1 to 3600"),
     Setting("AUTH_SCHEMES", "legacy,rfc9421", _schemes, "legacy, rfc9421 or both"),
     Setting("ALLOWED_BACKENDS", "", _networks, "comma-separated CIDRs without host bits"),
-    Setting("API_HOST", "0.0.0.0", lambda raw: str(ipaddress.ip_address(raw)), "an IP address"),
+    Setting(
+        "API_HOST",
+        "0.0.0.0",  # noqa: S104  backends are elsewhere; signatures and ALLOWED_BACKENDS guard it
+        lambda raw: str(ipaddress.ip_address(raw)),
+        "an IP address",
+    ),
     Setting("API_PORT", "8000", _integer(1, 65535), "a port, 1 to 65535"),
     Setting("TLS_CERT", "cert.pem", _text, "the path of a PEM file"),
     Setting("TLS_KEY", "key.pem", _text, "the path of a PEM file"),
@@ -544,6 +552,20 @@ UNSUPPORTED = (
 )
 
 
+def check_private(name: str, path: str, forbidden: int = 0o027) -> None:
+    """Refuse a file of secrets that is too open: `forbidden` are bits of its mode.
+
+    A group may read it unless told otherwise, as Debian does with the keys of its group ssl-cert.
+    Pipes and the like are not files. Raises ConfigError, OSError.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode) and mode & forbidden:
+        raise ConfigError(
+            f"{name}: {path!r} can be read or changed by others (mode {mode & 0o777:04o}): "
+            f"a file of secrets must be 0600: chmod 600 {shlex.quote(path)}"
+        )
+
+
 def read_env_file(text: str, name: str) -> dict[str, str]:
     """Parse a .env file: KEY=VALUE lines, `export`, #-comments, single or double quotes.
 
@@ -572,6 +594,8 @@ def load_config(environ: Mapping[str, str], env_file: str | None = None) -> Conf
     if env_file or path.exists():
         try:
             values = read_env_file(path.read_text("utf-8"), str(path))
+            if any(values.get(setting.name) for setting in SETTINGS if setting.secret):
+                check_private("--env-file", str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--env-file {path}: cannot be read: {_reason(error)}") from None
     values.update(environ)
@@ -1064,6 +1088,9 @@ class SignedMessage(NamedTuple):
     headers: Mapping[bytes, bytes]
     length: int
 
+    def __repr__(self) -> str:  # signatures are among the headers
+        return f"SignedMessage({self.method})"
+
 
 class Authenticator:
     """Verifies signatures of both schemes. `clock` gives Unix seconds.
@@ -1302,6 +1329,9 @@ class MessageSignature(NamedTuple):
     nonce: str
     key_id: str
     signature: bytes
+
+    def __repr__(self) -> str:  # good for a replay elsewhere
+        return f"MessageSignature({self.key_id})"
 
 
 def parse_signatures(headers: Mapping[bytes, bytes]) -> Iterator[MessageSignature]:
@@ -1697,12 +1727,7 @@ def load_private_key(settings: InterfaceSettings) -> bytes:
     path = settings.private_key_file
     variable = f"{settings.prefix}_PRIVATE_KEY_FILE"
     try:
-        mode = os.stat(path).st_mode
-        if mode & 0o077:
-            raise ConfigError(
-                f"{variable}: {path!r} can be read by others (mode {mode & 0o777:04o}): "
-                f"a key file must be 0600: chmod 600 {path}"
-            )
+        check_private(variable, path, 0o077)
         return clamp(decode_key(Path(path).read_text("ascii").strip()))
     except FileNotFoundError:
         key = make_private_key()
@@ -1775,13 +1800,56 @@ def _alternative_name(name: str) -> Any:
         return x509.DNSName(name)
 
 
-def certificate_fingerprint(cert_path: str) -> str:
-    """SHA-256 of the first certificate in a PEM file, in hex. Raises OSError, ValueError."""
-    text = Path(cert_path).read_text("ascii")
+def read_certificate(path: str) -> bytes:
+    """The first certificate of a PEM file, in DER. Raises OSError, ValueError."""
+    text = Path(path).read_text("ascii")
     match = re.search(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", text, re.DOTALL)
     if not match:
         raise ValueError("no certificate in the file")
-    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(match[0])).hexdigest()
+    return ssl.PEM_cert_to_DER_cert(match[0])
+
+
+def certificate_fingerprint(path: str) -> str:
+    """SHA-256 of the first certificate in a PEM file, in hex. Raises OSError, ValueError."""
+    return hashlib.sha256(read_certificate(path)).hexdigest()
+
+
+def certificate_expiry(certificate: bytes) -> int:
+    """notAfter of a certificate in DER (RFC 5280 section 4.1), Unix seconds. Raises ValueError.
+
+    The standard library tells it of nobody's certificate but a verified peer's.
+    """
+    [(_, signed)] = itertools.islice(_der_values(certificate), 1)
+    [(_, fields)] = itertools.islice(_der_values(signed), 1)
+    # [0] version (not in version 1), serial number, algorithm, issuer, validity
+    values = [value for tag, value in _der_values(fields) if tag != 0xA0]
+    if len(values) < 4:
+        raise ValueError("not a certificate")
+    _, (tag, when) = _der_values(values[3])
+    text = when.decode("ascii")
+    if tag == 0x17:  # UTCTime: two digits of a year from 1950 to 2049
+        text = ("20" if text < "5" else "19") + text
+    return int(datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=timezone.utc).timestamp())
+
+
+def _der_values(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(tag, content) of each value in DER, one after the other. Raises ValueError."""
+    position = 0
+    while position < len(data):
+        if len(data) < position + 2:
+            raise ValueError("DER: a value without a length")
+        tag, length = data[position], data[position + 1]
+        position += 2
+        if length == 0x80:
+            raise ValueError("DER: a length is missing")
+        if length > 0x80:
+            size = length & 0x7F
+            length = int.from_bytes(data[position : position + size], "big")
+            position += size
+        if position + length > len(data):
+            raise ValueError("DER: a value ends behind its container")
+        yield tag, data[position : position + length]
+        position += length
 
 
 # ==================================================================================================
@@ -1952,6 +2020,9 @@ class Record(NamedTuple):
 
     number: int
     content: bytes
+
+    def __repr__(self) -> str:  # the content holds preshared keys
+        return f"Record({self.number})"
 
 
 class JournalFile(NamedTuple):
@@ -2393,9 +2464,9 @@ MIGRATIONS: tuple[str, ...] = (
 )
 
 _COLUMNS = ", ".join(Peer._fields)
-_SELECT = f"SELECT {_COLUMNS} FROM peers"
+_SELECT = f"SELECT {_COLUMNS} FROM peers"  # noqa: S608  names of this file
 _PUT = (
-    f"INSERT INTO peers ({_COLUMNS}) VALUES ({', '.join('?' * len(Peer._fields))}) "
+    f"INSERT INTO peers ({_COLUMNS}) VALUES ({', '.join('?' * len(Peer._fields))}) "  # noqa: S608  names of this file
     "ON CONFLICT (id) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in Peer._fields[1:])
 )
@@ -2412,7 +2483,7 @@ _SAMPLE = """
 """
 
 
-_BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(
+_BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  names of this file
     f"typeof({name}) <> 'integer' OR {name} NOT BETWEEN 0 AND {limit}"
     for name, limit in (
         ("rx_bytes", MAX_INTEGER // 4),
@@ -2648,7 +2719,7 @@ class Store:
             conditions.append(chosen.online_since)
         columns = ", ".join(f"p.{name}" for name in Peer._fields)
         rows = self._db.execute(
-            f"SELECT {columns}, coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), "
+            f"SELECT {columns}, coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), "  # noqa: S608  names of this file
             "coalesce(t.last_handshake, 0) FROM peers p LEFT JOIN traffic t ON t.id = p.id "
             f"WHERE {' AND '.join(where)} ORDER BY p.id LIMIT ?",
             (*conditions, limit),
@@ -2670,9 +2741,9 @@ class Store:
 
     def released(self, family: str) -> Iterator[str]:
         """Addresses that were given back, oldest first."""
-        colon = "LIKE" if family == "ipv6" else "NOT LIKE"
         rows = self._db.execute(
-            f"SELECT address FROM released WHERE address {colon} '%:%' ORDER BY sequence"
+            "SELECT address FROM released WHERE (address LIKE '%:%') = ? ORDER BY sequence",
+            (family == "ipv6",),
         )
         return (row[0] for row in rows)
 
@@ -2835,7 +2906,7 @@ class Store:
         """Active peers that used up their quota, with an id above `after`."""
         columns = ", ".join(f"p.{name}" for name in Peer._fields)
         rows = self._db.execute(
-            f"SELECT {columns} FROM peers p JOIN traffic t ON t.id = p.id WHERE p.id > ? "
+            f"SELECT {columns} FROM peers p JOIN traffic t ON t.id = p.id WHERE p.id > ? "  # noqa: S608  names of this file
             "AND p.quota_bytes IS NOT NULL AND p.status = 'active' "
             "AND t.rx_bytes + t.tx_bytes > p.quota_bytes "
             "ORDER BY p.id LIMIT ?",
@@ -3112,6 +3183,9 @@ class NetlinkMessage(NamedTuple):
     flags: int
     sequence: int
     payload: bytes
+
+    def __repr__(self) -> str:  # the payload may hold keys
+        return f"NetlinkMessage({self.type}, {self.sequence})"
 
 
 def nl_attribute(kind: int, payload: bytes) -> bytes:
@@ -3733,7 +3807,7 @@ class UapiBackend:
         LOG.info("%s: starting %s", name, os.path.basename(self._program))
         environment = {"PATH": os.environ.get("PATH", os.defpath), "LOG_LEVEL": "error"}
         try:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603  no shell; a name that was checked
                 [self._program, "-f", name],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -4686,6 +4760,7 @@ class RequestMetrics:
     """Counts and durations of requests, by method, route template and status."""
 
     def __init__(self) -> None:
+        self.certificate_expires = 0  # Unix seconds
         self._lock = threading.Lock()
         self._counts: collections.Counter[tuple[str, str, int]] = collections.Counter()
         self._durations: dict[str, list[float]] = {}  # per route: buckets, then the sum
@@ -4723,6 +4798,9 @@ class RequestMetrics:
         yield from _metric_head(name, "counter", "Failed authentications by reason.")
         for reason, count in refused:
             yield f'{name}{{reason="{reason}"}} {count}\n'
+        name = "wggw_certificate_expiry_timestamp_seconds"
+        yield from _metric_head(name, "gauge", "When the TLS certificate expires.")
+        yield f"{name} {self.certificate_expires}\n"
 
     def _render_requests(self) -> Iterator[str]:
         with self._lock:
@@ -4827,6 +4905,9 @@ class Response(NamedTuple):
     body: bytes
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:  # the body may hold preshared keys
+        return f"Response({self.status}, {len(self.body)} bytes)"
 
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~]{1,8192}) HTTP/(\d)\.(\d)")
@@ -5451,6 +5532,7 @@ class App:
             "reasons": degraded,
             "version": __version__,
             "uptime_seconds": int(now - self._started),
+            "certificate_expires_at": rfc3339(self.metrics.certificate_expires),
             "interfaces": [
                 {
                     "name": interface.name,
@@ -6344,6 +6426,17 @@ class Server(ThreadingHTTPServer):
             time.sleep(0.01)
 
 
+def hide_memory() -> None:
+    """No core dump, no debugger of the same user: keys are in this memory (prctl(2)).
+
+    A limit on core files alone would not stop a dump that the kernel pipes into a program.
+    """
+    import ctypes
+
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
+        LOG.warning("core dumps cannot be switched off: %s", os.strerror(ctypes.get_errno()))
+
+
 def raise_file_limit(connections: int) -> int:
     """Ask for enough open files; returns how many connections there is room for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -6383,8 +6476,11 @@ class Timer(threading.Thread):
         self.join(STOP_SECONDS)
 
 
-def make_tls(config: Config) -> ssl.SSLContext:
-    """The server's TLS context; makes a self-signed pair when there is none. ConfigError."""
+def make_tls(config: Config) -> tuple[ssl.SSLContext, int]:
+    """The server's TLS context and when its certificate expires (Unix seconds).
+
+    Makes a self-signed pair when there is none. Raises ConfigError.
+    """
     cert, key = config.tls_cert, config.tls_key
     if not os.path.exists(cert) and not os.path.exists(key):
         names = ["localhost", "127.0.0.1", "::1", socket.gethostname()]
@@ -6403,8 +6499,10 @@ def make_tls(config: Config) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     try:
+        check_private("TLS_KEY", key)
         context.load_cert_chain(cert, key, password="")  # never ask on a terminal
-        fingerprint = certificate_fingerprint(cert)
+        certificate = read_certificate(cert)
+        expires = certificate_expiry(certificate)
         if config.tls_client_ca:
             context.load_verify_locations(config.tls_client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
@@ -6413,8 +6511,10 @@ def make_tls(config: Config) -> ssl.SSLContext:
             f"TLS_CERT {cert!r}, TLS_KEY {key!r}, TLS_CLIENT_CA {config.tls_client_ca!r}: "
             f"not usable PEM files: {_reason(error)}"
         ) from None
-    LOG.info("certificate SHA-256 fingerprint %s", fingerprint)
-    return context
+    LOG.info("certificate SHA-256 fingerprint %s", hashlib.sha256(certificate).hexdigest())
+    if expires < time.time() + EXPIRY_WARNING:
+        LOG.warning("the certificate expires at %s", rfc3339(expires))
+    return context, expires
 
 
 def set_up_logging(level: str) -> None:
@@ -6461,6 +6561,7 @@ class Service:
         """Serve until SIGTERM or SIGINT; returns the exit code. Raises StartError."""
         config = self._config
         set_up_logging(config.log_level)
+        hide_memory()
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
@@ -6473,7 +6574,8 @@ class Service:
         gateway = Gateway(config, store, time.time)
         host = HostMetrics(os.path.dirname(config.db_path) or ".")
         app = App(config, gateway, time.time, host)
-        server = Server(config, app, make_tls(config))
+        tls, app.metrics.certificate_expires = make_tls(config)
+        server = Server(config, app, tls)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         lock_database(config.db_path)
         app.keep_nonces(config.db_path + ".nonces")
@@ -6519,12 +6621,13 @@ class Service:
         while (number := self._signals.recv(1)[0]) == signal.SIGHUP:
             try:
                 config = self._load()
-                tls = make_tls(config)
+                tls, expires = make_tls(config)
                 app.reload(config)
             except StartError as error:
                 LOG.error("reload refused, the old settings stay: %s", error)
                 continue
             server.tls, server.allowed = tls, config.allowed_backends
+            app.metrics.certificate_expires = expires
             LOG.info("reloaded keys, allowlist and certificate")
         LOG.info("%s: stopping", signal.Signals(number).name)
 
@@ -6602,11 +6705,17 @@ class ApiClient:
 
 def client_of(config: Config, arguments: argparse.Namespace) -> ApiClient:
     """A client of this host's gateway, or of the one that the arguments name."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.api_host, config.api_host)
+    address = ipaddress.ip_address(config.api_host)
+    host = config.api_host
+    if address.is_unspecified:
+        host = "127.0.0.1" if address.version == 4 else "::1"
+    if ":" in host:
+        host = f"[{host}]"
     url = arguments.url or f"https://{host}:{config.api_port}"
     secret = config.gateway_api_key
     try:
         if arguments.key_file:
+            check_private("--key-file", arguments.key_file)
             secret = Path(arguments.key_file).read_text("utf-8").strip()
         fingerprint = arguments.fingerprint or certificate_fingerprint(config.tls_cert)
     except (OSError, ValueError) as error:

@@ -121,6 +121,7 @@ def test_body_comes_from_text_file_or_standard_input(
 
 def test_key_file_and_key_id_are_used(shared: GatewayProcess, tmp_path: Path) -> None:
     file = tmp_path / "key"
+    file.touch(0o600)
     file.write_text(OTHER_KEY + "\n")
     arguments = ("GET", PEERS, "--key-file", str(file))
     assert call(shared, *arguments, "--scheme", "rfc9421", "--key-id", "billing").code == 0
@@ -134,6 +135,7 @@ def test_another_gateway_is_reached_by_url_and_fingerprint(
     shared: GatewayProcess, tmp_path: Path
 ) -> None:
     """Not this host's settings: port, key and certificate are those that the arguments name."""
+    (tmp_path / "key").touch(0o600)
     (tmp_path / "key").write_text(API_KEY)
     elsewhere = GatewayProcess(tmp_path, GATEWAY_API_KEY="a secret of this host only")
     text = fingerprint(shared).upper()

@@ -459,7 +459,9 @@ def filed(tmp_path: Path) -> Iterator[GatewayProcess]:
 
 def write_env(gateway: GatewayProcess, key: str, **more: str) -> None:
     lines = [f"GATEWAY_API_KEY={key}", *(f"{name}='{value}'" for name, value in more.items())]
-    (gateway.directory / ".env").write_text("\n".join(lines) + "\n")
+    path = gateway.directory / ".env"
+    path.touch(0o600)
+    path.write_text("\n".join(lines) + "\n")
 
 
 def reload(gateway: GatewayProcess, message: str, seconds: float = 5) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -102,7 +103,10 @@ def test_the_self_made_pair_is_p256_private_and_can_be_trusted(shared: GatewayPr
 
 
 def write_pair(
-    directory: Path, name: str, issuer: tuple[Path, Path] | None = None
+    directory: Path,
+    name: str,
+    issuer: tuple[Path, Path] | None = None,
+    expires: datetime | None = None,
 ) -> tuple[Path, Path]:
     """A certificate and its key: a CA of its own, or issued by another pair."""
     key = ec.generate_private_key(ec.SECP384R1())
@@ -121,7 +125,7 @@ def write_pair(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
+        .not_valid_after(expires or now + timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
         .sign(signer, hashes.SHA256())
     )
@@ -131,6 +135,7 @@ def write_pair(
     paths[1].write_bytes(
         key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
+    paths[1].chmod(0o600)
     return paths
 
 
@@ -163,6 +168,68 @@ def test_files_that_do_not_fit_are_exit_2(tmp_path: Path, damage: str) -> None:
         assert "TLS_CERT" in gateway.text() and "PRIVATE" not in gateway.text()
     finally:
         gateway.close()
+
+
+EXPIRIES = [
+    datetime(2049, 12, 31, 23, 59, 59, tzinfo=timezone.utc),  # the last UTCTime
+    datetime(2050, 1, 1, tzinfo=timezone.utc),  # the first GeneralizedTime
+    datetime(9999, 12, 31, 23, 59, 59, tzinfo=timezone.utc),  # RFC 5280: no end
+]
+
+
+@pytest.mark.parametrize("expires", EXPIRIES, ids=str)
+def test_expiry_is_read_from_the_certificate(tmp_path: Path, expires: datetime) -> None:
+    cert, _ = write_pair(tmp_path, "given", expires=expires)
+    assert wggw.certificate_expiry(wggw.read_certificate(str(cert))) == int(expires.timestamp())
+
+
+def test_a_damaged_certificate_is_a_value_error_at_most(tmp_path: Path) -> None:
+    good = wggw.read_certificate(str(write_pair(tmp_path, "given")[0]))
+    for position in range(len(good)):
+        for damaged in (
+            good[:position],
+            good[:position] + bytes([good[position] ^ 0x80]) + good[position + 1 :],
+            good[:position] + b"\xff" + good[position + 1 :],
+        ):
+            with contextlib.suppress(ValueError):
+                assert isinstance(wggw.certificate_expiry(damaged), int)
+
+
+def told_expiry(gateway: GatewayProcess) -> tuple[str, int]:
+    client = gateway.client()
+    status = client.send("GET", "/api/v1/server/status").json["certificate_expires_at"]
+    metrics = client.raw("GET", "/metrics", b"", {}).body.decode()
+    match = re.search(r"^wggw_certificate_expiry_timestamp_seconds (\d+)$", metrics, re.MULTILINE)
+    assert match
+    return status, int(match[1])
+
+
+def test_expiry_is_in_status_metrics_and_log_and_follows_a_reload(tmp_path: Path) -> None:
+    cert, key = write_pair(tmp_path, "given", expires=EXPIRIES[0])
+    with running(tmp_path, TLS_CERT=str(cert), TLS_KEY=str(key)) as gateway:
+        assert told_expiry(gateway) == ("2049-12-31T23:59:59Z", int(EXPIRIES[0].timestamp()))
+        assert "the certificate expires" not in gateway.text()
+        write_pair(tmp_path, "given")  # for a day
+        assert gateway.process is not None
+        gateway.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "the certificate expires at" in gateway.text(), what="the warning")
+        wait_for(lambda: "reloaded" in gateway.text(), what="the reload")
+        assert told_expiry(gateway)[1] == wggw.certificate_expiry(wggw.read_certificate(str(cert)))
+
+
+def test_ciphers_are_current_with_both_versions(shared: GatewayProcess) -> None:
+    """What OpenSSL calls forward secret and authenticated; everything else is refused."""
+    refused = ("AES128-SHA", "AES256-GCM-SHA384", "ECDHE-ECDSA-AES128-SHA", "NULL", "aNULL")
+    for ciphers in refused:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers(f"{ciphers}:@SECLEVEL=0")
+        with (
+            socket.create_connection(("127.0.0.1", shared.port), timeout=10) as raw,
+            pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"),
+        ):
+            context.wrap_socket(raw)
 
 
 def test_with_a_client_ca_only_its_certificates_get_in(tmp_path: Path) -> None:
