@@ -123,6 +123,7 @@ MAX_NONCES = 2**18  # live ones: 2,000 signed requests a second for two minutes,
 MAX_THROTTLED = 4096  # addresses whose failures are remembered
 MAX_SIGNATURES = 8  # of one message
 
+NO_MODULE = 255  # exit code of a child whose job lacks a Python package
 RESERVED_FILES = 128  # open files for everything but connections
 HANDSHAKE_DEADLINE = 10.0  # seconds for TLS
 HEAD_DEADLINE = 10.0  # seconds from the first byte of a request to the end of its head
@@ -6476,6 +6477,34 @@ class Timer(threading.Thread):
         self.join(STOP_SECONDS)
 
 
+def in_child(job: Callable[[], None]) -> None:
+    """Run a job in a child process. Raises ImportError or OSError as the job does.
+
+    What it imports goes with the child: the cryptography package, needed once to make a
+    certificate, would otherwise hold 15 MB for as long as the gateway lives.
+    """
+    if threading.active_count() > 1:  # another thread may hold a lock that no child ever gets
+        job()
+        return
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            job()
+            code = 0
+        except ImportError:
+            code = NO_MODULE
+        except OSError as error:
+            code = error.errno or errno.EIO
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == NO_MODULE:
+        raise ImportError
+    if code:
+        raise OSError(code, os.strerror(code) if code > 0 else "ended by a signal")
+
+
 def make_tls(config: Config) -> tuple[ssl.SSLContext, int]:
     """The server's TLS context and when its certificate expires (Unix seconds).
 
@@ -6487,7 +6516,7 @@ def make_tls(config: Config) -> tuple[ssl.SSLContext, int]:
         names.append((config.wg_endpoint or "").strip("[]"))
         try:
             usable = [name for name in names if re.fullmatch(r"[A-Za-z0-9.:-]{1,253}", name)]
-            make_certificate(cert, key, usable)
+            in_child(lambda: make_certificate(cert, key, usable))
         except ImportError:
             raise ConfigError(
                 f"TLS_CERT {cert!r} does not exist, and making one needs python3-cryptography"

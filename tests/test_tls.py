@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -20,7 +21,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from harness import GatewayProcess, a_key, running, wait_for
+from harness import ROOT, GatewayProcess, a_key, running, wait_for
 
 import wggw
 
@@ -393,3 +394,35 @@ def test_what_needs_cryptography_says_so_and_exits_2(
         assert named in last and "cryptography" in last
     finally:
         gateway.close()
+
+
+# --- a job in a child -----------------------------------------------------------------------------
+
+
+def test_job_in_a_child_is_done_and_leaves_nothing_imported(tmp_path: Path) -> None:
+    script = (
+        "import sys, wggw; cert, key = sys.argv[1:]; "
+        "wggw.in_child(lambda: wggw.make_certificate(cert, key, ['localhost'])); "
+        "assert 'cryptography' not in sys.modules"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (tmp_path / "cert.pem").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [(ImportError("x"), ImportError), (OSError(errno.EROFS, "x"), OSError)],
+    ids=["missing package", "read-only disk"],
+)
+def test_failure_in_a_child_is_the_caller_s(raised: Exception, told: type[Exception]) -> None:
+    script = (
+        "import wggw\n"
+        "def job(): raise {error}\n"
+        "try: wggw.in_child(job)\n"
+        "except Exception as error: print(type(error).__name__, getattr(error, 'errno', None))\n"
+    ).format(error=f"{type(raised).__name__}{raised.args!r}")
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == f"{told.__name__} {getattr(raised, 'errno', None)}\n"
