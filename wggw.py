@@ -2524,6 +2524,25 @@ class Filter(NamedTuple):
     online_since: int = 0
 
 
+def open_memory() -> sqlite3.Connection:
+    """An empty database in one block of memory, which serialize() copies in one go.
+
+    An ordinary `:memory:` database is copied page by page: at 60,000 peers that takes 6 to 50 ms
+    under the lock instead of 2 to 10.
+    """
+    db = sqlite3.connect(
+        "file:wggw?vfs=memdb", uri=True, check_same_thread=False, isolation_level=None
+    )
+    configure_memory(db)
+    return db
+
+
+def configure_memory(db: sqlite3.Connection) -> None:
+    """Nobody else can open this database, and it has no disk: no locks, no syncs."""
+    db.execute("PRAGMA locking_mode = EXCLUSIVE")
+    db.execute("PRAGMA synchronous = OFF")
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring a database to the newest schema; its version is `PRAGMA user_version`."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -2584,7 +2603,7 @@ class Store:
         self._gone: dict[int, Traffic] = {}  # of deleted peers, until that is on disk
         self.snapshot_lock = threading.Lock()
         self._journal = Journal(path + ".journal", disk, vault)
-        self._db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+        self._db = open_memory()
 
     # --- start -----------------------------------------------------------------------------------
 
@@ -2623,21 +2642,22 @@ class Store:
 
     def _take_over(self, image: bytes) -> None:
         """Replace the rows by those of a database image. Raises sqlite3.Error, ValueError."""
-        source = sqlite3.connect(":memory:")
+        db = open_memory()
         try:
-            source.deserialize(image)
+            db.deserialize(image)
+            configure_memory(db)
             if image[APPLICATION_ID] == bytes(4):
-                found = source.execute("PRAGMA integrity_check(1)").fetchone()[0]
+                found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
                 if found != "ok":
                     raise ValueError(found)
-            version = source.execute("PRAGMA user_version").fetchone()[0]
+            version = db.execute("PRAGMA user_version").fetchone()[0]
             if not 1 <= version <= len(MIGRATIONS):
                 raise ValueError(f"schema version {version} is not known")
-            row = source.execute("SELECT value FROM meta WHERE name = 'number'").fetchone()
+            row = db.execute("SELECT value FROM meta WHERE name = 'number'").fetchone()
             self.number = int(row[0])
-            source.backup(self._db)
+            self._db, db = db, self._db
         finally:
-            source.close()
+            db.close()
 
     def _load_counts(self) -> None:
         self.counts.clear()
