@@ -1,9 +1,16 @@
-"""/openapi.json is the route table: every row, every field that validates, every answer."""
+"""/openapi.json is the route table: every row, every field that validates, every refusal.
+
+What is answered is compared with it in test_schemathesis.py, by random requests.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+
 import pytest
-from harness import Client
+from harness import Client, a_key, path_key, running
+from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import wggw
 
@@ -14,6 +21,10 @@ def test_it_is_served_without_a_signature_and_is_the_code_s(client: Client) -> N
     answer = client.raw("GET", "/openapi.json", b"", {})
     assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
     assert answer.body == wggw.openapi_document() == wggw.encode_json(DOCUMENT)
+
+
+def test_an_independent_validator_accepts_it() -> None:
+    OpenAPIV31SpecValidator(DOCUMENT).validate()
 
 
 def test_every_row_is_described() -> None:
@@ -35,3 +46,24 @@ def test_what_validates_is_what_is_described(route: wggw.ApiRoute) -> None:
     schema = content.get("application/json", {}).get("schema", {})
     tables = [set(s["properties"]) for s in schema.get("anyOf", [schema] if schema else [])]
     assert tables == [set(table) for table in route.bodies]
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with running(tmp_path_factory.mktemp("gateway")) as process:
+        yield process.client()
+
+
+@pytest.mark.parametrize("route", wggw.ROUTES, ids=lambda r: f"{r.method} {r.template}")
+def test_a_row_that_asks_for_a_signature_gets_one(api: Client, route: wggw.ApiRoute) -> None:
+    operation = wggw.describe_route(route)
+    path = route.template.replace("{public_key}", path_key(a_key("nobody")))
+    forged = {"signature": "0" * 64, "timestamp": str(int(time.time()))}
+    for headers in ({}, forged):
+        answer = api.raw(route.method, path, b"", headers)
+        if {} in operation["security"]:
+            assert answer.status == 200
+            continue
+        assert answer.status == 401
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert "401" in operation["responses"]
