@@ -355,6 +355,7 @@ class Config:
     max_connections: int
     max_connections_per_address: int
     max_auth_failures: int
+    privacy_scrub: int
 
 
 def _text(raw: str) -> str:
@@ -397,6 +398,11 @@ def _seconds(low: float, high: float) -> Callable[[str], float]:
         return float(raw)
 
     return parse
+
+
+def _scrub_seconds(raw: str) -> int:
+    """Not below ONLINE_SECONDS: a younger session still carries packets."""
+    return 0 if raw == "0" else _integer(ONLINE_SECONDS, 365 * 86400)(raw)
 
 
 def _one_of(*words: str) -> Callable[[str], str]:
@@ -539,6 +545,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("MAX_CONNECTIONS", "1024", _integer(8, 65536), "connections, 8 to 65536"),
     Setting("MAX_CONNECTIONS_PER_ADDRESS", "256", _integer(1, 65536), "connections, 1 to 65536"),
     Setting("MAX_AUTH_FAILURES", "100", _integer(1, 10**6), "failures a minute, 1 to 1000000"),
+    Setting("PRIVACY_SCRUB", "0", _scrub_seconds, "seconds, 180 to 31536000, or 0 for never"),
 )
 
 # Settings of the contract that this version does not serve yet: ignoring one of them would break
@@ -734,12 +741,16 @@ class WirePeer(NamedTuple):
 
 
 class PeerState(NamedTuple):
-    """A peer as an interface reports it. last_handshake in Unix seconds, 0 for never."""
+    """A peer as an interface reports it. last_handshake in Unix seconds, 0 for never.
+
+    `located`: the interface knows an endpoint, the client's address. Where it is, nobody asks.
+    """
 
     peer: WirePeer
     last_handshake: int
     rx_bytes: int
     tx_bytes: int
+    located: bool = False
 
 
 class Change(NamedTuple):
@@ -2917,6 +2928,8 @@ class Store:
 
     def restart_counters(self, public_keys: Sequence[bytes]) -> None:
         """The interface got these peers anew: it counts them from 0 again."""
+        if public_keys:
+            self._dirty = True
         self._db.executemany(
             "UPDATE traffic SET rx_seen = 0, tx_seen = 0 "
             "WHERE id = (SELECT id FROM peers WHERE public_key = ?)",
@@ -3348,6 +3361,7 @@ def _merge_peer(states: list[PeerState], state: PeerState) -> None:
 def decode_wg_peer(data: bytes) -> PeerState:
     key, psk, networks = b"", b"", b""
     handshake = rx = tx = 0
+    located = False
     for kind, value in parse_nl_attributes(data):
         if kind == WGPEER_A_PUBLIC_KEY:
             key = _exactly(value, KEY_BYTES, "public key")
@@ -3362,10 +3376,13 @@ def decode_wg_peer(data: bytes) -> PeerState:
             tx = _in_range(struct.unpack("=Q", _exactly(value, 8, "counter"))[0], MAX_INTEGER)
         elif kind == WGPEER_A_ALLOWEDIPS:
             networks = value
+        elif kind == WGPEER_A_ENDPOINT:
+            located = True
     if not key:
         raise CodecError("wireguard: a peer without a public key")
     allowed = sorted(_decode_allowed_ip(entry) for _, entry in parse_nl_attributes(networks))
-    return PeerState(WirePeer(key, psk if any(psk) else b"", tuple(allowed)), handshake, rx, tx)
+    peer = WirePeer(key, psk if any(psk) else b"", tuple(allowed))
+    return PeerState(peer, handshake, rx, tx, located)
 
 
 def _decode_allowed_ip(data: bytes) -> bytes:
@@ -3713,6 +3730,8 @@ def _uapi_peer_line(peer: dict[str, Any], name: str, value: str) -> None:
         "tx_bytes",
     ):
         peer[name] = _uapi_integer(value)
+    elif name == "endpoint":
+        peer["located"] = True
 
 
 def _uapi_state(peer: dict[str, Any]) -> PeerState:
@@ -3723,6 +3742,7 @@ def _uapi_state(peer: dict[str, Any]) -> PeerState:
         _in_range(handshake or int(peer.get("last_handshake_time_nsec", 0) != 0), MAX_TIME),
         peer.get("rx_bytes", 0),
         peer.get("tx_bytes", 0),
+        peer.get("located", False),
     )
 
 
@@ -4017,6 +4037,7 @@ class Gateway:
         self._clock = clock
         self._projection = threading.Lock()  # one reader of an interface at a time
         self._touched: set[bytes] | None = None  # keys changed while an interface is being read
+        self._newborn: dict[str, set[bytes]] = {}  # by interface: see _scrub
         self._pending: collections.deque[tuple[int, Sequence[Step]]] = collections.deque()
 
     # --- start and stop --------------------------------------------------------------------------
@@ -4564,9 +4585,47 @@ class Gateway:
             with self.lock:
                 expected = self.store.counts[interface.name, "active"]
                 wrong = not touched and len(states) != expected
+            if self.config.privacy_scrub:
+                self._scrub(interface, states, touched)
         if wrong:
             LOG.warning("%s: %d peers, not %d", interface.name, len(states), expected)
             self._reconcile(interface)
+
+    def _scrub(
+        self, interface: Interface, states: Sequence[PeerState], touched: set[bytes]
+    ) -> None:
+        """Make the interface forget where peers are that had no handshake for PRIVACY_SCRUB s.
+
+        Only removing a peer does that; it is added again in the same message. One peer at a time:
+        the kernel waits for a grace period in each removal, and requests wait for the lock. The
+        counters start again, and have just been sampled. Raises BackendError.
+        """
+        limit = int(self._clock()) - self.config.privacy_scrub
+        before, newborn = self._newborn.get(interface.name, set()), set[bytes]()
+        scrubbed = 0
+        for peer, last_handshake, *_, located in states:
+            if not located or last_handshake > limit:
+                continue
+            if not last_handshake and peer.public_key not in before:
+                newborn.add(peer.public_key)  # it may be in the middle of its first one
+                continue
+            with self.lock:
+                stored = self.store.get(encode_key(peer.public_key))
+                current = _projection(stored, interface.name)
+                if current != peer or peer.public_key in touched:
+                    continue
+                try:
+                    interface.backend.apply(
+                        [Change(peer.public_key, None), Change(peer.public_key, peer)]
+                    )
+                except BackendError as error:  # it may be gone now: repair puts it back
+                    self.failures[interface.subject] = str(error)
+                    raise
+                self.store.restart_counters([peer.public_key])
+                scrubbed += 1
+        self._newborn[interface.name] = newborn
+        if scrubbed:
+            LOG.debug("%s: forgot where %d peers are", interface.name, scrubbed)
 
     def supervise(self) -> None:
         """Put back an interface that is gone, and what a failed change left behind."""

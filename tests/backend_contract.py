@@ -273,6 +273,22 @@ class InterfaceContract(BackendContract):
         assert_is_set_up(interface.link)
         assert wg_dump(name).peers == {kept}
 
+    def test_an_endpoint_is_forgotten_when_its_peer_is_removed_and_added_in_one_message(
+        self, backend: wggw.Backend, interface: RealInterface
+    ) -> None:
+        """What PRIVACY_SCRUB relies on."""
+        wanted = peer("a", *hosts(1), psk=1)
+        put(backend, wanted)
+        name = interface.link.name
+        endpoint = ("peer", wggw.encode_key(wanted.public_key), "endpoint", "192.0.2.1:5")
+        output("wg", "set", name, *endpoint)
+        assert [state.located for state in backend.read()] == [True]
+        backend.apply(
+            [wggw.Change(wanted.public_key, None), wggw.Change(wanted.public_key, wanted)]
+        )
+        assert backend.read() == [wggw.PeerState(wanted, 0, 0, 0, located=False)]
+        assert output("wg", "show", name, "endpoints").split()[1] == "(none)"
+
     @pytest.mark.parametrize("wanted", PEERS.values(), ids=PEERS.keys())
     def test_wg_shows_the_same_peer(
         self, backend: wggw.Backend, interface: RealInterface, wanted: wggw.WirePeer
