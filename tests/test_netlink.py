@@ -116,7 +116,7 @@ DUMP_2 = octets(f"""
 
 PEER_A = WirePeer(KEY_A, PSK, (V4, V6))
 PEER_B = WirePeer(KEY_B, b"", ())
-STATES = [PeerState(PEER_A, 0x69372600, 256, 512), PeerState(PEER_B, 0, 0, 0)]
+STATES = [PeerState(PEER_A, 0x69372600, 256, 512, located=True), PeerState(PEER_B, 0, 0, 0)]
 
 
 def test_set_peer_is_the_golden_bytes() -> None:

@@ -68,7 +68,10 @@ OTHER = WirePeer(bytes.fromhex(SECOND), b"", (network("192.168.4.0", 24),))
 def test_golden_answer_is_decoded() -> None:
     device, states = decode_uapi_device(ANSWER)
     assert device == Device(bytes.fromhex(PRIVATE), 12912)
-    assert states == [PeerState(PEER, 1765200000, 0, 0), PeerState(OTHER, 0, 2224, 38333)]
+    assert states == [
+        PeerState(PEER, 1765200000, 0, 0, located=True),
+        PeerState(OTHER, 0, 2224, 38333, located=True),
+    ]
 
 
 def test_fresh_interface_has_no_key_and_no_peers() -> None:
