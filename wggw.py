@@ -54,6 +54,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import bisect
 import collections
 import contextlib
 import email.utils
@@ -4853,7 +4854,7 @@ class RequestMetrics:
             row = self._durations.get(route)
             if row is None:
                 row = self._durations[route] = [0.0] * (len(BUCKETS) + 2)
-            row[next((i for i, edge in enumerate(BUCKETS) if seconds <= edge), len(BUCKETS))] += 1
+            row[bisect.bisect_left(BUCKETS, seconds)] += 1
             row[-1] += seconds
 
     def signed(self, caller: Caller) -> None:
@@ -6166,7 +6167,7 @@ def openapi_document() -> bytes:
 
 def render_response(response: Response, keep_alive: bool, head_only: bool, date: str) -> bytes:
     """Head and body in one piece: one write, one packet."""
-    phrase = HTTPStatus(response.status).phrase
+    phrase = http.client.responses[response.status]
     extra = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
     connection = "" if keep_alive else "Connection: close\r\n"
     head = (
