@@ -35,7 +35,9 @@ The files on disk
                        AFTER: the number before the first record. NUMBER: counts up by one, or skips
                        ahead in a new file after a disk fault. DURABLE: how many bytes of this file
                        were known to be on disk when the record was written. CRC: CRC-32 (hex) of
-                       the rest of the line without it. JSON: {"put": [peer...], "del": [id...]}.
+                       the rest of the line without it. JSON: {"put": [peer...], "del": [id...]},
+                       and in a sample's records "traffic": rows of that table, in its columns'
+                       order. Rows hold totals, so that reading one twice changes nothing.
     DB_PATH.journal.previous   the journal before the last snapshot; with DB_PATH.previous and
                        DB_PATH.journal it still holds everything.
     With SNAPSHOT_KEY set (AES-256-GCM, a key for each file by HKDF from a random salt):
@@ -119,6 +121,7 @@ DEFAULT_PAGE = 100
 MAX_BATCH = 1000  # operations
 MAX_SNAPSHOT = 256 * 2**20  # bytes of an imported snapshot: 60,000 peers need about 20 MB
 MAX_INTEGER = 2**63 - 1  # SQLite's INTEGER
+MAX_TOTAL = MAX_INTEGER // 4  # bytes of a peer's traffic: two of them can still be added up
 MAX_TIME = 253402300799  # Unix seconds: the year 10000 has no RFC 3339 form
 MAX_NONCES = 2**18  # live ones: 2,000 signed requests a second for two minutes, about 40 MB
 MAX_THROTTLED = 4096  # addresses whose failures are remembered
@@ -143,6 +146,10 @@ DRAIN_SECONDS = 2.0  # how long SIGTERM waits for requests in flight (it must en
 
 FRESH_SPAN = 2**18  # a pool's never-used addresses go first up to here; then released ones: a /64
 # under churn would otherwise remember every address that it ever gave
+SWEEP_PEERS = 512  # up to here a suspension reads all counters at once: about 5 ms at most
+JOURNAL_LIMIT = 32 * 2**20  # bytes: a longer one is ended by a snapshot before its time; recovery
+# reads about 20 MB a second
+PARKED_CHUNK = 8  # removals per hold of the lock: each costs a kernel an RCU grace period
 READ_CHUNK = 500  # rows handled per hold of the domain lock by work that is O(peers): about 5 ms
 BACKEND_TIMEOUT = 10.0  # seconds for one exchange with an interface
 DAEMON_START_SECONDS = 5.0  # how long a userspace WireGuard may take to open its socket
@@ -2371,6 +2378,11 @@ class Journal:
         self._size += len(data)
         self.durable = records[-1][0]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file that are known to be on disk."""
+        return self._size
+
     def fail(self, error: OSError) -> None:
         """Acknowledge nothing until start() has begun a new file."""
         self.failure = f"{self.path}: {_reason(error)}"
@@ -2443,6 +2455,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX peers_status ON peers (status, id) WHERE status <> 'active';
     CREATE INDEX peers_expiry ON peers (expires_at)
         WHERE expires_at IS NOT NULL AND status = 'active';
+    CREATE INDEX peers_expired ON peers (expires_at) WHERE status_reason = 'expired';
     CREATE TABLE released (
         sequence INTEGER PRIMARY KEY,
         address TEXT NOT NULL UNIQUE
@@ -2467,9 +2480,9 @@ MIGRATIONS: tuple[str, ...] = (
         INSERT OR REPLACE INTO released (address)
             SELECT OLD.assigned_ipv6 WHERE OLD.assigned_ipv6 IS NOT NULL;
     END;
-    -- the interface drops a peer that is suspended or gets a new key, and counts from 0 again
-    CREATE TRIGGER counters_restarted AFTER UPDATE OF status, public_key ON peers
-    WHEN NEW.status <> 'active' OR NEW.public_key <> OLD.public_key
+    -- the interface counts a new key from 0; a suspended peer's last counters are still to come
+    CREATE TRIGGER counters_restarted AFTER UPDATE OF public_key ON peers
+    WHEN NEW.public_key <> OLD.public_key
     BEGIN
         UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = NEW.id;
     END;
@@ -2483,26 +2496,28 @@ _PUT = (
     "ON CONFLICT (id) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in Peer._fields[1:])
 )
-# The interface's counters start again when the peer or the interface is made anew.
-_SAMPLE = """
+_PUT_TRAFFIC = """
     INSERT INTO traffic (id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake)
-    SELECT id, :rx, :tx, :rx, :tx, :handshake FROM peers WHERE public_key = :key
-        AND (:rx OR :tx OR :handshake)
-    ON CONFLICT (id) DO UPDATE SET
-        rx_bytes = rx_bytes + :rx - CASE WHEN :rx >= rx_seen THEN rx_seen ELSE 0 END,
-        tx_bytes = tx_bytes + :tx - CASE WHEN :tx >= tx_seen THEN tx_seen ELSE 0 END,
-        rx_seen = :rx, tx_seen = :tx, last_handshake = max(last_handshake, :handshake)
-    WHERE rx_seen <> :rx OR tx_seen <> :tx OR last_handshake < :handshake
+    SELECT ?1, ?2, ?3, ?4, ?5, ?6 FROM peers WHERE id = ?1
+    ON CONFLICT (id) DO UPDATE SET rx_bytes = excluded.rx_bytes, tx_bytes = excluded.tx_bytes,
+        rx_seen = excluded.rx_seen, tx_seen = excluded.tx_seen,
+        last_handshake = excluded.last_handshake
+"""
+_COUNTED = """
+    SELECT p.public_key, p.status, p.quota_bytes, p.id, coalesce(t.rx_bytes, 0),
+        coalesce(t.tx_bytes, 0), coalesce(t.rx_seen, 0), coalesce(t.tx_seen, 0),
+        coalesce(t.last_handshake, 0)
+    FROM peers p LEFT JOIN traffic t ON t.id = p.id WHERE
 """
 
 
 _BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  names of this file
     f"typeof({name}) <> 'integer' OR {name} NOT BETWEEN 0 AND {limit}"
     for name, limit in (
-        ("rx_bytes", MAX_INTEGER // 4),
-        ("tx_bytes", MAX_INTEGER // 4),
-        ("rx_seen", MAX_INTEGER // 4),
-        ("tx_seen", MAX_INTEGER // 4),
+        ("rx_bytes", MAX_TOTAL),
+        ("tx_bytes", MAX_TOTAL),
+        ("rx_seen", MAX_INTEGER),
+        ("tx_seen", MAX_INTEGER),
         ("last_handshake", MAX_TIME),
     )
 )
@@ -2516,15 +2531,46 @@ class Step(NamedTuple):
     after: Peer | None
 
 
-def _sample_rows(states: Sequence[PeerState]) -> Iterator[dict[str, Any]]:
-    for state in states:
-        if state.last_handshake or state.rx_bytes or state.tx_bytes:
-            yield {
-                "key": encode_key(state.peer.public_key),
-                "rx": state.rx_bytes,
-                "tx": state.tx_bytes,
-                "handshake": state.last_handshake,
-            }
+class TrafficRow(NamedTuple):
+    """A row of the table `traffic`: totals, and what the interface counted when last looked at."""
+
+    id: int
+    rx_bytes: int
+    tx_bytes: int
+    rx_seen: int
+    tx_seen: int
+    last_handshake: int
+
+    def counted(self, rx: int, tx: int, handshake: int) -> TrafficRow:
+        """After the interface's counters were read: they start again when it is made anew."""
+        return TrafficRow(
+            self.id,
+            min(self.rx_bytes + rx - (self.rx_seen if rx >= self.rx_seen else 0), MAX_TOTAL),
+            min(self.tx_bytes + tx - (self.tx_seen if tx >= self.tx_seen else 0), MAX_TOTAL),
+            rx,
+            tx,
+            handshake or self.last_handshake,
+        )
+
+
+class Parked(NamedTuple):
+    """A key that left its peer, but not yet the interface: its last counters are to be read.
+
+    `number` is the change's record: once that is on disk the key may go.
+    """
+
+    peer_id: int
+    rx_seen: int
+    tx_seen: int
+    number: int
+
+
+class Sampled(NamedTuple):
+    """What a sample found: bytes that were new, and active peers that are over their quota."""
+
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    over_quota: tuple[str, ...] = ()
 
 
 class Filter(NamedTuple):
@@ -2581,7 +2627,10 @@ def _encode_record(content: Mapping[str, Any]) -> bytes:
         {name: value for name, value in zip(Peer._fields, peer, strict=True) if value is not None}
         for peer in content["put"]
     ]
-    return _RECORD_ENCODER.encode({"put": put, "del": content["del"]}).encode("ascii")
+    record = {"put": put, "del": content["del"]}
+    if content.get("traffic"):
+        record["traffic"] = content["traffic"]
+    return _RECORD_ENCODER.encode(record).encode("ascii")
 
 
 def _decode_record(content: bytes) -> dict[str, Any]:
@@ -2589,6 +2638,7 @@ def _decode_record(content: bytes) -> dict[str, Any]:
     return {
         "put": [Peer(**{**_DEFAULTS, **row}) for row in record["put"]],
         "del": record["del"],
+        "traffic": [TrafficRow(*map(int, row)) for row in record.get("traffic", ())],
     }
 
 
@@ -2612,7 +2662,7 @@ class Store:
         self._snapshot_number = 0  # the last record that the snapshot on disk holds
         self._previous_end = 0  # the last record of the journal before the current one
         self._saved: collections.Counter[tuple[str, str]] | None = None  # counts before apply()
-        self._gone: dict[int, Traffic] = {}  # of deleted peers, until that is on disk
+        self._gone: dict[int, TrafficRow] = {}  # of deleted peers, until that is on disk
         self.snapshot_lock = threading.Lock()
         self._journal = Journal(path + ".journal", disk, vault)
         self._db = open_memory()
@@ -2791,6 +2841,13 @@ class Store:
         )
         return [Peer._make(row) for row in rows]
 
+    def not_expired(self, now: int, limit: int) -> list[Peer]:
+        """Peers that were suspended for a time that has not come: the clock was set back."""
+        rows = self._db.execute(
+            f"{_SELECT} WHERE status_reason = 'expired' AND expires_at > ? LIMIT ?", (now, limit)
+        )
+        return [Peer._make(row) for row in rows]
+
     def online(self, since: int) -> int:
         """How many peers had a handshake after `since` (Unix seconds)."""
         row = self._db.execute(  # the literal term lets the partial index serve
@@ -2821,7 +2878,7 @@ class Store:
         content = _content(steps)
         if self.durable >= self.number:  # nothing can be undone any more
             self._gone.clear()
-        gone = {peer_id: self.traffic(peer_id) for peer_id in content["del"]}
+        gone = {peer_id: self.traffic_row(peer_id) for peer_id in content["del"]}
         if any(before for before, _ in steps):  # new peers alone are taken back by deleting them
             self._saved = self.counts.copy()
             self._db.execute("SAVEPOINT steps")
@@ -2861,14 +2918,11 @@ class Store:
         for step in steps:
             traffic = self._gone.get(step.before.id) if step.before else None
             if step.before and not step.after and traffic:
-                self._db.execute(  # the interface has the peer anew: it counts from 0
-                    "INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, 0, 0, ?)",
-                    (step.before.id, *traffic),
-                )
+                self._db.execute(_PUT_TRAFFIC, traffic)
 
     def _apply(self, content: Mapping[str, Any]) -> None:
         """The one way in which a change reaches the rows: live, replayed and undone."""
-        if len(content["put"]) + len(content["del"]) == 1:  # a single statement is atomic
+        if sum(map(len, content.values())) == 1:  # a single statement is atomic
             self._apply_rows(content)
             return
         before = self.counts.copy()
@@ -2887,6 +2941,8 @@ class Store:
             self._delete(peer_id)
         for peer in content["put"]:
             self._put(peer)
+        if "traffic" in content:
+            self._db.executemany(_PUT_TRAFFIC, content["traffic"])
 
     def _put(self, peer: Peer) -> None:
         if peer.id < self._next_id:  # it may be there already
@@ -2909,13 +2965,70 @@ class Store:
             raise sqlite3.IntegrityError(f"no peer with id {peer_id}")
         self.counts[old[0]] -= 1
 
-    def sample(self, states: Sequence[PeerState]) -> None:
+    def traffic_row(self, peer_id: int) -> TrafficRow:
+        row = self._db.execute("SELECT * FROM traffic WHERE id = ?", (peer_id,)).fetchone()
+        return TrafficRow._make(row) if row else TrafficRow(peer_id, 0, 0, 0, 0, 0)
+
+    def sample(self, states: Sequence[PeerState]) -> Sampled:
         """Add what the interface counted since the last sample to the peers' totals."""
-        before = self._db.total_changes
-        with self._transaction():
-            self._db.executemany(_SAMPLE, _sample_rows(states))
-        if self._db.total_changes != before:
-            self._dirty = True
+        counted = {
+            encode_key(state.peer.public_key): state
+            for state in states
+            if state.last_handshake or state.rx_bytes or state.tx_bytes
+        }
+        rows = self._db.execute(
+            f"{_COUNTED} p.public_key IN ({', '.join('?' * len(counted))})", tuple(counted)
+        )
+        changed: list[TrafficRow] = []
+        rx = tx = 0
+        over: list[str] = []
+        for key, status, quota, *numbers in rows:
+            before = TrafficRow._make(numbers)
+            state = counted[key]
+            after = before.counted(state.rx_bytes, state.tx_bytes, state.last_handshake)
+            if after == before:
+                continue
+            changed.append(after)
+            rx += after.rx_bytes - before.rx_bytes
+            tx += after.tx_bytes - before.tx_bytes
+            if quota is not None and status == "active" and after.rx_bytes + after.tx_bytes > quota:
+                over.append(key)
+        self.write_traffic(changed)
+        return Sampled(rx, tx, tuple(over))
+
+    def sample_parked(self, entries: Sequence[tuple[bytes, Parked, PeerState | None]]) -> Sampled:
+        """Add the last counters of keys that the interface has dropped; None: they are lost."""
+        rx = tx = 0
+        changed: list[TrafficRow] = []
+        for key, parked, state in entries:
+            row = self._db.execute(f"{_COUNTED} p.id = ?", (parked.peer_id,)).fetchone()
+            if row is None:
+                continue
+            before = TrafficRow._make(row[3:])
+            after = before._replace(rx_seen=parked.rx_seen, tx_seen=parked.tx_seen)
+            if state is not None:
+                handshake = max(state.last_handshake, before.last_handshake)
+                after = after.counted(state.rx_bytes, state.tx_bytes, handshake)
+            own = row[0] == encode_key(key)  # or the peer has another key, which is counted on
+            after = after._replace(
+                rx_seen=0 if own else before.rx_seen, tx_seen=0 if own else before.tx_seen
+            )
+            changed.append(after)
+            rx += after.rx_bytes - before.rx_bytes
+            tx += after.tx_bytes - before.tx_bytes
+        self.write_traffic(changed)
+        return Sampled(rx, tx)
+
+    def write_traffic(self, rows: Sequence[TrafficRow]) -> None:
+        """Put rows into the table and, while the disk works, into the journal."""
+        if not rows:
+            return
+        content = {"put": [], "del": [], "traffic": rows}
+        self._apply(content)
+        self._dirty = True
+        if self.durability != "none" and not self.failure:  # the snapshot that mends it has them
+            self.number += 1
+            self._journal.append(self.number, functools.partial(_encode_record, content))
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -2929,12 +3042,32 @@ class Store:
 
     def restart_counters(self, public_keys: Sequence[bytes]) -> None:
         """The interface got these peers anew: it counts them from 0 again."""
-        if public_keys:
-            self._dirty = True
+        rows = [
+            TrafficRow._make(row)
+            for key in public_keys
+            for row in self._db.execute(
+                "SELECT * FROM traffic WHERE rx_seen + tx_seen > 0 "
+                "AND id = (SELECT id FROM peers WHERE public_key = ?)",
+                (encode_key(key),),
+            )
+        ]
+        self.write_traffic([row._replace(rx_seen=0, tx_seen=0) for row in rows])
+
+    def restart_suspended(self) -> None:
+        """No interface has a suspended peer: when one comes back, it is counted from 0."""
+        rows = self._db.execute(
+            "SELECT t.* FROM peers p JOIN traffic t ON t.id = p.id "
+            "WHERE p.status = 'suspended' AND p.status <> 'active' AND t.rx_seen + t.tx_seen > 0"
+        ).fetchall()
+        for start in range(0, len(rows), READ_CHUNK):
+            chunk = [TrafficRow._make(row) for row in rows[start : start + READ_CHUNK]]
+            self.write_traffic([row._replace(rx_seen=0, tx_seen=0) for row in chunk])
+
+    def set_seen(self, entries: Sequence[Parked]) -> None:
+        """After an undone change: the interface counts on from here."""
         self._db.executemany(
-            "UPDATE traffic SET rx_seen = 0, tx_seen = 0 "
-            "WHERE id = (SELECT id FROM peers WHERE public_key = ?)",
-            [(encode_key(public_key),) for public_key in public_keys],
+            "UPDATE traffic SET rx_seen = ?, tx_seen = ? WHERE id = ?",
+            [(entry.rx_seen, entry.tx_seen, entry.peer_id) for entry in entries],
         )
 
     def over_quota(self, after: int, limit: int) -> list[Peer]:
@@ -2959,6 +3092,10 @@ class Store:
     @property
     def durable(self) -> int:
         return self._journal.durable if self.durability == "commit" else self.number
+
+    @property
+    def journal_is_long(self) -> bool:
+        return self._journal.size > JOURNAL_LIMIT
 
     def wait(self, number: int) -> None:
         """Return when the change is as safe as DURABILITY promises. Raises DiskError."""
@@ -4001,6 +4138,20 @@ class Outcome(NamedTuple):
     number: int
 
 
+class InterfaceTraffic(NamedTuple):
+    """What an interface's peers sent and received, as of the last sample.
+
+    Bytes since the gateway's start; bytes a second between the last two samples; `time` of the
+    last one by the monotonic clock, 0.0 before it.
+    """
+
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    rx_rate: float = 0.0
+    tx_rate: float = 0.0
+    time: float = 0.0
+
+
 class SyncResult(NamedTuple):
     """What reconcile() did, in peers."""
 
@@ -4039,6 +4190,11 @@ class Gateway:
         self._projection = threading.Lock()  # one reader of an interface at a time
         self._touched: set[bytes] | None = None  # keys changed while an interface is being read
         self._newborn: dict[str, set[bytes]] = {}  # by interface: see _scrub
+        self._parked: dict[str, dict[bytes, Parked]] = collections.defaultdict(dict)
+        self._counted: dict[str, tuple[int, int]] = {}  # bytes received and sent, by interface
+        self._over_quota: set[str] = set()  # public keys to look at
+        self._parking_psk = secrets.token_bytes(KEY_BYTES)  # no client has it: no handshake
+        self.traffic: dict[str, InterfaceTraffic] = {}
         self._pending: collections.deque[tuple[int, Sequence[Step]]] = collections.deque()
 
     # --- start and stop --------------------------------------------------------------------------
@@ -4061,6 +4217,12 @@ class Gateway:
                 LOG.info("%s (%s): %s", interface.name, interface.backend.kind, result)
         except BackendError as error:
             raise StartError(str(error)) from None
+        with self.lock:
+            self.store.restart_suspended()
+        self._find_over_quota()
+        self._suspend_over_quota()
+        for name in self.interfaces:
+            self._rate(name)
         self.ready = True
 
     def _add_interface(self, settings: InterfaceSettings, link: Link, backend: Backend) -> None:
@@ -4137,10 +4299,14 @@ class Gateway:
 
     def set_status(self, public_key: str, status: str) -> Outcome:
         """Suspend or activate; nothing to do is as good as done."""
-        return self._do(self._set_status, {"public_key": public_key, "status": status})
+        outcome = self._do(self._set_status, {"public_key": public_key, "status": status})
+        self._sweep()
+        return outcome
 
     def delete(self, public_key: str) -> Outcome:
-        return self._do(self._delete, {"public_key": public_key})
+        outcome = self._do(self._delete, {"public_key": public_key})
+        self._sweep()
+        return outcome
 
     def update(self, public_key: str, fields: Mapping[str, Any]) -> Outcome:
         """Change what a PATCH may change; undoes a suspension that the new values answer."""
@@ -4148,7 +4314,16 @@ class Gateway:
 
     def rotate(self, public_key: str, new_public_key: str) -> Outcome:
         """Give a peer a new key; all else stays."""
-        return self._do(self._rotate, {"public_key": public_key, "new": new_public_key})
+        new = decode_key(new_public_key)
+        if any(new in parked for parked in self._parked.values()):
+            try:  # a key that was left a moment ago: its last counters must be read before
+                self.sample()
+            except BackendError as error:
+                LOG.error("%s", error)
+                raise Unavailable("the interface is not usable") from None
+        outcome = self._do(self._rotate, {"public_key": public_key, "new": new_public_key})
+        self._sweep()
+        return outcome
 
     def batch(
         self, operations: Sequence[tuple[str, Mapping[str, Any]] | GatewayError]
@@ -4179,6 +4354,7 @@ class Gateway:
             numbers.append(self._last_pending())
         with contextlib.suppress(Unavailable):  # each result is looked at below
             self._settle(max(numbers))
+        self._sweep()
         lost = Unavailable("the disk refused the change: nothing was changed")
         return [
             lost if isinstance(r, Outcome) and self.store.is_lost(r.number) else r for r in results
@@ -4289,11 +4465,7 @@ class Gateway:
             after = after._replace(tunnel_traffic=",".join(families))
         if "preshared_key" in fields:
             after = after._replace(preshared_key=_real_psk(fields["preshared_key"]))
-        if peer.status_reason is not None:
-            with contextlib.suppress(Conflict):  # what it was suspended for still holds
-                self._check_may_be_active(after)
-                after = after._replace(status="active", status_reason=None)
-        return self._replace(peer, after)
+        return self._replace(peer, self._judged(after))
 
     def _rotate(self, fields: Mapping[str, Any]) -> Outcome:
         peer = self._known(fields["public_key"])
@@ -4317,11 +4489,30 @@ class Gateway:
             raise NotFound("no peer has this public key")
         return peer
 
-    def _check_may_be_active(self, peer: Peer) -> None:
+    def _over(self, peer: Peer) -> str | None:
+        """Why the peer may not be active: "expired", "quota", or None."""
         if peer.expires_at is not None and peer.expires_at <= self._clock():
+            return "expired"
+        if peer.quota_bytes is not None:
+            traffic = self.store.traffic(peer.id)
+            if traffic.rx_bytes + traffic.tx_bytes > peer.quota_bytes:
+                return "quota"
+        return None
+
+    def _judged(self, peer: Peer) -> Peer:
+        """The peer as expiry and quota want it; a suspension by the backend stays."""
+        if peer.status == "suspended" and peer.status_reason is None:
+            return peer
+        reason = self._over(peer)
+        return peer._replace(
+            status="active" if reason is None else "suspended", status_reason=reason
+        )
+
+    def _check_may_be_active(self, peer: Peer) -> None:
+        reason = self._over(peer)
+        if reason == "expired" and peer.expires_at is not None:
             raise Conflict(f"expires_at: the peer expired at {rfc3339(peer.expires_at)}")
-        traffic = self.store.traffic(peer.id)
-        if peer.quota_bytes is not None and traffic.rx_bytes + traffic.tx_bytes > peer.quota_bytes:
+        if reason == "quota":
             raise Conflict(f"quota_bytes: the peer has used up its {peer.quota_bytes} bytes")
 
     def _new_peer(self, fields: Mapping[str, Any]) -> Peer:
@@ -4414,40 +4605,108 @@ class Gateway:
         if self.failures:
             for name in {peer.interface for step in steps for peer in step if peer}:
                 self._check_usable(name)
+        rows = self._rows(steps)
         try:
             self.store.apply(steps)
         except sqlite3.IntegrityError:
             raise Conflict("the key or an address is in use") from None
+        parked: list[tuple[str, bytes]] = []
         try:
             for interface in self.interfaces.values():
-                self._project(interface, steps)
+                parked += self._project(interface, steps, rows)
         except BackendError as error:
             LOG.error("%s", error)
             self._project_back(steps)
             self.store.revert(steps)
             raise Unavailable("the interface is not usable") from None
         number = self.store.commit(steps)
+        for name, key in parked:
+            self._parked[name][key] = self._parked[name][key]._replace(number=number)
         self._move_addresses(steps)
         while self._pending and self._pending[0][0] <= self.store.durable:
             self._pending.popleft()
         self._pending.append((number, steps))
         return number
 
-    def _project(self, interface: Interface, steps: Sequence[Step]) -> None:
-        changes = [c for s in steps for c in _interface_changes(s, interface.name)]
+    def _project(
+        self, interface: Interface, steps: Sequence[Step], rows: Mapping[int, TrafficRow] | None
+    ) -> list[tuple[str, bytes]]:
+        """Bring an interface from `before` to `after`; returns what was parked: (interface, key).
+
+        What leaves an interface is parked first: without allowed IPs, and with a preshared key
+        that no client has, no packet passes and no handshake succeeds, while its last counters
+        can still be read. The next reading removes it: see _account(). `rows` has the traffic of
+        peers as it was before the steps; without it nothing is parked.
+        """
+        name = interface.name
+        parked: list[tuple[str, bytes]] = []
+        changes: list[Change] = []
+        for step in steps:
+            for change in _interface_changes(step, name):
+                if change.peer is None and step.before and rows is not None:
+                    parked.append((name, change.public_key))
+                    change = self._park(name, change.public_key, rows[step.before.id])
+                elif (
+                    change.peer
+                    and self._parked[name]
+                    and not self._unpark(name, change.public_key, step)
+                ):
+                    changes.append(Change(change.public_key, None))
+                changes.append(change)
         if changes:
             if self._touched is not None:
                 self._touched.update(change.public_key for change in changes)
             interface.backend.apply(changes)
+        return parked
 
-    def _project_back(self, steps: Sequence[Step]) -> None:
-        """Put the interfaces back; where that fails too, the next check repairs it."""
+    def _rows(self, steps: Sequence[Step]) -> dict[int, TrafficRow]:
+        """What was counted of the peers that the steps change."""
+        return {
+            step.before.id: self.store.traffic_row(step.before.id) for step in steps if step.before
+        }
+
+    def _park(self, name: str, key: bytes, row: TrafficRow) -> Change:
+        # Not to be removed before the change is on disk: until then it may have to be undone.
+        self._parked[name][key] = Parked(row.id, row.rx_seen, row.tx_seen, MAX_INTEGER)
+        return Change(key, WirePeer(key, self._parking_psk, ()))
+
+    def _unpark(self, name: str, key: bytes, step: Step) -> bool:
+        """Whether the interface may count on from what it has for this key: it is the same peer.
+
+        Otherwise it must begin anew, so that nothing is counted for two peers, or twice.
+        """
+        parked = self._parked[name].pop(key, None)
+        return parked is None or (
+            step.before is not None
+            and step.after is not None
+            and parked.peer_id == step.after.id
+            and step.before.public_key == step.after.public_key
+        )
+
+    def _project_back(self, steps: Sequence[Step], counted: bool = False) -> list[Parked]:
+        """Put the interfaces back; where that fails too, the next check repairs it.
+
+        Returns what has been counted of those that come back. `counted`: those that go were there
+        for long enough to be counted, too.
+        """
         inverse = [Step(step.after, step.before) for step in reversed(steps)]
+        rows = self._rows(inverse) if counted else None
+        back: list[Parked] = []
         for interface in self.interfaces.values():
+            back += self._unpark_all(interface.name, steps)
             try:
-                self._project(interface, inverse)
+                for name, key in self._project(interface, inverse, rows):
+                    self._parked[name][key] = self._parked[name][key]._replace(number=0)
             except BackendError as error:
                 self.failures[interface.subject] = str(error)
+        return back
+
+    def _unpark_all(self, name: str, steps: Sequence[Step]) -> Iterator[Parked]:
+        for step in steps:
+            for change in _interface_changes(step, name):
+                if change.peer is None and step.before:
+                    parked = self._parked[name].pop(change.public_key, Parked(0, 0, 0, 0))
+                    yield parked._replace(peer_id=step.before.id)
 
     def _move_addresses(self, steps: Sequence[Step]) -> None:
         for before, after in steps:
@@ -4471,6 +4730,7 @@ class Gateway:
             LOG.error("%s", error)
             with self.lock:
                 self._undo_pending()
+            self._sweep()
             raise Unavailable("the disk refused the change: nothing was changed") from None
 
     def _undo_pending(self) -> None:
@@ -4484,8 +4744,9 @@ class Gateway:
         durable = self.store.durable
         while self._pending and self._pending[-1][0] > durable:
             _, steps = self._pending.pop()
-            self._project_back(steps)
+            counted = self._project_back(steps, counted=True)
             self.store.undo(steps)
+            self.store.set_seen(counted)
             self._move_addresses([Step(s.after, s.before) for s in reversed(steps)])
 
     # --- the interface as a projection -----------------------------------------------------------
@@ -4535,7 +4796,11 @@ class Gateway:
 
     def _bring_in_line(self, interface: Interface) -> SyncResult:
         with self._watching() as touched:
-            actual = {state.peer.public_key: state.peer for state in interface.backend.read()}
+            with self.lock:
+                parked = set(self._parked[interface.name])
+            states = interface.backend.read()
+            self._account(interface, states, touched, whole=True)
+            actual = {s.peer.public_key: s.peer for s in states if s.peer.public_key not in parked}
             present = len(actual)
             plan = list(diff(self._desired(interface.name), actual))
             plan.sort(key=lambda entry: entry[0] != "removed")  # an address may have moved
@@ -4575,21 +4840,20 @@ class Gateway:
             self._each(self.interfaces.values(), self._sample)
         finally:
             self._suspend_over_quota()
+            if self.store.durability == "commit":
+                self.flush()
 
     def _sample(self, interface: Interface) -> None:
         with self._watching() as touched:
-            states = interface.backend.read(whole=False)
-            for start in range(0, len(states), READ_CHUNK):
-                with self.lock:
-                    chunk = states[start : start + READ_CHUNK]
-                    self.store.sample([s for s in chunk if s.peer.public_key not in touched])
+            states, present = self._read(interface, touched)
             with self.lock:
                 expected = self.store.counts[interface.name, "active"]
-                wrong = not touched and len(states) != expected
+                wrong = not touched and present != expected
+            self._rate(interface.name)
             if self.config.privacy_scrub:
                 self._scrub(interface, states, touched)
         if wrong:
-            LOG.warning("%s: %d peers, not %d", interface.name, len(states), expected)
+            LOG.warning("%s: %d peers, not %d", interface.name, present, expected)
             self._reconcile(interface)
 
     def _scrub(
@@ -4628,6 +4892,82 @@ class Gateway:
         if scrubbed:
             LOG.debug("%s: forgot where %d peers are", interface.name, scrubbed)
 
+    def _read(self, interface: Interface, touched: set[bytes]) -> tuple[Sequence[PeerState], int]:
+        """Take one interface's counters; returns its peers, and how many are not parked."""
+        with self.lock:
+            parked = set(self._parked[interface.name])
+        states = interface.backend.read(whole=False)
+        self._account(interface, states, touched, whole=False)
+        return states, sum(state.peer.public_key not in parked for state in states)
+
+    def _account(
+        self, interface: Interface, states: Sequence[PeerState], touched: set[bytes], whole: bool
+    ) -> None:
+        """Add what was counted to the totals, and take parked keys off the interface.
+
+        `touched` are keys that changed while it was read: what was read of them is stale.
+        """
+        parked = self._parked[interface.name]
+        for start in range(0, len(states), READ_CHUNK):
+            with self.lock:
+                skipped = touched | parked.keys() if parked else touched
+                chunk = states[start : start + READ_CHUNK]
+                self._tally(
+                    interface.name,
+                    self.store.sample([s for s in chunk if s.peer.public_key not in skipped]),
+                )
+        if not parked:
+            return
+        counted = {s.peer.public_key: s for s in states if s.peer.public_key in parked}
+        keys = list(counted if not whole else parked)
+        for start in range(0, len(keys), PARKED_CHUNK):
+            with self.lock:
+                entries = [
+                    (key, parked[key], counted.get(key))
+                    for key in keys[start : start + PARKED_CHUNK]
+                    if key in parked
+                    and key not in touched
+                    and parked[key].number <= self.store.durable
+                ]
+                # Removed first: a crash in between loses these bytes rather than counts them twice.
+                interface.backend.apply([Change(key, None) for key, _, _ in entries])
+                self._tally(interface.name, self.store.sample_parked(entries))
+                for key, _, _ in entries:
+                    del parked[key]
+
+    def _tally(self, name: str, sampled: Sampled) -> None:
+        rx, tx = self._counted.get(name, (0, 0))
+        self._counted[name] = (rx + sampled.rx_bytes, tx + sampled.tx_bytes)
+        self._over_quota.update(sampled.over_quota)
+
+    def _rate(self, name: str) -> None:
+        """Note what was counted between the last two samples of an interface."""
+        last, now = self.traffic.get(name), time.monotonic()
+        rx, tx = self._counted.get(name, (0, 0))
+        seconds = now - last.time if last else 0.0
+        if last is None or seconds <= 0:
+            self.traffic[name] = InterfaceTraffic(rx, tx, 0.0, 0.0, now)
+            return
+        rates = ((rx - last.rx_bytes) / seconds, (tx - last.tx_bytes) / seconds)
+        self.traffic[name] = InterfaceTraffic(rx, tx, *rates, now)
+
+    def _sweep(self) -> None:
+        """Take parked keys off interfaces at once where reading all counters costs little.
+
+        Whoever waits for another one's reading finds that it has done his as well. On larger
+        interfaces it is the next sample's work: a request's cost is bounded.
+        """
+        for name, interface in self.interfaces.items():
+            size = self.store.counts[name, "active"] + len(self._parked[name])
+            if not self._parked[name] or size > SWEEP_PEERS:
+                continue
+            try:
+                with self._watching() as touched:
+                    if self._parked[name]:
+                        self._read(interface, touched)
+            except BackendError as error:  # nothing passes; the next sample tries again
+                LOG.error("%s", error)
+
     def supervise(self) -> None:
         """Put back an interface that is gone, and what a failed change left behind."""
         for interface in self.interfaces.values():
@@ -4644,34 +4984,52 @@ class Gateway:
                 LOG.error("%s", error)
 
     def expire(self) -> None:
-        """Suspend every peer whose time has come."""
-        while True:
-            with self.lock:
-                peers = self.store.expired(int(self._clock()), READ_CHUNK)
-            if not self._suspend(peers, "expired"):
-                return
+        """Suspend every peer whose time has come, and undo that when the clock was set back."""
+        for find in (self.store.expired, self.store.not_expired):
+            while True:
+                with self.lock:
+                    peers = find(int(self._clock()), READ_CHUNK)
+                if not self._judge(peers):
+                    break
 
     def _suspend_over_quota(self) -> None:
+        """Look at those that a sample found; those that could not be suspended come again."""
+        with self.lock:
+            keys = list(self._over_quota)
+            self._over_quota.clear()
+        for start in range(0, len(keys), READ_CHUNK):
+            with self.lock:
+                found = [self.store.get(key) for key in keys[start : start + READ_CHUNK]]
+                peers = [peer for peer in found if peer and self._judged(peer) != peer]
+            if self._judge(peers) < len(peers):
+                with self.lock:
+                    self._over_quota.update(peer.public_key for peer in peers)
+
+    def _find_over_quota(self) -> None:
+        """Look at every peer that has a quota: after rows came from elsewhere."""
         after = 0
         while True:
             with self.lock:
                 peers = self.store.over_quota(after, READ_CHUNK)
-            self._suspend(peers, "quota")
+                self._over_quota.update(peer.public_key for peer in peers)
             if not peers:
                 return
             after = peers[-1].id
 
-    def _suspend(self, peers: Sequence[Peer], reason: str) -> int:
-        """Suspend those that did not change meanwhile; returns how many."""
+    def _judge(self, peers: Sequence[Peer]) -> int:
+        """Suspend or activate those that did not change meanwhile; returns how many."""
         count = number = 0
         for peer in peers:
             with self.lock, contextlib.suppress(GatewayError):
                 if self.store.get(peer.public_key) == peer:
-                    after = peer._replace(status="suspended", status_reason=reason)
-                    number = self._change([Step(peer, after)])
+                    after = self._judged(peer)
+                    if after != peer:
+                        number = self._change([Step(peer, after)])
                     count += 1
         with contextlib.suppress(Unavailable):  # undone, and tried again by the next tick
             self._settle(number)
+        if count:
+            self._sweep()
         return count
 
     # --- the disk --------------------------------------------------------------------------------
@@ -4721,10 +5079,12 @@ class Gateway:
                 LOG.error("import: %s", _reason(error))
                 raise Unavailable("the disk refused the snapshot: nothing was changed") from None
             self._pending.clear()
+            self._parked.clear()
             for name, interface in self.interfaces.items():
                 self.interfaces[name] = interface._replace(pools=pools[name])
         try:
             LOG.info("import: %s", self.reconcile())
+            self._find_over_quota()
         except BackendError as error:
             for interface in self.interfaces.values():  # the next check finds out which it is
                 self.failures[interface.subject] = str(error)
@@ -4732,8 +5092,8 @@ class Gateway:
         return self.peer_count()
 
     def heal(self) -> None:
-        """After a disk fault: keep trying to write a fresh snapshot."""
-        if self.store.failure or "snapshot" in self.failures:
+        """After a disk fault keep trying to write a fresh snapshot; end a journal that is long."""
+        if self.store.failure or "snapshot" in self.failures or self.store.journal_is_long:
             self.snapshot()
 
     def flush(self) -> None:
@@ -6714,14 +7074,15 @@ class Service:
     def _start_timers(config: Config, gateway: Gateway, host: HostMetrics) -> list[Timer]:
         projection = [
             (SUPERVISE_SECONDS, gateway.supervise),
-            (SUPERVISE_SECONDS / 2, gateway.expire),
             (config.sample_interval, gateway.sample),
             (SUPERVISE_SECONDS, host.tick),
         ]
         disk = [(config.snapshot_interval, gateway.snapshot), (SUPERVISE_SECONDS, gateway.heal)]
         if config.durability == "interval":
             disk.append((DURABILITY_INTERVAL, gateway.flush))
-        timers = [Timer("interface", projection), Timer("disk", disk)]
+        # Expiry has a thread of its own: reading 60,000 counters may take longer than a second.
+        expiry = [(SUPERVISE_SECONDS / 2, gateway.expire)]
+        timers = [Timer("interface", projection), Timer("disk", disk), Timer("expiry", expiry)]
         for timer in timers:
             timer.start()
         return timers
