@@ -957,33 +957,39 @@ def _field_obfuscation(value: Any) -> bool:
 class Field(NamedTuple):
     """A field of a body or a query: its parser, what it accepts in an error's words, its schema.
 
-    Where it is not required, null is as good as absent, unless `null` says that it is a value.
+    `note` says what it is for, in the description. Where it is not required, null is as good as
+    absent, unless `null` says that it is a value.
     """
 
     parse: Callable[[Any], Any]
     accepts: str
     schema: Schema
+    note: str = ""
     required: bool = False
     null: bool = False
 
+    @property
+    def description(self) -> str:
+        return f"{self.accepts}; {self.note}" if self.note else self.accepts
 
-def integer_field(low: int, high: int, accepts: str) -> Field:
+
+def integer_field(low: int, high: int, accepts: str, note: str = "") -> Field:
     def parse(value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ValueError
         return value
 
-    return Field(parse, accepts, {"type": "integer", "minimum": low, "maximum": high})
+    return Field(parse, accepts, {"type": "integer", "minimum": low, "maximum": high}, note)
 
 
-def choice_field(words: Sequence[str], accepts: str = "") -> Field:
+def choice_field(words: Sequence[str], accepts: str = "", note: str = "") -> Field:
     def parse(value: Any) -> str:
         if not isinstance(value, str) or value not in words:
             raise ValueError
         return value
 
     accepts = accepts or f"one of {', '.join(words)}"
-    return Field(parse, accepts, {"type": "string", "enum": list(words)})
+    return Field(parse, accepts, {"type": "string", "enum": list(words)}, note)
 
 
 def nullable(row: Field) -> Field:
@@ -992,7 +998,8 @@ def nullable(row: Field) -> Field:
     def parse(value: Any) -> Any:
         return None if value is None else row.parse(value)
 
-    return Field(parse, f"{row.accepts}, or null", or_null(row.schema), row.required, True)
+    accepts = f"{row.accepts}, or null"
+    return row._replace(parse=parse, accepts=accepts, schema=or_null(row.schema), null=True)
 
 
 def or_null(schema: Schema) -> Schema:
@@ -1016,26 +1023,64 @@ PUBLIC_KEY_FIELD = Field(
 
 CREATE_FIELDS: dict[str, Field] = {
     "public_key": PUBLIC_KEY_FIELD,
-    "request_id": Field(_field_text, f"a text of at most {MAX_TEXT} characters", TEXT_SCHEMA),
-    "protocol": choice_field((*FAMILIES, "dual"), 'null, "ipv4", "ipv6" or "dual"'),
-    "tunnel_traffic": Field(_field_families, 'a list of "ipv4", "ipv6"', FAMILIES_SCHEMA),
-    "port": integer_field(1, 65535, "a port that the gateway listens on"),
-    "dns": Field(_field_text, "a key of DNS_SERVERS", TEXT_SCHEMA),
-    "preshared_key": Field(_field_key, "44 characters of base64, 32 bytes", KEY_SCHEMA),
-    "persistent_keepalive": integer_field(0, 65535, "seconds, 0 to 65535"),
-    "expires_at": Field(_field_time, "an RFC 3339 time with a zone", TIME_SCHEMA),
-    "quota_bytes": integer_field(0, MAX_INTEGER, "a number of bytes, 0 or more"),
-    "assigned_ip": Field(_field_ipv4, "an IPv4 address", {"type": "string", "format": "ipv4"}),
-    "assigned_ipv6": Field(_field_ipv6, "an IPv6 address", {"type": "string", "format": "ipv6"}),
+    "request_id": Field(
+        _field_text, f"a text of at most {MAX_TEXT} characters", TEXT_SCHEMA, "kept and shown"
+    ),
+    "protocol": choice_field(
+        (*FAMILIES, "dual"),
+        'null, "ipv4", "ipv6" or "dual"',
+        "an address is assigned in each, and in those of tunnel_traffic; in IPv4 without either",
+    ),
+    "tunnel_traffic": Field(
+        _field_families,
+        'a list of "ipv4", "ipv6"',
+        FAMILIES_SCHEMA,
+        "what the client sends through the tunnel, default the families of its addresses",
+    ),
+    "port": integer_field(
+        1, 65535, "a port that the gateway listens on", "UDP, default WG_DEFAULT_PORT"
+    ),
+    "dns": Field(_field_text, "a key of DNS_SERVERS", TEXT_SCHEMA, "default the first"),
+    "preshared_key": Field(
+        _field_key,
+        "44 characters of base64, 32 bytes",
+        KEY_SCHEMA,
+        "shown in ?format=wg-quick only",
+    ),
+    "persistent_keepalive": integer_field(
+        0, 65535, "seconds, 0 to 65535", "for the client's configuration, default 25"
+    ),
+    "expires_at": Field(
+        _field_time, "an RFC 3339 time with a zone", TIME_SCHEMA, "when the peer is suspended"
+    ),
+    "quota_bytes": integer_field(
+        0,
+        MAX_INTEGER,
+        "a number of bytes, 0 or more",
+        "received and sent together: when it has used more, the peer is suspended",
+    ),
+    "assigned_ip": Field(
+        _field_ipv4, "an IPv4 address", {"type": "string", "format": "ipv4"}, "ask for this one"
+    ),
+    "assigned_ipv6": Field(
+        _field_ipv6, "an IPv6 address", {"type": "string", "format": "ipv6"}, "ask for this one"
+    ),
     "obfuscation": Field(
         _field_obfuscation,
         'an object with "enabled": true or false',
         {"type": ["object", "boolean"], "properties": {"enabled": {"type": "boolean"}}},
+        "whether the peer lives on the AmneziaWG interface",
     ),
 }
 
 SEALED_FIELDS: dict[str, Field] = {
-    "encrypted_payload": Field(_field_long_text, "base64 text", {"type": "string"}),
+    "encrypted_payload": Field(
+        _field_long_text,
+        "base64 text",
+        {"type": "string"},
+        "the other fields, encrypted: they win over those in clear",
+        required=True,
+    ),
 }
 
 # What a PATCH may change; null takes away what may be missing, and is refused elsewhere.
@@ -1078,7 +1123,7 @@ def fields_schema(table: Mapping[str, Field]) -> Schema:
         "properties": {
             name: {
                 **(row.schema if row.required or row.null else or_null(row.schema)),
-                "description": row.accepts,
+                "description": row.description,
             }
             for name, row in table.items()
         },
@@ -5602,6 +5647,7 @@ BATCH_FIELDS: dict[str, Field] = {
                 ]
             },
         },
+        'each has "op", "public_key" and, where "op" is "create", the fields of create',
         required=True,
     ),
 }
@@ -6092,31 +6138,39 @@ STATUS: Schema = {"type": "string", "enum": list(STATUSES)}
 IPV4: Schema = {"type": "string", "format": "ipv4"}
 IPV6: Schema = {"type": "string", "format": "ipv6"}
 
+
+def about(schema: Schema, text: str) -> Schema:
+    return {**schema, "description": text}
+
+
 CONFIGURATION: dict[str, Schema] = {
     "public_key": KEY_SCHEMA,
     "status": STATUS,
-    "status_reason": or_null({"type": "string", "enum": ["expired", "quota"]}),
+    "status_reason": about(
+        or_null({"type": "string", "enum": ["expired", "quota"]}),
+        "why the gateway suspended it; null when it did not",
+    ),
     "assigned_ip": or_null(IPV4),
     "assigned_ipv6": or_null(IPV6),
-    "tunnel_traffic": FAMILIES_SCHEMA,
-    "allowed_ips": {"type": "array", "items": TEXT},
-    "dns": TEXT,
-    "dns_servers": {"type": "array", "items": TEXT},
-    "port": {"type": "integer", "minimum": 1, "maximum": 65535},
+    "tunnel_traffic": about(FAMILIES_SCHEMA, "what the client sends through the tunnel"),
+    "allowed_ips": about({"type": "array", "items": TEXT}, "the same, for the client's AllowedIPs"),
+    "dns": about(TEXT, "a key of DNS_SERVERS"),
+    "dns_servers": about({"type": "array", "items": TEXT}, "the addresses of that choice"),
+    "port": about({"type": "integer", "minimum": 1, "maximum": 65535}, "UDP"),
     "interface": TEXT,
     "server_public_key": KEY_SCHEMA,
-    "endpoint": or_null(TEXT),
+    "endpoint": about(or_null(TEXT), "WG_ENDPOINT with the port; null when that is not set"),
     "mtu": COUNT,
-    "persistent_keepalive": COUNT,
+    "persistent_keepalive": about(COUNT, "seconds, for the client's configuration"),
     "expires_at": or_null(TIME_SCHEMA),
-    "quota_bytes": or_null(COUNT),
+    "quota_bytes": about(or_null(COUNT), "of received and sent bytes together"),
     "created_at": TIME_SCHEMA,
     "request_id": or_null(TEXT),
     "obfuscation": or_null({"type": "object"}),
-    "online": {"type": "boolean"},
+    "online": about({"type": "boolean"}, f"the last handshake is less than {ONLINE_SECONDS} s ago"),
     "last_handshake": or_null(TIME_SCHEMA),
-    "rx_bytes": COUNT,
-    "tx_bytes": COUNT,
+    "rx_bytes": about(COUNT, "received from the client since the peer was created"),
+    "tx_bytes": about(COUNT, "sent to the client"),
 }
 
 
@@ -6434,7 +6488,7 @@ def _parameters(route: ApiRoute) -> Iterator[Schema]:
     if "{" in route.template:
         yield {"$ref": "#/components/parameters/public_key"}
     for name, row in route.query.items():
-        text = row.accepts
+        text = row.description
         yield {"name": name, "in": "query", "description": text, "schema": row.schema}
 
 
