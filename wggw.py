@@ -137,6 +137,8 @@ IDLE_DEADLINE = 75.0  # seconds between two requests of a connection
 SEND_BYTES = 64 * 1024  # what must be sent within one WRITE_DEADLINE
 RECEIVE_BYTES = 16 * 1024  # one TLS record; larger buffers cost page faults in every request
 LINGER_SECONDS = 1.0  # how long unread input is drained so that the last answer is not reset away
+PROBE_SECONDS = 5.0  # how long the service may take to answer its own health check
+MANAGER_SECONDS = 1.0  # for systemd to take a message
 STOP_SECONDS = 0.5  # how long it waits for each timer's job
 LAST_SAMPLE_SECONDS = 1.0  # and for the last reading of the counters
 DRAIN_GRACE = 0.2  # seconds for threads to take up requests that have arrived before SIGTERM
@@ -6901,7 +6903,8 @@ class Server(ThreadingHTTPServer):
     def report(self, method: str, route: str, status: int, seconds: float) -> None:
         known = method if method in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD") else "other"
         self.app.metrics.observe(known, route, status, seconds)
-        LOG.info("%s %s %d %.1f ms", known, route, status, seconds * 1000)
+        level = logging.DEBUG if route == "/healthz" else logging.INFO  # asked every few seconds
+        LOG.log(level, "%s %s %d %.1f ms", known, route, status, seconds * 1000)
 
     def drain(self) -> None:
         """Stop accepting, let requests in flight finish, end what is idle."""
@@ -7070,12 +7073,70 @@ def lock_database(path: str) -> None:
         raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
 
 
+class Manager:
+    """systemd, when it started this process (sd_notify(3)): hears how the service is.
+
+    `watchdog` is the time in seconds within which it wants to hear WATCHDOG=1, None for never.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._path = environ.get("NOTIFY_SOCKET", "")
+        period = environ.get("WATCHDOG_USEC", "")
+        mine = environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+        self.watchdog = (
+            int(period) / 1e6 if mine and re.fullmatch("[1-9][0-9]{0,17}", period) else None
+        )
+
+    def tell(self, *assignments: str) -> None:
+        """Send READY=1 and the like; nothing happens when nobody listens."""
+        if not self._path:
+            return
+        text = "\n".join(" ".join(line.split()) for line in assignments)
+        name = "\0" + self._path[1:] if self._path.startswith("@") else self._path
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+            out.settimeout(MANAGER_SECONDS)
+            out.sendto(text.encode("utf-8", "replace"), name)
+
+
+def loopback_of(host: str) -> tuple[str, str]:
+    """(where a service on `host` is asked from this machine, the source address to ask from)."""
+    home = "::1" if ":" in host else "127.0.0.1"
+    return (home if ipaddress.ip_address(host).is_unspecified else host), home
+
+
+def check_answers(server: Server, gateway: Gateway) -> None:
+    """Ask the service for its health over TLS, as a backend would; take and give its lock.
+
+    Raises OSError when it does not answer within PROBE_SECONDS.
+    """
+    host, home = loopback_of(str(server.server_address[0]))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # it is this very process
+    address = (host, server.server_address[1])
+    with socket.create_connection(address, PROBE_SECONDS, (home, 0)) as plain:
+        try:
+            with context.wrap_socket(plain) as connection:
+                connection.sendall(
+                    b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                )
+                answer = connection.recv(64)
+        except ssl.SSLError as error:  # TLS_CLIENT_CA: it wants a certificate, and has said so
+            answer = b"HTTP/1.1 200" if error.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED" else b""
+    if not answer.startswith(b"HTTP/1.1 200"):
+        raise OSError("the service does not answer its own health check")
+    if not gateway.lock.acquire(timeout=PROBE_SECONDS):
+        raise OSError("the service's lock is held for too long")
+    gateway.lock.release()
+
+
 class Service:
     """The whole of it: builds the parts, runs until SIGTERM, reloads on SIGHUP."""
 
     def __init__(self, load: Callable[[], Config]) -> None:
         self._load = load
         self._config = load()
+        self._manager = Manager(os.environ)
         # The kernel may give a signal to any thread: only a byte in a socket surely wakes this one.
         self._signals, self._wake = socket.socketpair()
         self._wake.setblocking(False)
@@ -7105,8 +7166,14 @@ class Service:
         store.recover()
         gateway.start([(s, link, self._open(config, link)) for s, link in links])
         timers = self._start_timers(config, gateway, host)
+        if self._manager.watchdog:
+            job = (self._manager.watchdog / 4, lambda: self._watch(server, gateway))
+            timers.append(Timer("watchdog", [job]))
+            timers[-1].start()
         LOG.info("ready on %s port %d", config.api_host, config.api_port)
+        self._manager.tell("READY=1", self._state(gateway))
         self._wait(server, app)
+        self._manager.tell("STOPPING=1", "STATUS=stopping")
         server.drain()
         for timer in timers:
             timer.stop()
@@ -7141,18 +7208,32 @@ class Service:
             timer.start()
         return timers
 
+    def _state(self, gateway: Gateway) -> str:
+        """What `systemctl status` shows of a service that is up."""
+        interfaces = ", ".join(f"{i.name} ({i.backend.kind})" for i in gateway.interfaces.values())
+        wrong = "; ".join(gateway.degraded())
+        return f"STATUS={f'degraded: {wrong}' if wrong else 'serving'}: {interfaces}"
+
+    def _watch(self, server: Server, gateway: Gateway) -> None:
+        """Tell systemd that all is well only when it is. Raises OSError."""
+        check_answers(server, gateway)
+        self._manager.tell("WATCHDOG=1", self._state(gateway))
+
     def _wait(self, server: Server, app: App) -> None:
         while (number := self._signals.recv(1)[0]) == signal.SIGHUP:
+            self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 config = self._load()
                 tls, expires = make_tls(config)
                 app.reload(config)
             except StartError as error:
                 LOG.error("reload refused, the old settings stay: %s", error)
+                self._manager.tell("READY=1", f"STATUS=reload refused: {error}")
                 continue
             server.tls, server.allowed = tls, config.allowed_backends
             app.metrics.certificate_expires = expires
             LOG.info("reloaded keys, allowlist and certificate")
+            self._manager.tell("READY=1", "STATUS=serving: reloaded")
         LOG.info("%s: stopping", signal.Signals(number).name)
 
 
@@ -7365,6 +7446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cast(int, arguments.run(arguments))
     except StartError as error:
         print(f"wggw: {error}", file=sys.stderr)
+        Manager(os.environ).tell(f"STATUS={error}")
         return error.code
 
 
