@@ -51,7 +51,7 @@ def dumped(text: str) -> tuple[list[str], dict[bytes, wggw.PeerState]]:
     first, *lines = text.splitlines()
     states = {}
     for line in lines:
-        key, psk, _, networks, handshake, rx, tx, _ = line.split("\t")
+        key, psk, endpoint, networks, handshake, rx, tx, _ = line.split("\t")
         raw = wggw.decode_key(key)
         allowed = [n for n in networks.split(",") if n != "(none)"]
         packed = (
@@ -60,7 +60,8 @@ def dumped(text: str) -> tuple[list[str], dict[bytes, wggw.PeerState]]:
         peer = wggw.WirePeer(
             raw, b"" if psk == "(none)" else wggw.decode_key(psk), tuple(sorted(packed))
         )
-        states[raw] = wggw.PeerState(peer, int(handshake), int(rx), int(tx))
+        located = endpoint != "(none)"
+        states[raw] = wggw.PeerState(peer, int(handshake), int(rx), int(tx), located)
     return first.split("\t"), states
 
 
