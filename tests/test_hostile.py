@@ -1,0 +1,227 @@
+"""Hostile clients: floods, crowds and garbage cost the valid backend nothing but its share.
+
+Addresses of 127.0.0.0/8 other than 127.0.0.1 are the hostile ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import resource
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Client, GatewayProcess, a_key, running, wait_for
+from test_connections import Wire, head, signed
+
+sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
+
+import targets
+
+PEERS = "/api/v1/configurations/"
+FLOOD = 20_000  # requests with a wrong signature
+CROWD = 2_000  # connections from one address
+GROWTH = 12 * 2**20  # bytes of memory; what is kept for each request would be far more
+# A valid request's 99th percentile, seconds: the issue's 50 ms, or on a machine that others load,
+# ten times what it takes there without an attack.
+LIMIT = 0.05
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    settings = {"LOG_LEVEL": "warning", "WG_IPV4_SUBNET": "10.9.0.0/16"}
+    with running(tmp_path_factory.mktemp("hostile"), **settings) as gateway:
+        yield gateway
+
+
+def memory(gateway: GatewayProcess) -> int:
+    """Resident bytes."""
+    assert gateway.process is not None
+    pages = Path(f"/proc/{gateway.process.pid}/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
+def p99(client: Client, requests: int = 300) -> float:
+    """Seconds that all but 1 % of a valid backend's requests stay below."""
+    taken = []
+    for number in range(requests):
+        started = time.perf_counter()
+        if number % 10:
+            assert client.get(a_key("nobody")).status == 404
+        else:
+            assert client.create(a_key(("valid", number))).status == 200
+        taken.append(time.perf_counter() - started)
+    return sorted(taken)[int(requests * 0.99)]
+
+
+@contextlib.contextmanager
+def many_files(count: int) -> Iterator[None]:
+    """Room for the attacker's sockets in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count + 200:
+        pytest.skip(f"needs {count + 200} open files, the hard limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count + 200), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def hostile_socket(port: int, address: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=30, source_address=(address, 0))
+
+
+def test_a_crowd_from_one_address_does_not_slow_the_backend_on_another(
+    shared: GatewayProcess,
+) -> None:
+    """2,000 connections: silent ones, dribbled handshakes and heads, garbage, all kept open."""
+    backend = shared.client()
+    quiet = p99(backend)
+    starts = (b"", b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/1.1\r\nHost: a\r\n", b"\0" * 50)
+    with many_files(CROWD), contextlib.ExitStack() as stack:
+        stop, crowd = threading.Event(), []
+
+        def attack() -> None:
+            for number in range(CROWD):
+                if stop.is_set():
+                    return
+                with contextlib.suppress(OSError):
+                    crowd.append(hostile_socket(shared.port, "127.0.0.9"))
+                    stack.callback(crowd[-1].close)
+                    crowd[-1].sendall(starts[number % 4])
+
+        thread = threading.Thread(target=attack)
+        thread.start()
+        try:
+            during = p99(backend)
+            thread.join(60)
+            assert len(crowd) > CROWD * 0.9
+            after = p99(backend)
+        finally:
+            stop.set()
+            thread.join()
+        print(f"measured: p99 {quiet * 1e3:.1f} ms alone, {during * 1e3:.1f} ms while", end=" ")
+        print(f"{CROWD} connections come, {after * 1e3:.1f} ms with them")
+        assert max(during, after) < max(LIMIT, 10 * quiet)
+        # A new connection of the backend gets in, too, and not more than the cap are left.
+        fresh = shared.client()
+        assert fresh.create(a_key("fresh")).status == 200
+        wait_for(lambda: len(alive(crowd)) <= 256, 20, "the cap for each address")
+    backend.close()
+
+
+def alive(crowd: list[socket.socket]) -> list[socket.socket]:
+    """Those that the gateway has not ended."""
+    found = []
+    for connection in crowd:
+        connection.setblocking(False)
+        try:
+            while connection.recv(4096):  # an alert of TLS may come in front of the end
+                pass
+        except BlockingIOError:
+            found.append(connection)
+        except OSError:
+            pass
+    return found
+
+
+def test_the_backend_behind_the_attackers_address_keeps_its_connection(tmp_path: Path) -> None:
+    """The same NAT: the cap ends connections without a right signature first, then the idlest."""
+    with running(tmp_path, MAX_CONNECTIONS_PER_ADDRESS="10") as gateway:
+        backend = gateway.client()
+        assert backend.create(a_key(1)).status == 200
+        mark = backend._connection.sock.fileno()
+        with contextlib.ExitStack() as stack:
+            for _ in range(50):
+                stack.callback(hostile_socket(gateway.port, "127.0.0.1").close)
+                assert backend.get(a_key(1)).status == 200
+            assert backend._connection.sock.fileno() == mark
+            second = gateway.client()  # and it can make another one
+            assert second.get(a_key(1)).status == 200
+        other = hostile_socket(gateway.port, "127.0.0.7")  # other addresses have their own cap
+        other.close()
+
+
+def test_a_flood_of_wrong_signatures_leaves_memory_flat_and_the_backend_served(
+    shared: GatewayProcess,
+) -> None:
+    backend = shared.client()
+    backend.create(a_key("before"))
+    requests = [
+        signed("GET", f"{PEERS}?n={number}").replace(b"signature: ", b"signature: f")
+        for number in range(100)
+    ]
+    requests += [head("POST", PEERS, {"Signature-Input": 'a=("@method");created=1'})] * 50
+    statuses: Counter[int] = Counter()
+    wire = Wire(shared.port)
+    base = 0
+    try:
+        for round_ in range(FLOOD // 100):
+            batch = [requests[(round_ * 100 + n) % len(requests)] for n in range(100)]
+            wire.send(b"".join(batch))
+            statuses.update(wire.answer()[0] for _ in batch)
+            if round_ == 20:
+                base = memory(shared)
+            if round_ % 20 == 0:
+                assert backend.create(a_key(("during", round_))).status == 200
+        grown = memory(shared) - base
+    finally:
+        wire.close()
+    print(f"measured: {grown / 2**20:.1f} MiB more after {FLOOD} wrong signatures: {statuses}")
+    assert set(statuses) == {401, 429} and statuses.total() == FLOOD
+    assert grown < GROWTH
+    # The flood came from the backend's own address: its signature is right, so it passes.
+    assert backend.get(a_key("before")).status == 200
+    backend.close()
+
+
+def test_garbage_without_a_signature_crashes_nothing_and_changes_nothing(
+    shared: GatewayProcess,
+) -> None:
+    """Kept inputs of the parsers' fuzzing, cut and joined at random, on live connections."""
+    backend = shared.client()
+    before = backend.send("GET", PEERS + "?limit=1000").json
+    kept = [*targets.corpus("head"), *targets.corpus("fields"), *targets.corpus("body")]
+    prefixes = [b"", b"GET / HTTP/1.1\r\nHost: a\r\n", b"POST " + PEERS.encode() + b" HTTP/1.1\r\n"]
+    chance = random.Random(9421)
+    statuses: Counter[bytes] = Counter()
+    base = 0
+    for number in range(300):
+        parts = [
+            chance.choice(prefixes),
+            chance.choice(kept),
+            chance.randbytes(chance.randrange(9)),
+        ]
+        data = b"".join(parts) + b"\r\n\r\n" + chance.choice(kept)
+        answer = exchange(shared.port, data)
+        statuses[answer[9:12]] += 1
+        if number == 100:
+            base = memory(shared)
+    print(f"measured: {(memory(shared) - base) / 2**20:.1f} MiB more after garbage: {statuses}")
+    # 505 is the right answer to another version of HTTP.
+    assert all(status in (b"", b"505", b"200") or status[:1] == b"4" for status in statuses)
+    assert len(statuses) > 4
+    assert memory(shared) - base < GROWTH
+    assert backend.send("GET", PEERS + "?limit=1000").json == before
+    assert "internal error" not in shared.text() and "Traceback" not in shared.text()
+    backend.close()
+
+
+def exchange(port: int, data: bytes) -> bytes:
+    """What comes back for these bytes, b"" when the connection is ended without an answer."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with hostile_socket(port, "127.0.0.8") as raw, context.wrap_socket(raw) as tls:
+        tls.sendall(data)
+        with contextlib.suppress(OSError):
+            raw.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            return tls.recv(65536)
+    return b""
