@@ -38,6 +38,7 @@ The files on disk
                        the rest of the line without it. JSON: {"put": [peer...], "del": [id...]},
                        and in a sample's records "traffic": rows of that table, in its columns'
                        order. Rows hold totals, so that reading one twice changes nothing.
+                       "set": {name: text}, where there is one, sets a row of `meta`.
     DB_PATH.journal.previous   the journal before the last snapshot; with DB_PATH.previous and
                        DB_PATH.journal it still holds everything.
     With SNAPSHOT_KEY set (AES-256-GCM, a key for each file by HKDF from a random salt):
@@ -123,6 +124,9 @@ MAX_SNAPSHOT = 256 * 2**20  # bytes of an imported snapshot: 60,000 peers need a
 MAX_INTEGER = 2**63 - 1  # SQLite's INTEGER
 MAX_TOTAL = MAX_INTEGER // 4  # bytes of a peer's traffic: two of them can still be added up
 MAX_TIME = 253402300799  # Unix seconds: the year 10000 has no RFC 3339 form
+MAX_DECOY = 1280  # bytes of AmneziaWG's junk and padded handshake packets: IPv6's least path MTU
+MAX_DECOY_TEXT = 3000  # characters of I1-I5: a kernel tells all of an interface in 4096 bytes
+MAX_JUNK_PACKETS = 128  # before each handshake
 MAX_NONCES = 2**18  # live ones: 2,000 signed requests a second for two minutes, about 40 MB
 MAX_THROTTLED = 4096  # addresses whose failures are remembered
 MAX_SIGNATURES = 8  # of one message
@@ -159,7 +163,7 @@ SUPERVISE_SECONDS = 1.0  # between two looks at the interface and the clock of e
 DURABILITY_INTERVAL = 1.0  # seconds: DURABILITY=interval loses at most this
 DUMP_TRIES = 50  # a change interrupts a kernel's dump; requests go on during reconcile()
 PR_SET_DUMPABLE = 4  # include/uapi/linux/prctl.h
-UAPI_DIRECTORY = "/var/run/wireguard"
+UAPI_DIRECTORY, AWG_UAPI_DIRECTORY = "/var/run/wireguard", "/var/run/amneziawg"
 
 # include/uapi/linux/netlink.h
 NETLINK_ROUTE, NETLINK_GENERIC = 0, 16
@@ -177,7 +181,7 @@ IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_INFO_KIND = 3, 4, 18, 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 IFF_UP = 1
 # include/uapi/linux/wireguard.h
-WG_GENL_NAME, WG_GENL_VERSION = "wireguard", 1
+WG_GENL_NAME = "wireguard"
 WG_CMD_GET_DEVICE, WG_CMD_SET_DEVICE = 0, 1
 WGDEVICE_A_IFINDEX, WGDEVICE_A_IFNAME, WGDEVICE_A_PRIVATE_KEY, WGDEVICE_A_PUBLIC_KEY = 1, 2, 3, 4
 WGDEVICE_A_FLAGS, WGDEVICE_A_LISTEN_PORT, WGDEVICE_A_FWMARK, WGDEVICE_A_PEERS = 5, 6, 7, 8
@@ -186,6 +190,8 @@ WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL, WGPEER_A_LAST_HANDSHAKE_TIME = 5, 6
 WGPEER_A_RX_BYTES, WGPEER_A_TX_BYTES, WGPEER_A_ALLOWEDIPS = 7, 8, 9
 WGPEER_F_REMOVE_ME, WGPEER_F_REPLACE_ALLOWEDIPS = 1, 2
 WGALLOWEDIP_A_FAMILY, WGALLOWEDIP_A_IPADDR, WGALLOWEDIP_A_CIDR_MASK = 1, 2, 3
+# AmneziaWG's module: WireGuard's numbers, and those of AWG_PARAMETERS
+AWG_GENL_NAME = "amneziawg"
 NETLINK_BATCH = 48 * 1024  # bytes of peers in one message: attribute lengths are 16 bits
 
 LOG = logging.getLogger("wggw")
@@ -315,6 +321,7 @@ class DiskError(Exception):
 # Never here: defaults elsewhere, and files other than .env.
 # ==================================================================================================
 
+PLAIN_PREFIX, AWG_PREFIX = "WG", "AWG"  # of the variables of the two kinds of interface
 IPv4or6Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 IPv4or6Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -345,7 +352,7 @@ class Config:
     tls_cert: str
     tls_key: str
     tls_client_ca: str | None
-    wg_interface: str
+    wg_interface: str | None
     wg_ipv4_subnet: ipaddress.IPv4Network | None
     wg_ipv6_subnet: ipaddress.IPv6Network | None
     wg_default_port: int
@@ -354,6 +361,13 @@ class Config:
     wg_private_key_file: str
     wg_backend: str
     wg_mtu: int
+    awg_interface: str | None
+    awg_ipv4_subnet: ipaddress.IPv4Network | None
+    awg_ipv6_subnet: ipaddress.IPv6Network | None
+    awg_port: int
+    awg_extra_ports: tuple[int, ...]
+    awg_private_key_file: str | None
+    awg_params: str | None = field(repr=False)
     dns_servers: Mapping[str, tuple[str, ...]]
     db_path: str
     durability: str
@@ -454,7 +468,9 @@ def _ports(raw: str) -> tuple[int, ...]:
     return tuple(port(part.strip()) for part in raw.split(",") if part.strip())
 
 
-def _interface_name(raw: str) -> str:
+def _interface_name(raw: str) -> str | None:
+    if not raw:
+        return None
     if not re.fullmatch(r"[A-Za-z0-9_=+-][A-Za-z0-9_=+.-]{0,14}", raw):
         raise ValueError
     return raw
@@ -505,7 +521,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("TLS_CERT", "cert.pem", _text, "the path of a PEM file"),
     Setting("TLS_KEY", "key.pem", _text, "the path of a PEM file"),
     Setting("TLS_CLIENT_CA", None, _text, "the path of a PEM file"),
-    Setting("WG_INTERFACE", "wg0", _interface_name, "an interface name, at most 15 characters"),
+    Setting(
+        "WG_INTERFACE",
+        "wg0",
+        _interface_name,
+        "an interface name, at most 15 characters, or nothing",
+    ),
     Setting(
         "WG_IPV4_SUBNET",
         "10.0.1.0/24",
@@ -529,6 +550,23 @@ SETTINGS: tuple[Setting, ...] = (
         "auto, netlink, uapi or memory",
     ),
     Setting("WG_MTU", "1420", _integer(1280, 65535), "bytes, 1280 to 65535"),
+    Setting("AWG_INTERFACE", None, _interface_name, "an interface name, at most 15 characters"),
+    Setting(
+        "AWG_IPV4_SUBNET",
+        None,
+        _subnet(4, 30),
+        "an IPv4 subnet without host bits, /1 to /30, or nothing",
+    ),
+    Setting(
+        "AWG_IPV6_SUBNET",
+        None,
+        _subnet(6, 126),
+        "an IPv6 subnet without host bits, /1 to /126, or nothing",
+    ),
+    Setting("AWG_PORT", "51821", _integer(1, 65535), "a port, 1 to 65535"),
+    Setting("AWG_EXTRA_PORTS", "", _ports, "comma-separated ports"),
+    Setting("AWG_PRIVATE_KEY_FILE", None, _text, "a path"),
+    Setting("AWG_PARAMS", None, _text, "JSON of AmneziaWG's parameters, or a file's path", True),
     Setting(
         "DNS_SERVERS",
         '{"d1":"1.1.1.1","d2":"8.8.8.8","d3":"9.9.9.9"}',
@@ -559,15 +597,8 @@ SETTINGS: tuple[Setting, ...] = (
 )
 
 # Settings of the contract that this version does not serve yet: ignoring one of them would break
-# what it promises (a remote copy, a second interface), so each is refused when set.
-UNSUPPORTED = (
-    "SNAPSHOT_URL",
-    "AWG_INTERFACE",
-    "AWG_PORT",
-    "AWG_IPV4_SUBNET",
-    "AWG_IPV6_SUBNET",
-    "AWG_PARAMS",
-)
+# what it promises (a remote copy), so each is refused when set.
+UNSUPPORTED = ("SNAPSHOT_URL",)
 
 
 def check_private(name: str, path: str, forbidden: int = 0o027) -> None:
@@ -641,16 +672,49 @@ def _parse_setting(setting: Setting, values: Mapping[str, str]) -> Any:
 
 def _check_together(config: Config) -> None:
     """Rules that need more than one setting."""
-    if config.wg_ipv4_subnet is None and config.wg_ipv6_subnet is None:
-        raise ConfigError(
-            "WG_IPV4_SUBNET and WG_IPV6_SUBNET: '' is not accepted for both: set one of them"
-        )
+    rows = interface_settings(config)
+    if not rows:
+        raise ConfigError("WG_INTERFACE, AWG_INTERFACE: '' is not accepted for both: set one")
+    for row in rows:
+        if not row.subnets:
+            raise ConfigError(
+                f"{row.prefix}_IPV4_SUBNET and {row.prefix}_IPV6_SUBNET: '' is not accepted for "
+                f"both ({row.prefix}_INTERFACE is {row.name!r}): set one of them"
+            )
+    for first, second in itertools.combinations(rows, 2):
+        _check_apart(first, second)
     for cert, key in ((config.tls_cert, config.tls_key), (config.tls_key, config.tls_cert)):
         if os.path.exists(cert) and not os.path.exists(key):
             raise ConfigError(
                 f"TLS_CERT, TLS_KEY: {cert!r} exists but {key!r} does not: "
                 "give both, or neither to have a pair made"
             )
+
+
+def _check_apart(first: InterfaceSettings, second: InterfaceSettings) -> None:
+    """Two interfaces must not have a name, a port, an address or a key in common."""
+    if first.name == second.name:
+        raise ConfigError(
+            f"{second.prefix}_INTERFACE: {second.name!r} is {first.prefix}_INTERFACE's, too"
+        )
+    common = sorted(set(first.ports) & set(second.ports))
+    if common:
+        raise ConfigError(
+            f"{second.prefix}_PORT, {second.prefix}_EXTRA_PORTS: {common[0]} is a port of "
+            f"{first.name}, too"
+        )
+    for family, subnet in second.subnets.items():
+        other = first.subnets.get(family)
+        if other is not None and subnet.overlaps(cast(Any, other)):
+            raise ConfigError(
+                f"{second.prefix}_{family.upper()}_SUBNET: {subnet} overlaps "
+                f"{other} of {first.name}"
+            )
+    if first.private_key_file == second.private_key_file:
+        raise ConfigError(
+            f"{second.prefix}_PRIVATE_KEY_FILE: {second.private_key_file!r} is the key of "
+            f"{first.name}, too"
+        )
 
 
 class InterfaceSettings(NamedTuple):
@@ -668,18 +732,38 @@ class InterfaceSettings(NamedTuple):
 
 
 def interface_settings(config: Config) -> tuple[InterfaceSettings, ...]:
-    """The interfaces that peers can live on; new peers go to the first unless they ask."""
-    subnets = {"ipv4": config.wg_ipv4_subnet, "ipv6": config.wg_ipv6_subnet}
-    return (
-        InterfaceSettings(
-            "WG",
-            config.wg_interface,
-            {family: subnet for family, subnet in subnets.items() if subnet is not None},
-            (config.wg_default_port, *config.wg_extra_ports),
-            config.wg_mtu,
-            config.wg_private_key_file,
-        ),
+    """The interfaces that peers can live on: the plain one, the obfuscated one, or both."""
+    directory, file_name = os.path.split(config.wg_private_key_file)
+    beside = os.path.join(directory, f"awg-{file_name}")
+    return tuple(
+        InterfaceSettings(prefix, name, _present(four, six), ports, config.wg_mtu, key_file)
+        for prefix, name, four, six, ports, key_file in (
+            (
+                PLAIN_PREFIX,
+                config.wg_interface,
+                config.wg_ipv4_subnet,
+                config.wg_ipv6_subnet,
+                (config.wg_default_port, *config.wg_extra_ports),
+                config.wg_private_key_file,
+            ),
+            (
+                AWG_PREFIX,
+                config.awg_interface,
+                config.awg_ipv4_subnet,
+                config.awg_ipv6_subnet,
+                (config.awg_port, *config.awg_extra_ports),
+                config.awg_private_key_file or beside,
+            ),
+        )
+        if name is not None
     )
+
+
+def _present(
+    four: ipaddress.IPv4Network | None, six: ipaddress.IPv6Network | None
+) -> dict[str, IPv4or6Network]:
+    pairs: tuple[tuple[str, IPv4or6Network | None], ...] = (("ipv4", four), ("ipv6", six))
+    return {family: subnet for family, subnet in pairs if subnet is not None}
 
 
 def _reason(error: BaseException) -> str:
@@ -851,6 +935,8 @@ def verify_peer(peer: Peer) -> None:
         raise ValueError("an IPv6 address is not in its canonical form")
     if not set(peer.tunnel_traffic.split(",")) <= set(FAMILIES):
         raise ValueError("tunnel_traffic")
+    if peer.obfuscation is not None:
+        decode_own_values(peer.obfuscation)
 
 
 def rfc3339(seconds: int | float) -> str:
@@ -895,6 +981,473 @@ def diff(
             yield "updated", Change(peer.public_key, peer)
     for public_key in actual:
         yield "removed", Change(public_key, None)
+
+
+# --- AmneziaWG: what an obfuscated interface and its clients agree on (docs/AMNEZIAVPN.md) --------
+
+GENERATIONS = ("1.0", "1.5", "2.0", "3.0", "3.1")
+DEFAULT_GENERATION, DEFAULT_PRESET = "2.0", "default"
+
+
+class Span(NamedTuple):
+    """A range of numbers, ends included; written "a-b", or "a" when it is one number."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+
+
+class Obfuscation(NamedTuple):
+    """An AmneziaWG interface's parameters, under their UAPI names.
+
+    The defaults are those of a new interface: what goes over the wire is then plain WireGuard.
+    """
+
+    jc: int = 0
+    jmin: int = 0
+    jmax: int = 0
+    s1: int = 0
+    s2: int = 0
+    s3: int = 0
+    s4: int = 0
+    h1: Span = Span(1, 1)
+    h2: Span = Span(2, 2)
+    h3: Span = Span(3, 3)
+    h4: Span = Span(4, 4)
+    i1: str = ""
+    i2: str = ""
+    i3: str = ""
+    i4: str = ""
+    i5: str = ""
+    header_protection_key: bytes = b""
+    content_padding_addition: Span = Span(0, 0)
+    rekey_after_time: Span = Span(0, 0)
+    rekey_timeout: Span = Span(0, 0)
+    reject_after_time: Span = Span(0, 0)
+    keepalive_timeout: Span = Span(0, 0)
+    max_handshake_attempts: Span = Span(0, 0)
+    random_trailers: bool = False
+    disable_cookies: bool = False
+
+    def __repr__(self) -> str:  # the header protection key is a secret
+        return f"Obfuscation(generation {generation_of(self)})"
+
+
+class ObfuscationState(NamedTuple):
+    """What an interface speaks: `version` counts the changes that cut clients off."""
+
+    version: int
+    generation: str
+    parameters: Obfuscation
+
+
+class ObfuscationRequest(NamedTuple):
+    """What a create asks for: an obfuscated interface or not, and values by their UAPI names."""
+
+    enabled: bool
+    values: Mapping[str, Any]
+
+
+def _awg_number(high: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value):
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= high:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def _awg_span(high: int) -> Callable[[Any], Span]:
+    number = _awg_number(high)
+
+    def parse(value: Any) -> Span:
+        low, dash, top = value.partition("-") if isinstance(value, str) else (value, "", "")
+        span = Span(number(low), number(top if dash else low))
+        if span.low > span.high:
+            raise ValueError
+        return span
+
+    return parse
+
+
+parse_span = _awg_span(2**32 - 1)
+
+_PACKET_TAG = re.compile(r"<(?:b 0x((?:[0-9a-fA-F]{2})+)|(r|rd|rc) ([0-9]{1,4})|(t))>")
+
+
+def packet_size(text: str) -> int:
+    """Bytes of the packet that a sequence of tags describes. Raises ValueError."""
+    size = position = 0
+    while position < len(text):
+        tag = _PACKET_TAG.match(text, position)
+        if tag is None:
+            raise ValueError("not a sequence of tags")
+        size += 4 if tag[4] else int(tag[3]) if tag[2] else len(tag[1]) // 2
+        position = tag.end()
+    return size
+
+
+def _awg_packet(value: Any) -> str:
+    if not isinstance(value, str) or (value and not 1 <= packet_size(value) <= MAX_DECOY):
+        raise ValueError
+    return value
+
+
+def _awg_key(value: Any) -> bytes:
+    if value == "":
+        return b""
+    raw = decode_key(value)
+    if not any(raw):
+        raise ValueError
+    return raw
+
+
+def _awg_flag(value: Any) -> bool:
+    return {True: True, False: False, "true": True, "false": False}[value]
+
+
+class AwgParameter(NamedTuple):
+    """A row of the parameters' table. `shared`: both sides must have the same value.
+
+    `kind` selects the encoding for an interface, `attribute` is netlink's number.
+    """
+
+    spelling: str
+    attribute: int
+    kind: str
+    shared: bool
+    since: str
+    parse: Callable[[Any], Any]
+    accepts: str
+
+
+def _size(spelling: str, attribute: int, high: int, since: str = "1.0") -> AwgParameter:
+    shared = spelling.startswith("S")
+    accepts = f"a number, 0 to {high}"
+    return AwgParameter(spelling, attribute, "size", shared, since, _awg_number(high), accepts)
+
+
+def _header(spelling: str, attribute: int) -> AwgParameter:
+    accepts = 'a number of 32 bits or a range "a-b" of them'
+    return AwgParameter(spelling, attribute, "header", True, "1.0", parse_span, accepts)
+
+
+def _packet(spelling: str, attribute: int) -> AwgParameter:
+    accepts = (
+        f"a sequence of <b 0xHEX>, <r N>, <rd N>, <rc N>, <t> for 1 to {MAX_DECOY} bytes, or empty"
+    )
+    return AwgParameter(spelling, attribute, "packet", False, "1.5", _awg_packet, accepts)
+
+
+def _range(spelling: str, attribute: int) -> AwgParameter:
+    accepts = 'a number, 0 to 65535, or a range "a-b" of them'
+    return AwgParameter(spelling, attribute, "range", False, "3.0", _awg_span(65535), accepts)
+
+
+def _flag(spelling: str, attribute: int) -> AwgParameter:
+    return AwgParameter(spelling, attribute, "flag", False, "3.1", _awg_flag, "true or false")
+
+
+# Padded handshake packets stay below the smallest path MTU: 148, 92 and 64 bytes before padding.
+AWG_PARAMETERS: dict[str, AwgParameter] = {
+    "jc": _size("Jc", 9, MAX_JUNK_PACKETS),
+    "jmin": _size("Jmin", 10, MAX_DECOY),
+    "jmax": _size("Jmax", 11, MAX_DECOY),
+    "s1": _size("S1", 12, MAX_DECOY - 148),
+    "s2": _size("S2", 13, MAX_DECOY - 92),
+    "s3": _size("S3", 19, MAX_DECOY - 64, "2.0"),
+    "s4": _size("S4", 20, MAX_DECOY - 32, "2.0"),
+    "h1": _header("H1", 14),
+    "h2": _header("H2", 15),
+    "h3": _header("H3", 16),
+    "h4": _header("H4", 17),
+    "i1": _packet("I1", 21),
+    "i2": _packet("I2", 22),
+    "i3": _packet("I3", 23),
+    "i4": _packet("I4", 24),
+    "i5": _packet("I5", 25),
+    "header_protection_key": AwgParameter(
+        "HeaderProtectionKey", 26, "key", True, "3.0", _awg_key, "44 characters of base64, not zero"
+    ),
+    "content_padding_addition": _range("ContentPaddingAddition", 27),
+    "rekey_after_time": _range("RekeyAfterTime", 28),
+    "rekey_timeout": _range("RekeyTimeout", 29),
+    "reject_after_time": _range("RejectAfterTime", 30),
+    "keepalive_timeout": _range("KeepaliveTimeout", 31),
+    "max_handshake_attempts": _range("MaxHandshakeAttempts", 32),
+    "random_trailers": _flag("RandomTrailers", 33),
+    "disable_cookies": _flag("DisableCookies", 34),
+}
+
+PLAIN = Obfuscation()
+AWG_SHARED = tuple(name for name, row in AWG_PARAMETERS.items() if row.shared)
+AWG_OWN = tuple(name for name, row in AWG_PARAMETERS.items() if not row.shared)
+_AWG_NAMES = {
+    **{name: name for name in AWG_PARAMETERS},
+    **{row.spelling: name for name, row in AWG_PARAMETERS.items()},
+}
+_HEADERS = ("h1", "h2", "h3", "h4")
+_PACKETS = ("i1", "i2", "i3", "i4", "i5")
+
+
+def _headers(given: Obfuscation) -> list[Span]:
+    return [getattr(given, name) for name in _HEADERS]
+
+
+def _headers_apart(given: Obfuscation) -> bool:
+    spans = sorted(_headers(given))
+    return all(left.high < right.low for left, right in itertools.pairwise(spans))
+
+
+class AwgRule(NamedTuple):
+    """What must hold between parameters, in the words of an error."""
+
+    text: str
+    holds: Callable[[Obfuscation], bool]
+
+
+AWG_RULES: tuple[AwgRule, ...] = (
+    AwgRule("Jmin, Jmax: Jmin must not be above Jmax", lambda p: p.jmin <= p.jmax),
+    AwgRule(
+        "S1, S2: S1 + 148 must not be S2 + 92: both handshake packets would have one size",
+        lambda p: p.s1 + 148 != p.s2 + 92,
+    ),
+    AwgRule(
+        "H1, H2, H3, H4: each must be 5 or more (or all of them WireGuard's own 1, 2, 3, 4)",
+        lambda p: _headers(p) == _headers(PLAIN) or min(_headers(p)).low >= 5,
+    ),
+    AwgRule("H1, H2, H3, H4: must not overlap", _headers_apart),
+    AwgRule(
+        "HeaderProtectionKey, S1, S2, S3, S4: with a key each of the four must be 12 or more",
+        lambda p: not p.header_protection_key or min(p.s1, p.s2, p.s3, p.s4) >= 12,
+    ),
+    AwgRule(
+        f"I1, I2, I3, I4, I5: must have {MAX_DECOY_TEXT} characters or fewer together",
+        lambda p: sum(len(getattr(p, name)) for name in _PACKETS) <= MAX_DECOY_TEXT,
+    ),
+)
+
+
+def check_obfuscation(given: Obfuscation) -> None:
+    """Raise ValueError with the names and the rule that a set of parameters breaks."""
+    for rule in AWG_RULES:
+        if not rule.holds(given):
+            raise ValueError(rule.text)
+
+
+def parse_awg_value(name: str, value: Any) -> Any:
+    """One parameter's value as JSON has it. Raises ValueError with its spelling and the rule."""
+    row = AWG_PARAMETERS[name]
+    try:
+        return row.parse(value)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{row.spelling}: must be {row.accepts}") from None
+
+
+def awg_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters among a JSON object's members, in either spelling. Raises ValueError."""
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        name = _AWG_NAMES.get(key)
+        if name is None or value is None:
+            continue
+        if name in values:
+            raise ValueError(f"{AWG_PARAMETERS[name].spelling}: is given twice")
+        values[name] = parse_awg_value(name, value)
+    return values
+
+
+def parse_obfuscation(given: Mapping[str, Any]) -> ObfuscationState:
+    """A whole set of parameters, with "generation" or the first one that has all of them.
+
+    Raises ValueError: names that are not known are refused, too.
+    """
+    for key in given:
+        if key not in _AWG_NAMES and key not in ("generation", "parameters_version"):
+            raise ValueError(f"{str(key)[:40]}: is not a parameter of AmneziaWG")
+    parameters = Obfuscation(**awg_values(given))
+    check_obfuscation(parameters)
+    generation = given.get("generation") or generation_of(parameters)
+    check_generation(parameters, generation)
+    version = given.get("parameters_version", 1)
+    if type(version) is not int or not 1 <= version <= MAX_INTEGER // 2:
+        raise ValueError("parameters_version: must be a number, 1 or more")
+    return ObfuscationState(version, generation, parameters)
+
+
+def _since(name: str, value: Any) -> str:
+    """The first generation that can express this value."""
+    if name in _HEADERS and value.low != value.high:
+        return "2.0"
+    return AWG_PARAMETERS[name].since
+
+
+def generation_of(given: Obfuscation) -> str:
+    """The first generation that knows every parameter that is set."""
+    return max((_since(name, value) for name, value in _set_values(given)), default="1.0")
+
+
+def check_generation(given: Obfuscation, generation: str) -> None:
+    """Raise ValueError when a parameter is not known to clients of a generation."""
+    if generation not in GENERATIONS:
+        raise ValueError(f"generation: must be one of {', '.join(GENERATIONS)}")
+    for name, value in _set_values(given):
+        if _since(name, value) > generation:
+            what = f"{AWG_PARAMETERS[name].spelling}: {'a range' if name in _HEADERS else 'it'}"
+            raise ValueError(f"{what} came with generation {_since(name, value)}, not {generation}")
+
+
+def _set_values(given: Obfuscation) -> Iterator[tuple[str, Any]]:
+    """The parameters that are not as a new interface has them."""
+    for name, value, default in zip(Obfuscation._fields, given, PLAIN, strict=True):
+        if value != default:
+            yield name, value
+
+
+def show_awg_value(value: Any) -> Any:
+    """A parameter as JSON: numbers, texts "a-b", base64, booleans."""
+    if isinstance(value, Span):
+        return value.low if value.low == value.high else str(value)
+    return encode_key(value) if isinstance(value, bytes) else value
+
+
+def show_parameters(given: Obfuscation) -> dict[str, Any]:
+    """The parameters that are set, and those that every generation has."""
+    always = ("jc", "jmin", "jmax", "s1", "s2", *_HEADERS)
+    chosen = {*always, *(name for name, _ in _set_values(given))}
+    return {n: show_awg_value(getattr(given, n)) for n in Obfuscation._fields if n in chosen}
+
+
+def show_state(state: ObfuscationState) -> dict[str, Any]:
+    """What parse_obfuscation() takes."""
+    return {
+        "generation": state.generation,
+        "parameters_version": state.version,
+        **show_parameters(state.parameters),
+    }
+
+
+def encode_own_values(values: Mapping[str, Any]) -> str:
+    """A client's own values as Peer.obfuscation holds them."""
+    return json.dumps({name: show_awg_value(value) for name, value in values.items()})
+
+
+def decode_own_values(text: str) -> dict[str, Any]:
+    """What encode_own_values() was given. Raises ValueError, TypeError."""
+    given = json.loads(text)
+    if not isinstance(given, dict) or not given.keys() <= set(AWG_OWN):
+        raise ValueError("obfuscation")
+    return awg_values(given)
+
+
+def encode_state(state: ObfuscationState) -> str:
+    return json.dumps(show_state(state))
+
+
+def same_language(left: Obfuscation, right: Obfuscation) -> bool:
+    """Whether a client of the one can talk to an interface of the other."""
+    return all(getattr(left, name) == getattr(right, name) for name in AWG_SHARED)
+
+
+class AwgPreset(NamedTuple):
+    """What generated parameters are drawn from; `packets` are templates for I1, I2, ..."""
+
+    text: str
+    junk_count: Span
+    junk_low: Span
+    junk_high: Span
+    padding: Span  # of S1 to S3
+    transport: Span  # S4, bytes that each packet costs
+    packets: tuple[str, ...]
+
+
+# A DNS query's head (RFC 1035 section 4.1) for A of a name of ten random letters under .com
+_DNS_QUERY = "<r 2><b 0x010000010000000000000a><rc 10><b 0x03636f6d0000010001>"
+PRESETS: dict[str, AwgPreset] = {
+    "default": AwgPreset(
+        "values that have worked in practice",
+        Span(3, 5), Span(40, 40), Span(70, 70), Span(15, 150), Span(12, 20), ("<r {size}>",),
+    ),
+    "light": AwgPreset(
+        "fewest bytes: mobile clients, small MTUs",
+        Span(2, 3), Span(24, 32), Span(48, 64), Span(15, 40), Span(12, 12), (),
+    ),
+    "strong": AwgPreset(
+        "more junk and padding, where light obfuscation is recognised",
+        Span(6, 9), Span(50, 120), Span(400, 900), Span(60, 300), Span(20, 36),
+        ("<r {size}>", "<rd {size}>", "<b 0x{hex}><r {size}>"),
+    ),
+    "dns": AwgPreset(
+        "begins like a DNS query",
+        Span(3, 5), Span(40, 40), Span(70, 70), Span(15, 150), Span(12, 20), (_DNS_QUERY,),
+    ),
+}  # fmt: skip
+
+
+def generate_obfuscation(generation: str, preset: str) -> ObfuscationState:
+    """Random parameters that stay inside a generation. Raises ValueError."""
+    if generation not in GENERATIONS:
+        raise ValueError(f"generation: must be one of {', '.join(GENERATIONS)}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}")
+    drawn = PRESETS[preset]
+    if preset == "dns" and generation < "1.5":
+        raise ValueError("preset: dns needs I1, which came with generation 1.5")
+    values: dict[str, Any] = {
+        "jc": _draw(drawn.junk_count),
+        "jmin": _draw(drawn.junk_low),
+        "jmax": _draw(drawn.junk_high),
+        **_draw_paddings(drawn, generation),
+        **_draw_headers(generation),
+    }
+    if generation >= "1.5":
+        values |= {f"i{n}": _draw_packet(text) for n, text in enumerate(drawn.packets, 1)}
+    if generation >= "3.0":
+        values["header_protection_key"] = secrets.token_bytes(KEY_BYTES)
+        values["content_padding_addition"] = Span(_draw(Span(1, 16)), _draw(Span(32, 96)))
+        values["rekey_after_time"] = Span(_draw(Span(90, 105)), _draw(Span(110, 120)))
+    if generation >= "3.1":
+        values["random_trailers"] = True
+    parameters = Obfuscation(**values)
+    check_obfuscation(parameters)
+    check_generation(parameters, generation)
+    return ObfuscationState(1, generation, parameters)
+
+
+def _draw(span: Span) -> int:
+    return span.low + secrets.randbelow(span.high - span.low + 1)
+
+
+def _draw_paddings(drawn: AwgPreset, generation: str) -> dict[str, int]:
+    """S1 to S4 so that no two padded packets, nor a plain one, have one size."""
+    names = ("s1", "s2", "s3", "s4") if generation >= "2.0" else ("s1", "s2")
+    sizes = {"s1": 148, "s2": 92, "s3": 64, "s4": 32}  # s4: a keepalive
+    while True:
+        values = {n: _draw(drawn.transport if n == "s4" else drawn.padding) for n in names}
+        padded = {sizes[name] + value for name, value in values.items()}
+        if len(padded) == len(names) and not padded & set(sizes.values()):
+            return values
+
+
+def _draw_headers(generation: str) -> dict[str, Span]:
+    """Four in random order, one out of each quarter of the positive 31-bit numbers."""
+    quarter = 2**29
+    quarters = [Span(max(n * quarter, 5), (n + 1) * quarter - 1) for n in range(4)]
+    spans: list[Span] = []
+    for whole in quarters:
+        width = secrets.randbelow(2**24) + 2**16 if generation >= "2.0" else 0
+        low = _draw(Span(whole.low, whole.high - width))
+        spans.append(Span(low, low + width))
+    secrets.SystemRandom().shuffle(spans)
+    return dict(zip(_HEADERS, spans, strict=True))
+
+
+def _draw_packet(template: str) -> str:
+    return template.format(size=_draw(Span(24, 160)), hex=secrets.token_hex(_draw(Span(4, 12))))
 
 
 # --- fields of a request: each parser takes a JSON value (or a query's text), raises ValueError ---
@@ -945,15 +1498,35 @@ def _field_ipv6(value: Any) -> str:
     return str(ipaddress.IPv6Address(text))
 
 
+def _field_flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
 def _field_time(value: Any) -> int:
     return parse_rfc3339(_field_text(value))
 
 
-def _field_obfuscation(value: Any) -> bool:
-    enabled = value.get("enabled", False) if isinstance(value, dict) else value
+def _field_obfuscation(value: Any) -> ObfuscationRequest:
+    if isinstance(value, bool):
+        return ObfuscationRequest(value, {})
+    enabled = value.get("enabled", False) if isinstance(value, dict) else None
     if not isinstance(enabled, bool):
         raise ValueError
-    return enabled
+    try:
+        return ObfuscationRequest(enabled, awg_values(value) if enabled else {})
+    except ValueError as error:
+        raise Invalid("obfuscation", str(error)) from None
+
+
+def _field_parameters(value: Any) -> ObfuscationState:
+    if not isinstance(value, dict):
+        raise ValueError
+    try:
+        return parse_obfuscation(value)
+    except ValueError as error:
+        raise Invalid("parameters", str(error)) from None
 
 
 class Field(NamedTuple):
@@ -1069,9 +1642,9 @@ CREATE_FIELDS: dict[str, Field] = {
     ),
     "obfuscation": Field(
         _field_obfuscation,
-        'an object with "enabled": true or false',
+        'an object with "enabled": true or false, and AmneziaWG\'s parameters',
         {"type": ["object", "boolean"], "properties": {"enabled": {"type": "boolean"}}},
-        "whether the peer lives on the AmneziaWG interface",
+        "whether the peer lives on the AmneziaWG interface, and the client's own values",
     ),
 }
 
@@ -1095,6 +1668,20 @@ PATCH_FIELDS: dict[str, Field] = {
 }
 
 ROTATE_FIELDS: dict[str, Field] = {"new_public_key": PUBLIC_KEY_FIELD}
+
+OBFUSCATION_FIELDS: dict[str, Field] = {
+    "parameters": Field(
+        _field_parameters,
+        "an object with all of AmneziaWG's parameters",
+        {"type": "object"},
+        "default random ones",
+    ),
+    "generation": choice_field(GENERATIONS, "", f"of random ones, default {DEFAULT_GENERATION}"),
+    "preset": choice_field(tuple(PRESETS), "", f"of random ones, default {DEFAULT_PRESET}"),
+    "confirm": Field(
+        _field_flag, "true or false", {"type": "boolean"}, "that peers may be cut off"
+    ),
+}
 
 STATUS_FIELDS: dict[str, Field] = {
     "status": choice_field(STATUSES, '"active" or "suspended"')._replace(required=True),
@@ -2571,6 +3158,12 @@ _BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  name
 SUSPENDED = "p.status = 'suspended' AND p.status <> 'active'"
 
 
+# Rows of `meta` that a journal record may set, and what reads them.
+META_PARSERS: Mapping[str, Callable[[str], Any]] = {
+    "obfuscation": lambda text: parse_obfuscation(json.loads(text)),
+}
+
+
 class Step(NamedTuple):
     """One change of the truth: the peer before (None: it is new) and after (None: it goes)."""
 
@@ -2677,15 +3270,21 @@ def _encode_record(content: Mapping[str, Any]) -> bytes:
     record = {"put": put, "del": content["del"]}
     if content.get("traffic"):
         record["traffic"] = content["traffic"]
+    if "set" in content:
+        record["set"] = content["set"]
     return _RECORD_ENCODER.encode(record).encode("ascii")
 
 
 def _decode_record(content: bytes) -> dict[str, Any]:
     record = json.loads(content)
+    settings = record.get("set", {})
+    for name, text in settings.items():
+        META_PARSERS[name](text)
     return {
         "put": [Peer(**{**_DEFAULTS, **row}) for row in record["put"]],
         "del": record["del"],
         "traffic": [TrafficRow(*map(int, row)) for row in record.get("traffic", ())],
+        "set": settings,
     }
 
 
@@ -2877,6 +3476,11 @@ class Store:
         )
         return (row[0] for row in rows)
 
+    def meta(self, name: str) -> Any:
+        """What a row of META_PARSERS says, None when it is not there. Raises ValueError."""
+        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return META_PARSERS[name](row[0]) if row else None
+
     def interfaces(self) -> list[str]:
         return [row[0] for row in self._db.execute("SELECT DISTINCT interface FROM peers")]
 
@@ -2967,6 +3571,19 @@ class Store:
             if step.before and not step.after and traffic:
                 self._db.execute(_PUT_TRAFFIC, traffic)
 
+    def set_meta(self, name: str, text: str | None) -> None:
+        """Set a row of META_PARSERS, None to take it away; commit_meta() must follow."""
+        self._apply({"put": [], "del": [], "set": {name: text}})
+
+    def commit_meta(self, name: str, text: str) -> int:
+        """Put what set_meta() did into the journal; returns the number to wait() for."""
+        self.number += 1
+        self._dirty = True
+        if self.durability != "none":
+            content = {"put": [], "del": [], "set": {name: text}}
+            self._journal.append(self.number, functools.partial(_encode_record, content))
+        return self.number
+
     def _apply(self, content: Mapping[str, Any]) -> None:
         """The one way in which a change reaches the rows: live, replayed and undone."""
         if sum(map(len, content.values())) == 1:  # a single statement is atomic
@@ -2990,6 +3607,11 @@ class Store:
             self._put(peer)
         if "traffic" in content:
             self._db.executemany(_PUT_TRAFFIC, content["traffic"])
+        for name, text in content.get("set", {}).items():
+            if text is None:
+                self._db.execute("DELETE FROM meta WHERE name = ?", (name,))
+            else:
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
 
     def _put(self, peer: Peer) -> None:
         if peer.id < self._next_id:  # it may be there already
@@ -3263,6 +3885,8 @@ class Store:
             raise ValueError("traffic is out of range")
         if self._db.execute("SELECT 1 FROM peers WHERE id < 1").fetchone():
             raise ValueError("an id is out of range")
+        for name in META_PARSERS:
+            self.meta(name)
         after = 0
         while peers := self.peers_after(after, READ_CHUNK):
             for peer in peers:
@@ -3348,13 +3972,17 @@ class Store:
 
 
 class Link(NamedTuple):
-    """How an interface must be set up; addresses are "10.0.1.1/24"."""
+    """How an interface must be set up; addresses are "10.0.1.1/24".
+
+    With `obfuscation` it is AmneziaWG's, without it WireGuard's.
+    """
 
     name: str
     addresses: tuple[str, ...]
     mtu: int
     listen_port: int
     private_key: bytes
+    obfuscation: Obfuscation | None = None
 
     def __repr__(self) -> str:
         return f"Link({self.name})"
@@ -3365,6 +3993,7 @@ class Device(NamedTuple):
 
     private_key: bytes
     listen_port: int
+    obfuscation: Obfuscation = PLAIN
 
     def __repr__(self) -> str:
         return f"Device(listen_port={self.listen_port})"
@@ -3375,8 +4004,11 @@ class Backend(Protocol):
 
     kind: str
 
-    def setup(self) -> None:
-        """Make and configure what is missing; leave alone what is right. Raises BackendError."""
+    def setup(self, link: Link | None = None) -> None:
+        """Make and configure what is missing; leave alone what is right. Raises BackendError.
+
+        With `link` that is from now on how it must be; name and kind stay.
+        """
 
     def alive(self) -> bool:
         """Whether it is still the interface that setup() left behind."""
@@ -3395,6 +4027,17 @@ class Backend(Protocol):
 
 
 # --- netlink codec: bytes <-> values (Documentation/userspace-api/netlink/intro.rst) --------------
+
+
+class GenericFamily(NamedTuple):
+    """A generic netlink family; AmneziaWG's encoding depends on `version` (CTRL_ATTR_VERSION)."""
+
+    id: int
+    version: int
+    obfuscated: bool
+
+
+WIREGUARD_FAMILY = GenericFamily(0, 1, False)
 
 
 class NetlinkMessage(NamedTuple):
@@ -3499,6 +4142,62 @@ def _encode_allowed_ip(network: bytes) -> bytes:
     )
 
 
+AWG_BY_ATTRIBUTE = {row.attribute: name for name, row in AWG_PARAMETERS.items()}
+_AWG_PACKING = {"size": "=H", "flag": "=B"}
+
+
+def encode_awg_attributes(wanted: Obfuscation, actual: Obfuscation, version: int) -> bytes:
+    """The attributes of what differs: older modules refuse those they do not know."""
+    return b"".join(
+        nl_attribute(row.attribute, _encode_awg_value(row, getattr(wanted, name), version))
+        for name, row in AWG_PARAMETERS.items()
+        if getattr(wanted, name) != getattr(actual, name)
+    )
+
+
+def _encode_awg_value(row: AwgParameter, value: Any, version: int) -> bytes:
+    """AmneziaWG's uapi/wireguard.h; ranges have their upper end in the upper half."""
+    if row.kind == "packet":
+        return bytes(value.encode("ascii") + b"\0")
+    if row.kind == "key":
+        return bytes(value or bytes(KEY_BYTES))
+    if row.kind == "range":
+        return struct.pack("=I", value.high << 16 | value.low)
+    if row.kind != "header":
+        return struct.pack(_AWG_PACKING[row.kind], value)
+    if version >= 3:
+        return struct.pack("=Q", value.high << 32 | value.low)
+    if version == 2:
+        return str(value).encode("ascii") + b"\0"
+    if value.low != value.high:
+        raise BackendError(f"{row.spelling}: the kernel's AmneziaWG is too old for a range")
+    return struct.pack("=I", value.low)
+
+
+def decode_awg_attribute(name: str, value: bytes, version: int) -> Any:
+    """One parameter out of WG_CMD_GET_DEVICE, whether we would set it or not. CodecError."""
+    row = AWG_PARAMETERS[name]
+    try:
+        if row.kind == "packet":
+            return value.rstrip(b"\0").decode("ascii")
+        if row.kind == "key":
+            return value if any(_exactly(value, KEY_BYTES, row.spelling)) else b""
+        if row.kind == "header" and version == 2:
+            return parse_span(value.rstrip(b"\0").decode("ascii"))
+        if row.kind == "size":
+            return struct.unpack("=H", value)[0]
+        if row.kind == "flag":
+            return struct.unpack("=B", value)[0] != 0
+        half = 32 if row.kind == "header" and version >= 3 else 16
+        if row.kind == "header" and version == 1:
+            return Span(*struct.unpack("=I", value) * 2)
+        number = struct.unpack("=Q" if half == 32 else "=I", value)[0]
+        low, high = number & ((1 << half) - 1), number >> half
+        return Span(low, max(low, high))
+    except (ValueError, struct.error):
+        raise CodecError(f"amneziawg: a bad value of {row.spelling}") from None
+
+
 def encode_wg_batches(name: str, changes: Iterable[Change]) -> Iterator[bytes]:
     """WG_CMD_SET_DEVICE payloads for all changes, cut by bytes."""
     head = nl_attribute(WGDEVICE_A_IFNAME, name.encode("ascii") + b"\0")
@@ -3515,9 +4214,12 @@ def encode_wg_batches(name: str, changes: Iterable[Change]) -> Iterator[bytes]:
         yield head + nl_attribute(NLA_F_NESTED | WGDEVICE_A_PEERS, b"".join(batch))
 
 
-def decode_wg_device(payloads: Iterable[bytes]) -> tuple[Device, list[PeerState]]:
+def decode_wg_device(
+    payloads: Iterable[bytes], family: GenericFamily = WIREGUARD_FAMILY
+) -> tuple[Device, list[PeerState]]:
     """WG_CMD_GET_DEVICE's answer: genl payloads. Several messages may hold one peer."""
     private_key, port = b"", 0
+    parameters: dict[str, Any] = {}
     states: list[PeerState] = []
     for payload in payloads:
         for kind, value in parse_nl_attributes(payload[4:]):
@@ -3528,9 +4230,12 @@ def decode_wg_device(payloads: Iterable[bytes]) -> tuple[Device, list[PeerState]
             elif kind == WGDEVICE_A_PEERS:
                 for _, peer in parse_nl_attributes(value):
                     _merge_peer(states, decode_wg_peer(peer))
+            elif family.obfuscated and kind in AWG_BY_ATTRIBUTE:
+                name = AWG_BY_ATTRIBUTE[kind]
+                parameters[name] = decode_awg_attribute(name, value, family.version)
     if not any(private_key):
         private_key = b""
-    return Device(private_key, port), states
+    return Device(private_key, port, Obfuscation(**parameters)), states
 
 
 def _merge_peer(states: list[PeerState], state: PeerState) -> None:
@@ -3666,8 +4371,8 @@ class NetlinkSocket:
         self._socket.close()
 
 
-def genl_family(netlink: NetlinkSocket, name: str) -> int | None:
-    """The id of a generic netlink family, None when the kernel does not have it."""
+def genl_family(netlink: NetlinkSocket, name: str) -> GenericFamily | None:
+    """A generic netlink family of a WireGuard kind, None when the kernel does not have it."""
     attribute = nl_attribute(CTRL_ATTR_FAMILY_NAME, name.encode("ascii") + b"\0")
     try:
         answer = netlink.request(GENL_ID_CTRL, 0, genl(CTRL_CMD_GETFAMILY, 1, attribute))
@@ -3675,11 +4380,19 @@ def genl_family(netlink: NetlinkSocket, name: str) -> int | None:
         if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):
             return None
         raise
-    for payload in answer:
-        for kind, value in parse_nl_attributes(payload[4:]):
-            if kind == CTRL_ATTR_FAMILY_ID:
-                return int(struct.unpack("=H", _exactly(value, 2, "family id"))[0])
-    raise CodecError(f"netlink: no id in the answer about family {name}")
+    return decode_genl_family(answer, name)
+
+
+def decode_genl_family(payloads: Iterable[bytes], name: str) -> GenericFamily:
+    """CTRL_CMD_GETFAMILY's answer. Raises CodecError."""
+    found = {k: value for payload in payloads for k, value in parse_nl_attributes(payload[4:])}
+    if CTRL_ATTR_FAMILY_ID not in found or CTRL_ATTR_VERSION not in found:
+        raise CodecError(f"netlink: no id or version in the answer about family {name}")
+    return GenericFamily(
+        struct.unpack("=H", _exactly(found[CTRL_ATTR_FAMILY_ID], 2, "family id"))[0],
+        struct.unpack("=I", _exactly(found[CTRL_ATTR_VERSION], 4, "family version"))[0],
+        name == AWG_GENL_NAME,
+    )
 
 
 class Route:
@@ -3765,30 +4478,32 @@ class Route:
 
 
 class NetlinkBackend:
-    """Kernel WireGuard over generic netlink."""
+    """Kernel WireGuard or AmneziaWG over generic netlink."""
 
     kind = "netlink"
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._name = WG_GENL_NAME if link.obfuscation is None else AWG_GENL_NAME
         self._control = NetlinkSocket(NETLINK_GENERIC)
         self._reader = NetlinkSocket(NETLINK_GENERIC)
         self._route = Route()
-        self._family = 0
+        self._family = WIREGUARD_FAMILY
         self._index = 0
 
-    def setup(self) -> None:
+    def setup(self, link: Link | None = None) -> None:
+        self._link = link or self._link
         name = self._link.name
         if not self._route.index(name):
             try:
-                self._route.create(name, "wireguard")
+                self._route.create(name, self._name)
             except NetlinkError as error:
                 if error.errno == errno.EOPNOTSUPP:
-                    raise BackendError(f"{name}: the kernel has no WireGuard") from None
+                    raise BackendError(f"{name}: the kernel has no {self._name}") from None
                 raise BackendError(f"{name}: cannot be made: {error}") from None
-        family = genl_family(self._control, WG_GENL_NAME)
+        family = genl_family(self._control, self._name)
         if family is None:
-            raise BackendError(f"{name}: the kernel has no WireGuard")
+            raise BackendError(f"{name}: the kernel has no {self._name}")
         self._family = family
         device, _ = self._dump(self._control)
         attributes = b""
@@ -3797,6 +4512,10 @@ class NetlinkBackend:
         if device.listen_port != self._link.listen_port:
             attributes += nl_attribute(
                 WGDEVICE_A_LISTEN_PORT, struct.pack("=H", self._link.listen_port)
+            )
+        if self._link.obfuscation is not None:
+            attributes += encode_awg_attributes(
+                self._link.obfuscation, device.obfuscation, family.version
             )
         if attributes:
             head = nl_attribute(WGDEVICE_A_IFNAME, name.encode("ascii") + b"\0")
@@ -3819,21 +4538,19 @@ class NetlinkBackend:
 
     def _set(self, payload: bytes) -> None:
         try:
-            self._control.request(
-                self._family, 0, genl(WG_CMD_SET_DEVICE, WG_GENL_VERSION, payload)
-            )
+            command = genl(WG_CMD_SET_DEVICE, self._family.version, payload)
+            self._control.request(self._family.id, 0, command)
         except NetlinkError as error:
             raise BackendError(f"{self._link.name}: {error}") from None
 
     def _dump(self, netlink: NetlinkSocket, whole: bool = True) -> tuple[Device, list[PeerState]]:
         head = nl_attribute(WGDEVICE_A_IFNAME, self._link.name.encode("ascii") + b"\0")
         try:
-            payloads = netlink.dump(
-                self._family, genl(WG_CMD_GET_DEVICE, WG_GENL_VERSION, head), whole
-            )
+            command = genl(WG_CMD_GET_DEVICE, self._family.version, head)
+            payloads = netlink.dump(self._family.id, command, whole)
         except NetlinkError as error:
             raise BackendError(f"{self._link.name}: {error}") from None
-        return decode_wg_device(payloads)
+        return decode_wg_device(payloads, self._family)
 
 
 # --- UAPI: the cross-platform text protocol (wireguard.com/xplatform) -----------------------------
@@ -3859,6 +4576,7 @@ def encode_uapi_changes(changes: Iterable[Change]) -> bytes:
 def decode_uapi_device(text: bytes) -> tuple[Device, list[PeerState]]:
     """The answer to `get=1`, up to and with `errno=0`. Raises CodecError, BackendError."""
     private_key, port = b"", 0
+    parameters: dict[str, Any] = {}
     peers: list[dict[str, Any]] = []
     status = None
     for line in text.decode("ascii", "replace").splitlines():
@@ -3876,10 +4594,44 @@ def decode_uapi_device(text: bytes) -> tuple[Device, list[PeerState]]:
                 private_key = _uapi_key(value)
             elif name == "listen_port":
                 port = _uapi_integer(value)
+            elif name in AWG_PARAMETERS:
+                parameters[name] = decode_uapi_parameter(AWG_PARAMETERS[name].kind, value)
         except (ValueError, OSError):
             raise CodecError(f"UAPI: a bad value of {name[:40]}") from None
     check_uapi_status(status)
-    return Device(private_key if any(private_key) else b"", port), [_uapi_state(p) for p in peers]
+    device = Device(private_key if any(private_key) else b"", port, Obfuscation(**parameters))
+    return device, [_uapi_state(peer) for peer in peers]
+
+
+def decode_uapi_parameter(kind: str, value: str) -> Any:
+    """A device key of AmneziaWG, whether we would set it or not. Raises ValueError."""
+    if kind == "packet":
+        return value
+    if kind == "key":
+        key = _uapi_key(value)
+        return key if any(key) else b""
+    if kind == "size":
+        return _uapi_integer(value)
+    if kind == "flag":
+        if value not in ("true", "false", "1", "0"):
+            raise ValueError
+        return value in ("true", "1")
+    return parse_span(value)
+
+
+def encode_uapi_parameters(wanted: Obfuscation, actual: Obfuscation) -> str:
+    """The lines for what differs: older programs refuse keys that they do not know."""
+    return "".join(
+        f"{name}={_encode_uapi_parameter(value)}\n"
+        for name, value, present in zip(Obfuscation._fields, wanted, actual, strict=True)
+        if value != present
+    )
+
+
+def _encode_uapi_parameter(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return (value or bytes(KEY_BYTES)).hex() if isinstance(value, bytes) else str(value)
 
 
 def check_uapi_status(status: int | None) -> None:
@@ -4003,9 +4755,11 @@ class UapiBackend:
 
     kind = "uapi"
 
-    def __init__(self, link: Link, program: str | None, directory: str = UAPI_DIRECTORY) -> None:
+    def __init__(self, link: Link, program: str | None, directory: str = "") -> None:
         self._link = link
         self._program = program
+        if not directory:
+            directory = UAPI_DIRECTORY if link.obfuscation is None else AWG_UAPI_DIRECTORY
         self._path = f"{directory}/{link.name}.sock"
         self._control = UapiConnection(self._path)
         self._reader = UapiConnection(self._path)
@@ -4013,7 +4767,8 @@ class UapiBackend:
         self._process: subprocess.Popen[bytes] | None = None
         self._index = 0
 
-    def setup(self) -> None:
+    def setup(self, link: Link | None = None) -> None:
+        self._link = link or self._link
         if not uapi_answers(self._path):
             self._start()
         device, _ = decode_uapi_device(self._control.exchange(b"get=1\n\n"))
@@ -4022,6 +4777,8 @@ class UapiBackend:
             lines += f"private_key={self._link.private_key.hex()}\n"
         if device.listen_port != self._link.listen_port:
             lines += f"listen_port={self._link.listen_port}\n"
+        if self._link.obfuscation is not None:
+            lines += encode_uapi_parameters(self._link.obfuscation, device.obfuscation)
         if lines:
             self._set(lines.encode("ascii"))
         self._index = self._route.configure(self._link)
@@ -4087,7 +4844,7 @@ class MemoryBackend:
         self._peers: dict[bytes, WirePeer] = {}
         self._owners: dict[bytes, bytes] = {}  # allowed IP -> public key
 
-    def setup(self) -> None:
+    def setup(self, link: Link | None = None) -> None:
         pass
 
     def alive(self) -> bool:
@@ -4122,11 +4879,11 @@ def open_backend(mode: str, link: Link) -> Backend:
     """The backend that WG_BACKEND names, set up. `auto` takes what is there:
 
     an existing interface, then the kernel, then a running userspace WireGuard, then wireguard-go
-    if it is installed. Raises BackendError.
+    (or amneziawg-go) if it is installed. Raises BackendError.
     """
     if mode == "memory":
         return MemoryBackend()
-    program = shutil.which("wireguard-go")
+    program = shutil.which("wireguard-go" if link.obfuscation is None else "amneziawg-go")
     candidates: list[Callable[[], Backend]] = []
     if mode in ("auto", "netlink"):
         candidates.append(lambda: NetlinkBackend(link))
@@ -4162,6 +4919,7 @@ class Interface(NamedTuple):
     backend: Backend
     pools: Mapping[str, AddressPool]
     public_key: str
+    obfuscation: ObfuscationState | None = None
 
     @property
     def name(self) -> str:
@@ -4208,15 +4966,76 @@ class SyncResult(NamedTuple):
     unchanged: int
 
 
-def make_link(settings: InterfaceSettings, private_key: bytes) -> Link:
+def make_link(
+    settings: InterfaceSettings, private_key: bytes, parameters: Obfuscation | None = None
+) -> Link:
+    """How an interface must be. Raises ValueError when S4 leaves too little of the MTU."""
+    mtu = settings.mtu - (parameters.s4 if parameters else 0)
+    if mtu < 1280:
+        raise ValueError(f"S4: WG_MTU {settings.mtu} less S4 is below IPv6's least MTU, 1280")
     subnets = settings.subnets.values()
     return Link(
         settings.name,
         tuple(f"{subnet.network_address + 1}/{subnet.prefixlen}" for subnet in subnets),
-        settings.mtu,
+        mtu,
         settings.ports[0],
         private_key,
+        parameters,
     )
+
+
+def initial_obfuscation(given: str | None, store: Store, interface: str) -> ObfuscationState:
+    """What an obfuscated interface speaks: what the state says, else AWG_PARAMS, else random.
+
+    AWG_PARAMS does not change the language of an interface that has peers: that is rotation.
+    Raises ConfigError, DamagedError, DiskError.
+    """
+    wanted = read_parameters(given) if given else None
+    try:
+        kept = store.meta("obfuscation")
+    except (ValueError, TypeError) as error:
+        raise _damaged(store.path, 0, f"AmneziaWG's parameters are not valid: {error}") from None
+    peers = sum(number for (name, _), number in store.counts.items() if name == interface)
+    if kept is not None and (wanted is None or same_parameters(kept, wanted)):
+        return cast(ObfuscationState, kept)
+    if kept is not None and peers and wanted is not None:
+        LOG.warning(
+            "AWG_PARAMS differs from what %s and its %d peers speak, and is not used: "
+            "`wggw.py awg rotate` changes that",
+            interface,
+            peers,
+        )
+        return cast(ObfuscationState, kept)
+    chosen = wanted or generate_obfuscation(DEFAULT_GENERATION, DEFAULT_PRESET)
+    chosen = chosen._replace(version=kept.version + 1 if kept else 1)
+    store.set_meta("obfuscation", encode_state(chosen))
+    store.commit_meta("obfuscation", encode_state(chosen))
+    store.flush()
+    LOG.info("%s: new AmneziaWG parameters of generation %s", interface, chosen.generation)
+    return chosen
+
+
+def read_parameters(given: str) -> ObfuscationState:
+    """AWG_PARAMS: JSON, or the path of a file with it. Raises ConfigError, showing no value."""
+    try:
+        is_json = given.lstrip().startswith(("{", "[", '"'))
+        if not is_json:
+            check_private("AWG_PARAMS", given)
+        text = given if is_json else Path(given).read_text("utf-8")
+        parsed = json.loads(text)
+        if not isinstance(parsed, dict):
+            raise ValueError("it is not a JSON object")
+        return parse_obfuscation(parsed)
+    except OSError as error:
+        raise ConfigError(f"AWG_PARAMS: {given[:200]!r} cannot be read: {_reason(error)}") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise ConfigError("AWG_PARAMS: its value (not shown) is not JSON") from None
+    except ValueError as error:
+        raise ConfigError(f"AWG_PARAMS: {error}") from None
+
+
+def same_parameters(left: ObfuscationState, right: ObfuscationState) -> bool:
+    return (left.generation, left.parameters) == (right.generation, right.parameters)
 
 
 class Gateway:
@@ -4235,6 +5054,7 @@ class Gateway:
         self.failures: dict[str, str] = {}  # what is wrong now: subject -> reason
         self._clock = clock
         self._projection = threading.Lock()  # one reader of an interface at a time
+        self._setup = threading.Lock()  # one that sets interfaces up at a time
         self._touched: set[bytes] | None = None  # keys changed while an interface is being read
         self._newborn: dict[str, set[bytes]] = {}  # by interface: see _scrub
         self._parked: dict[str, dict[bytes, Parked]] = collections.defaultdict(dict)
@@ -4246,10 +5066,15 @@ class Gateway:
 
     # --- start and stop --------------------------------------------------------------------------
 
-    def start(self, opened: Sequence[tuple[InterfaceSettings, Link, Backend]]) -> None:
+    def start(
+        self,
+        opened: Sequence[tuple[InterfaceSettings, Link, Backend]],
+        obfuscation: ObfuscationState | None = None,
+    ) -> None:
         """Rebuild the pools, bring the interfaces in line, be ready. Raises StartError."""
         for settings, link, backend in opened:
-            self._add_interface(settings, link, backend)
+            state = None if link.obfuscation is None else obfuscation
+            self._add_interface(settings, link, backend, state)
         self.expire()  # or their time would go on until the first tick
         for name in self.store.interfaces():
             if name not in self.interfaces:
@@ -4272,9 +5097,15 @@ class Gateway:
             self._rate(name)
         self.ready = True
 
-    def _add_interface(self, settings: InterfaceSettings, link: Link, backend: Backend) -> None:
+    def _add_interface(
+        self,
+        settings: InterfaceSettings,
+        link: Link,
+        backend: Backend,
+        obfuscation: ObfuscationState | None,
+    ) -> None:
         public_key = encode_key(x25519_public(link.private_key))
-        interface = Interface(settings, link, backend, {}, public_key)
+        interface = Interface(settings, link, backend, {}, public_key, obfuscation)
         try:
             pools = self._make_pools(interface, self.store)
         except Conflict as error:
@@ -4567,6 +5398,7 @@ class Gateway:
         interface = self._interface_for(fields)
         self._check_usable(interface.name)
         self._check_own_key(fields["public_key"], interface)
+        own_values = self._own_values(fields, interface)
         families = self._families_for(fields, interface)
         self._check_choices(fields, interface)
         addresses = {f: self._address_for(fields, interface, f) for f in families}
@@ -4587,7 +5419,7 @@ class Gateway:
             quota_bytes=fields.get("quota_bytes"),
             created_at=int(self._clock()),
             request_id=fields.get("request_id"),
-            obfuscation=None,
+            obfuscation=own_values,
         )
 
     @staticmethod
@@ -4608,9 +5440,47 @@ class Gateway:
             raise Invalid("expires_at", f"is in the past; the server's time is {rfc3339(now)}")
 
     def _interface_for(self, fields: Mapping[str, Any]) -> Interface:
-        if fields.get("obfuscation"):
-            raise Unavailable("obfuscation: this gateway has no obfuscated interface")
-        return next(iter(self.interfaces.values()))
+        """The one of the kind that is asked for; the only one when nothing is said."""
+        asked: ObfuscationRequest | None = fields.get("obfuscation")
+        obfuscated = asked is not None and asked.enabled
+        for interface in self.interfaces.values():
+            if (interface.obfuscation is not None) == obfuscated:
+                return interface
+        if asked is None:
+            return next(iter(self.interfaces.values()))
+        kind = "obfuscated" if obfuscated else "plain"
+        raise Unavailable(f"obfuscation: this gateway has no {kind} interface")
+
+    @staticmethod
+    def _own_values(fields: Mapping[str, Any], interface: Interface) -> str | None:
+        """A client's own values for Peer.obfuscation. Raises Conflict where sides would differ."""
+        state = interface.obfuscation
+        if state is None:
+            return None
+        asked: ObfuscationRequest | None = fields.get("obfuscation")
+        values = asked.values if asked else {}
+        for name in AWG_SHARED:
+            present = getattr(state.parameters, name)
+            if name in values and values[name] != present:
+                spelling, secret = AWG_PARAMETERS[name].spelling, isinstance(present, bytes)
+                both = [str(show_awg_value(v)) for v in (values[name], present)]
+                if secret:
+                    both = ["another key", "its own"]
+                raise Conflict(
+                    f"obfuscation: {spelling} is {both[0]} in the request, but {both[1]} on the "
+                    f"interface {interface.name}: both sides must have the same"
+                )
+        own = {name: values[name] for name in AWG_OWN if name in values}
+        if not own:
+            return "{}"
+        for group, rest in ((("jmin", "jmax"), state.parameters), (_PACKETS, PLAIN)):
+            if own.keys() & set(group):  # they belong together: never one of each side's
+                own = {**{name: getattr(rest, name) for name in group}, **own}
+        try:
+            check_obfuscation(state.parameters._replace(**own))
+        except ValueError as error:
+            raise Invalid("obfuscation", str(error)) from None
+        return encode_own_values(own)
 
     @staticmethod
     def _families_for(fields: Mapping[str, Any], interface: Interface) -> list[str]:
@@ -4795,6 +5665,68 @@ class Gateway:
             self.store.undo(steps)
             self.store.set_seen(counted)
             self._move_addresses([Step(s.after, s.before) for s in reversed(steps)])
+
+    # --- AmneziaWG's parameters ------------------------------------------------------------------
+
+    def obfuscated(self) -> Interface:
+        """The obfuscated interface. Raises Unavailable when there is none."""
+        for interface in self.interfaces.values():
+            if interface.obfuscation is not None:
+                return interface
+        raise Unavailable("obfuscation: this gateway has no obfuscated interface")
+
+    def change_obfuscation(self, wanted: ObfuscationState, confirmed: bool) -> int:
+        """Change what the obfuscated interface speaks; returns how many peers that cuts off.
+
+        Clients with the parameters from before then reach nothing. Raises Conflict when there are
+        such and it is not confirmed. The lock is held until interface and disk have the change:
+        nothing else may be under way when it has to be undone.
+        """
+        with self._setup, self.lock:
+            interface = self.obfuscated()
+            self._check_usable(interface.name)
+            before = cast(ObfuscationState, interface.obfuscation)
+            cut = 0
+            if not same_language(before.parameters, wanted.parameters):
+                cut = sum(n for (i, _), n in self.store.counts.items() if i == interface.name)
+                wanted = wanted._replace(version=before.version + 1)
+            else:
+                wanted = wanted._replace(version=before.version)
+            if cut and not confirmed:
+                raise Conflict(
+                    f"confirm: {cut} peers will have no connection until they have the new "
+                    'parameters: repeat the request with "confirm": true'
+                )
+            try:
+                self.store.flush()
+                self._speak(interface, wanted)
+                self.store.set_meta("obfuscation", encode_state(wanted))
+                self.store.commit_meta("obfuscation", encode_state(wanted))
+                self.store.flush()
+            except ValueError as error:
+                raise Invalid("parameters", str(error)) from None
+            except (BackendError, DiskError) as error:
+                LOG.error("%s: %s", interface.name, error)
+                self._speak_again(interface, before)
+                raise Unavailable("the parameters could not be changed") from None
+        LOG.info("%s: parameters version %d, %d peers", interface.name, wanted.version, cut)
+        return cut
+
+    def _speak(self, interface: Interface, state: ObfuscationState) -> None:
+        """Set the interface up for other parameters. Raises BackendError, ValueError."""
+        private_key = interface.link.private_key
+        link = make_link(interface.settings, private_key, state.parameters)
+        interface.backend.setup(link)
+        self.interfaces[interface.name] = interface._replace(link=link, obfuscation=state)
+
+    def _speak_again(self, interface: Interface, state: ObfuscationState) -> None:
+        """Back to what was before; when that fails, too, the next check repairs it."""
+        self.store.set_meta("obfuscation", encode_state(state))
+        self.interfaces[interface.name] = interface
+        try:
+            interface.backend.setup(interface.link)
+        except BackendError as error:
+            self.failures[interface.subject] = str(error)
 
     # --- the interface as a projection -----------------------------------------------------------
 
@@ -5023,8 +5955,9 @@ class Gateway:
                     LOG.warning("%s: the interface is gone or down: setting it up", interface.name)
                     with self.lock:  # from here on no change is tried
                         self.failures[interface.subject] = "it is being set up"
-                    interface.backend.setup()
                 if interface.subject in self.failures:
+                    with self._setup:
+                        interface.backend.setup()
                     LOG.info("%s: %s", interface.name, self._reconcile(interface))
             except BackendError as error:
                 self.failures[interface.subject] = str(error)
@@ -5114,6 +6047,7 @@ class Gateway:
         for interface in self.interfaces.values():
             if other.get(interface.public_key):
                 raise Conflict("the snapshot has this gateway's own key as a peer")
+        imported = self._imported_obfuscation(other)
         for name in other.interfaces():
             if name not in self.interfaces:
                 raise Conflict(f"the snapshot has peers of {name}, which is not here")
@@ -5129,6 +6063,7 @@ class Gateway:
             self._parked.clear()
             for name, interface in self.interfaces.items():
                 self.interfaces[name] = interface._replace(pools=pools[name])
+        self._take_over_obfuscation(imported)
         try:
             LOG.info("import: %s", self.reconcile())
             self._find_over_quota()
@@ -5137,6 +6072,33 @@ class Gateway:
                 self.failures[interface.subject] = str(error)
             raise Unavailable("imported, but the interface is not in line yet") from None
         return self.peer_count()
+
+    def _imported_obfuscation(self, other: Store) -> ObfuscationState | None:
+        """What the obfuscated interface will speak; a state without it gets ours. Conflict."""
+        for interface in self.interfaces.values():
+            if interface.obfuscation is not None:
+                state = other.meta("obfuscation")
+                if state is None:
+                    other.set_meta("obfuscation", encode_state(interface.obfuscation))
+                    return interface.obfuscation
+                try:
+                    make_link(interface.settings, b"", state.parameters)
+                except ValueError as error:
+                    raise Conflict(f"the snapshot's parameters do not fit here: {error}") from None
+                return cast(ObfuscationState, state)
+        return None
+
+    def _take_over_obfuscation(self, state: ObfuscationState | None) -> None:
+        if state is None:
+            return
+        with self._setup, self.lock:
+            interface = self.obfuscated()
+            try:
+                self._speak(interface, state)
+            except BackendError as error:
+                self.failures[interface.subject] = str(error)
+                link = make_link(interface.settings, interface.link.private_key, state.parameters)
+                self.interfaces[interface.name] = interface._replace(link=link, obfuscation=state)
 
     def heal(self) -> None:
         """After a disk fault keep trying to write a fresh snapshot; end a journal that is long."""
@@ -5570,12 +6532,24 @@ def configuration(
         "quota_bytes": peer.quota_bytes,
         "created_at": rfc3339(peer.created_at),
         "request_id": peer.request_id,
-        "obfuscation": None,
+        "obfuscation": shown_obfuscation(interface.obfuscation, peer.obfuscation),
         "online": traffic.last_handshake > online_since,
         "last_handshake": rfc3339(traffic.last_handshake) if traffic.last_handshake else None,
         "rx_bytes": traffic.rx_bytes,
         "tx_bytes": traffic.tx_bytes,
     }
+
+
+@functools.lru_cache(maxsize=1024)
+def shown_obfuscation(state: ObfuscationState | None, own: str | None) -> dict[str, Any] | None:
+    """All that a client of an obfuscated interface needs: what both sides share, its own values,
+
+    and for those that it left open the interface's, as a suggestion. Read only: it is cached.
+    """
+    if state is None or own is None:
+        return None
+    parameters = state.parameters._replace(**decode_own_values(own))
+    return {"enabled": True, **show_state(state._replace(parameters=parameters))}
 
 
 EVERYWHERE = {"ipv4": "0.0.0.0/0", "ipv6": "::/0"}
@@ -5586,6 +6560,15 @@ def endpoint(host: str | None, port: int) -> str | None:
     if host is None:
         return None
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def awg_quick(shown: Mapping[str, Any]) -> Iterator[str]:
+    """AmneziaWG's lines of a configuration file, in its spelling."""
+    for name, row in AWG_PARAMETERS.items():
+        value = shown.get(name)
+        if value is not None and value != "":
+            text = str(value).lower() if isinstance(value, bool) else value
+            yield f"{row.spelling} = {text}"
 
 
 def wg_quick(shown: Mapping[str, Any], preshared_key: str | None) -> str:
@@ -5601,6 +6584,7 @@ def wg_quick(shown: Mapping[str, Any], preshared_key: str | None) -> str:
         f"Address = {', '.join(addresses)}",
         *([f"DNS = {', '.join(shown['dns_servers'])}"] if shown["dns_servers"] else []),
         f"MTU = {shown['mtu']}",
+        *awg_quick(shown["obfuscation"] or {}),
         "",
         "[Peer]",
         f"PublicKey = {shown['server_public_key']}",
@@ -5992,6 +6976,35 @@ class App:
     def ip_usage(self, request: Request) -> Response:
         return Response(200, encode_json(self.gateway.usage(self._named_interface(request.query))))
 
+    def obfuscation(self, request: Request) -> Response:
+        return Response(200, encode_json(self._obfuscation()))
+
+    def _obfuscation(self) -> dict[str, Any]:
+        interface = self.gateway.obfuscated()
+        state = cast(ObfuscationState, interface.obfuscation)
+        return {
+            "interface": interface.name,
+            "total_peers": self.gateway.peer_count(None, interface.name),
+            "generation": state.generation,
+            "parameters_version": state.version,
+            "parameters": show_parameters(state.parameters),
+        }
+
+    def rotate_obfuscation(self, request: Request) -> Response:
+        fields = parse_fields(self._json_body(request), OBFUSCATION_FIELDS)
+        wanted = fields.get("parameters")
+        if wanted is None:
+            try:
+                wanted = generate_obfuscation(
+                    fields.get("generation", DEFAULT_GENERATION),
+                    fields.get("preset", DEFAULT_PRESET),
+                )
+            except ValueError as error:
+                raise Malformed(str(error)) from None
+        cut = self.gateway.change_obfuscation(wanted, fields.get("confirm", False))
+        content = {"status": "rotated", "cut_off_peers": cut, **self._obfuscation()}
+        return Response(200, encode_json(content))
+
     def export(self, request: Request) -> Response:
         return Response(200, self.gateway.export(), "application/octet-stream")
 
@@ -6030,6 +7043,7 @@ class App:
                     "listen_port": interface.link.listen_port,
                     "active_peers": self.gateway.peer_count("active", interface.name),
                     "total_peers": self.gateway.peer_count(None, interface.name),
+                    "parameters_version": interface.obfuscation and interface.obfuscation.version,
                 }
                 for interface in self.gateway.interfaces.values()
             ],
@@ -6187,6 +7201,14 @@ def created_schema() -> Schema:
     return {"type": "object", "properties": {**shown, "assigned_ipv6": IPV6}, "required": required}
 
 
+SPOKEN: dict[str, Schema] = {
+    "interface": TEXT,
+    "total_peers": COUNT,
+    "generation": {"type": "string", "enum": list(GENERATIONS)},
+    "parameters_version": {"type": "integer", "minimum": 1},
+    "parameters": {"type": "object"},
+}
+
 POOL: dict[str, Schema] = {
     "total": COUNT,
     "used": COUNT,
@@ -6210,6 +7232,7 @@ SCHEMAS: dict[str, Schema] = {
         listen_port=COUNT,
         active_peers=COUNT,
         total_peers=COUNT,
+        parameters_version=or_null(COUNT),
     ),
     "BatchResult": {
         "anyOf": [
@@ -6358,6 +7381,22 @@ ROUTES: tuple[ApiRoute, ...] = (
                 timestamp=TIME_SCHEMA,
             )
         ),
+    ),
+    ApiRoute(
+        "GET",
+        "/api/v1/obfuscation",
+        App.obfuscation,
+        "What the obfuscated interface speaks.",
+        json_content(answer_schema(**SPOKEN)),
+    ),
+    ApiRoute(
+        "POST",
+        "/api/v1/obfuscation/rotate",
+        App.rotate_obfuscation,
+        "Change what the obfuscated interface speaks: its clients need new configurations.",
+        json_content(said_schema("rotated", cut_off_peers=COUNT, **SPOKEN)),
+        (OBFUSCATION_FIELDS,),
+        errors=(409,),
     ),
     ApiRoute(
         "GET",
@@ -7150,10 +8189,8 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         threading.stack_size(512 * 1024)  # bytes; a thread per connection
-        links = [
-            (settings, make_link(settings, load_private_key(settings)))
-            for settings in interface_settings(config)
-        ]
+        rows = interface_settings(config)
+        keys = [load_private_key(row) for row in rows]
         store = open_store(config)
         gateway = Gateway(config, store, time.time)
         host = HostMetrics(os.path.dirname(config.db_path) or ".")
@@ -7164,7 +8201,10 @@ class Service:
         lock_database(config.db_path)
         app.keep_nonces(config.db_path + ".nonces")
         store.recover()
-        gateway.start([(s, link, self._open(config, link)) for s, link in links])
+        obfuscation = self._obfuscation(config, store)
+        links = [self._link(*pair, obfuscation) for pair in zip(rows, keys, strict=True)]
+        backends = [self._open(config, link) for link in links]
+        gateway.start(list(zip(rows, links, backends, strict=True)), obfuscation)
         timers = self._start_timers(config, gateway, host)
         if self._manager.watchdog:
             job = (self._manager.watchdog / 4, lambda: self._watch(server, gateway))
@@ -7181,6 +8221,23 @@ class Service:
         store.close()
         LOG.info("stopped")
         return 0
+
+    @staticmethod
+    def _obfuscation(config: Config, store: Store) -> ObfuscationState | None:
+        if config.awg_interface is None:
+            return None
+        try:
+            return initial_obfuscation(config.awg_params, store, config.awg_interface)
+        except DiskError as error:
+            raise StartError(str(error)) from None
+
+    @staticmethod
+    def _link(row: InterfaceSettings, key: bytes, obfuscation: ObfuscationState | None) -> Link:
+        spoken = obfuscation.parameters if obfuscation and row.prefix == AWG_PREFIX else None
+        try:
+            return make_link(row, key, spoken)
+        except ValueError as error:
+            raise ConfigError(f"AWG_PARAMS: {error}") from None
 
     @staticmethod
     def _open(config: Config, link: Link) -> Backend:
@@ -7376,6 +8433,60 @@ def command_snapshot(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def command_awg_generate(arguments: argparse.Namespace) -> int:
+    """Print new parameters: for AWG_PARAMS, or for `awg rotate --params`."""
+    print(json.dumps(generated_parameters(arguments), indent=2))
+    return 0
+
+
+def generated_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    try:
+        state = generate_obfuscation(arguments.generation, arguments.preset)
+    except ValueError as error:
+        raise StartError(str(error)) from None
+    shown = show_state(state)
+    del shown["parameters_version"]  # the gateway counts them
+    return shown
+
+
+def command_awg_show(arguments: argparse.Namespace) -> int:
+    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    print(json.dumps(answer_of(client, "GET", "/api/v1/obfuscation"), indent=2))
+    return 0
+
+
+def command_awg_rotate(arguments: argparse.Namespace) -> int:
+    """Without --yes say what would happen, and change nothing that cuts clients off."""
+    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    try:
+        wanted = (
+            decode_json(read_data(arguments.params))
+            if arguments.params
+            else generated_parameters(arguments)
+        )
+    except GatewayError as error:
+        raise StartError(f"--params: {error.detail}") from None
+    body = encode_json({"parameters": wanted, "confirm": arguments.yes})
+    answer = answer_of(client, "POST", "/api/v1/obfuscation/rotate", body)
+    print(
+        f"{answer['interface']}: parameters version {answer['parameters_version']}, generation "
+        f"{answer['generation']}; {answer['cut_off_peers']} peers need new configurations"
+    )
+    return 0
+
+
+def answer_of(client: ApiClient, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
+    """A call's JSON. Raises StartError with the gateway's words when it is refused."""
+    status, content = client.call(method, path, body)
+    try:
+        answer = cast(dict[str, Any], json.loads(content))
+        if status != HTTPStatus.OK:
+            raise StartError(f"status {status}: {answer['detail']}")
+    except (ValueError, KeyError, TypeError):
+        raise StartError(f"status {status}, with an answer that is not a gateway's") from None
+    return answer
+
+
 def command_check(arguments: argparse.Namespace) -> int:
     """Verify snapshot and journals without writing; with --repair save what can be saved."""
     config = load_config(os.environ, arguments.env_file)
@@ -7412,8 +8523,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"wggw {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
+    def command(
+        name: str, run: Callable[..., int], text: str, group: Any = commands
+    ) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
         added.add_argument("--env-file", metavar="PATH", help="settings; default ./.env")
         added.set_defaults(run=run)
         return added
@@ -7430,7 +8543,21 @@ def make_parser() -> argparse.ArgumentParser:
     snapshot = command("snapshot", command_snapshot, "export or import the whole state")
     snapshot.add_argument("action", choices=("export", "import"))
     snapshot.add_argument("file")
-    for client in (call, snapshot):
+    awg = commands.add_parser(
+        "awg", help="AmneziaWG's parameters", description="AmneziaWG's parameters."
+    )
+    actions = awg.add_subparsers(required=True, metavar="ACTION")
+    generate = command(
+        "generate", command_awg_generate, "print new random parameters as JSON", actions
+    )
+    show = command("show", command_awg_show, "print those in use, and how many peers", actions)
+    change = command("rotate", command_awg_rotate, "change them; cuts clients off", actions)
+    change.add_argument("--params", help="JSON, @FILE, or @- for standard input; default: random")
+    change.add_argument("--yes", action="store_true", help="confirm that clients are cut off")
+    for maker in (generate, change):
+        maker.add_argument("--generation", choices=GENERATIONS, default=DEFAULT_GENERATION)
+        maker.add_argument("--preset", choices=tuple(PRESETS), default=DEFAULT_PRESET)
+    for client in (call, snapshot, show, change):
         client.add_argument("--url", help="default: this host's gateway")
         client.add_argument("--key-file", help="holds the API key; default: GATEWAY_API_KEY")
         client.add_argument("--key-id", default="default")

@@ -26,7 +26,7 @@ from harness import ROOT, Answer, Client, a_key, path_key, running  # noqa: E402
 import wggw  # noqa: E402
 
 TARGET = ROOT / "docs/API.md"
-ALICE, BOB, CAROL = a_key("alice"), a_key("bob"), a_key("carol")
+ALICE, BOB, CAROL, DAVE = (a_key(name) for name in ("alice", "bob", "carol", "dave"))
 TIME = "2026-01-01T00:00:00Z"
 # Values that no two runs have in common, by their names in JSON.
 CONSTANTS = {
@@ -38,6 +38,12 @@ CONSTANTS = {
     "disk": {"total": 2**34, "used": 2**33, "free": 2**33, "percent": 50.0},
 }
 
+
+PARAMETERS = {
+    "jc": 4, "jmin": 40, "jmax": 70, "s1": 51, "s2": 117, "s3": 107, "s4": 20,
+    "h1": "1392043508-1398086253", "h2": "279376732-288068107",
+    "h3": "1955609617-1957403020", "h4": "684636159-688150846", "i1": "<r 53>",
+}  # fmt: skip
 
 Row = tuple[str, str]  # method, path
 
@@ -55,6 +61,7 @@ EXAMPLES: dict[Row, tuple[Example, ...]] = {
     ("POST", "/api/v1/configurations"): (
         Example(body={"public_key": ALICE, "protocol": "dual", "request_id": "order-4711"}),
         Example(body={"public_key": BOB, "dns": "d2", "expires_at": "2999-12-31T23:59:59Z"}),
+        Example(body={"public_key": DAVE, "obfuscation": {"enabled": True, "jc": 7}}),
     ),
     ("GET", "/api/v1/configurations"): (Example(query="?limit=1&status=active"),),
     ("POST", "/api/v1/configurations/batch"): (
@@ -87,6 +94,10 @@ EXAMPLES: dict[Row, tuple[Example, ...]] = {
     ("POST", "/api/v1/sync-ips"): (Example(),),
     ("GET", "/api/v1/server/status"): (Example(),),
     ("GET", "/api/v1/server/metrics"): (Example(),),
+    ("GET", "/api/v1/obfuscation"): (Example(),),
+    ("POST", "/api/v1/obfuscation/rotate"): (
+        Example(body={"parameters": {**PARAMETERS, "s1": 52}, "confirm": True}),
+    ),
     ("GET", "/api/v1/snapshot"): (Example(),),
     ("PUT", "/api/v1/snapshot"): (Example(body=b""),),  # the snapshot that was exported before
     ("GET", "/metrics"): (Example(),),
@@ -311,12 +322,22 @@ ERRORS = """Errors are `application/problem+json` (RFC 9457). After a request wh
 """
 
 
+SETTINGS = {
+    "WG_ENDPOINT": "vpn.example.org",
+    "AWG_INTERFACE": "awg0",
+    "AWG_IPV4_SUBNET": "10.0.2.0/24",
+    "AWG_PARAMS": json.dumps(PARAMETERS),
+}
+
+
 @contextlib.contextmanager
 def documented_gateway(directory: Path) -> Iterator[Client]:
     """A gateway of which all that the examples show is always the same."""
-    (directory / "privatekey").write_text(base64.b64encode(bytes(range(32))).decode() + "\n")
-    (directory / "privatekey").chmod(0o600)
-    with running(directory, WG_ENDPOINT="vpn.example.org") as process:
+    for number, name in enumerate(("privatekey", "awg-privatekey")):
+        key = bytes(range(number, number + 32))
+        (directory / name).write_text(base64.b64encode(key).decode() + "\n")
+        (directory / name).chmod(0o600)
+    with running(directory, **SETTINGS) as process:
         client = process.client()
         yield client
         client.close()

@@ -19,6 +19,7 @@ from wggw import (
     Config,
     ConfigError,
     Setting,
+    interface_settings,
     load_config,
     read_env_file,
 )
@@ -83,7 +84,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
     "TLS_CLIENT_CA": ([("", None), ("ca.pem", "ca.pem")], []),
     "WG_INTERFACE": (
         [("wg0", "wg0"), ("abcdefghijklmno", "abcdefghijklmno")],
-        ["", ".", "..", "a/b", "a b", "abcdefghijklmnop", "wg0\n", "ü", "a:b"],
+        [".", "..", "a/b", "a b", "abcdefghijklmnop", "wg0\n", "ü", "a:b"],
     ),
     "WG_IPV4_SUBNET": (
         [("10.0.0.0/30", ip_network("10.0.0.0/30")), ("", None)],
@@ -108,6 +109,19 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
         ["", "kernel", "AUTO"],
     ),
     "WG_MTU": ([("1280", 1280), ("65535", 65535)], ["", "1279", "65536", "1420.0"]),
+    "AWG_INTERFACE": ([("", None), ("awg0", "awg0")], [".", "a/b", "abcdefghijklmnop", "a b"]),
+    "AWG_IPV4_SUBNET": (
+        [("10.0.2.0/30", ip_network("10.0.2.0/30")), ("", None)],
+        ["10.0.2.1/24", "10.0.2.0/31", "0.0.0.0/0", "fd00::/64", "x"],
+    ),
+    "AWG_IPV6_SUBNET": (
+        [("fd00:2::/126", ip_network("fd00:2::/126")), ("", None)],
+        ["fd00:2::1/64", "fd00:2::/127", "::/0", "10.0.2.0/24", "fd00::%eth0/64"],
+    ),
+    "AWG_PORT": ([("1", 1), ("65535", 65535)], ["", "0", "65536", "+1"]),
+    "AWG_EXTRA_PORTS": ([("", ()), ("53, 443", (53, 443))], ["0", "53;443", "65536", "dns"]),
+    "AWG_PRIVATE_KEY_FILE": ([("", None), ("key", "key")], []),
+    "AWG_PARAMS": ([("", None), ("/etc/awg.json", "/etc/awg.json"), ("{}", "{}")], []),
     "DNS_SERVERS": (
         [
             ('{"a":"9.9.9.9,2620:fe::fe"}', {"a": ("9.9.9.9", "2620:fe::fe")}),
@@ -220,7 +234,8 @@ def test_every_setting_has_cases_here() -> None:
 
 @pytest.mark.parametrize(("name", "text", "value"), ACCEPTED)
 def test_good_value_is_parsed(name: str, text: str, value: Any) -> None:
-    assert getattr(load({name: text}), name.lower()) == value
+    settings = {"AWG_IPV4_SUBNET": "10.0.2.0/24", name: text}
+    assert getattr(load(settings), name.lower()) == value
 
 
 @pytest.mark.parametrize(("name", "text"), REFUSED, ids=lambda v: ascii(v)[:24])
@@ -249,6 +264,40 @@ def test_secrets_do_not_show_in_repr(setting: Setting) -> None:
     config = load({setting.name: text})
     assert marker in str(getattr(config, setting.name.lower()))
     assert marker not in repr(config)
+
+
+BOTH = {"AWG_INTERFACE": "awg0", "AWG_IPV4_SUBNET": "10.0.2.0/24", "AWG_IPV6_SUBNET": "fd00:2::/64"}
+
+
+def test_each_interface_has_its_own_settings() -> None:
+    plain, obfuscated = interface_settings(load({**BOTH, "AWG_EXTRA_PORTS": "53"}))
+    assert (plain.name, plain.ports) == ("wg0", (51820,))
+    assert (obfuscated.name, obfuscated.ports) == ("awg0", (51821, 53))
+    assert obfuscated.subnets["ipv4"] == ip_network("10.0.2.0/24")
+    assert obfuscated.private_key_file == "/etc/wireguard/awg-privatekey"
+    (alone,) = interface_settings(load({**BOTH, "WG_INTERFACE": ""}))
+    assert alone.name == "awg0"
+    (four,) = interface_settings(load({**BOTH, "WG_INTERFACE": "", "AWG_IPV6_SUBNET": ""}))
+    assert set(four.subnets) == {"ipv4"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"WG_INTERFACE": "", "AWG_INTERFACE": ""}, "WG_INTERFACE, AWG_INTERFACE"),
+        ({"AWG_INTERFACE": "wg0"}, "AWG_INTERFACE"),
+        ({"AWG_IPV4_SUBNET": "", "AWG_IPV6_SUBNET": ""}, "AWG_IPV4_SUBNET and AWG_IPV6_SUBNET"),
+        ({"AWG_IPV4_SUBNET": "10.0.0.0/22"}, "AWG_IPV4_SUBNET"),
+        ({"AWG_IPV6_SUBNET": "fd42::/16"}, "AWG_IPV6_SUBNET"),
+        ({"AWG_PORT": "51820"}, "AWG_PORT, AWG_EXTRA_PORTS"),
+        ({"WG_EXTRA_PORTS": "443,53", "AWG_EXTRA_PORTS": "53"}, "AWG_PORT, AWG_EXTRA_PORTS"),
+        ({"AWG_PRIVATE_KEY_FILE": "/etc/wireguard/privatekey"}, "AWG_PRIVATE_KEY_FILE"),
+    ],
+)
+def test_what_two_interfaces_must_not_share_is_refused_by_name(
+    settings: dict[str, str], name: str
+) -> None:
+    assert refusal({**BOTH, **settings}).startswith(f"{name}: ")
 
 
 def test_defaults_are_the_contracts() -> None:
