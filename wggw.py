@@ -6584,7 +6584,7 @@ def wg_quick(shown: Mapping[str, Any], preshared_key: str | None) -> str:
         f"Address = {', '.join(addresses)}",
         *([f"DNS = {', '.join(shown['dns_servers'])}"] if shown["dns_servers"] else []),
         f"MTU = {shown['mtu']}",
-        *awg_quick(shown["obfuscation"] or {}),
+        *awg_quick(shown.get("obfuscation") or {}),
         "",
         "[Peer]",
         f"PublicKey = {shown['server_public_key']}",
