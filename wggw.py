@@ -41,6 +41,7 @@ The files on disk
                        "set": {name: text}, where there is one, sets a row of `meta`.
     DB_PATH.journal.previous   the journal before the last snapshot; with DB_PATH.previous and
                        DB_PATH.journal it still holds everything.
+    DB_PATH.nonces     of signatures whose time was ahead of this clock: see NonceGuard.keep.
     With SNAPSHOT_KEY set (AES-256-GCM, a key for each file by HKDF from a random salt):
                        the journal's first line has SALT and KEY-CHECK (hex) behind AFTER, and JSON
                        is base64, sealed with the record's number as nonce; the snapshot is a line
