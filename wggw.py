@@ -7355,6 +7355,7 @@ ROUTES: tuple[ApiRoute, ...] = (
                 reasons={"type": "array", "items": TEXT},
                 version=TEXT,
                 uptime_seconds=COUNT,
+                certificate_expires_at=TIME_SCHEMA,
                 interfaces={"type": "array", "items": component("Interface")},
             )
         ),

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Client, GatewayProcess, a_key, running, wait_for
+from harness import Client, GatewayProcess, a_key, encode, running, wait_for
 from test_connections import Wire, head, signed
 
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
@@ -147,6 +147,54 @@ def test_the_backend_behind_the_attackers_address_keeps_its_connection(tmp_path:
             assert second.get(a_key(1)).status == 200
         other = hostile_socket(gateway.port, "127.0.0.7")  # other addresses have their own cap
         other.close()
+
+
+def test_a_crowd_from_many_addresses_takes_the_backends_connection_last(tmp_path: Path) -> None:
+    """Even idle for longest: it is the one over which something authentic came."""
+    with running(tmp_path, MAX_CONNECTIONS="16") as gateway:
+        backend = gateway.client()
+        assert backend.create(a_key(1)).status == 200
+        mark = backend._connection.sock.fileno()
+        with contextlib.ExitStack() as stack:
+            for number in range(100):
+                crowd = hostile_socket(gateway.port, f"127.0.1.{number + 1}")
+                stack.callback(crowd.close)
+                if number % 20 == 19:
+                    time.sleep(0.2)  # so that their threads begin, and they count as idle
+            assert backend.get(a_key(1)).status == 200
+            assert backend._connection.sock.fileno() == mark
+        backend.close()
+
+
+def test_a_body_a_byte_at_a_time_ends_at_its_deadline(shared: GatewayProcess) -> None:
+    """Signed: without a signature no body is waited for at all."""
+    body = encode({"public_key": a_key("slow"), "request_id": "x" * 100})
+    wire = Wire(shared.port)
+    wire.send(signed("POST", PEERS, body)[: -len(body)])
+    started = time.monotonic()
+    stop = threading.Event()
+
+    def dribble() -> None:
+        for byte in body:
+            if stop.wait(1):
+                return
+            with contextlib.suppress(OSError):
+                wire.send(bytes([byte]))
+
+    thread = threading.Thread(target=dribble)
+    thread.start()
+    try:
+        wire.socket.settimeout(60)
+        assert wire.answer()[0] == 408
+        assert 29 < time.monotonic() - started < 50
+        assert wire.is_closed()
+    finally:
+        stop.set()
+        thread.join()
+        wire.close()
+    backend = shared.client()
+    assert backend.get(a_key("slow")).status == 404
+    backend.close()
 
 
 def test_a_flood_of_wrong_signatures_leaves_memory_flat_and_the_backend_served(

@@ -490,6 +490,14 @@ def test_sighup_reloads_keys_without_dropping_a_connection(filed: GatewayProcess
     assert filed.client(new_key).get(a_key(1)).status == 200
 
 
+def test_sighup_switches_the_legacy_scheme_off_and_on(filed: GatewayProcess) -> None:
+    client = filed.client()
+    for schemes, status in (("rfc9421", 401), ("legacy", 200)):
+        write_env(filed, API_KEY, AUTH_SCHEMES=schemes)
+        reload(filed, "reloaded")
+        assert client.send("GET", "/api/v1/server/status").status == status
+
+
 def served_certificate(gateway: GatewayProcess) -> bytes:
     return ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(("127.0.0.1", gateway.port)))
 
