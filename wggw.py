@@ -12,7 +12,8 @@ A request's path
     until the journal is on disk (one fsync for all that wait) -> the answer.
 
 Sections, each using only those above it (search for "# name:")
-    constants, errors, config, values, crypto, addresses, journal, store, backends, gateway,
+    constants, errors, config, values, crypto, addresses, journal, store, backends, host network,
+    gateway,
     metrics, http, server, command line
 
 Laws
@@ -165,6 +166,7 @@ DURABILITY_INTERVAL = 1.0  # seconds: DURABILITY=interval loses at most this
 DUMP_TRIES = 50  # a change interrupts a kernel's dump; requests go on during reconcile()
 PR_SET_DUMPABLE = 4  # include/uapi/linux/prctl.h
 UAPI_DIRECTORY, AWG_UAPI_DIRECTORY = "/var/run/wireguard", "/var/run/amneziawg"
+TOOL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of nft and ufw
 
 # include/uapi/linux/netlink.h
 NETLINK_ROUTE, NETLINK_GENERIC = 0, 16
@@ -177,7 +179,7 @@ NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
 CTRL_ATTR_VERSION = 3
 # include/uapi/linux/rtnetlink.h, if_link.h, if_addr.h
-RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR = 16, 18, 20
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_NEWADDR = 16, 17, 18, 20
 IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_INFO_KIND = 3, 4, 18, 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 IFF_UP = 1
@@ -189,6 +191,7 @@ WGDEVICE_A_FLAGS, WGDEVICE_A_LISTEN_PORT, WGDEVICE_A_FWMARK, WGDEVICE_A_PEERS = 
 WGPEER_A_PUBLIC_KEY, WGPEER_A_PRESHARED_KEY, WGPEER_A_FLAGS, WGPEER_A_ENDPOINT = 1, 2, 3, 4
 WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL, WGPEER_A_LAST_HANDSHAKE_TIME = 5, 6
 WGPEER_A_RX_BYTES, WGPEER_A_TX_BYTES, WGPEER_A_ALLOWEDIPS = 7, 8, 9
+WGDEVICE_F_REPLACE_PEERS = 1
 WGPEER_F_REMOVE_ME, WGPEER_F_REPLACE_ALLOWEDIPS = 1, 2
 WGALLOWEDIP_A_FAMILY, WGALLOWEDIP_A_IPADDR, WGALLOWEDIP_A_CIDR_MASK = 1, 2, 3
 # AmneziaWG's module: WireGuard's numbers, and those of AWG_PARAMETERS
@@ -362,6 +365,7 @@ class Config:
     wg_private_key_file: str
     wg_backend: str
     wg_mtu: int
+    wg_isolate: bool
     awg_interface: str | None
     awg_ipv4_subnet: ipaddress.IPv4Network | None
     awg_ipv6_subnet: ipaddress.IPv6Network | None
@@ -437,6 +441,10 @@ def _one_of(*words: str) -> Callable[[str], str]:
         return raw
 
     return parse
+
+
+def _boolean(raw: str) -> bool:
+    return _one_of("true", "false")(raw) == "true"
 
 
 def _schemes(raw: str) -> tuple[str, ...]:
@@ -550,6 +558,7 @@ SETTINGS: tuple[Setting, ...] = (
         _one_of("auto", "netlink", "uapi", "memory"),
         "auto, netlink, uapi or memory",
     ),
+    Setting("WG_ISOLATE", "true", _boolean, "true or false"),
     Setting("WG_MTU", "1420", _integer(1280, 65535), "bytes, 1280 to 65535"),
     Setting("AWG_INTERFACE", None, _interface_name, "an interface name, at most 15 characters"),
     Setting(
@@ -4425,15 +4434,15 @@ class Route:
             RTM_NEWLINK, 0, header + nl_attribute(IFLA_MTU, struct.pack("=I", mtu))
         )
 
-    def is_up(self, index: int, mtu: int) -> bool:
-        """Whether the link is up with this MTU."""
+    def is_up(self, index: int, mtu: int | None) -> bool:
+        """Whether the link is up, with this MTU if one is given."""
         answer = self._netlink.request(RTM_GETLINK, 0, struct.pack("=BxHiII", 0, 0, index, 0, 0))
         for payload in answer:
             if len(payload) < 16:
                 raise CodecError("netlink: a short link message")
             flags = struct.unpack_from("=I", payload, 8)[0]
             found = dict(parse_nl_attributes(payload[16:])).get(IFLA_MTU, b"")
-            return bool(flags & IFF_UP) and found == struct.pack("=I", mtu)
+            return bool(flags & IFF_UP) and (mtu is None or found == struct.pack("=I", mtu))
         return False
 
     def is_right(self, link: Link, index: int) -> bool:
@@ -4458,6 +4467,11 @@ class Route:
         except NetlinkError as error:
             if error.errno != errno.EEXIST:
                 raise
+
+    def delete(self, name: str) -> None:
+        """Remove a link, which must be there. Raises NetlinkError."""
+        header = struct.pack("=BxHiII", 0, 0, self.index(name), 0, 0)
+        self._netlink.request(RTM_DELLINK, 0, header)
 
     def configure(self, link: Link) -> int:
         """Addresses, MTU and up; returns the interface's index. Raises BackendError."""
@@ -4901,6 +4915,442 @@ def open_backend(mode: str, link: Link) -> Backend:
         else:
             return backend
     raise BackendError("; ".join(failures))
+
+
+# ==================================================================================================
+# host network: what the host needs around the interfaces: forwarding, a table of nftables that is
+# ours, rules in ufw where it is active. Idempotent; nothing that is not ours is ever changed.
+# Never here: peers.
+# ==================================================================================================
+
+LINK_KINDS = {PLAIN_PREFIX: WG_GENL_NAME, AWG_PREFIX: AWG_GENL_NAME}  # by InterfaceSettings.prefix
+TABLE = "inet wggw"
+UFW_MARK = "wggw"  # the comment of our rules in ufw
+TRANSLATED = tuple(  # RFC 1918, 6598 and 4193: what has no route back from the internet
+    ipaddress.ip_network(text)
+    for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
+)
+HOST_TOOL_SECONDS = 60  # for nft and ufw
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at; `todo` is empty when all is well."""
+
+    subject: str
+    found: str
+    todo: str = ""
+    failed: bool = False
+
+
+def is_translated(subnet: IPv4or6Network) -> bool:
+    """Whether a subnet needs NAT: global addresses must not be translated."""
+    return any(
+        subnet.version == other.version and subnet.subnet_of(other)  # type: ignore[arg-type]
+        for other in TRANSLATED
+    )
+
+
+def _nft_set(items: Iterable[object]) -> str:
+    return "{ " + ", ".join(map(str, items)) + " }"
+
+
+def _strangers(allowed: Sequence[IPv4or6Network], port: int) -> Iterator[str]:
+    """The rules that keep everyone but `allowed` from the API."""
+    for version, protocol, name in ((4, "ipv4", "ip"), (6, "ipv6", "ip6")):
+        mine = ipaddress.collapse_addresses(n for n in allowed if n.version == version)  # type: ignore[type-var]
+        networks = list(mine)
+        if any(network.prefixlen == 0 for network in networks):
+            continue
+        sources = f"{name} saddr != {_nft_set(networks)}" if networks else ""
+        yield f'iifname != "lo" meta nfproto {protocol} {sources} tcp dport {port} drop'
+
+
+def render_ruleset(config: Config, tunnels: Sequence[InterfaceSettings]) -> str:
+    """The text for `nft -f -` that makes our table what it must be, whatever it was."""
+    names = _nft_set(f'"{tunnel.name}"' for tunnel in tunnels)
+    outside = _nft_set(['"lo"', *(f'"{tunnel.name}"' for tunnel in tunnels)])
+    clamp = "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu"
+    subnets = [subnet for tunnel in tunnels for subnet in tunnel.subnets.values()]
+    chains: dict[str, list[str]] = {
+        "prerouting { type nat hook prerouting priority dstnat; policy accept;": [
+            f"iifname != {outside} fib daddr type local "
+            f"udp dport {_nft_set(dict.fromkeys(tunnel.ports[1:]))} redirect to :{tunnel.ports[0]}"
+            for tunnel in tunnels
+            if tunnel.ports[1:]
+        ],
+        "input { type filter hook input priority filter; policy accept;": [
+            f"iifname {names} tcp dport {config.api_port} drop",
+            *(
+                _strangers(config.allowed_backends, config.api_port)
+                if config.allowed_backends
+                else ()
+            ),
+        ],
+        "forward { type filter hook forward priority filter; policy accept;": [
+            *([f"iifname {names} oifname {names} drop"] if config.wg_isolate else []),
+            # Clients have no business with the host's link, such as a cloud's metadata service.
+            f"iifname {names} ip daddr 169.254.0.0/16 drop",
+            f"iifname {names} {clamp}",
+            f"oifname {names} {clamp}",
+            f"iifname {names} accept",
+            f"oifname {names} ct state established,related accept",
+        ],
+        "postrouting { type nat hook postrouting priority srcnat; policy accept;": [
+            f"{'ip' if subnet.version == 4 else 'ip6'} saddr {subnet} "
+            f"oifname != {outside} masquerade"
+            for subnet in subnets
+            if is_translated(subnet)
+        ],
+    }
+    lines = [f"table {TABLE}", f"delete table {TABLE}", f"table {TABLE} {{"]
+    for head, rules in chains.items():
+        lines += [f"  chain {head}", *(f"    {rule}" for rule in rules), "  }"]
+    return "\n".join([*lines, "}", ""])
+
+
+def run_tool(*command: str, given: str = "") -> str:
+    """Standard output of a tool of the host. Raises BackendError with what it says."""
+    try:
+        done = subprocess.run(  # noqa: S603  # no shell; our own words and parsed settings
+            command,
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=HOST_TOOL_SECONDS,
+            check=False,
+            env={"PATH": TOOL_PATH, "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendError(f"{command[0]}: {_reason(error)}") from None
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines() or ["it says nothing"]
+        raise BackendError(f"{' '.join(command[:2])}: status {done.returncode}: {words[0]}")
+    return done.stdout
+
+
+def current_table() -> str:
+    """Our table as nft lists it, empty when it is not there. Raises BackendError."""
+    try:
+        return run_tool("nft", "-s", "list", "table", *TABLE.split())
+    except BackendError as error:
+        if "No such file or directory" in str(error) and tool("nft"):
+            return ""
+        raise
+
+
+def tool(name: str) -> str | None:
+    """Where a program of the host is, None when it is not installed."""
+    return shutil.which(name, path=TOOL_PATH)
+
+
+# --- forwarding -----------------------------------------------------------------------------------
+
+FORWARDING = {"ipv4": "net/ipv4/ip_forward", "ipv6": "net/ipv6/conf/all/forwarding"}
+
+
+def forwarding_families(tunnels: Sequence[InterfaceSettings]) -> list[str]:
+    return [f for f in FAMILIES if any(f in tunnel.subnets for tunnel in tunnels)]
+
+
+def read_sysctl(name: str) -> str:
+    """A value under /proc/sys, empty when the kernel has no such thing."""
+    try:
+        return Path("/proc/sys", name).read_text("ascii").strip()
+    except OSError:
+        return ""
+
+
+def write_sysctl(name: str, value: str) -> None:
+    try:
+        Path("/proc/sys", name).write_text(value, "ascii")
+    except OSError as error:
+        raise BackendError(f"{name} cannot be set to {value}: {_reason(error)}") from None
+
+
+def turn_on_forwarding(tunnels: Sequence[InterfaceSettings]) -> Iterator[str]:
+    """Yields what it did. Raises BackendError."""
+    for family in forwarding_families(tunnels):
+        name = FORWARDING[family]
+        if read_sysctl(name) == "1":
+            continue
+        if family == "ipv6":
+            yield from _keep_router_advertisements([tunnel.name for tunnel in tunnels])
+        write_sysctl(name, "1")
+        yield f"{name} = 1"
+
+
+def _keep_router_advertisements(tunnels: Sequence[str]) -> Iterator[str]:
+    """A host that begins to forward stops hearing routers, and so loses its own default route,
+
+    unless accept_ra is 2 (Documentation/networking/ip-sysctl.rst).
+    """
+    for directory in sorted(Path("/proc/sys/net/ipv6/conf").glob("*")):
+        name = f"net/ipv6/conf/{directory.name}/accept_ra"
+        if directory.name not in ("lo", "all", *tunnels) and read_sysctl(name) == "1":
+            write_sysctl(name, "2")
+            yield f"{name} = 2"
+
+
+# --- ufw ------------------------------------------------------------------------------------------
+
+
+def ufw_is_active() -> bool:
+    return tool("ufw") is not None and "Status: active" in run_tool("ufw", "status")
+
+
+def ufw_rules(config: Config, tunnels: Sequence[InterfaceSettings]) -> list[str]:
+    """The rules that ufw needs to let through what our table lets through, in its own words."""
+    port = config.api_port
+    backends = config.allowed_backends
+    return [
+        *(f"allow {tunnel.ports[0]}/udp" for tunnel in tunnels),
+        *([f"allow {port}/tcp"] if not backends else []),
+        *(f"allow from {network} to any port {port} proto tcp" for network in backends),
+        *(f"route allow in on {tunnel.name}" for tunnel in tunnels),
+    ]
+
+
+def parse_ufw(shown: str) -> tuple[list[str], list[str]]:
+    """`ufw show added` -> (our rules, everybody else's)."""
+    lines = [line.removeprefix("ufw ") for line in shown.splitlines() if line.startswith("ufw ")]
+    mark = f" comment '{UFW_MARK}'"
+    ours = [line.removesuffix(mark) for line in lines if line.endswith(mark)]
+    return ours, [line for line in lines if not line.endswith(mark)]
+
+
+def align_ufw(wanted: Sequence[str]) -> Iterator[str]:
+    """Make our rules in ufw be `wanted`; yields what it did. Raises BackendError."""
+    ours, others = parse_ufw(run_tool("ufw", "show", "added"))
+    for rule in ours:
+        if rule not in wanted:
+            before, _, words = rule.rpartition("allow ")
+            run_tool("ufw", *f"{before}delete allow {words}".split())
+            yield f"ufw: no longer {rule}"
+    for rule in wanted:
+        if rule not in ours and rule not in others:  # whose rule it is stays as it is
+            run_tool("ufw", *rule.split(), "comment", UFW_MARK)
+            yield f"ufw: {rule}"
+
+
+# --- up and down ----------------------------------------------------------------------------------
+
+
+def make_interface(kind: str, link: Link) -> str:
+    """The kernel's interface with addresses and MTU; its key and port are the service's business.
+
+    Returns what it did, empty for nothing. Raises BackendError.
+    """
+    route = Route()
+    try:
+        made = not route.index(link.name)
+        if made:
+            route.create(link.name, kind)
+        elif kind == AWG_GENL_NAME:  # its MTU follows from parameters that the service keeps
+            return ""
+        was_up = not made and route.is_up(route.index(link.name), link.mtu)
+        route.configure(link)
+        return "" if was_up else f"{link.name}: {'made' if made else 'set up'}"
+    except NetlinkError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return f"{link.name}: the kernel has no {kind}; `serve` starts a userspace one"
+        raise BackendError(f"{link.name}: cannot be made: {error}") from None
+    finally:
+        route.close()
+
+
+def remove_interface(kind: str, name: str) -> str:
+    """Delete a link, emptied first: the kernel takes 17 ms for each peer of a deleted one."""
+    route = Route()
+    control = NetlinkSocket(NETLINK_GENERIC)
+    try:
+        if not route.index(name):
+            return ""
+        family = genl_family(control, kind)
+        if family is not None:
+            head = nl_attribute(WGDEVICE_A_IFNAME, name.encode("ascii") + b"\0")
+            flags = nl_attribute(WGDEVICE_A_FLAGS, struct.pack("=I", WGDEVICE_F_REPLACE_PEERS))
+            with contextlib.suppress(NetlinkError):  # a userspace one
+                control.request(family.id, 0, genl(WG_CMD_SET_DEVICE, 1, head + flags))
+        route.delete(name)
+        return f"{name}: removed"
+    except NetlinkError as error:
+        raise BackendError(f"{name}: cannot be removed: {error}") from None
+    finally:
+        control.close()
+        route.close()
+
+
+def net_up(
+    config: Config, tunnels: Sequence[InterfaceSettings], links: Sequence[Link]
+) -> Iterator[str]:
+    """Everything around the interfaces; yields what was changed. Raises BackendError.
+
+    The rules come first: no packet is ever forwarded without them.
+    """
+    before = current_table()
+    run_tool("nft", "-f", "-", given=render_ruleset(config, tunnels))
+    if current_table() != before:
+        yield f"nftables: table {TABLE}"
+    if ufw_is_active():
+        yield from align_ufw(ufw_rules(config, tunnels))
+    yield from turn_on_forwarding(tunnels)
+    if config.wg_backend in ("auto", "netlink"):
+        for tunnel, link in zip(tunnels, links, strict=True):
+            done = make_interface(LINK_KINDS[tunnel.prefix], link)
+            if done:
+                yield done
+
+
+def net_down(tunnels: Sequence[InterfaceSettings]) -> Iterator[str]:
+    """Take away what net_up() made, and with the interfaces every tunnel. Raises BackendError."""
+    if tool("nft") and current_table():
+        run_tool("nft", "delete", "table", *TABLE.split())
+        yield f"nftables: table {TABLE} removed"
+    if ufw_is_active():
+        yield from align_ufw([])
+    for tunnel in tunnels:
+        done = remove_interface(LINK_KINDS[tunnel.prefix], tunnel.name)
+        if done:
+            yield done
+    if forwarding_families(tunnels):
+        yield "forwarding stays on until the next boot: something else may rely on it"
+
+
+# --- what else is on the host ---------------------------------------------------------------------
+
+
+def find_blocks(ruleset: str, hook: str, passes: Sequence[str]) -> list[str]:
+    """Foreign chains at a hook that drop what nothing accepts: from `nft -j list ruleset`.
+
+    A table with an accepting rule that mentions one of `passes` (an interface, a port) is taken
+    to let us through. Raises ValueError when it is not nft's JSON.
+    """
+    items = json.loads(ruleset)["nftables"]
+    chains = [item["chain"] for item in items if "chain" in item]
+    rules = [item["rule"] for item in items if "rule" in item]
+    found = []
+    for chain in chains:
+        table = (chain["family"], chain["table"])
+        if chain.get("hook") != hook or " ".join(table) == TABLE:
+            continue
+        if chain["family"] not in ("ip", "ip6", "inet"):
+            continue
+        mine = [rule for rule in rules if (rule["family"], rule["table"]) == table]
+        closed = chain.get("policy") == "drop" or any(
+            rule["chain"] == chain["name"] and _drops_all(rule["expr"]) for rule in mine
+        )
+        if closed and not any(_lets_pass(rule["expr"], passes) for rule in mine):
+            found.append(f"table {' '.join(table)}, chain {chain['name']}")
+    return found
+
+
+def _drops_all(expressions: Sequence[Mapping[str, Any]]) -> bool:
+    """A rule without a condition that ends in drop or reject."""
+    kinds = {kind for expression in expressions for kind in expression}
+    return bool(kinds & {"drop", "reject"}) and kinds <= {"drop", "reject", "counter", "log"}
+
+
+def _lets_pass(expressions: Sequence[Mapping[str, Any]], passes: Sequence[str]) -> bool:
+    rights = [json.dumps(e["match"].get("right")) for e in expressions if "match" in e]
+    accepts = any("accept" in e for e in expressions)
+    return accepts and any(name in rights or f'"{name}"' in rights for name in passes)
+
+
+def find_legacy_blocks(chain: str, passes: Sequence[str]) -> list[str]:
+    """The same for iptables' old tables, which nft does not see."""
+    found = []
+    for name, program in (("ip_tables", "iptables-legacy"), ("ip6_tables", "ip6tables-legacy")):
+        try:
+            used = "filter" in Path(f"/proc/net/{name}_names").read_text("ascii").split()
+        except OSError:
+            continue
+        if not used or not tool(program):
+            continue
+        lines = run_tool(program, "-t", "filter", "-S").splitlines()
+        closed = {f"-P {chain} DROP", f"-A {chain} -j DROP", f"-A {chain} -j REJECT"}
+        opened = any(
+            line.endswith("-j ACCEPT") and any(f" {word} " in line for word in passes)
+            for line in lines
+        )
+        if not opened and any(
+            line in closed or line.startswith(f"-A {chain} -j REJECT ") for line in lines
+        ):
+            found.append(f"{program}, chain {chain}")
+    return found
+
+
+def look_at_network(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
+    """A finding for each part of the host's network."""
+    yield from (_look_at_interface(tunnel) for tunnel in tunnels)
+    for family in forwarding_families(tunnels):
+        name = FORWARDING[family].replace("/", ".")
+        on = read_sysctl(FORWARDING[family]) == "1"
+        todo = "" if on else f"run `wggw.py net up` (or sysctl -w {name}=1)"
+        yield Finding("forwarding", f"{name} is {'on' if on else 'off'}", todo, not on)
+    for look in (_look_at_table, _look_at_firewalls):
+        try:
+            yield from look(config, tunnels)
+        except (BackendError, ValueError, KeyError) as error:
+            text = str(error) or type(error).__name__
+            yield Finding("firewall", f"cannot be read: {text}", "run as root, with nftables", True)
+
+
+def _look_at_interface(tunnel: InterfaceSettings) -> Finding:
+    route = Route()
+    try:
+        index = route.index(tunnel.name)
+        if not index:
+            return Finding(tunnel.name, "no such interface", "run `wggw.py net up`", True)
+        mtu = tunnel.mtu if tunnel.prefix == PLAIN_PREFIX else None
+        words = f"up, MTU {mtu}" if mtu else "up"
+        if not route.is_up(index, mtu):
+            return Finding(tunnel.name, f"not {words}", "run `wggw.py net up`", True)
+        return Finding(tunnel.name, words)
+    except BackendError as error:
+        return Finding(tunnel.name, f"cannot be read: {error}", "see the kernel's log", True)
+    finally:
+        route.close()
+
+
+def _look_at_table(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
+    table = current_table()
+    if not table:
+        yield Finding("NAT", f"table {TABLE} is missing", "run `wggw.py net up`", True)
+        return
+    for tunnel in tunnels:
+        for subnet in tunnel.subnets.values():
+            if not is_translated(subnet):
+                text = f"{subnet} is global and is not translated: it must be routed to this host"
+                yield Finding("NAT", text)
+            elif f"saddr {subnet} " in table:
+                yield Finding("NAT", f"{subnet} is masqueraded")
+            else:
+                yield Finding("NAT", f"{subnet} is not masqueraded", "run `wggw.py net up`", True)
+
+
+def _look_at_firewalls(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
+    ruleset = run_tool("nft", "-j", "list", "ruleset")
+    names = [tunnel.name for tunnel in tunnels]
+    ports = [str(tunnel.ports[0]) for tunnel in tunnels]
+    for what, hook, passes, todo in (
+        (
+            f"forwarding from {', '.join(names)}",
+            "forward",
+            names,
+            f"let {', '.join(names)} through",
+        ),
+        (
+            f"UDP port {', '.join(ports)}",
+            "input",
+            ports,
+            f"accept UDP {', '.join(ports)} and TCP {config.api_port}",
+        ),
+    ):
+        blocks = find_blocks(ruleset, hook, passes) + find_legacy_blocks(hook.upper(), passes)
+        for block in blocks:
+            yield Finding("firewall", f"{what}: dropped by {block}", f"{todo} there", True)
+        if not blocks:
+            yield Finding("firewall", f"{what}: no other rule on this host drops it")
 
 
 # ==================================================================================================
@@ -8489,6 +8939,34 @@ def answer_of(client: ApiClient, method: str, path: str, body: bytes = b"") -> d
     return answer
 
 
+def command_net(arguments: argparse.Namespace) -> int:
+    """What the host needs around the interfaces: up, down, or how it is."""
+    config = load_config(os.environ, arguments.env_file)
+    tunnels = interface_settings(config)
+    if arguments.action == "show":
+        return report(look_at_network(config, tunnels))
+    links = [make_link(tunnel, b"") for tunnel in tunnels]
+    steps = net_up(config, tunnels, links) if arguments.action == "up" else net_down(tunnels)
+    try:
+        for step in steps:
+            print(f"wggw: {step}", flush=True)
+    except BackendError as error:
+        raise StartError(str(error)) from None
+    return 0
+
+
+def report(findings: Iterable[Finding]) -> int:
+    """A line each; 1 when something is wrong."""
+    failed = False
+    for finding in findings:
+        failed |= finding.failed
+        word = "WRONG" if finding.failed else "note" if finding.todo else "ok"
+        print(f"{word:5}  {finding.subject}: {finding.found}", flush=True)
+        if finding.todo:
+            print(f"       -> {finding.todo}", flush=True)
+    return int(failed)
+
+
 def command_check(arguments: argparse.Namespace) -> int:
     """Verify snapshot and journals without writing; with --repair save what can be saved."""
     config = load_config(os.environ, arguments.env_file)
@@ -8534,6 +9012,8 @@ def make_parser() -> argparse.ArgumentParser:
         return added
 
     command("serve", command_serve, "run the gateway")
+    net = command("net", command_net, "the host's network around the interfaces")
+    net.add_argument("action", choices=("up", "down", "show"))
     check = command("check", command_check, "verify snapshot and journal; exit 3 when damaged")
     check.add_argument(
         "--repair", action="store_true", help="save what can be saved, in a new file"

@@ -108,6 +108,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
         [(word, word) for word in ("auto", "netlink", "uapi", "memory")],
         ["", "kernel", "AUTO"],
     ),
+    "WG_ISOLATE": ([("true", True), ("false", False)], ["", "True", "1", "yes"]),
     "WG_MTU": ([("1280", 1280), ("65535", 65535)], ["", "1279", "65536", "1420.0"]),
     "AWG_INTERFACE": ([("", None), ("awg0", "awg0")], [".", "a/b", "abcdefghijklmnop", "a b"]),
     "AWG_IPV4_SUBNET": (

@@ -1,0 +1,248 @@
+"""The host's network: the ruleset's text, ufw's rules, what else blocks; and up, down and show."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import API_KEY, WGGW
+from hypothesis import given
+from hypothesis import strategies as st
+
+import wggw
+
+
+def config(**settings: str) -> wggw.Config:
+    return wggw.load_config({"GATEWAY_API_KEY": API_KEY, **settings}, os.devnull)
+
+
+def ruleset(**settings: str) -> str:
+    chosen = config(**settings)
+    return wggw.render_ruleset(chosen, wggw.interface_settings(chosen))
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("subnet", "translated"),
+    [
+        ("10.0.1.0/24", True),
+        ("172.31.0.0/16", True),
+        ("172.32.0.0/16", False),
+        ("192.168.7.0/24", True),
+        ("100.64.0.0/10", True),
+        ("198.51.100.0/24", False),
+        ("8.0.0.0/6", False),  # holds 10.0.0.0/8 and more
+        ("fd42:4242:1::/64", True),
+        ("2001:db8::/64", False),
+    ],
+)
+def test_only_private_and_ula_subnets_are_translated(subnet: str, translated: bool) -> None:
+    family = "WG_IPV6_SUBNET" if ":" in subnet else "WG_IPV4_SUBNET"
+    text = ruleset(**{"WG_IPV4_SUBNET": "10.9.0.0/24", "WG_IPV6_SUBNET": "", family: subnet})
+    assert (f"saddr {subnet} " in text and "masquerade" in text) == translated
+
+
+def test_clients_are_isolated_unless_told_otherwise() -> None:
+    rule = 'iifname { "wg0" } oifname { "wg0" } drop'
+    assert rule in ruleset()
+    assert rule not in ruleset(WG_ISOLATE="false")
+
+
+def test_api_is_for_backends_only_in_both_families() -> None:
+    text = ruleset(ALLOWED_BACKENDS="192.0.2.0/24,192.0.2.7/32", API_PORT="8443")
+    assert "meta nfproto ipv4 ip saddr != { 192.0.2.0/24 } tcp dport 8443 drop" in text
+    assert 'iifname != "lo" meta nfproto ipv6  tcp dport 8443 drop' in text
+    everyone = ruleset(ALLOWED_BACKENDS="0.0.0.0/0,2001:db8::/32", API_PORT="8443")
+    assert "nfproto ipv4" not in everyone
+    assert "ip6 saddr != { 2001:db8::/32 } tcp dport 8443 drop" in everyone
+
+
+def test_ufw_speaks_the_same_words() -> None:
+    chosen = config(ALLOWED_BACKENDS="192.0.2.0/24")
+    assert wggw.ufw_rules(chosen, wggw.interface_settings(chosen)) == [
+        "allow 51820/udp",
+        "allow from 192.0.2.0/24 to any port 8000 proto tcp",
+        "route allow in on wg0",
+    ]
+    shown = """Added user rules (see 'ufw status' for running firewall):
+ufw allow 51820/udp comment 'wggw'
+ufw allow 22/tcp
+ufw allow 443/tcp comment 'web'
+ufw route allow in on wg0 comment 'wggw'
+"""
+    ours, others = wggw.parse_ufw(shown)
+    assert ours == ["allow 51820/udp", "route allow in on wg0"]
+    assert others == ["allow 22/tcp", "allow 443/tcp comment 'web'"]
+
+
+# --- what else blocks -----------------------------------------------------------------------------
+
+
+def chain(name: str = "FORWARD", policy: str = "drop", **more: Any) -> dict[str, Any]:
+    base = {"family": "ip", "table": "filter", "name": name, "type": "filter", "policy": policy}
+    return {"chain": {**base, "hook": "forward", **more}}
+
+
+def rule(*expressions: Any, chain: str = "FORWARD") -> dict[str, Any]:
+    return {"rule": {"family": "ip", "table": "filter", "chain": chain, "expr": expressions}}
+
+
+def blocks(*items: Any) -> list[str]:
+    return wggw.find_blocks(
+        json.dumps({"nftables": [{"metainfo": {}}, *items]}), "forward", ["wg0"]
+    )
+
+
+MATCH = {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "wg0"}}
+OTHER = {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "eth0"}}
+FOUND = ["table ip filter, chain FORWARD"]
+
+
+@pytest.mark.parametrize(
+    ("items", "found"),
+    [
+        ([], []),
+        ([chain(policy="accept")], []),
+        ([chain()], FOUND),
+        ([chain(), rule(MATCH, {"accept": None})], []),
+        ([chain(), rule(MATCH, {"accept": None}, chain="ufw-user-forward")], []),
+        ([chain(), rule(OTHER, {"accept": None})], FOUND),
+        ([chain(), rule(MATCH, {"counter": {}})], FOUND),
+        ([chain(policy="accept"), rule({"counter": {}}, {"reject": {}})], FOUND),
+        ([chain(policy="accept"), rule(OTHER, {"drop": None})], []),
+        ([chain(hook="input")], []),
+        ([chain(family="inet", table="wggw")], []),
+        ([chain(family="bridge")], []),
+    ],
+)
+def test_chain_that_drops_what_nothing_accepts_is_found(items: list[Any], found: list[str]) -> None:
+    assert blocks(*items) == found
+
+
+json_values = st.recursive(
+    st.none() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.lists(st.builds(lambda e: rule(*[{"x": v} for v in e]), st.lists(json_values, max_size=3)))
+)
+def test_expressions_that_are_not_known_block_nothing(rules: list[Any]) -> None:
+    assert blocks(chain(policy="accept"), *rules) == []
+
+
+# --- on a host ------------------------------------------------------------------------------------
+
+
+class Host:
+    """A network namespace to run `wggw.py net` in, with settings in a file."""
+
+    def __init__(self, directory: Path) -> None:
+        self.name = f"wggwnet{os.getpid()}{secrets.token_hex(2)}"
+        self.settings = directory / "env"
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["ip", "netns", "exec", self.name, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    def net(self, action: str, **settings: str) -> tuple[int, str]:
+        values = {"GATEWAY_API_KEY": API_KEY, "WG_BACKEND": "memory", **settings}
+        self.settings.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
+        self.settings.chmod(0o600)
+        done = self.run(sys.executable, str(WGGW), "net", action, "--env-file", str(self.settings))
+        return done.returncode, done.stdout + done.stderr
+
+    def table(self) -> str:
+        return self.run("nft", "-s", "list", "ruleset").stdout
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = Host(tmp_path)
+    subprocess.run(["ip", "netns", "add", made.name], check=True)
+    try:
+        if made.run("nft", "list", "ruleset").returncode:
+            pytest.skip("nft does not work here")
+        yield made
+    finally:
+        subprocess.run(["ip", "netns", "del", made.name], check=True)
+
+
+@pytest.mark.real
+def test_up_is_idempotent_and_down_leaves_only_what_was_there(host: Host) -> None:
+    foreign = (
+        "table ip mine { chain forward { type filter hook forward priority 0; policy drop; }; }"
+    )
+    assert host.run("nft", foreign).returncode == 0
+    before = host.table()
+    settings = {"WG_EXTRA_PORTS": "53,443", "ALLOWED_BACKENDS": "192.0.2.0/24,2001:db8::/64"}
+    code, text = host.net("up", **settings)
+    assert (code, "table inet wggw" in text) == (0, True), text
+    for part in (
+        "udp dport { 53, 443 } redirect to :51820",
+        'iifname "wg0" oifname "wg0" drop',
+        "ip saddr 10.0.1.0/24",
+        "ip6 saddr fd42:4242:1::/64",
+        "tcp option maxseg size set rt mtu",
+        "ip6 saddr != 2001:db8::/64 tcp dport 8000 drop",
+    ):
+        assert part in host.table(), part
+    for name in ("ipv4.ip_forward", "ipv6.conf.all.forwarding"):
+        assert host.run("sysctl", "-n", f"net.{name}").stdout == "1\n"
+    assert host.net("up", **settings) == (0, "")
+    code, text = host.net("show", **settings)
+    assert code == 1
+    assert "forwarding from wg0: dropped by table ip mine, chain forward" in text
+    assert host.net("up", WG_EXTRA_PORTS="53")[0] == 0
+    assert "443" not in host.table()
+    code, text = host.net("down")
+    assert (code, "removed" in text) == (0, True), text
+    assert host.table() == before
+    assert host.net("down")[0] == 0
+
+
+@pytest.mark.real
+def test_router_advertisements_are_still_heard_by_a_host_that_forwards(host: Host) -> None:
+    host.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "router")
+    accept = ("sysctl", "-n", "net.ipv6.conf.uplink.accept_ra")
+    assert host.run(*accept).stdout == "1\n"
+    assert host.net("up")[0] == 0
+    assert host.run(*accept).stdout == "2\n"
+    host.run("sysctl", "-w", "net.ipv6.conf.uplink.accept_ra=1")  # a router that will not listen
+    assert host.net("up") == (0, "")
+    assert host.run(*accept).stdout == "1\n"
+
+
+@pytest.mark.real
+def test_missing_tool_is_named(host: Host, tmp_path: Path) -> None:
+    script = (
+        "import sys, wggw\nwggw.TOOL_PATH = '/nowhere'\n"
+        "sys.exit(wggw.main(['net', 'up', '--env-file', sys.argv[1]]))"
+    )
+    host.net("show")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(host.settings)],
+        cwd=WGGW.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "wggw: nft: No such file or directory\n")
