@@ -311,9 +311,16 @@ class ConfigError(StartError):
 
 
 class DamagedError(StartError):
-    """Snapshot or journal is damaged: names the file, the offset, what was found, what to do."""
+    """Snapshot or journal is damaged: names the file, the offset, what was found, what to do.
+
+    `found` is that alone, for the caller who sent the file.
+    """
 
     code = 3
+
+    def __init__(self, text: str, found: str = "") -> None:
+        super().__init__(text)
+        self.found = found or text
 
 
 class DiskError(Exception):
@@ -2812,7 +2819,8 @@ def _damaged(name: str, offset: int, found: str) -> DamagedError:
     return DamagedError(
         f"{name}: at byte {offset}: {found}. The start is refused and nothing was changed, so that "
         "no acknowledged change is lost unnoticed. `wggw.py check` inspects the files, "
-        "`wggw.py check --repair` saves what can be saved into new ones"
+        "`wggw.py check --repair` saves what can be saved into new ones",
+        f"at byte {offset}: {found}",
     )
 
 
@@ -6490,7 +6498,9 @@ class Gateway:
         """
         try:
             other = self.store.read_image(data)
-        except StartError as error:
+        except DamagedError as error:
+            raise Malformed(f"the snapshot was refused: {error.found}") from None
+        except ConfigError as error:
             raise Malformed(f"the snapshot was refused: {error}") from None
         pools = {
             name: self._make_pools(interface, other) for name, interface in self.interfaces.items()
@@ -7237,6 +7247,8 @@ class App:
             )
         if route.guard == "metrics":
             self._check_metrics(head, source)
+        if (route.bodies or route.media) and b"content-length" not in head.headers:
+            raise LengthRequired("Content-Length is required: this request has a body")
         if head.length > route.limit:
             raise TooLarge(f"the body has {head.length} bytes, {route.limit} are accepted")
         if route.guard != "open" and not self.gateway.ready:
@@ -8520,14 +8532,18 @@ def make_tls(config: Config) -> tuple[ssl.SSLContext, int]:
         context.load_cert_chain(cert, key, password="")  # never ask on a terminal
         certificate = read_certificate(cert)
         expires = certificate_expiry(certificate)
-        if config.tls_client_ca:
-            context.load_verify_locations(config.tls_client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"TLS_CERT {cert!r}, TLS_KEY {key!r}, TLS_CLIENT_CA {config.tls_client_ca!r}: "
-            f"not usable PEM files: {_reason(error)}"
+            f"TLS_CERT {cert!r}, TLS_KEY {key!r}: not usable PEM files: {_reason(error)}"
         ) from None
+    if config.tls_client_ca:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(config.tls_client_ca)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"TLS_CLIENT_CA {config.tls_client_ca!r}: not a usable PEM file: {_reason(error)}"
+            ) from None
     LOG.info("certificate SHA-256 fingerprint %s", hashlib.sha256(certificate).hexdigest())
     if expires < time.time() + EXPIRY_WARNING:
         LOG.warning("the certificate expires at %s", rfc3339(expires))
