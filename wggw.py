@@ -40,6 +40,8 @@ The files on disk
                        and in a sample's records "traffic": rows of that table, in its columns'
                        order. Rows hold totals, so that reading one twice changes nothing.
                        "set": {name: text}, where there is one, sets a row of `meta`.
+                       A desired state is records with "sync": ["part"] and one with ["end"], others
+                       in between; recovery takes back parts whose end is missing.
     DB_PATH.journal.previous   the journal before the last snapshot; with DB_PATH.previous and
                        DB_PATH.journal it still holds everything.
     DB_PATH.nonces     of signatures whose time was ahead of this clock: see NonceGuard.keep.
@@ -122,6 +124,8 @@ MAX_TEXT = 256  # characters of a free text such as request_id
 MAX_PAGE = 1000  # peers in one answer to a list
 DEFAULT_PAGE = 100
 MAX_BATCH = 1000  # operations
+MAX_LINES = 64 * 2**20  # bytes of a desired state in lines, read one by one
+MAX_ARRAY = 16 * 2**20  # bytes of one that is a JSON array
 MAX_SNAPSHOT = 256 * 2**20  # bytes of an imported snapshot: 60,000 peers need about 20 MB
 MAX_INTEGER = 2**63 - 1  # SQLite's INTEGER
 MAX_TOTAL = MAX_INTEGER // 4  # bytes of a peer's traffic: two of them can still be added up
@@ -159,6 +163,10 @@ JOURNAL_LIMIT = 32 * 2**20  # bytes: a longer one is ended by a snapshot before 
 # reads about 20 MB a second
 PARKED_CHUNK = 8  # removals per hold of the lock: each costs a kernel an RCU grace period
 READ_CHUNK = 500  # rows handled per hold of the domain lock by work that is O(peers): about 5 ms
+HOLD_SECONDS = 0.01  # what a part of a desired state should hold the domain lock: it may take 0.05
+MAX_PART = 400  # peers in a part
+BREATH_SECONDS = 0.0002  # between two holds: without it, nobody else gets the lock
+BODY_RATE = 250_000  # bytes a second below which a streamed body is cut off
 BACKEND_TIMEOUT = 10.0  # seconds for one exchange with an interface
 DAEMON_START_SECONDS = 5.0  # how long a userspace WireGuard may take to open its socket
 SUPERVISE_SECONDS = 1.0  # between two looks at the interface and the clock of expiry
@@ -1705,6 +1713,15 @@ STATUS_FIELDS: dict[str, Field] = {
 }
 
 
+# An element of a desired state: what create takes or a list shows. What is not given stays.
+SYNC_FIELDS: dict[str, Field] = {
+    **CREATE_FIELDS,
+    **{n: nullable(CREATE_FIELDS[n]) for n in ("expires_at", "quota_bytes", "preshared_key")},
+    "status": choice_field(STATUSES),
+    "interface": Field(_field_text, "the name of an interface", TEXT_SCHEMA),
+}
+
+
 def parse_fields(given: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
     """Decode the fields of a table; what it does not know is ignored. Raises Invalid."""
     parsed: dict[str, Any] = {}
@@ -2105,18 +2122,32 @@ def _query_parameter(query: str, name: str) -> bytes | None:
     return urllib.parse.quote(values[0], safe="*").replace("~", "%7E").encode("ascii")
 
 
+class BodyDigest:
+    """What Content-Digest (RFC 9530) says of a body, which may come in pieces."""
+
+    def __init__(self, header: bytes) -> None:
+        try:
+            given = parse_dictionary(header.decode("ascii"))
+        except ValueError:
+            given = {}
+        self._known = [(DIGESTS[name](), given[name][0]) for name in DIGESTS if name in given]
+
+    def update(self, piece: bytes) -> None:
+        for digest, _ in self._known:
+            digest.update(piece)
+
+    def matches(self) -> bool:
+        """Whether there is a digest that we know, and each such is the body's."""
+        return bool(self._known) and all(
+            isinstance(mac, bytes) and hmac.compare_digest(digest.digest(), mac)
+            for digest, mac in self._known
+        )
+
+
 def digest_matches(header: bytes, body: bytes) -> bool:
-    """Whether Content-Digest (RFC 9530) has a digest that we know, and each such is the body's."""
-    try:
-        given = parse_dictionary(header.decode("ascii"))
-    except ValueError:
-        return False
-    known = [name for name in DIGESTS if name in given]
-    return bool(known) and all(
-        isinstance(mac := given[name][0], bytes)
-        and hmac.compare_digest(DIGESTS[name](body).digest(), mac)
-        for name in known
-    )
+    digest = BodyDigest(header)
+    digest.update(body)
+    return digest.matches()
 
 
 DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}
@@ -3189,6 +3220,13 @@ class Step(NamedTuple):
     after: Peer | None
 
 
+class Undo(NamedTuple):
+    """A step of a desired state that may have to be taken back, and what its peer had counted."""
+
+    step: Step
+    traffic: TrafficRow | None
+
+
 class TrafficRow(NamedTuple):
     """A row of the table `traffic`: totals, and what the interface counted when last looked at."""
 
@@ -3286,10 +3324,9 @@ def _encode_record(content: Mapping[str, Any]) -> bytes:
         for peer in content["put"]
     ]
     record = {"put": put, "del": content["del"]}
-    if content.get("traffic"):
-        record["traffic"] = content["traffic"]
-    if "set" in content:
-        record["set"] = content["set"]
+    for name in ("traffic", "sync", "set"):
+        if content.get(name):
+            record[name] = content[name]
     return _RECORD_ENCODER.encode(record).encode("ascii")
 
 
@@ -3303,6 +3340,7 @@ def _decode_record(content: bytes) -> dict[str, Any]:
         "del": record["del"],
         "traffic": [TrafficRow(*map(int, row)) for row in record.get("traffic", ())],
         "set": settings,
+        "sync": record.get("sync", ()),
     }
 
 
@@ -3327,6 +3365,7 @@ class Store:
         self._previous_end = 0  # the last record of the journal before the current one
         self._saved: collections.Counter[tuple[str, str]] | None = None  # counts before apply()
         self._gone: dict[int, TrafficRow] = {}  # of deleted peers, until that is on disk
+        self._open_sync: list[Undo] = []  # replayed parts of a desired state without its end
         self.snapshot_lock = threading.Lock()
         self._journal = Journal(path + ".journal", disk, vault)
         self._db = open_memory()
@@ -3354,7 +3393,10 @@ class Store:
             )
         migrate(self._db)
         self._load_counts()
-        return self._replay()
+        current = self._replay()
+        if self._open_sync:
+            self._take_back_open_sync()
+        return current
 
     def _load_snapshot(self, path: str) -> None:
         try:
@@ -3419,11 +3461,36 @@ class Store:
 
     def _replay_record(self, path: str, record: Record) -> None:
         try:
-            self._apply(_decode_record(record.content))
+            content = _decode_record(record.content)
+            if "part" in content["sync"]:
+                self._open_sync += self.undo_entries(self._steps_of(content))
+            elif content["sync"]:
+                self._open_sync.clear()
+            self._apply(content)
         except (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError) as error:
             raise _damaged(path, 0, f"record {record.number} does not apply: {error}") from None
         self.number = record.number
         self._dirty = True
+
+    def _steps_of(self, content: Mapping[str, Any]) -> list[Step]:
+        """The steps of a record that is about to be applied."""
+        return [
+            *(Step(self.by_id(peer_id), None) for peer_id in content["del"]),
+            *(Step(self.by_id(peer.id), peer) for peer in content["put"]),
+        ]
+
+    def _take_back_open_sync(self) -> None:
+        """The gateway ended within a desired state, which nobody was told to be done."""
+        LOG.warning("an unfinished desired state of %d changes is undone", len(self._open_sync))
+        with self._transaction():
+            for entry in reversed(self._open_sync):
+                back = self.taken_back(entry.step)
+                if back is not None:
+                    self._apply(_content([back]))
+                    if entry.traffic and back.before is None:
+                        self._db.execute(_PUT_TRAFFIC, entry.traffic._replace(rx_seen=0, tx_seen=0))
+        self._open_sync.clear()
+        self.number += 1  # no record has it: a fresh snapshot is written
 
     def _begin_journal(self, current: JournalFile | None) -> None:
         """Go on with the journal that recovery read, or begin one behind a fresh snapshot."""
@@ -3444,6 +3511,10 @@ class Store:
 
     def get(self, public_key: str) -> Peer | None:
         row = self._db.execute(f"{_SELECT} WHERE public_key = ?", (public_key,)).fetchone()
+        return Peer._make(row) if row else None
+
+    def by_id(self, peer_id: int) -> Peer | None:
+        row = self._db.execute(f"{_SELECT} WHERE id = ?", (peer_id,)).fetchone()
         return Peer._make(row) if row else None
 
     def traffic(self, peer_id: int) -> Traffic:
@@ -3570,16 +3641,55 @@ class Store:
             self._db.execute("RELEASE steps")
             self.counts, self._saved = self._saved, None
 
-    def commit(self, steps: Sequence[Step]) -> int:
-        """Put applied steps into the journal; returns the number to wait() for."""
-        if self._saved is not None:
-            self._db.execute("RELEASE steps")
-            self._saved = None
+    def undo_entries(self, steps: Sequence[Step]) -> list[Undo]:
+        """What taken_back() needs of steps that are about to be applied."""
+        return [
+            Undo(step, self.traffic_row(step.before.id) if step.before and not step.after else None)
+            for step in steps
+        ]
+
+    def taken_back(self, step: Step) -> Step | None:
+        """What undoes a step after others may have changed its peer: their changes stay.
+
+        A peer that the step made goes; one that it took away comes back unless its key is there
+        again; of one that it changed, what is still as the step left it becomes as it was.
+        """
+        before, after = step
+        now = self.by_id((before or cast(Peer, after)).id)
+        if before is None:
+            return Step(now, None) if now else None
+        if after is None:
+            taken = now or self.get(before.public_key)
+            return None if taken else Step(None, before)
+        if now is None:
+            return None
+        kept: dict[str, Any] = {
+            n: v for n, v, left in zip(Peer._fields, now, after, strict=True) if v != left
+        }
+        back = before._replace(**kept)
+        return Step(now, back) if back != now else None
+
+    def end_sync(self) -> int:
+        """Everything of a desired state, or of its undoing, is there; returns the record."""
+        return self._put_record({"put": [], "del": [], "sync": ["end"]})
+
+    def _put_record(self, content: Mapping[str, Any]) -> int:
         self.number += 1
         self._dirty = True
         if self.durability != "none":
-            self._journal.append(self.number, functools.partial(_encode_record, _content(steps)))
+            self._journal.append(self.number, functools.partial(_encode_record, content))
         return self.number
+
+    def commit(self, steps: Sequence[Step], part: bool = False) -> int:
+        """Put applied steps into the journal; returns the number to wait() for.
+
+        `part`: recovery takes them back unless end_sync() follows.
+        """
+        if self._saved is not None:
+            self._db.execute("RELEASE steps")
+            self._saved = None
+        content = _content(steps)
+        return self._put_record({**content, "sync": ["part"]} if part else content)
 
     def undo(self, steps: Sequence[Step]) -> None:
         """Take back what commit() put into the journal; the number stays used."""
@@ -3595,12 +3705,7 @@ class Store:
 
     def commit_meta(self, name: str, text: str) -> int:
         """Put what set_meta() did into the journal; returns the number to wait() for."""
-        self.number += 1
-        self._dirty = True
-        if self.durability != "none":
-            content = {"put": [], "del": [], "set": {name: text}}
-            self._journal.append(self.number, functools.partial(_encode_record, content))
-        return self.number
+        return self._put_record({"put": [], "del": [], "set": {name: text}})
 
     def _apply(self, content: Mapping[str, Any]) -> None:
         """The one way in which a change reaches the rows: live, replayed and undone."""
@@ -5416,6 +5521,62 @@ class InterfaceTraffic(NamedTuple):
     time: float = 0.0
 
 
+HeldAddress = tuple[str, str, str]  # interface, family, address
+
+# What an element of a desired state says as a row has it, and the families that a protocol names.
+_SYNC_PLAIN = (
+    "dns",
+    "port",
+    "persistent_keepalive",
+    "expires_at",
+    "quota_bytes",
+    "request_id",
+    "assigned_ip",
+    "assigned_ipv6",
+)
+_PROTOCOLS: Mapping[str | None, tuple[str, ...]] = {
+    None: (),
+    "dual": FAMILIES,
+    **{family: (family,) for family in FAMILIES},
+}
+
+
+class Desired(NamedTuple):
+    """An element of a desired state: where it stands, for errors, and its decoded fields."""
+
+    place: str
+    fields: Mapping[str, Any]
+
+
+class DesiredResult(NamedTuple):
+    """What a desired state changes, in peers."""
+
+    created: int
+    updated: int
+    deleted: int
+    unchanged: int
+
+
+class Wish(NamedTuple):
+    """What a desired state makes of a peer: before (None: it is new), after, where it stands.
+
+    `missing`: families in which `after` is still to get an address.
+    """
+
+    before: Peer | None
+    after: Peer
+    missing: tuple[str, ...]
+    place: str
+
+
+class Plan(NamedTuple):
+    """The steps of a desired state: what frees addresses comes before what takes them."""
+
+    leaving: list[Step]
+    coming: list[Step]
+    result: DesiredResult
+
+
 class SyncResult(NamedTuple):
     """What reconcile() did, in peers."""
 
@@ -5522,6 +5683,9 @@ class Gateway:
         self._parking_psk = secrets.token_bytes(KEY_BYTES)  # no client has it: no handshake
         self.traffic: dict[str, InterfaceTraffic] = {}
         self._pending: collections.deque[tuple[int, Sequence[Step]]] = collections.deque()
+        self._reserved: set[HeldAddress] = set()  # addresses that a desired state holds
+        self._unfinished: set[int] = set()  # ids of peers that it made so far
+        self._stopping = False
 
     # --- start and stop --------------------------------------------------------------------------
 
@@ -5615,10 +5779,15 @@ class Gateway:
 
     def close(self) -> None:
         """Let go of the interfaces, which stay as they are, and write what is left to disk."""
+        self._stopping = True
         sample = threading.Thread(target=self._last_sample, daemon=True)
         sample.start()
         sample.join(LAST_SAMPLE_SECONDS)
-        self.snapshot()
+        if self.store.snapshot_lock.acquire(timeout=STOP_SECONDS):
+            self.store.snapshot_lock.release()
+            self.snapshot()
+        else:  # the next start takes back what is there of it
+            LOG.warning("stopped within a desired state")
         for interface in self.interfaces.values():
             interface.backend.close()
 
@@ -5772,6 +5941,11 @@ class Gateway:
             if known is None:
                 raise
         self._check_usable(known.interface)
+        if known.id in self._unfinished:
+            raise Unavailable(
+                "the desired state that makes this peer is not done yet",
+                headers=[("Retry-After", "1")],
+            )
         return Outcome(False, known, self.store.traffic(known.id), self._last_pending())
 
     def _get(self, fields: Mapping[str, Any]) -> Outcome:
@@ -5852,15 +6026,20 @@ class Gateway:
         if reason == "quota":
             raise Conflict(f"quota_bytes: the peer has used up its {peer.quota_bytes} bytes")
 
-    def _new_peer(self, fields: Mapping[str, Any]) -> Peer:
-        """Decide everything about a new peer; takes nothing yet."""
+    def _new_peer(
+        self,
+        fields: Mapping[str, Any],
+        choose: Callable[[Mapping[str, Any], Interface, str], Any] | None = None,
+    ) -> Peer:
+        """Decide everything about a new peer; takes nothing yet. `choose`: see _address_for."""
         interface = self._interface_for(fields)
         self._check_usable(interface.name)
         self._check_own_key(fields["public_key"], interface)
         own_values = self._own_values(fields, interface)
         families = self._families_for(fields, interface)
         self._check_choices(fields, interface)
-        addresses = {f: self._address_for(fields, interface, f) for f in families}
+        choose = choose or self._address_for
+        addresses = {f: choose(fields, interface, f) for f in families}
         return Peer(
             id=self.store.new_id(),
             public_key=fields["public_key"],
@@ -5976,9 +6155,21 @@ class Gateway:
 
         Under the lock. Raises Unavailable or Conflict, with nothing changed.
         """
-        if self.store.failure:
+        number = self._carry_out(steps)
+        while self._pending and self._pending[0][0] <= self.store.durable:
+            self._pending.popleft()
+        self._pending.append((number, steps))
+        return number
+
+    def _carry_out(self, steps: Sequence[Step], part: bool = False, undoing: bool = False) -> int:
+        """_change() of steps that need not be undone by a disk fault.
+
+        `part`: of a desired state. `undoing`: whatever disk and interface say: repair will find
+        the interface wrong, and a disk that fails gets a fresh snapshot.
+        """
+        if self.store.failure and not undoing:
             raise Unavailable("the disk refuses writes: no change is accepted until it works again")
-        if self.failures:
+        if self.failures and not undoing:
             for name in {peer.interface for step in steps for peer in step if peer}:
                 self._check_usable(name)
         rows = self._rows(steps)
@@ -5987,21 +6178,21 @@ class Gateway:
         except sqlite3.IntegrityError:
             raise Conflict("the key or an address is in use") from None
         parked: list[tuple[str, bytes]] = []
-        try:
-            for interface in self.interfaces.values():
+        for interface in self.interfaces.values():
+            try:
                 parked += self._project(interface, steps, rows)
-        except BackendError as error:
-            LOG.error("%s", error)
-            self._project_back(steps)
-            self.store.revert(steps)
-            raise Unavailable("the interface is not usable") from None
-        number = self.store.commit(steps)
+            except BackendError as error:
+                LOG.error("%s", error)
+                if undoing:
+                    self.failures[interface.subject] = str(error)
+                    continue
+                self._project_back(steps)
+                self.store.revert(steps)
+                raise Unavailable("the interface is not usable") from None
+        number = self.store.commit(steps, part)
         for name, key in parked:
             self._parked[name][key] = self._parked[name][key]._replace(number=number)
         self._move_addresses(steps)
-        while self._pending and self._pending[0][0] <= self.store.durable:
-            self._pending.popleft()
-        self._pending.append((number, steps))
         return number
 
     def _project(
@@ -6186,6 +6377,297 @@ class Gateway:
             interface.backend.setup(interface.link)
         except BackendError as error:
             self.failures[interface.subject] = str(error)
+
+    # --- desired state: all peers at once, in parts ----------------------------------------------
+
+    def sync(
+        self, desired: dict[str, Desired], dry_run: bool, allow_mass_delete: bool
+    ) -> DesiredResult:
+        """Make the peers those of `desired` (which is consumed), all of it or nothing.
+
+        It is done in parts, so that others get the lock in between. What they change meanwhile
+        comes after it: those peers stay as they made them. When a part fails, those before it are
+        taken back; so does recovery when the end is missing in the journal. No snapshot is written
+        meanwhile, because it would hold a part. Raises GatewayError.
+        """
+        with self.store.snapshot_lock:
+            try:
+                plan = self._plan(desired)
+                deleted, total = plan.result.deleted, self.peer_count()
+                if deleted * 2 > total and not allow_mass_delete and not dry_run:
+                    raise Conflict(
+                        f"{deleted} of {total} peers would be deleted: "
+                        "that needs allow_mass_delete=true"
+                    )
+                if not dry_run and (plan.leaving or plan.coming):
+                    self._perform(plan)
+            finally:
+                with self.lock:
+                    self._unfinished.clear()
+                    for interface, family, address in self._reserved:
+                        self.interfaces[interface].pools[family].release(address)
+                    self._reserved.clear()
+        self._sweep()
+        return plan.result
+
+    def _plan(self, desired: dict[str, Desired]) -> Plan:
+        """Compare with the peers that there are, and find an address for everyone."""
+        leaving: list[Step] = []
+        wishes: list[Wish] = []
+        unchanged = deleted = updated = 0
+        with self.lock:
+            new_id = self.store.new_id()
+        for known in self._all_peers():
+            wanted = desired.pop(known.public_key, None)
+            if wanted is None:
+                if known.id < new_id:  # or it was made since the request came
+                    leaving.append(Step(known, None))
+                    deleted += 1
+                continue
+            with _placed(wanted.place):
+                after, missing = self._wished(known, wanted.fields)
+            if after == known and not missing:
+                unchanged += 1
+            else:
+                wishes.append(Wish(known, after, missing, wanted.place))
+                updated += 1
+        created = len(desired)
+        while desired:
+            _, wanted = desired.popitem()
+            with _placed(wanted.place):
+                wishes.append(Wish(None, *self._wished_new(wanted.fields), wanted.place))
+        wishes[updated:] = reversed(wishes[updated:])  # popitem() gave the last one first
+        coming = self._find_addresses(wishes, leaving)
+        return Plan(leaving, coming, DesiredResult(created, updated, deleted, unchanged))
+
+    def _all_peers(self) -> Iterator[Peer]:
+        """Every peer; the lock is held for a chunk at a time."""
+        after = 0
+        while True:
+            with self.lock:
+                peers = self.store.peers_after(after, READ_CHUNK)
+            yield from peers
+            if not peers:
+                return
+            after = peers[-1].id
+
+    def _wished(self, known: Peer, fields: Mapping[str, Any]) -> tuple[Peer, tuple[str, ...]]:
+        """A known peer as an element wants it; what the element does not name stays."""
+        interface = self.interfaces[known.interface]
+        if fields.get("interface", known.interface) != known.interface:
+            raise Conflict(f"interface: the peer is on {known.interface}, and peers never move")
+        values = {name: fields[name] for name in _SYNC_PLAIN if name in fields}
+        if fields.get("tunnel_traffic"):
+            values["tunnel_traffic"] = ",".join(fields["tunnel_traffic"])
+        if "preshared_key" in fields:
+            values["preshared_key"] = _real_psk(fields["preshared_key"])
+        changed = {name: v for name, v in values.items() if v != getattr(known, name)}
+        self._check_choices({n: changed[n] for n in ("dns", "port") if n in changed}, interface)
+        named = [*fields.get("tunnel_traffic", ()), *_PROTOCOLS[fields.get("protocol")]]
+        named += [family for family in FAMILIES if ADDRESS_FIELD[family] in changed]
+        for family in named:
+            if family not in interface.pools:
+                raise Invalid(ADDRESS_FIELD[family], f"{known.interface} has no {family} addresses")
+        after = known._replace(**changed) if changed else known
+        missing = tuple(
+            family
+            for family in FAMILIES
+            if family in named and getattr(after, ADDRESS_FIELD[family]) is None
+        )
+        return self._with_status(after, fields.get("status")), missing
+
+    def _wished_new(self, fields: Mapping[str, Any]) -> tuple[Peer, tuple[str, ...]]:
+        """A new peer as an element wants it. Its time may be over: lists show such peers, too."""
+        name = fields.get("interface")
+        if name is not None and name not in self.interfaces:
+            raise Invalid("interface", f"must be one of {', '.join(self.interfaces)}")
+        timeless = {name: value for name, value in fields.items() if name != "expires_at"}
+        peer = self._new_peer(timeless, lambda given, _, family: given.get(ADDRESS_FIELD[family]))
+        if name not in (None, peer.interface):
+            raise Conflict(f"interface: such a peer goes to {peer.interface}")
+        peer = peer._replace(id=0, expires_at=fields.get("expires_at"))
+        families = self._families_for(fields, self.interfaces[peer.interface])
+        missing = tuple(f for f in families if ADDRESS_FIELD[f] not in fields)
+        return self._with_status(peer, fields.get("status")), missing
+
+    def _with_status(self, peer: Peer, status: str | None) -> Peer:
+        """The peer as an element, expiry and quota want it."""
+        if status == "suspended":
+            reason = peer.status_reason
+            if reason is not None:  # it stays what it was suspended for, while that holds
+                with self.lock:
+                    reason = reason if self._over(peer) == reason else None
+            return peer._replace(status="suspended", status_reason=reason)
+        if status == "active" and peer.status != "active":
+            peer = peer._replace(status="active", status_reason=None)
+        if peer.expires_at is None and peer.quota_bytes is None and peer.status_reason is None:
+            return peer
+        with self.lock:
+            return self._judged(peer)
+
+    def _find_addresses(self, wishes: Sequence[Wish], leaving: list[Step]) -> list[Step]:
+        """The steps that make the wishes true; addresses that are free are reserved for them.
+
+        Adds to `leaving` the peers that must let go of an address which another one gets.
+        """
+        freed = dict.fromkeys(a for before, _ in leaving for a in _addresses(before))
+        taken: set[HeldAddress] = set()
+        for wish in wishes:
+            held, wanted = _addresses(wish.before), _addresses(wish.after)
+            freed.update(dict.fromkeys(address for address in held if address not in wanted))
+            for address in wanted:
+                if address not in held:
+                    if address in taken:
+                        with _placed(wish.place):
+                            raise Invalid(ADDRESS_FIELD[address[1]], "another element has it, too")
+                    taken.add(address)
+
+        def reserve(chunk: Sequence[Wish]) -> None:
+            for wish in chunk:
+                with _placed(wish.place):
+                    for address in _addresses(wish.after):
+                        if address in taken and address not in freed:
+                            self._reserve(address)
+
+        self._in_parts(wishes, reserve)
+        spare: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+        for name, family, text in freed:
+            if (name, family, text) not in taken:
+                spare[name, family].append(text)
+        coming: list[Step] = []
+
+        def assign(chunk: Sequence[Wish]) -> None:
+            for wish in chunk:
+                with _placed(wish.place):
+                    coming.append(Step(wish.before, self._completed(wish, spare, taken)))
+
+        self._in_parts(wishes, assign)
+        return [self._let_go(step, taken, leaving) for step in coming]
+
+    def _completed(
+        self, wish: Wish, spare: Mapping[tuple[str, str], list[str]], taken: set[HeldAddress]
+    ) -> Peer:
+        """A wish's peer with an address in every family: a free one, else one that is let go of."""
+        after = wish.after
+        for family in wish.missing:
+            text = self.interfaces[after.interface].pools[family].take()
+            if text is not None:
+                self._reserved.add((after.interface, family, text))
+            elif spare[after.interface, family]:
+                text = spare[after.interface, family].pop()
+                taken.add((after.interface, family, text))
+            else:
+                raise Unavailable(f"the {family} addresses of {after.interface} are exhausted")
+            named: dict[str, Any] = {ADDRESS_FIELD[family]: text}
+            after = after._replace(**named)
+        return after
+
+    def _reserve(self, address: HeldAddress) -> None:
+        interface, family, text = address
+        pool = self.interfaces[interface].pools[family]
+        if not pool.is_free(text):
+            raise Conflict(f"{ADDRESS_FIELD[family]}: {text} is not free")
+        pool.claim(text)
+        self._reserved.add(address)
+
+    @staticmethod
+    def _let_go(step: Step, taken: set[HeldAddress], leaving: list[Step]) -> Step:
+        """Addresses that peers swap are let go of first: nobody may have one that is held."""
+        before, after = step
+        if before is None or after is None:
+            return step
+        lost = [a for a in _addresses(before) if a in taken and a not in _addresses(after)]
+        if not lost:
+            return step
+        nothing: dict[str, Any] = {ADDRESS_FIELD[family]: None for _, family, _ in lost}
+        without = before._replace(**nothing)
+        leaving.append(Step(before, without))
+        return Step(without, after)
+
+    def _perform(self, plan: Plan) -> None:
+        """Carry out a plan part by part, or take back what was done of it."""
+        with self.lock:
+            number = self._last_pending()
+        self._settle(number)  # a disk fault undoes nothing from before
+        done: list[list[Undo]] = []
+        try:
+            for steps in (plan.leaving, plan.coming):
+                self._in_parts(steps, lambda part: done.append(self._do_part(part)))
+            with self.lock:
+                number = self.store.end_sync()
+            self._settle(number)
+        except GatewayError:
+            self._take_back(done)
+            raise
+
+    def _in_parts(self, items: Sequence[_T], work: Callable[[Sequence[_T]], None]) -> None:
+        """Work on a few at a time under the lock: as many as take HOLD_SECONDS."""
+        start, size = 0, 50
+        while start < len(items):
+            with self.lock:
+                began = time.perf_counter()
+                work(items[start : start + size])
+                spent = time.perf_counter() - began
+            start += size
+            size = max(10, min(MAX_PART, 2 * size, int(size * HOLD_SECONDS / max(spent, 1e-6))))
+            time.sleep(BREATH_SECONDS)
+
+    def _do_part(self, steps: Sequence[Step]) -> list[Undo]:
+        """Carry out those steps whose peers nobody changed meanwhile. Under the lock."""
+        if self._stopping:
+            raise Unavailable("the gateway is stopping")
+        chosen: list[Step] = []
+        new_id = self.store.new_id()
+        for before, after in steps:
+            if before is not None and self.store.by_id(before.id) == before:
+                chosen.append(Step(before, after))
+            elif before is None and after and self.store.get(after.public_key) is None:
+                chosen.append(Step(None, after._replace(id=new_id)))
+                new_id += 1
+        entries = self.store.undo_entries(chosen)
+        if chosen:
+            self._with_reserved(chosen)
+            self._unfinished.update(after.id for before, after in chosen if after and not before)
+        return entries
+
+    def _with_reserved(self, steps: Sequence[Step], undoing: bool = False) -> None:
+        """Carry out a part with the addresses that are reserved, and reserve what it frees."""
+        come = [a for _, after in steps for a in _addresses(after) if a in self._reserved]
+        gone = [a for before, _ in steps for a in _addresses(before)]
+        for interface, family, address in come:
+            self.interfaces[interface].pools[family].release(address)
+        try:
+            self._carry_out(steps, part=True, undoing=undoing)
+        except GatewayError:
+            for interface, family, address in come:
+                self.interfaces[interface].pools[family].claim(address)
+            raise
+        self._reserved.difference_update(come)
+        held = {a for _, after in steps for a in _addresses(after)}
+        for left in gone:
+            if left not in held:
+                self._reserve(left)
+
+    def _take_back(self, done: Sequence[Sequence[Undo]]) -> None:
+        """Undo parts, the last one first, and say in the journal that it is over."""
+        for entries in reversed(done):
+            traffic: list[TrafficRow] = []
+            with self.lock:
+                steps: list[Step] = []
+                for entry in reversed(entries):
+                    back = self.store.taken_back(entry.step)
+                    if back is not None:
+                        steps.append(back)
+                        if entry.traffic and back.before is None:
+                            traffic.append(entry.traffic._replace(rx_seen=0, tx_seen=0))
+                if steps:
+                    self._with_reserved(steps, undoing=True)
+                    self.store.write_traffic(traffic)
+            time.sleep(BREATH_SECONDS)
+        with self.lock:
+            number = self.store.end_sync()
+        with contextlib.suppress(Unavailable):
+            self._settle(number)
 
     # --- the interface as a projection -----------------------------------------------------------
 
@@ -6571,6 +7053,16 @@ class Gateway:
             self.store.flush()
 
 
+@contextlib.contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """Errors say where in a body they are."""
+    try:
+        yield
+    except GatewayError as error:
+        error.detail = f"{place}: {error.detail}"
+        raise
+
+
 def _real_psk(preshared_key: str | None) -> str | None:
     """WireGuard takes a preshared key of zeros for none."""
     return preshared_key if preshared_key and any(decode_key(preshared_key)) else None
@@ -6593,9 +7085,8 @@ def _projection(peer: Peer | None, interface: str) -> WirePeer | None:
     return wire_peer(peer)
 
 
-def _addresses(peer: Peer | None) -> list[tuple[str, str, str]]:
-    """(interface, family, address) of a peer."""
-    held: list[tuple[str, str, str]] = []
+def _addresses(peer: Peer | None) -> list[HeldAddress]:
+    held: list[HeldAddress] = []
     if peer and peer.assigned_ip:
         held.append((peer.interface, "ipv4", peer.assigned_ip))
     if peer and peer.assigned_ipv6:
@@ -6797,7 +7288,7 @@ class Head(NamedTuple):
 class Request(NamedTuple):
     """An authentic request with its body read; `key` is the path's public key, if it has one.
 
-    `query` is decoded by the route's table.
+    `query` is decoded by the route's table. `pieces` of a streamed body are read as they come.
     """
 
     route: ApiRoute
@@ -6806,6 +7297,7 @@ class Request(NamedTuple):
     body: bytes
     content_type: bytes
     key: str
+    pieces: Iterable[bytes] = ()
 
     def __repr__(self) -> str:  # the body holds preshared keys
         return f"Request({self.path})"
@@ -6939,6 +7431,68 @@ def decode_json(body: bytes) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise Malformed("the body is not a JSON object")
     return parsed
+
+
+def decode_lines(pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A body of JSON objects, one a line: (its place, the object). Raises Malformed, TooLarge."""
+    buffer = bytearray()
+    number = 0
+    for piece in itertools.chain(pieces, (b"\n",)):  # the last line may lack its end
+        buffer += piece
+        if b"\n" not in piece:
+            if len(buffer) > MAX_BODY:
+                raise TooLarge(f"line {number + 1}: more than {MAX_BODY} bytes")
+            continue
+        *lines, rest = buffer.split(b"\n")
+        buffer = rest
+        for line in lines:
+            number += 1
+            if line.strip():
+                with _placed(f"line {number}"):
+                    value = decode_json(bytes(line))
+                yield f"line {number}", value
+
+
+def decode_array(pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A body that is a JSON array of objects, decoded one by one: as decode_lines()."""
+    body = bytearray()
+    for piece in pieces:
+        body += piece
+        if len(body) > MAX_ARRAY:
+            raise TooLarge(f"an array may have {MAX_ARRAY} bytes; application/x-ndjson more")
+    try:
+        text = body.decode("utf-8")
+    except ValueError:
+        raise Malformed("the body is not UTF-8") from None
+    del body
+    position = len(text) - len(text.lstrip(_JSON_SPACES))
+    if text[position : position + 1] != "[":
+        raise Malformed("the body is not a JSON array")
+    number, separator = 0, _JSON_FIRST
+    while True:
+        found = separator.match(text, position)
+        if found is None:
+            raise Malformed(f"element {number + 1}: the array is malformed")
+        position = found.end()
+        if found[0].endswith("]"):
+            break
+        number += 1
+        with _placed(f"element {number}"):
+            try:
+                value, end = _JSON_DECODER.raw_decode(text, position)
+            except (ValueError, RecursionError):
+                raise Malformed("not valid JSON with unique keys") from None
+            if not isinstance(value, dict) or json_depth(text[position:end]) > MAX_JSON_DEPTH:
+                raise Malformed("not a JSON object of ordinary depth")
+        yield f"element {number}", value
+        position, separator = end, _JSON_NEXT
+    if text[position:].strip(_JSON_SPACES):
+        raise Malformed("there is something behind the array")
+
+
+_JSON_SPACES = " \t\r\n"
+_JSON_FIRST = re.compile(r"\[[ \t\r\n]*\]?")
+_JSON_NEXT = re.compile(r"[ \t\r\n]*(?:,[ \t\r\n]*|\])")
 
 
 def json_depth(text: str) -> int:
@@ -7125,7 +7679,7 @@ class ApiRoute(NamedTuple):
     `bodies`: the field tables of which one must fit a JSON body; `media`: bodies that are not one
     JSON object; `answer`: the content of a 200; `errors`: statuses beyond those that the other
     columns entail (see _error_statuses); `guard`: who may call it, a row of GUARDS; `limit`: bytes
-    of the body.
+    of the body; `streamed`: the handler reads it in pieces.
     """
 
     method: str
@@ -7139,6 +7693,7 @@ class ApiRoute(NamedTuple):
     errors: tuple[int, ...] = ()
     guard: str = "signed"
     limit: int = MAX_BODY
+    streamed: bool = False
 
 
 class Endpoint(NamedTuple):
@@ -7302,27 +7857,43 @@ class App:
 
     # --- with the body ---------------------------------------------------------------------------
 
-    def answer(self, admitted: Admitted, body: bytes) -> Response:
+    def answer(self, admitted: Admitted, body: bytes | Iterator[bytes]) -> Response:
         """Run the handler; a GatewayError becomes a problem."""
         try:
             headers = admitted.head.headers
             signed = admitted.route.guard == "signed" and b"signature-input" in headers
             digest = headers.get(b"content-digest")  # of a body that was taken away, too
-            if signed and (body or digest) and not digest_matches(digest or b"", body):
-                self.metrics.refused("digest")
-                raise Unauthorized("the body does not have the signed Content-Digest", "digest")
+            whole, pieces = (body, iter(())) if isinstance(body, bytes) else (b"", body)
+            if signed and (admitted.head.length or digest):
+                if not admitted.route.streamed:
+                    self._check_digest(digest_matches(digest or b"", whole))
+                pieces = self._digested(digest or b"", pieces)
             query = parse_query(admitted.head.query) if admitted.head.query else {}
             request = Request(
                 admitted.route,
                 admitted.head.path,
                 parse_fields(query, admitted.route.query),
-                body,
-                admitted.head.headers.get(b"content-type", b""),
+                whole,
+                headers.get(b"content-type", b""),
                 admitted.key,
+                pieces,
             )
             return self._run(admitted.route, request)
         except GatewayError as error:
             return problem(error)
+
+    def _check_digest(self, matches: bool) -> None:
+        if not matches:
+            self.metrics.refused("digest")
+            raise Unauthorized("the body does not have the signed Content-Digest", "digest")
+
+    def _digested(self, header: bytes, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The pieces; the end of a body that was not signed is an error."""
+        digest = BodyDigest(header)
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+        self._check_digest(digest.matches())
 
     @answering_defects
     def _run(self, route: ApiRoute, request: Request) -> Response:
@@ -7389,6 +7960,25 @@ class App:
         if operation[0] == "create":
             return self._created(result)
         return {"status": OPERATIONS[operation[0]].said, "public_key": result.peer.public_key}
+
+    def sync(self, request: Request) -> Response:
+        kind = request.content_type.split(b";")[0].strip().lower()
+        decoders = {b"application/x-ndjson": decode_lines, b"application/json": decode_array}
+        if kind not in decoders:
+            raise UnsupportedMediaType("the body must be application/x-ndjson or application/json")
+        desired: dict[str, Desired] = {}
+        for place, element in decoders[kind](request.pieces):
+            with _placed(place):
+                if element.get("encrypted_payload") is not None:
+                    raise Invalid("encrypted_payload", "is not accepted in a desired state")
+                fields = parse_fields(element, SYNC_FIELDS)
+                known = desired.setdefault(fields["public_key"], Desired(place, fields))
+                if known.place != place:
+                    raise Invalid("public_key", f"it is the one of {known.place}, too")
+        dry_run = request.query.get("dry_run", False)
+        result = self.gateway.sync(desired, dry_run, request.query.get("allow_mass_delete", False))
+        content = {"status": "dry_run" if dry_run else "synced", **result._asdict()}
+        return Response(200, encode_json(content))
 
     def update(self, request: Request) -> Response:
         outcome = self.gateway.update(request.key, self._fields(request))
@@ -7732,6 +8322,26 @@ ROUTES: tuple[ApiRoute, ...] = (
             )
         ),
         query=LIST_QUERY,
+    ),
+    ApiRoute(
+        "PUT",
+        CONFIGURATIONS_PATH,
+        App.sync,
+        "Make the peers these and no others, all of it or nothing.",
+        json_content(
+            said_schema("synced", "dry_run", **dict.fromkeys(DesiredResult._fields, COUNT))
+        ),
+        media={
+            "application/x-ndjson": {"type": "string", "description": "an element a line"},
+            **json_content({"type": "array", "items": fields_schema(SYNC_FIELDS)}),
+        },
+        query=dict.fromkeys(
+            ("dry_run", "allow_mass_delete"),
+            Field(_query_flag, "true or false", {"type": "boolean"}),
+        ),
+        errors=(409, 415, 422),
+        limit=MAX_LINES,
+        streamed=True,
     ),
     ApiRoute(
         "POST",
@@ -8181,10 +8791,14 @@ class Connection(BaseHTTPRequestHandler):
             admitted = self.server.app.admit(head, self._source)
             route = admitted.route.template
             self.trusted = self.trusted or admitted.route.guard == "signed"
-            body = self._read_body(head)
-            self._unread = False
-            keep_alive = head.keep_alive and not self.server.closing
+            body: bytes | Iterator[bytes]
+            if admitted.route.streamed:
+                body = self._read_pieces(head)
+            else:
+                body = self._read_body(head)
+                self._unread = False
             response = self.server.app.answer(admitted, body)
+            keep_alive = head.keep_alive and not self.server.closing and not self._unread
         except GatewayError as error:
             response = problem(error)
             # What was not understood or not read would turn into the next request.
@@ -8221,6 +8835,26 @@ class Connection(BaseHTTPRequestHandler):
                 return None
             if first:
                 self._deadline = time.monotonic() + HEAD_DEADLINE
+
+    def _read_pieces(self, head: Head) -> Iterator[bytes]:
+        """The body as it comes. Raises GatewayError when it does not come to its end."""
+        if head.expects_continue:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._deadline = time.monotonic() + BODY_DEADLINE + head.length / BODY_RATE
+        left = head.length
+        while left:
+            if not self._buffer:
+                try:
+                    self._receive()
+                except TimeoutError:
+                    raise Timeout("the body did not arrive in time") from None
+                except (ConnectionClosed, OSError):
+                    raise Malformed("the body ended early") from None
+            piece = bytes(self._buffer[:left])
+            del self._buffer[:left]
+            left -= len(piece)
+            yield piece
+        self._unread = False
 
     def _read_body(self, head: Head) -> bytes:
         buffer = self._buffer

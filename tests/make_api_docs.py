@@ -64,6 +64,12 @@ EXAMPLES: dict[Row, tuple[Example, ...]] = {
         Example(body={"public_key": DAVE, "obfuscation": {"enabled": True, "jc": 7}}),
     ),
     ("GET", "/api/v1/configurations"): (Example(query="?limit=1&status=active"),),
+    ("PUT", "/api/v1/configurations"): (
+        Example(
+            query="?dry_run=true",
+            body=[{"public_key": ALICE}, {"public_key": BOB, "status": "suspended"}],
+        ),
+    ),
     ("POST", "/api/v1/configurations/batch"): (
         Example(
             body={
