@@ -2092,21 +2092,25 @@ def _component(message: SignedMessage, name: str) -> bytes | None:
     """The value of a component (RFC 9421 sections 2.1 and 2.2)."""
     if not name.startswith("@"):
         return message.headers.get(name.encode("ascii")) if name == name.lower() else None
-    path, _, query = message.target.partition("?")
     if name.startswith("@query-param "):
-        return _query_parameter(query, name.partition(" ")[2])
-    authority = message.authority.lower().removesuffix(":443")
-    derived = {
-        "@method": message.method,
-        "@target-uri": f"https://{authority}{message.target}",
-        "@authority": authority,
-        "@scheme": "https",
-        "@request-target": message.target,
-        "@path": path,
-        "@query": f"?{query}",
-    }
-    value = derived.get(name)
-    return None if value is None else value.encode("latin-1", "replace")
+        return _query_parameter(message.target.partition("?")[2], name.partition(" ")[2])
+    derive = DERIVED.get(name)
+    return None if derive is None else derive(message).encode("latin-1", "replace")
+
+
+def _authority(message: SignedMessage) -> str:
+    return message.authority.lower().removesuffix(":443")
+
+
+DERIVED: dict[str, Callable[[SignedMessage], str]] = {
+    "@method": lambda message: message.method,
+    "@target-uri": lambda message: f"https://{_authority(message)}{message.target}",
+    "@authority": _authority,
+    "@scheme": lambda message: "https",
+    "@request-target": lambda message: message.target,
+    "@path": lambda message: message.target.partition("?")[0],
+    "@query": lambda message: "?" + message.target.partition("?")[2],
+}
 
 
 def _query_parameter(query: str, name: str) -> bytes | None:
@@ -2182,6 +2186,8 @@ InnerList = tuple[tuple[Bare, Parameters], ...]
 _SF_KEY = re.compile(r"[a-z*][a-z0-9_.*-]*")
 _SF_INTEGER = re.compile(r"-?[0-9]{1,15}(?![0-9.])")
 _SF_STRING = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
+_SF_BOOLEAN = re.compile(r"\?[01]")
+_SF_PARAMETER = re.compile(r"; *([a-z*][a-z0-9_.*-]*)(=?)")
 _SF_BYTES = re.compile(r":([A-Za-z0-9+/]*={0,2}):")
 _SF_TOKEN = re.compile(r"[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*")
 
@@ -2217,23 +2223,24 @@ class _Scanner:
     def bare(self) -> Bare:
         first = self.text[self.position : self.position + 1]
         if first == '"':
-            return re.sub(r"\\(.)", r"\1", self.match(_SF_STRING)[1])
+            text = self.match(_SF_STRING)[1]
+            return re.sub(r"\\(.)", r"\1", text) if "\\" in text else text
         if first == ":":
             return binascii.a2b_base64(self.match(_SF_BYTES)[1], strict_mode=True)
         if first == "?":
-            return self.match(re.compile(r"\?[01]"))[0] == "?1"
+            return self.match(_SF_BOOLEAN)[0] == "?1"
         if first in "-0123456789" and first:
             return int(self.match(_SF_INTEGER)[0])
         return self.match(_SF_TOKEN)[0]
 
     def parameters(self) -> Parameters:
         parameters: Parameters = {}
-        while self.take(";"):
-            self.skip(" ")
-            key = self.match(_SF_KEY)[0]
+        while found := _SF_PARAMETER.match(self.text, self.position):
+            self.position = found.end()
+            key = found[1]
             if key in parameters:  # RFC 8941 takes the last one; two readings are one too many
                 raise ValueError("structured field: a parameter is repeated")
-            parameters[key] = self.bare() if self.take("=") else True
+            parameters[key] = self.bare() if found[2] else True
         return parameters
 
     def inner_list(self) -> InnerList:
@@ -2282,8 +2289,10 @@ def serialize_inner_list(names: Sequence[str], parameters: Mapping[str, Bare]) -
 
 
 def _component_identifier(component: str) -> str:
-    name, space, parameter = component.partition(" ")
-    return f'"{name}"' + (f";name={_serialize_bare(parameter)}" if space else "")
+    if " " not in component:
+        return f'"{component}"'
+    name, _, parameter = component.partition(" ")
+    return f'"{name}";name={_serialize_bare(parameter)}'
 
 
 def _serialize_bare(value: Bare) -> str:
