@@ -248,9 +248,9 @@ def check_wire(sent: list[bytes], received: list[bytes], shown: dict[str, Any]) 
         for payloads, padding, name in ((first, "s1", "h1"), (second, "s2", "h2")):
             low, high = spans[name][0], spans[name][-1]
             assert any(low <= headers(p, shown[padding]) <= high for p in payloads)
-    before = sent[: sent.index(first[0])]
     decoys = [name for name in ("i1", "i2", "i3", "i4", "i5") if shown.get(name)]
-    assert len(before) == len(decoys) + shown["jc"]
+    before = sent[: len(decoys) + shown["jc"]]
+    assert len(sent[len(before)]) == 148 + shown["s1"]
     for payload, name in zip(before, decoys, strict=False):
         assert len(payload) == wggw.packet_size(shown[name])
     assert all(shown["jmin"] <= len(p) <= shown["jmax"] for p in before[len(decoys) :])
@@ -280,9 +280,9 @@ def test_a_plain_client_gets_nothing_at_the_obfuscated_port(
     client = gateway.start().client()
     tunnel = topology.tunnel(0)
     answer = client.create(tunnel.public_key, obfuscation={"enabled": True})
-    tunnel.connect(answer.json)
-    tunnel.namespace.ip(f"route add 10.78.0.0/24 dev {tunnel.name}")
     with Capture(tunnel.namespace) as capture:
+        tunnel.connect(answer.json)
+        tunnel.namespace.ip(f"route add 10.78.0.0/24 dev {tunnel.name}")
         assert tunnel.ping(AWG_GATEWAY[0], count=2) == {AWG_GATEWAY[0]: 0}
     assert capture.sent
     assert capture.received == []
