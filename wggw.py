@@ -93,8 +93,10 @@ import stat
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
+import tty
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -106,11 +108,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 __version__ = "0.1.0"
+PYTHON_VERSION = ".".join(map(str, sys.version_info[:3]))
 
 # ==================================================================================================
 # constants: limits with their unit and reason; kernel numbers under the kernel's names
 # Never here: reads of the environment.
 # ==================================================================================================
+
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)  # seconds
 
 KEY_BYTES = 32  # curve25519 keys and preshared keys
 KEY_TEXT = 44  # a key in base64
@@ -400,6 +405,7 @@ class Config:
     max_connections_per_address: int
     max_auth_failures: int
     privacy_scrub: int
+    per_peer_metrics: bool
 
 
 def _text(raw: str) -> str:
@@ -619,6 +625,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("MAX_CONNECTIONS_PER_ADDRESS", "256", _integer(1, 65536), "connections, 1 to 65536"),
     Setting("MAX_AUTH_FAILURES", "100", _integer(1, 10**6), "failures a minute, 1 to 1000000"),
     Setting("PRIVACY_SCRUB", "0", _scrub_seconds, "seconds, 180 to 31536000, or 0 for never"),
+    Setting("PER_PEER_METRICS", "false", _boolean, "true or false"),
 )
 
 # Settings of the contract that this version does not serve yet: ignoring one of them would break
@@ -2946,6 +2953,28 @@ class Waiter:
         self.wake.acquire()
 
 
+class Histogram:
+    """How often something took how long (seconds); observe() is called by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BUCKETS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect.bisect_left(BUCKETS, seconds)] += 1
+        self._sum += seconds
+
+    def render(self, name: str, labels: str = "") -> Iterator[str]:
+        """Lines of a Prometheus histogram; `labels` are a="b" pairs with commas between them."""
+        counts, total = list(self._counts), self._sum
+        running = 0
+        for edge, within in zip((*BUCKETS, "+Inf"), counts, strict=True):
+            running += within
+            yield f'{name}_bucket{{{labels}{"," if labels else ""}le="{edge}"}} {running}\n'
+        closed = f"{{{labels}}}" if labels else ""
+        yield f"{name}_sum{closed} {total:.6f}\n{name}_count{closed} {running}\n"
+
+
 class Journal:
     """The open journal: append() in order under the caller's lock, wait() from any thread.
 
@@ -2970,6 +2999,7 @@ class Journal:
         self._lost: set[int] = set()  # records that will never be on disk, of every fault so far
         self.durable = 0
         self.failure: str | None = None
+        self.syncs = Histogram()  # a write and its fsync
 
     def resume(self, size: int, number: int) -> None:
         """Go on behind the first `size` bytes of the existing file. Raises OSError."""
@@ -3061,12 +3091,14 @@ class Journal:
             return
         lines = [seal_record(self._seal, Record(n, content())) for n, content in records]
         data = b"".join([journal_line(n, self._size, content) for n, content in lines])
+        started = time.perf_counter()
         try:
             self._disk.write(self._handle, data)
             self._disk.fsync(self._handle)
         except OSError as error:
             self._lost.update(number for number, _ in records)
             self._fail(error)
+        self.syncs.observe(time.perf_counter() - started)
         self._size += len(data)
         self.durable = records[-1][0]
 
@@ -3366,6 +3398,7 @@ class Store:
         self.number = 0
         self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
         self.snapshot_time = 0.0  # Unix seconds of the last snapshot, 0 for none
+        self.snapshot_bytes = 0
         self._disk = disk
         self._vault = vault
         self._dirty = False
@@ -3415,7 +3448,8 @@ class Store:
         except OSError as error:
             raise _damaged(path, 0, f"cannot be read: {_reason(error)}") from None
         self._snapshot_number = self.number
-        self.snapshot_time = os.path.getmtime(path)
+        found = os.stat(path)
+        self.snapshot_time, self.snapshot_bytes = found.st_mtime, found.st_size
 
     def _take_over(self, image: bytes) -> None:
         """Replace the rows by those of a database image. Raises sqlite3.Error, ValueError."""
@@ -3814,7 +3848,8 @@ class Store:
             after = after._replace(
                 rx_seen=0 if own else before.rx_seen, tx_seen=0 if own else before.tx_seen
             )
-            changed.append(after)
+            if after != before:
+                changed.append(after)
             rx += after.rx_bytes - before.rx_bytes
             tx += after.tx_bytes - before.tx_bytes
         self.write_traffic(changed)
@@ -3895,8 +3930,12 @@ class Store:
         return self._journal.durable if self.durability == "commit" else self.number
 
     @property
-    def journal_is_long(self) -> bool:
-        return self._journal.size > JOURNAL_LIMIT
+    def journal_bytes(self) -> int:
+        return self._journal.size if self.durability != "none" else 0
+
+    @property
+    def journal_syncs(self) -> Histogram:
+        return self._journal.syncs
 
     def wait(self, number: int) -> None:
         """Return when the change is as safe as DURABILITY promises. Raises DiskError."""
@@ -3977,9 +4016,10 @@ class Store:
                 self._disk.unlink(temporary)
             self._disk.link(self.path, temporary)
             self._disk.rename(temporary, self.path + ".previous")
-        self._disk.replace(self.path, encode_snapshot(image, self._vault))
+        content = encode_snapshot(image, self._vault)
+        self._disk.replace(self.path, content)
         self._snapshot_number = number
-        self.snapshot_time = time.time()
+        self.snapshot_time, self.snapshot_bytes = time.time(), len(content)
 
     def image(self) -> bytes:
         """The database as bytes, for seal()."""
@@ -7054,7 +7094,11 @@ class Gateway:
 
     def heal(self) -> None:
         """After a disk fault keep trying to write a fresh snapshot; end a journal that is long."""
-        if self.store.failure or "snapshot" in self.failures or self.store.journal_is_long:
+        if (
+            self.store.failure
+            or "snapshot" in self.failures
+            or self.store.journal_bytes > JOURNAL_LIMIT
+        ):
             self.snapshot()
 
     def flush(self) -> None:
@@ -7120,8 +7164,6 @@ def pool_usage(given: Iterable[AddressPool | None]) -> dict[str, Any]:
 # Never here: decisions.
 # ==================================================================================================
 
-BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)  # seconds
-
 
 class HostMetrics:
     """The host's load, read from /proc. cpu_percent covers the time since the tick before."""
@@ -7162,9 +7204,11 @@ class HostMetrics:
         }
 
     @staticmethod
-    def resident_bytes() -> int:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    def memory_bytes() -> tuple[int, int]:
+        """This process's virtual and resident memory."""
+        pages = Path("/proc/self/statm").read_text("ascii").split()[:2]
+        size = os.sysconf("SC_PAGE_SIZE")
+        return int(pages[0]) * size, int(pages[1]) * size
 
 
 class RequestMetrics:
@@ -7174,18 +7218,14 @@ class RequestMetrics:
         self.certificate_expires = 0  # Unix seconds
         self._lock = threading.Lock()
         self._counts: collections.Counter[tuple[str, str, int]] = collections.Counter()
-        self._durations: dict[str, list[float]] = {}  # per route: buckets, then the sum
+        self._durations: dict[str, Histogram] = collections.defaultdict(Histogram)
         self._callers: collections.Counter[Caller] = collections.Counter()
         self._refused: collections.Counter[str] = collections.Counter()
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
         with self._lock:
             self._counts[method, route, status] += 1
-            row = self._durations.get(route)
-            if row is None:
-                row = self._durations[route] = [0.0] * (len(BUCKETS) + 2)
-            row[bisect.bisect_left(BUCKETS, seconds)] += 1
-            row[-1] += seconds
+            self._durations[route].observe(seconds)
 
     def signed(self, caller: Caller) -> None:
         """Count an authentic request."""
@@ -7198,78 +7238,134 @@ class RequestMetrics:
             self._refused[reason] += 1
 
     def render(self) -> Iterator[str]:
-        yield from self._render_requests()
-        with self._lock:
-            callers, refused = sorted(self._callers.items()), sorted(self._refused.items())
-        name = "wggw_signed_requests_total"
-        yield from _metric_head(name, "counter", "Authentic requests by scheme and key id.")
-        for caller, count in callers:
-            yield f'{name}{{scheme="{caller.scheme}",key_id="{caller.key_id}"}} {count}\n'
-        name = "wggw_auth_failures_total"
-        yield from _metric_head(name, "counter", "Failed authentications by reason.")
-        for reason, count in refused:
-            yield f'{name}{{reason="{reason}"}} {count}\n'
-        name = "wggw_certificate_expiry_timestamp_seconds"
-        yield from _metric_head(name, "gauge", "When the TLS certificate expires.")
-        yield f"{name} {self.certificate_expires}\n"
-
-    def _render_requests(self) -> Iterator[str]:
         with self._lock:
             counts = sorted(self._counts.items())
-            durations = sorted((route, list(row)) for route, row in self._durations.items())
-        name = "wggw_http_requests_total"
-        yield from _metric_head(name, "counter", "Requests answered.")
-        for (method, route, status), count in counts:
-            yield f'{name}{{method="{method}",route="{route}",status="{status}"}} {count}\n'
+            durations = sorted(self._durations.items())
+            callers, refused = sorted(self._callers.items()), sorted(self._refused.items())
+        yield from _family(
+            ("wggw_http_requests_total", "counter", "Requests answered."),
+            ((_labels(method=m, route=r, status=str(s)), count) for (m, r, s), count in counts),
+        )
         name = "wggw_http_request_duration_seconds"
         yield from _metric_head(name, "histogram", "From the head's end to the answer's.")
-        for route, row in durations:
-            running = 0
-            for edge, within in zip((*BUCKETS, "+Inf"), row[:-1], strict=True):
-                running += int(within)
-                yield f'{name}_bucket{{route="{route}",le="{edge}"}} {running}\n'
-            yield f'{name}_sum{{route="{route}"}} {row[-1]:.6f}\n'
-            yield f'{name}_count{{route="{route}"}} {running}\n'
+        for route, histogram in durations:
+            yield from histogram.render(name, f'route="{route}"')
+        yield from _family(
+            ("wggw_signed_requests_total", "counter", "Authentic requests by scheme and key id."),
+            ((_labels(scheme=c.scheme, key_id=c.key_id), count) for c, count in callers),
+        )
+        yield from _family(
+            ("wggw_auth_failures_total", "counter", "Failed authentications by reason."),
+            ((_labels(reason=reason), count) for reason, count in refused),
+        )
+        name = "wggw_certificate_expiry_timestamp_seconds"
+        yield from _family(
+            (name, "gauge", "When the TLS certificate expires."), [("", self.certificate_expires)]
+        )
 
 
 def _metric_head(name: str, kind: str, text: str) -> Iterator[str]:
     yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
 
 
-def render_gateway(gateway: Gateway, started: float) -> Iterator[str]:
+def _family(head: tuple[str, str, str], rows: Iterable[tuple[str, float]]) -> Iterator[str]:
+    """A metric of (name, type, help) with a line for each (labels, value)."""
+    yield from _metric_head(*head)
+    for labels, value in rows:
+        yield f"{head[0]}{labels} {value}\n"
+
+
+def _labels(**labels: str) -> str:
+    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
+
+
+def render_gateway(gateway: Gateway) -> Iterator[str]:
     """The gateway's own figures as Prometheus text."""
     with gateway.lock:
         counts = sorted(gateway.store.counts.items())
         online = gateway.store.online(gateway.online_since())
-    yield from _metric_head("wggw_peers", "gauge", "Peers by interface and state.")
-    for (interface, state), count in counts:
-        yield f'wggw_peers{{interface="{interface}",state="{state}"}} {count}\n'
+    yield from _family(
+        ("wggw_peers", "gauge", "Peers by interface and state."),
+        ((_labels(interface=name, state=state), count) for (name, state), count in counts),
+    )
+    yield from _render_pools(gateway)
+    traffic = sorted(gateway.traffic.items())
+    for name, text, field_name in INTERFACE_COUNTERS:
+        rows = [(_labels(interface=i), float(getattr(row, field_name))) for i, row in traffic]
+        yield from _family((name, "counter", text), rows)
+    store = gateway.store
+    single: tuple[tuple[str, str, str, float], ...] = (
+        ("wggw_peers_online", "gauge", "Peers with a handshake in 180 s.", online),
+        ("wggw_degraded", "gauge", "1 when something is wrong.", int(bool(gateway.degraded()))),
+        ("wggw_journal_records_total", "counter", "Number of the last record.", store.number),
+        ("wggw_journal_bytes", "gauge", "Size of the journal.", store.journal_bytes),
+        ("wggw_snapshot_timestamp_seconds", "gauge", "Last snapshot.", store.snapshot_time),
+        ("wggw_snapshot_bytes", "gauge", "Size of the last snapshot.", store.snapshot_bytes),
+    )
+    for *head, value in single:
+        yield from _family(cast(tuple[str, str, str], tuple(head)), [("", value)])
+    name = "wggw_journal_sync_duration_seconds"
+    yield from _metric_head(name, "histogram", "A write to the journal and its fsync.")
+    yield from store.journal_syncs.render(name)
+
+
+# What peers sent and received by interface, as of the last sample; of deleted peers, too.
+INTERFACE_COUNTERS = (
+    ("wggw_interface_receive_bytes_total", "Bytes received from peers.", "rx_bytes"),
+    ("wggw_interface_transmit_bytes_total", "Bytes sent to peers.", "tx_bytes"),
+)
+
+
+def _render_pools(gateway: Gateway) -> Iterator[str]:
     pools = [
-        (interface.name, family, pool_usage([pool]))
+        (_labels(interface=interface.name, family=family), pool_usage([pool]))
         for interface in gateway.interfaces.values()
         for family, pool in interface.pools.items()
     ]
     for key, text in (("used", "Addresses held."), ("total", "Addresses that peers can have.")):
-        name = f"wggw_pool_{key}_addresses"
-        yield from _metric_head(name, "gauge", text)
-        for interface, family, usage in pools:
-            labels = f'interface="{interface}",family="{family}"'
-            yield f"{name}{{{labels}}} {float(usage[key])}\n"
-    single = (
-        ("wggw_peers_online", "gauge", "Peers with a handshake in 180 s.", online),
-        ("wggw_degraded", "gauge", "1 when something is wrong.", int(bool(gateway.degraded()))),
-        ("wggw_journal_records", "counter", "Number of the last record.", gateway.store.number),
-        ("wggw_snapshot_timestamp_seconds", "gauge", "Last one.", gateway.store.snapshot_time),
-        ("process_start_time_seconds", "gauge", "Unix time.", started),
-        ("process_resident_memory_bytes", "gauge", "Memory.", HostMetrics.resident_bytes()),
+        rows = [(labels, float(usage[key])) for labels, usage in pools]
+        yield from _family((f"wggw_pool_{key}_addresses", "gauge", text), rows)
+
+
+PEER_METRICS = (
+    ("wggw_peer_receive_bytes_total", "counter", "Bytes received from a peer.", "rx_bytes"),
+    ("wggw_peer_transmit_bytes_total", "counter", "Bytes sent to a peer.", "tx_bytes"),
+    ("wggw_peer_last_handshake_timestamp_seconds", "gauge", "0: never.", "last_handshake"),
+)
+
+
+def render_peers(gateway: Gateway) -> Iterator[str]:
+    """Every peer's traffic, under the beginning of its key."""
+    rows: list[tuple[str, Traffic]] = []
+    after = 0
+    while page := gateway.page(after, READ_CHUNK, Filter()):
+        rows += [
+            (_labels(interface=peer.interface, key=short_key(peer.public_key)), traffic)
+            for peer, traffic in page
+        ]
+        after = page[-1][0].id
+    for name, kind, text, field_name in PEER_METRICS:
+        values = ((labels, getattr(traffic, field_name)) for labels, traffic in rows)
+        yield from _family((name, kind, text), values)
+
+
+def render_process(started: float) -> Iterator[str]:
+    """The process's figures under the names that Prometheus clients have agreed on."""
+    virtual, resident = HostMetrics.memory_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    single: tuple[tuple[str, str, str, float], ...] = (
+        ("process_start_time_seconds", "gauge", "Unix time of the start.", started),
         ("process_cpu_seconds_total", "counter", "User and system.", time.process_time()),
+        ("process_resident_memory_bytes", "gauge", "Memory in RAM.", resident),
+        ("process_virtual_memory_bytes", "gauge", "Address space.", virtual),
+        ("process_open_fds", "gauge", "Open files.", len(os.listdir("/proc/self/fd")) - 1),
+        ("process_max_fds", "gauge", "Open files that are allowed.", limit),
+        ("process_threads", "gauge", "Threads.", threading.active_count()),
     )
-    for name, kind, text, value in single:
-        suffixed = f"{name}_total" if kind == "counter" and not name.endswith("_total") else name
-        yield from _metric_head(suffixed, kind, text)
-        yield f"{suffixed} {value}\n"
-    yield from _metric_head("wggw_build_info", "gauge", "The version.")
-    yield f'wggw_build_info{{version="{__version__}"}} 1\n'
+    for *head, value in single:
+        yield from _family(cast(tuple[str, str, str], tuple(head)), [("", value)])
+    labels = _labels(version=__version__, python_version=PYTHON_VERSION)
+    yield from _family(("wggw_build_info", "gauge", "Versions."), [(labels, 1)])
 
 
 # ==================================================================================================
@@ -8085,7 +8181,7 @@ class App:
 
     def status(self, request: Request) -> Response:
         degraded = self.gateway.degraded()
-        now = self._clock()
+        now, store = self._clock(), self.gateway.store
         content = {
             "status": "degraded" if degraded else "healthy",
             "wireguard_peers": self.gateway.online_count(),
@@ -8096,21 +8192,34 @@ class App:
             "reasons": degraded,
             "version": __version__,
             "uptime_seconds": int(now - self._started),
+            "python_version": PYTHON_VERSION,
             "certificate_expires_at": rfc3339(self.metrics.certificate_expires),
-            "interfaces": [
-                {
-                    "name": interface.name,
-                    "backend": interface.backend.kind,
-                    "public_key": interface.public_key,
-                    "listen_port": interface.link.listen_port,
-                    "active_peers": self.gateway.peer_count("active", interface.name),
-                    "total_peers": self.gateway.peer_count(None, interface.name),
-                    "parameters_version": interface.obfuscation and interface.obfuscation.version,
-                }
-                for interface in self.gateway.interfaces.values()
-            ],
+            "snapshot": {
+                "at": rfc3339(store.snapshot_time) if store.snapshot_time else None,
+                "bytes": store.snapshot_bytes,
+            },
+            "journal": {"records": store.number, "bytes": store.journal_bytes},
+            "interfaces": [self._interface(i) for i in self.gateway.interfaces.values()],
         }
         return Response(200, encode_json(content))
+
+    def _interface(self, interface: Interface) -> dict[str, Any]:
+        traffic = self.gateway.traffic.get(interface.name, InterfaceTraffic())
+        return {
+            "name": interface.name,
+            "backend": interface.backend.kind,
+            "public_key": interface.public_key,
+            "listen_port": interface.link.listen_port,
+            "active_peers": self.gateway.peer_count("active", interface.name),
+            "total_peers": self.gateway.peer_count(None, interface.name),
+            "parameters_version": interface.obfuscation and interface.obfuscation.version,
+            "pools": {family: pool_usage([pool]) for family, pool in interface.pools.items()},
+            "rx_bytes": traffic.rx_bytes,
+            "tx_bytes": traffic.tx_bytes,
+            "rx_bytes_per_second": round(traffic.rx_rate),
+            "tx_bytes_per_second": round(traffic.tx_rate),
+            "sample_age_seconds": round(max(time.monotonic() - traffic.time, 0.0), 1),
+        }
 
     def server_metrics(self, request: Request) -> Response:
         handshakes = self.gateway.last_handshakes(MAX_PAGE)
@@ -8134,7 +8243,11 @@ class App:
         return Response(200, encode_json(content))
 
     def prometheus(self, request: Request) -> Response:
-        text = "".join([*render_gateway(self.gateway, self._started), *self.metrics.render()])
+        parts = [*render_gateway(self.gateway), *self.metrics.render()]
+        parts += render_process(self._started)
+        if self.config.per_peer_metrics:
+            parts += render_peers(self.gateway)
+        text = "".join(parts)
         return Response(200, text.encode("ascii"), "text/plain; version=0.0.4; charset=utf-8")
 
     def healthz(self, request: Request) -> Response:
@@ -8295,6 +8408,12 @@ SCHEMAS: dict[str, Schema] = {
         active_peers=COUNT,
         total_peers=COUNT,
         parameters_version=or_null(COUNT),
+        pools={"type": "object", "additionalProperties": component("Pool")},
+        rx_bytes=COUNT,
+        tx_bytes=COUNT,
+        rx_bytes_per_second=COUNT,
+        tx_bytes_per_second=COUNT,
+        sample_age_seconds=NUMBER,
     ),
     "BatchResult": {
         "anyOf": [
@@ -8437,6 +8556,9 @@ ROUTES: tuple[ApiRoute, ...] = (
                 version=TEXT,
                 uptime_seconds=COUNT,
                 certificate_expires_at=TIME_SCHEMA,
+                python_version=TEXT,
+                snapshot=answer_schema(at=or_null(TIME_SCHEMA), bytes=COUNT),
+                journal=answer_schema(records=COUNT, bytes=COUNT),
                 interfaces={"type": "array", "items": component("Interface")},
             )
         ),
@@ -9515,20 +9637,412 @@ def command_serve(arguments: argparse.Namespace) -> int:
 
 def command_call(arguments: argparse.Namespace) -> int:
     client = client_of(load_config(os.environ, arguments.env_file), arguments)
-    status, body = client.call(arguments.method, arguments.path, read_data(arguments.data))
+    data = read_data(arguments.data)
+    with Progress(f"{arguments.method} {arguments.path}"):
+        status, body = client.call(arguments.method, arguments.path, data)
     sys.stdout.buffer.write(body + (b"" if body.endswith(b"\n") else b"\n"))
     if status >= 400:
         print(f"wggw: status {status}", file=sys.stderr)
     return int(status >= 400)
 
 
+class Progress:
+    """Says on a terminal that something goes on, from its first second to its end."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._shown = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._shown:
+            sys.stderr.write("\r" + " " * (len(self._text) + 12) + "\r")
+            sys.stderr.flush()
+
+    def _run(self) -> None:
+        started = time.monotonic()
+        while not self._ended.wait(1.0):
+            self._shown = True
+            sys.stderr.write(f"\r{self._text}: {time.monotonic() - started:.0f} s")
+            sys.stderr.flush()
+
+
+def ask(client: ApiClient, path: str) -> dict[str, Any]:
+    """A GET's JSON object. Raises StartError with what the gateway says against it."""
+    status, body = client.call("GET", path)
+    try:
+        answer = json.loads(body)
+        if status != HTTPStatus.OK:
+            raise StartError(f"status {status}: {answer['detail']}")
+        return dict(answer)
+    except (ValueError, KeyError, TypeError):
+        raise StartError(f"status {status}, with an answer that is not a gateway's") from None
+
+
+class Screen(NamedTuple):
+    """What a terminal can show. width 0: no terminal, lines are never cut."""
+
+    width: int
+    height: int
+    colour: bool
+
+    @classmethod
+    def of(cls, file: Any, environ: Mapping[str, str]) -> Screen:
+        if not file.isatty():
+            return cls(0, 0, False)
+        size = shutil.get_terminal_size()
+        plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        return cls(size.columns, size.lines, not plain)
+
+    def fit(self, line: str) -> str:
+        return line[: self.width].rstrip() if self.width else line.rstrip()
+
+    def paint(self, line: str, colour: str) -> str:
+        """A whole line, cut first: escape sequences take no room."""
+        line = self.fit(line)
+        return f"\x1b[{COLOURS[colour]}m{line}\x1b[0m" if self.colour else line
+
+
+COLOURS = {"good": "32", "bad": "1;31", "head": "1", "quiet": "2"}
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
+
+
+def show_bytes(count: float) -> str:
+    """Bytes in powers of 1000, with three digits or more."""
+    for unit in UNITS:
+        if count < 999.5 or unit == UNITS[-1]:
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+
+
+def show_age(seconds: float) -> str:
+    """The two largest units of a span."""
+    left = max(int(seconds), 0)
+    parts: list[str] = []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        if left >= size or (unit == "s" and not parts):
+            parts.append(f"{left // size} {unit}")
+            left %= size
+    return " ".join(parts[:2])
+
+
+def show_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: str) -> list[str]:
+    """Columns as wide as they must be; those whose place in `right` is ">" end at the right."""
+    table = [tuple(head), *(tuple(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.rjust(width) if side == ">" else cell.ljust(width)
+            for cell, width, side in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in table
+    ]
+
+
+def show_bar(share: float, width: int = 20) -> str:
+    return "[" + "#" * round(share * width) + "." * (width - round(share * width)) + "]"
+
+
+def status_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
+    """The state of a gateway on one screen."""
+    healthy = status["status"] == "healthy"
+    now = parse_rfc3339(status["timestamp"])
+    interfaces = status["interfaces"]
+    rates = [sum(i[f"{way}_bytes_per_second"] for i in interfaces) for way in ("rx", "tx")]
+    snapshot, journal = status["snapshot"], status["journal"]
+    taken = snapshot["at"]
+    age = f"{show_age(now - parse_rfc3339(taken))} ago" if taken else "none yet"
+    left = parse_rfc3339(status["certificate_expires_at"]) - now
+    lines = [
+        screen.paint(
+            f"{status['status']}: wggw {status['version']}, Python {status['python_version']}, "
+            f"up {show_age(status['uptime_seconds'])}",
+            "good" if healthy else "bad",
+        ),
+        *(screen.paint(f"  {reason}", "bad") for reason in status["reasons"]),
+        "",
+        f"peers        {status['wireguard_peers']} online, {status['total_peers']} in all",
+        f"traffic      {show_bytes(rates[0])}/s in, {show_bytes(rates[1])}/s out",
+        f"snapshot     {age}, {show_bytes(snapshot['bytes'])}",
+        f"journal      {show_bytes(journal['bytes'])}, record {journal['records']}",
+        f"remote copy  {show_copy(status.get('remote_copy'))}",
+        f"certificate  expires {status['certificate_expires_at'][:10]}, "
+        + (f"in {show_age(left)}" if left > 0 else "it has EXPIRED"),
+        f"host         memory {status['memory_usage']} %, load {status['load_average']}",
+        "",
+        *interface_lines(interfaces, screen),
+        "",
+        *pool_lines(interfaces, screen),
+    ]
+    return [line if "\x1b" in line else screen.fit(line) for line in lines]
+
+
+def show_copy(copy: Any) -> str:
+    """How far the remote copy is behind, as the status has it: null without one."""
+    if not isinstance(copy, dict):
+        return "none"
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in copy.items())
+
+
+def interface_lines(interfaces: Sequence[Mapping[str, Any]], screen: Screen) -> list[str]:
+    head, *rows = show_table(
+        ("INTERFACE", "BACKEND", "PORT", "ACTIVE", "TOTAL", "IN", "OUT", "RECEIVED", "SENT"),
+        (
+            (
+                i["name"],
+                i["backend"],
+                str(i["listen_port"]),
+                str(i["active_peers"]),
+                str(i["total_peers"]),
+                show_bytes(i["rx_bytes_per_second"]) + "/s",
+                show_bytes(i["tx_bytes_per_second"]) + "/s",
+                show_bytes(i["rx_bytes"]),
+                show_bytes(i["tx_bytes"]),
+            )
+            for i in interfaces
+        ),
+        "<<>>>>>>>",
+    )
+    return [screen.paint(head, "head"), *rows]
+
+
+def pool_lines(interfaces: Sequence[Mapping[str, Any]], screen: Screen) -> list[str]:
+    pools = [(i["name"], family, pool) for i in interfaces for family, pool in i["pools"].items()]
+    head, *rows = show_table(
+        ("POOL", "FAMILY", "USED", "OF", "", ""),
+        (
+            (
+                name,
+                family,
+                str(pool["used"]),
+                f"{pool['total']:.3g}" if pool["total"] > 10**12 else str(pool["total"]),
+                show_bar(pool["used"] / pool["total"]),
+                f"{100 * pool['used'] / pool['total']:.0f} %",
+            )
+            for name, family, pool in pools
+        ),
+        "<<>><>",
+    )
+    return [screen.paint(head, "head"), *rows]
+
+
+def command_status(arguments: argparse.Namespace) -> int:
+    """One screen; exit code 1 when the gateway is degraded."""
+    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    status = ask(client, "/api/v1/server/status")
+    if arguments.json:
+        print(json.dumps(status, indent=2))
+    else:
+        print("\n".join(status_lines(status, Screen.of(sys.stdout, os.environ))))
+    return int(status["status"] != "healthy")
+
+
+def all_peers(client: ApiClient, query: str) -> list[dict[str, Any]]:
+    """Every peer, page by page."""
+    peers: list[dict[str, Any]] = []
+    cursor = ""
+    with Progress("reading peers"):
+        while True:
+            page = ask(client, f"/api/v1/configurations?limit={MAX_PAGE}{query}{cursor}")
+            peers += page["configurations"]
+            if page["next_cursor"] is None:
+                return peers
+            cursor = f"&cursor={page['next_cursor']}"
+
+
+PEER_ORDERS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], bool]] = {
+    "created": (lambda peer: peer["created_at"], False),
+    "key": (lambda peer: peer["public_key"], False),
+    "rx": (lambda peer: peer["rx_bytes"], True),
+    "tx": (lambda peer: peer["tx_bytes"], True),
+    "traffic": (lambda peer: peer["rx_bytes"] + peer["tx_bytes"], True),
+    "handshake": (lambda peer: peer["last_handshake"] or "", True),
+}
+
+
+def peer_lines(peers: Sequence[Mapping[str, Any]], now: float, screen: Screen) -> list[str]:
+    """A table of peers; keys and times are cut where a terminal is narrow."""
+    narrow = 0 < screen.width < 140
+    head, *rows = show_table(
+        ("KEY", "STATE", "ADDRESS", "HANDSHAKE", "RECEIVED", "SENT", "EXPIRES", "INTERFACE"),
+        (
+            (
+                short_key(peer["public_key"]) + "…" if narrow else peer["public_key"],
+                "online" if peer["online"] else peer["status_reason"] or peer["status"],
+                peer["assigned_ip"] or peer["assigned_ipv6"] or "",
+                show_handshake(peer["last_handshake"], now),
+                show_bytes(peer["rx_bytes"]),
+                show_bytes(peer["tx_bytes"]),
+                (peer["expires_at"] or "")[: 10 if narrow else 16].replace("T", " "),
+                peer["interface"],
+            )
+            for peer in peers
+        ),
+        "<<<>>><<",
+    )
+    return [screen.paint(head, "head"), *map(screen.fit, rows)]
+
+
+def show_handshake(when: str | None, now: float) -> str:
+    return "never" if when is None else f"{show_age(now - parse_rfc3339(when))} ago"
+
+
+def command_peers(arguments: argparse.Namespace) -> int:
+    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    peers = all_peers(client, "&online=true" if arguments.online else "")
+    key, descending = PEER_ORDERS[arguments.sort]
+    peers.sort(key=key, reverse=descending)
+    if arguments.json:
+        print(json.dumps(peers, indent=2))
+    else:
+        screen = Screen.of(sys.stdout, os.environ)
+        print("\n".join(peer_lines(peers, time.time(), screen)))
+    return 0
+
+
+SPARKS = "▁▂▃▄▅▆▇█"
+PLAIN_SPARKS = "_.-:=+*#"
+
+
+def sparkline(values: Sequence[float], width: int, marks: str = SPARKS) -> str:
+    """The last `width` values as a line of bars; the highest one is as high as it gets."""
+    shown = list(values)[-width:]
+    top = max([*shown, 1.0])
+    return "".join(marks[min(int(v / top * len(marks)), len(marks) - 1)] for v in shown)
+
+
+class Top:
+    """What `wggw.py top` remembers from one look to the next."""
+
+    def __init__(self) -> None:
+        self.rates: dict[str, collections.deque[float]] = {
+            way: collections.deque(maxlen=512) for way in ("rx", "tx")
+        }
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._peer_rates: dict[str, tuple[float, float]] = {}
+        self._sampled = -math.inf  # monotonic seconds of the last sample that was seen
+
+    def look(
+        self, status: Mapping[str, Any], peers: Sequence[Mapping[str, Any]], now: float
+    ) -> None:
+        """Take in what the gateway says; there is something new only after a sample."""
+        interfaces = status["interfaces"]
+        sampled = now - min(i["sample_age_seconds"] for i in interfaces)
+        elapsed = sampled - self._sampled
+        if elapsed < 0.5:
+            return
+        self._sampled = sampled
+        for way, history in self.rates.items():
+            history.append(sum(i[f"{way}_bytes_per_second"] for i in interfaces))
+        self._peer_rates = {
+            peer["public_key"]: (
+                (peer["rx_bytes"] - self._seen[peer["public_key"]][0]) / elapsed,
+                (peer["tx_bytes"] - self._seen[peer["public_key"]][1]) / elapsed,
+            )
+            for peer in peers
+            if peer["public_key"] in self._seen
+        }
+        self._seen = {p["public_key"]: (p["rx_bytes"], p["tx_bytes"]) for p in peers}
+
+    def lines(
+        self, status: Mapping[str, Any], peers: Sequence[Mapping[str, Any]], screen: Screen
+    ) -> list[str]:
+        marks = SPARKS if "utf" in (sys.stdout.encoding or "").lower() else PLAIN_SPARKS
+        head = (
+            f"{status['status']}: {status['wireguard_peers']} online of {status['total_peers']}, "
+            f"load {status['load_average']}, memory {status['memory_usage']} %   {DISMISSAL}"
+        )
+        lines = [screen.paint(head, "good" if status["status"] == "healthy" else "bad")]
+        for way, word in (("rx", "in"), ("tx", "out")):
+            history = self.rates[way]
+            now = show_bytes(history[-1] if history else 0) + "/s"
+            lines.append(f"{word:>3} {now:>10} {sparkline(history, screen.width - 16, marks)}")
+        ranked = sorted(
+            peers, key=lambda peer: -sum(self._peer_rates.get(peer["public_key"], (0, 0)))
+        )
+        table = show_table(
+            ("KEY", "IN", "OUT", "RECEIVED", "SENT", "ADDRESS"),
+            (self._row(peer) for peer in ranked[: max(screen.height - 6, 0)]),
+            "<>>>><",
+        )
+        lines += ["", screen.paint(table[0], "head"), *map(screen.fit, table[1:])]
+        if len(peers) == MAX_PAGE:
+            lines.append(screen.paint(f"of the first {MAX_PAGE} peers online", "quiet"))
+        return lines[: screen.height]
+
+    def _row(self, peer: Mapping[str, Any]) -> tuple[str, ...]:
+        rx, tx = self._peer_rates.get(peer["public_key"], (0.0, 0.0))
+        return (
+            peer["public_key"][:12] + "…",
+            show_bytes(rx) + "/s",
+            show_bytes(tx) + "/s",
+            show_bytes(peer["rx_bytes"]),
+            show_bytes(peer["tx_bytes"]),
+            peer["assigned_ip"] or peer["assigned_ipv6"] or "",
+        )
+
+
+DISMISSAL = "q quits"
+
+
+@contextlib.contextmanager
+def whole_terminal() -> Iterator[None]:
+    """The alternate screen and single key presses; the terminal is put back whatever happens."""
+    handle = sys.stdin.fileno()
+    before = termios.tcgetattr(handle)
+    try:
+        tty.setcbreak(handle)
+        sys.stdout.write("\x1b[?1049h\x1b[?25l")
+        yield
+    finally:
+        termios.tcsetattr(handle, termios.TCSADRAIN, before)
+        sys.stdout.write("\x1b[?25h\x1b[?1049l")
+        sys.stdout.flush()
+
+
+def command_top(arguments: argparse.Namespace) -> int:
+    """Refresh until q; Ctrl-C does as well."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError("top needs a terminal: `wggw.py status --json` is for programs")
+    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    top = Top()
+    with whole_terminal(), contextlib.suppress(KeyboardInterrupt):
+        while True:
+            status = ask(client, "/api/v1/server/status")
+            query = f"/api/v1/configurations?online=true&limit={MAX_PAGE}"
+            peers = ask(client, query)["configurations"]
+            top.look(status, peers, time.monotonic())
+            lines = top.lines(status, peers, Screen.of(sys.stdout, os.environ))
+            sys.stdout.write("\x1b[H" + "".join(line + "\x1b[K\r\n" for line in lines[:-1]))
+            sys.stdout.write(lines[-1] + "\x1b[K\x1b[J")
+            sys.stdout.flush()
+            if key_pressed(arguments.interval) in ("q", "Q"):
+                return 0
+    return 0
+
+
+def key_pressed(seconds: float) -> str:
+    """The next key within this time, or nothing."""
+    ready = select.select([sys.stdin], [], [], seconds)[0]
+    return os.read(sys.stdin.fileno(), 1).decode("ascii", "replace") if ready else ""
+
+
 def command_snapshot(arguments: argparse.Namespace) -> int:
     client = client_of(load_config(os.environ, arguments.env_file), arguments)
     exporting = arguments.action == "export"
-    if exporting:
-        status, body = client.call("GET", "/api/v1/snapshot")
-    else:
-        status, body = client.call("PUT", "/api/v1/snapshot", read_data("@" + arguments.file))
+    data = b"" if exporting else read_data("@" + arguments.file)
+    with Progress(f"snapshot {arguments.action}"):
+        status, body = client.call("GET" if exporting else "PUT", "/api/v1/snapshot", data)
     try:
         if status == 200 and exporting:
             Disk().replace(arguments.file, body)
@@ -9634,7 +10148,8 @@ def command_check(arguments: argparse.Namespace) -> int:
         return repair(store)
     if not os.path.exists(config.db_path):
         print(f"{config.db_path}: there is no snapshot")
-    current = store.load()
+    with Progress(f"checking {config.db_path}"):
+        current = store.load()
     print(f"{config.db_path}: good, {sum(store.counts.values())} peers, record {store.number}")
     if current and current.torn:
         print(f"{config.db_path}.journal: {current.torn} bytes of a torn record will be dropped")
@@ -9657,15 +10172,61 @@ def repair(store: Store) -> int:
     return 0
 
 
+def refresh_seconds(text: str) -> float:
+    return _seconds(0.1, 3600)(text)
+
+
+EXIT_CODES = """\
+exit codes:
+  0  done, and all is well
+  1  it failed, or the gateway says no, or `status` finds it degraded
+  2  a wrong setting or argument
+  3  snapshot or journal is damaged
+"""
+
+EXAMPLES = {
+    "serve": "example:\n  wggw.py serve --env-file /etc/wggw/wggw.env",
+    "check": "examples:\n  wggw.py check\n  wggw.py check --repair",
+    "call": """\
+examples:
+  wggw.py call GET /api/v1/server/status
+  wggw.py call POST /api/v1/configurations --data '{"public_key": "…"}'
+  wggw.py call POST /api/v1/configurations/batch --data @operations.json
+""",
+    "snapshot": "examples:\n  wggw.py snapshot export state.db\n  wggw.py snapshot import state.db",
+    "status": """\
+Exit code 1 when the gateway is degraded or does not answer.
+
+examples:
+  wggw.py status --env-file /etc/wggw/wggw.env
+  wggw.py status --json | jq '.interfaces[].rx_bytes_per_second'
+""",
+    "peers": "examples:\n  wggw.py peers --online --sort traffic\n"
+    "  wggw.py peers --json | jq '.[] | select(.status_reason == \"quota\") | .public_key'",
+    "top": "example:\n  wggw.py top --interval 5",
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wggw.py", description="A WireGuard gateway.")
+    parser = argparse.ArgumentParser(
+        prog="wggw.py",
+        description="A WireGuard gateway.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"wggw {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
         name: str, run: Callable[..., int], text: str, group: Any = commands
     ) -> argparse.ArgumentParser:
-        added: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
+        added: argparse.ArgumentParser = group.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=EXAMPLES.get(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         added.add_argument("--env-file", metavar="PATH", help="settings; default ./.env")
         added.set_defaults(run=run)
         return added
@@ -9698,7 +10259,15 @@ def make_parser() -> argparse.ArgumentParser:
     for maker in (generate, change):
         maker.add_argument("--generation", choices=GENERATIONS, default=DEFAULT_GENERATION)
         maker.add_argument("--preset", choices=tuple(PRESETS), default=DEFAULT_PRESET)
-    for client in (call, snapshot, show, change):
+    status = command("status", command_status, "show on one screen how the gateway is")
+    peers = command("peers", command_peers, "list the peers with their live state")
+    peers.add_argument("--online", action="store_true", help="only those that are online")
+    peers.add_argument("--sort", choices=tuple(PEER_ORDERS), default="created")
+    for shown in (status, peers):
+        shown.add_argument("--json", action="store_true", help="for programs")
+    top = command("top", command_top, "watch traffic and the busiest peers; q quits")
+    top.add_argument("--interval", type=refresh_seconds, default=2.0, help="seconds; default 2")
+    for client in (call, snapshot, show, change, status, peers, top):
         client.add_argument("--url", help="default: this host's gateway")
         client.add_argument("--key-file", help="holds the API key; default: GATEWAY_API_KEY")
         client.add_argument("--key-id", default="default")

@@ -162,6 +162,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
     "MAX_CONNECTIONS": ([("8", 8), ("65536", 65536)], ["", "7", "65537", "many"]),
     "MAX_CONNECTIONS_PER_ADDRESS": ([("1", 1), ("65536", 65536)], ["", "0", "65537", "all"]),
     "PRIVACY_SCRUB": ([("0", 0), ("180", 180)], ["", "1", "179", "-180", "31536001", "never"]),
+    "PER_PEER_METRICS": ([("true", True), ("false", False)], ["", "yes", "1", "True"]),
     "MAX_AUTH_FAILURES": ([("1", 1), ("1000000", 10**6)], ["", "0", "1000001", "1.5"]),
 }
 

@@ -195,7 +195,7 @@ def test_usage_and_counts_are_of_one_interface_or_of_all(gateway: Two) -> None:
     assert whole["gateway_ip"] == "10.0.0.1"
     assert gateway.peer_count() == 3
     assert gateway.peer_count("active", "wg1") == 1
-    text = "".join(wggw.render_gateway(gateway, 0.0))
+    text = "".join(wggw.render_gateway(gateway))
     assert 'wggw_peers{interface="wg1",state="suspended"} 1' in text
     assert 'wggw_pool_used_addresses{interface="wg1",family="ipv4"} 2.0' in text
 

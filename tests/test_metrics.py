@@ -1,0 +1,138 @@
+"""/metrics: names and values, promtool's opinion, and that rules and dashboard fit to it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Client, GatewayProcess, a_key, running, wait_for
+
+DOCS = ROOT / "docs/monitoring"
+SAMPLE = re.compile(r"([a-z_]+)(?:\{(.*)\})? (\S+)")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    settings = {"PER_PEER_METRICS": "true", "SAMPLE_INTERVAL": "0.2"}
+    with running(tmp_path_factory.mktemp("metrics"), **settings) as gateway:
+        client = gateway.client()
+        for number in range(3):
+            assert client.create(a_key(number)).status == 200
+        client.status(a_key(0), "suspended")
+        client.raw("GET", "/api/v1/ip-usage", b"", {})  # a failed authentication
+        yield gateway
+
+
+def scrape(client: Client) -> str:
+    answer = client.raw("GET", "/metrics", b"", {})
+    assert answer.status == 200
+    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    return answer.body.decode()
+
+
+def samples(text: str) -> dict[tuple[str, str], float]:
+    found: dict[tuple[str, str], float] = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            match = SAMPLE.fullmatch(line)
+            assert match, line
+            assert (match[1], match[2] or "") not in found, line
+            found[match[1], match[2] or ""] = float(match[3])
+    return found
+
+
+def promtool(*arguments: str, given: str | None = None) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("needs promtool (Debian's package prometheus)")
+    done = subprocess.run(
+        ["promtool", *arguments], input=given, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and not done.stderr.strip(), done.stdout + done.stderr
+
+
+def test_promtool_finds_nothing_to_say_about_the_metrics(watched: GatewayProcess) -> None:
+    promtool("check", "metrics", given=scrape(watched.client()))
+
+
+def test_promtool_accepts_the_alert_rules() -> None:
+    promtool("check", "rules", str(DOCS / "alerts.yml"))
+
+
+EXPECTED = {
+    ("wggw_peers", 'interface="wg0",state="active"'): 2,
+    ("wggw_peers", 'interface="wg0",state="suspended"'): 1,
+    ("wggw_peers_online", ""): 0,
+    ("wggw_degraded", ""): 0,
+    ("wggw_pool_used_addresses", 'interface="wg0",family="ipv4"'): 3,
+    ("wggw_pool_total_addresses", 'interface="wg0",family="ipv4"'): 253,
+    ("wggw_interface_receive_bytes_total", 'interface="wg0"'): 0,
+    ("wggw_interface_transmit_bytes_total", 'interface="wg0"'): 0,
+    ("wggw_journal_records_total", ""): 4,
+    ("wggw_peer_receive_bytes_total", f'interface="wg0",key="{a_key(0)[:8]}"'): 0,
+    ("wggw_peer_last_handshake_timestamp_seconds", f'interface="wg0",key="{a_key(2)[:8]}"'): 0,
+}
+
+
+def test_values_are_true(watched: GatewayProcess) -> None:
+    found = samples(scrape(watched.client()))
+    assert {row: found.get(row) for row in EXPECTED} == EXPECTED
+    assert watched.process is not None
+    pid = watched.process.pid
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = int(next(re.finditer(r"VmRSS:\s+(\d+)", status))[1]) * 1024
+    assert found["process_resident_memory_bytes", ""] == pytest.approx(resident, rel=0.2)
+    files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    assert found["process_open_fds", ""] == pytest.approx(files, abs=5)
+    assert found["wggw_journal_sync_duration_seconds_count", ""] >= 1
+    assert sum(v for (name, _), v in found.items() if name == "wggw_auth_failures_total") == 1
+
+
+def test_keys_are_truncated_and_there_only_on_request(gateway: GatewayProcess) -> None:
+    client = gateway.client()
+    client.create(a_key(1))
+    text = scrape(client)
+    assert "wggw_peer_" not in text and a_key(1)[:8] not in text
+
+
+def test_per_peer_series_hold_no_whole_key(watched: GatewayProcess) -> None:
+    text = scrape(watched.client())
+    assert text.count("wggw_peer_receive_bytes_total{") == 3
+    assert a_key(1)[:9] not in text
+
+
+def names_in(expression: str) -> set[str]:
+    return set(re.findall(r"\b(?:wggw|process)_[a-z_]+", expression))
+
+
+def queries() -> dict[str, list[str]]:
+    board = json.loads((DOCS / "grafana.json").read_text())
+    panels = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    rules = re.findall(r"(?m)^\s+expr: (.*)$", (DOCS / "alerts.yml").read_text())
+    tables = re.findall(r"(?m)^\| (`wggw.*?) \|", (DOCS / "README.md").read_text())
+    return {"grafana.json": panels, "alerts.yml": rules, "README.md": tables}
+
+
+@pytest.mark.parametrize("name", ["grafana.json", "alerts.yml", "README.md"])
+def test_documents_name_only_metrics_that_there_are(watched: GatewayProcess, name: str) -> None:
+    client = watched.client()
+    client.send("GET", "/api/v1/server/status")
+    heads = set(re.findall(r"# TYPE (\S+)", scrape(client)))
+    found = {n for n, _ in samples(scrape(client))}
+    named = set().union(*(names_in(expression) for expression in queries()[name]))
+    assert len(named) >= 8
+    assert named - found - heads == set()
+
+
+def test_a_sample_fills_the_age_in_status(watched: GatewayProcess) -> None:
+    client = watched.client()
+
+    def fresh() -> bool:
+        (interface,) = client.send("GET", "/api/v1/server/status").json["interfaces"]
+        return 0 <= float(interface["sample_age_seconds"]) < 5
+
+    wait_for(fresh, 20, "a sample")
