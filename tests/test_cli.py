@@ -1,0 +1,304 @@
+"""status, peers and top as an operator sees them: in a pseudo-terminal, in pipes, and refused."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import WGGW, GatewayProcess, a_key, running, wait_for
+
+import wggw
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    with running(tmp_path_factory.mktemp("cli"), SAMPLE_INTERVAL="0.2") as gateway:
+        client = gateway.client()
+        for number in range(4):
+            fields = {"expires_at": "2999-12-31T23:59:59Z"} if number == 1 else {}
+            assert client.create(a_key(number), protocol="dual", **fields).status == 200
+        client.status(a_key(2), "suspended")
+        yield gateway
+
+
+def command(served: GatewayProcess, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", **served.settings}
+    return [sys.executable, str(WGGW), *arguments], environment
+
+
+def piped(served: GatewayProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line, environment = command(served, *arguments)
+    return subprocess.run(
+        line,
+        env=environment,
+        cwd=served.directory,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+class Terminal:
+    """A command in a pseudo-terminal of a given size."""
+
+    def __init__(
+        self, served: GatewayProcess, columns: int, *arguments: str, **variables: str
+    ) -> None:
+        line, environment = command(served, *arguments)
+        self._handle, its_end = pty.openpty()
+        fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.modes = termios.tcgetattr(its_end)
+        self.process = subprocess.Popen(
+            line,
+            env={**environment, "TERM": "xterm", **variables},
+            cwd=served.directory,
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+            start_new_session=True,
+        )
+        self._its_end = its_end
+        self._output = b""
+
+    def text(self) -> str:
+        while select.select([self._handle], [], [], 0.05)[0]:
+            with contextlib.suppress(OSError):
+                self._output += os.read(self._handle, 65536)
+        return self._output.decode("utf-8", "ignore")
+
+    def press(self, key: str) -> None:
+        os.write(self._handle, key.encode())
+
+    def end(self) -> int:
+        wait_for(lambda: self.text() and self.process.poll() is not None, 60, "the command's end")
+        return self.process.wait()
+
+    def modes_now(self) -> list[Any]:
+        return termios.tcgetattr(self._its_end)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._handle)
+        os.close(self._its_end)
+
+
+@contextlib.contextmanager
+def terminal(
+    served: GatewayProcess, columns: int, *arguments: str, **variables: str
+) -> Iterator[Terminal]:
+    opened = Terminal(served, columns, *arguments, **variables)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def visible(text: str) -> list[str]:
+    """Lines without escape sequences."""
+    return [line.rstrip("\r") for line in re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", text).split("\n")]
+
+
+# --- screens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [40, 80, 140])
+def test_status_is_one_screen(served: GatewayProcess, columns: int) -> None:
+    with terminal(served, columns, "status") as screen:
+        assert screen.end() == 0
+        text = screen.text()
+    lines = visible(text)
+    assert len(lines) <= 24 and max(map(len, lines)) <= columns
+    assert lines[0].startswith("healthy: wggw ")
+    found = {line.split("  ")[0] for line in lines}
+    assert {"peers", "traffic", "snapshot", "journal", "certificate", "host"} <= found
+    assert "0 online, 4 in all" in text
+    assert re.search(r"wg0 +ipv4 +4 +253 ", text) or columns == 40
+    assert "\x1b[32m" in text
+
+
+@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_colour_where_none_is_wanted(served: GatewayProcess, variables: dict[str, str]) -> None:
+    with terminal(served, 80, "status", **variables) as screen:
+        assert screen.end() == 0
+        assert "\x1b" not in screen.text()
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_peers_fit_the_terminal(served: GatewayProcess, columns: int) -> None:
+    with terminal(served, columns, "peers") as screen:
+        assert screen.end() == 0
+        lines = visible(screen.text())
+    assert max(map(len, lines)) <= columns
+    assert lines[0].split()[:4] == ["KEY", "STATE", "ADDRESS", "HANDSHAKE"]
+    assert [line.split()[1] for line in lines[1:5]] == ["active", "active", "suspended", "active"]
+    assert (a_key(1) in lines[2]) == (columns == 140)
+    assert "2999-12-31" in lines[2]
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_top_refreshes_until_q_and_leaves_the_terminal_as_it_was(
+    served: GatewayProcess, columns: int
+) -> None:
+    with terminal(served, columns, "top", "--interval", "0.3") as screen:
+        wait_for(lambda: screen.text().count("\x1b[H") >= 3, 60, "three refreshes")
+        last = visible(screen.text().split("\x1b[H")[-2])
+        assert last[0].startswith("healthy: 0 online of 4") and "q quits" in last[0]
+        assert re.match(r" in +0 B/s ▁", last[1]) and re.match(r"out +0 B/s ▁", last[2])
+        assert max(map(len, last)) <= columns
+        screen.press("x")
+        screen.press("q")
+        assert screen.end() == 0
+        assert screen.text().endswith("\x1b[?25h\x1b[?1049l")
+        assert screen.modes_now() == screen.modes
+
+
+def test_top_refuses_to_run_without_a_terminal(served: GatewayProcess) -> None:
+    done = piped(served, "top")
+    assert done.returncode == 2 and "needs a terminal" in done.stderr
+
+
+# --- for programs ---------------------------------------------------------------------------------
+
+
+def test_json_is_what_the_api_says(served: GatewayProcess) -> None:
+    status = json.loads(piped(served, "status", "--json").stdout)
+    assert status["status"] == "healthy" and status["total_peers"] == 4
+    peers = json.loads(piped(served, "peers", "--json").stdout)
+    assert [peer["public_key"] for peer in peers] == [a_key(n) for n in range(4)]
+    assert json.loads(piped(served, "peers", "--json", "--online").stdout) == []
+
+
+def test_pipes_get_whole_lines_without_colour_or_progress(served: GatewayProcess) -> None:
+    done = piped(served, "peers", "--sort", "key")
+    assert (done.returncode, done.stderr) == (0, "")
+    keys = [line.split()[0] for line in done.stdout.splitlines()[1:]]
+    assert keys == sorted(a_key(n) for n in range(4))
+    assert "\x1b" not in done.stdout
+
+
+def test_exit_codes(served: GatewayProcess) -> None:
+    assert piped(served, "status", "--url", "https://127.0.0.1:1").returncode == 1
+    assert piped(served, "peers", "--sort", "nothing").returncode == 2
+    assert "exit codes:" in piped(served, "--help").stdout
+    for name in ("status", "peers", "top", "call", "snapshot", "check", "serve"):
+        assert "example" in piped(served, name, "--help").stdout
+
+
+def test_a_degraded_gateway_is_exit_code_1_and_says_why(tmp_path: Path) -> None:
+    status = {**STATUS, "status": "degraded", "reasons": ["snapshot: No space left on device"]}
+    lines = wggw.status_lines(status, wggw.Screen(0, 0, False))
+    assert lines[0].startswith("degraded")
+    assert lines[1] == "  snapshot: No space left on device"
+
+
+def test_progress_is_shown_after_a_second_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with wggw.Progress("working"):
+        time.sleep(1.1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with wggw.Progress("working"):
+        pass
+    assert capsys.readouterr().err == ""
+    with wggw.Progress("working"):
+        wait_for(lambda: "working: 1 s" in capsys.readouterr().err, 10, "progress")
+    assert capsys.readouterr().err.endswith("\r")
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+POOL = {"total": 253, "used": 64, "available": 189, "gateway_ip": "10.0.1.1"}
+STATUS: dict[str, Any] = {
+    "status": "healthy",
+    "version": "1",
+    "python_version": "3.13.1",
+    "uptime_seconds": 90061,
+    "timestamp": "2026-01-02T00:00:00Z",
+    "reasons": [],
+    "wireguard_peers": 12,
+    "total_peers": 64,
+    "memory_usage": 21.5,
+    "load_average": 0.1,
+    "certificate_expires_at": "2026-01-01T00:00:00Z",
+    "snapshot": {"at": None, "bytes": 0},
+    "journal": {"records": 7, "bytes": 1234},
+    "interfaces": [
+        {
+            "name": "wg0",
+            "backend": "netlink",
+            "listen_port": 51820,
+            "active_peers": 60,
+            "total_peers": 64,
+            "pools": {"ipv4": POOL},
+            "rx_bytes": 10**12,
+            "tx_bytes": 999,
+            "rx_bytes_per_second": 1234567,
+            "tx_bytes_per_second": 0,
+            "sample_age_seconds": 3.0,
+        }
+    ],
+}
+
+
+def test_status_shows_what_it_is_given() -> None:
+    text = "\n".join(wggw.status_lines(STATUS, wggw.Screen(0, 0, False)))
+    for part in ("up 1 d 1 h", "1.23 MB/s in", "none yet", "EXPIRED", "1.23 kB, record 7"):
+        assert part in text
+    assert "[#####...............]  25 %" in text
+
+
+def test_bytes_and_ages_are_short() -> None:
+    shown = [wggw.show_bytes(n) for n in (0, 999, 1000, 12345, 999_499, 999_500, 10**15, 10**21)]
+    assert shown == ["0 B", "999 B", "1 kB", "12.3 kB", "999 kB", "1 MB", "1 PB", "1000 EB"]
+    ages = [wggw.show_age(n) for n in (-1, 0, 59, 60, 3661, 90061)]
+    assert ages == ["0 s", "0 s", "59 s", "1 min", "1 h 1 min", "1 d 1 h"]
+
+
+def test_sparklines_are_as_high_as_the_highest() -> None:
+    assert wggw.sparkline([0, 50, 100], 10) == "▁▅█"
+    assert wggw.sparkline(range(100), 3, wggw.PLAIN_SPARKS) == "###"
+    assert wggw.sparkline([], 10) == ""
+
+
+def test_top_ranks_peers_by_what_passed_between_two_samples() -> None:
+    top = wggw.Top()
+
+    def peer(name: str, rx: int) -> dict[str, Any]:
+        return {
+            "public_key": a_key(name),
+            "rx_bytes": rx,
+            "tx_bytes": 0,
+            "assigned_ip": "10.0.1.2",
+            "assigned_ipv6": None,
+        }
+
+    def status(age: float) -> dict[str, Any]:
+        return {**STATUS, "interfaces": [{**STATUS["interfaces"][0], "sample_age_seconds": age}]}
+
+    top.look(status(0), [peer("idle", 10**9), peer("busy", 0)], 100.0)
+    top.look(status(5), [peer("idle", 10**9), peer("busy", 0)], 105.0)  # the same sample
+    top.look(status(0), [peer("idle", 10**9), peer("busy", 50_000)], 110.0)
+    lines = top.lines(
+        STATUS, [peer("idle", 10**9), peer("busy", 50_000)], wggw.Screen(80, 24, False)
+    )
+    assert list(top.rates["rx"]) == [1234567, 1234567]
+    assert lines[5].startswith(a_key("busy")[:12]) and "5 kB/s" in lines[5]
