@@ -3176,7 +3176,7 @@ MIGRATIONS: tuple[str, ...] = (
         request_id TEXT,
         obfuscation TEXT
     );
-    CREATE INDEX peers_status ON peers (status, id) WHERE status <> 'active';
+    CREATE INDEX peers_kind ON peers (interface, status);
     CREATE INDEX peers_expiry ON peers (expires_at)
         WHERE expires_at IS NOT NULL AND status = 'active';
     CREATE INDEX peers_expired ON peers (expires_at) WHERE status_reason = 'expired';
@@ -3245,7 +3245,6 @@ _BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  name
         ("last_handshake", MAX_TIME),
     )
 )
-SUSPENDED = "p.status = 'suspended' AND p.status <> 'active'"
 
 
 # Rows of `meta` that a journal record may set, and what reads them.
@@ -3568,25 +3567,29 @@ class Store:
 
     def page(self, after: int, limit: int, chosen: Filter) -> list[tuple[Peer, Traffic]]:
         """Up to `limit` peers with an id above `after`, in order of creation."""
-        where, values = ["p.id > ?"], [after]
-        conditions: list[Any] = values
-        if chosen.status is not None:  # a literal lets the partial index serve
-            where.append("p.status = 'active'" if chosen.status == "active" else SUSPENDED)
-        if chosen.interface is not None:
-            where.append("p.interface = ?")
-            conditions.append(chosen.interface)
+        where, values = "p.id > ?", [after]
         if chosen.online is not None:
-            where.append(f"coalesce(t.last_handshake, 0) {'>' if chosen.online else '<='} ?")
-            conditions.append(chosen.online_since)
+            where += f" AND coalesce(t.last_handshake, 0) {'>' if chosen.online else '<='} ?"
+            values.append(chosen.online_since)
         columns = ", ".join(f"p.{name}" for name in Peer._fields)
-        rows = self._db.execute(
+        query = (
             f"SELECT {columns}, coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), "  # noqa: S608  names of this file
             "coalesce(t.last_handshake, 0) FROM peers p LEFT JOIN traffic t ON t.id = p.id "
-            f"WHERE {' AND '.join(where)} ORDER BY p.id LIMIT ?",
-            (*conditions, limit),
+            f"WHERE {where}{{}} ORDER BY p.id LIMIT ?"
         )
+        if chosen.status is None and chosen.interface is None:
+            rows = self._db.execute(query.format(""), (*values, limit)).fetchall()
+        else:  # each kind has its peers in the index by id: as many from each, then the first ones
+            by_kind = query.format(" AND p.interface = ? AND p.status = ?")
+            rows = [
+                row
+                for kind in self.counts
+                if chosen.interface in (None, kind[0]) and chosen.status in (None, kind[1])
+                for row in self._db.execute(by_kind, (*values, *kind, limit))
+            ]
+            rows.sort(key=lambda row: int(row[0]))
         width = len(Peer._fields)
-        return [(Peer._make(row[:width]), Traffic._make(row[width:])) for row in rows]
+        return [(Peer._make(row[:width]), Traffic._make(row[width:])) for row in rows[:limit]]
 
     def peers_after(self, after: int, limit: int) -> list[Peer]:
         rows = self._db.execute(f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
@@ -6451,11 +6454,8 @@ class Gateway:
                 if not dry_run and (plan.leaving or plan.coming):
                     self._perform(plan)
             finally:
-                with self.lock:
-                    self._unfinished.clear()
-                    for interface, family, address in self._reserved:
-                        self.interfaces[interface].pools[family].release(address)
-                    self._reserved.clear()
+                self._in_parts(list(self._reserved), self._free)
+                self._unfinished.clear()
         self._sweep()
         return plan.result
 
@@ -6618,6 +6618,11 @@ class Gateway:
             raise Conflict(f"{ADDRESS_FIELD[family]}: {text} is not free")
         pool.claim(text)
         self._reserved.add(address)
+
+    def _free(self, addresses: Sequence[HeldAddress]) -> None:
+        for interface, family, text in addresses:
+            self.interfaces[interface].pools[family].release(text)
+        self._reserved.difference_update(addresses)
 
     @staticmethod
     def _let_go(step: Step, taken: set[HeldAddress], leaving: list[Step]) -> Step:
