@@ -267,10 +267,10 @@ BAD = {
     "id below 1": (f"UPDATE peers SET id = -5 {ONE}",),
     "id at the end": (f"UPDATE peers SET id = {2**63 - 1} {ONE}",),
     "released address that is none": ("INSERT INTO released (address) VALUES ('x')",),
-    "traffic that is no number": ("INSERT INTO traffic SELECT id, 'x', 0, 0, 0, 0 FROM peers",),
-    "traffic below 0": ("INSERT INTO traffic SELECT id, -5, 0, 0, 0, 0 FROM peers",),
+    "traffic that is no number": ("REPLACE INTO traffic SELECT id, 'x', 0, 0, 0, 0 FROM peers",),
+    "traffic below 0": ("REPLACE INTO traffic SELECT id, -5, 0, 0, 0, 0 FROM peers",),
     "handshake that has no date": (
-        f"INSERT INTO traffic SELECT id, 0, 0, 0, 0, {2**62} FROM peers",
+        f"REPLACE INTO traffic SELECT id, 0, 0, 0, 0, {2**62} FROM peers",
     ),
 }
 
@@ -291,7 +291,7 @@ def test_edited_snapshot_with_good_rows_is_taken(tmp_path: Path) -> None:
         data = edited(
             export(gateway),
             tmp_path,
-            "INSERT INTO traffic SELECT id, id * 100, id * 1000, 0, 0, 1765200000 FROM peers",
+            "REPLACE INTO traffic SELECT id, id * 100, id * 1000, 0, 0, 1765200000 FROM peers",
             f"UPDATE peers SET assigned_ip = '10.0.1.200', dns = 'd2' {ONE}",
         )
         assert import_(gateway, data).status == 200
