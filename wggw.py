@@ -12,9 +12,8 @@ A request's path
     until the journal is on disk (one fsync for all that wait) -> the answer.
 
 Sections, each using only those above it (search for "# name:")
-    constants, errors, config, values, crypto, addresses, journal, store, backends, host network,
-    gateway,
-    metrics, http, server, command line
+    constants, errors, config, values, crypto, addresses, journal, store, remote, backends,
+    host network, gateway, metrics, http, server, command line
 
 Laws
     1. The store is the truth; an interface is a projection of it, brought in line by one diff().
@@ -50,6 +49,9 @@ The files on disk
                        is base64, sealed with the record's number as nonce; the snapshot is a line
                        "wggw-snapshot 1 SALT KEY-CHECK CRC" and sealed chunks of 64 KiB, numbered,
                        the last one marked.
+    At SNAPSHOT_URL    manifest-0 and manifest-1, in turn: a line "wggw-copy 1 CRC JSON" that lists
+                       its parts with number, size and SHA-256; part-NNN: snapshots and journals
+                       in the formats above.
     The snapshot's checksum is its SQLite application id (see encode_snapshot).
     Recovery reads the snapshot, then every record with a higher number. A bad record is a torn
     write, and dropped, when nothing readable behind it was written after it was known to be on
@@ -173,6 +175,7 @@ MAX_PART = 400  # peers in a part
 BREATH_SECONDS = 0.0002  # between two holds: without it, nobody else gets the lock
 BODY_RATE = 250_000  # bytes a second below which a streamed body is cut off
 BACKEND_TIMEOUT = 10.0  # seconds for one exchange with an interface
+CHECK_TRIES = 20  # readings of files that a running gateway replaces meanwhile
 DAEMON_START_SECONDS = 5.0  # how long a userspace WireGuard may take to open its socket
 SUPERVISE_SECONDS = 1.0  # between two looks at the interface and the clock of expiry
 DURABILITY_INTERVAL = 1.0  # seconds: DURABILITY=interval loses at most this
@@ -210,6 +213,15 @@ WGALLOWEDIP_A_FAMILY, WGALLOWEDIP_A_IPADDR, WGALLOWEDIP_A_CIDR_MASK = 1, 2, 3
 # AmneziaWG's module: WireGuard's numbers, and those of AWG_PARAMETERS
 AWG_GENL_NAME = "amneziawg"
 NETLINK_BATCH = 48 * 1024  # bytes of peers in one message: attribute lengths are 16 bits
+
+COPY_INTERVAL = 2.0  # seconds between two journal segments of the remote copy
+COPY_SEGMENTS = 100  # of them above a snapshot, then the next one: bounds manifest and recovery
+COPY_BACKLOG = 16 * 2**20  # bytes of records that wait for the copy, then it takes a snapshot
+COPY_TIMEOUT = 10.0  # seconds of silence
+COPY_DEADLINE = 30.0  # seconds for one object,
+COPY_SLOWEST = 200_000  # and for its bytes at this rate in bytes a second
+COPY_MAX_PAUSE = 60.0  # seconds between two tries
+MAX_MANIFEST = 2**18  # bytes: 200 parts are 30 KB
 
 LOG = logging.getLogger("wggw")
 
@@ -400,6 +412,16 @@ class Config:
     snapshot_key: str | None = field(repr=False)
     sample_interval: float
     log_level: str
+    snapshot_url: str | None
+    snapshot_token: str | None = field(repr=False)
+    snapshot_required: bool
+    aws_access_key_id: str | None
+    aws_secret_access_key: str | None = field(repr=False)
+    aws_session_token: str | None = field(repr=False)
+    aws_region: str | None
+    aws_default_region: str | None
+    aws_endpoint_url: str | None
+    aws_endpoint_url_s3: str | None
     metrics_token: str | None = field(repr=False)
     max_connections: int
     max_connections_per_address: int
@@ -512,6 +534,40 @@ def _endpoint(raw: str) -> str:
     return raw
 
 
+def _visible(raw: str) -> str:
+    """What may stand in a header as it is."""
+    if not re.fullmatch(r"[!-~]{1,4096}", raw):
+        raise ValueError
+    return raw
+
+
+def _region(raw: str) -> str:
+    if not re.fullmatch(r"[a-z0-9-]{1,64}", raw):
+        raise ValueError
+    return raw
+
+
+_AUTHORITY = r"(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+_URL_PATH = r"(?:/[A-Za-z0-9._~-]+)*/?"  # without what would need an encoding
+
+
+def _snapshot_url(raw: str) -> str:
+    bucket = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+    if not re.fullmatch(rf"https://{_AUTHORITY}{_URL_PATH}|s3://{bucket}{_URL_PATH}", raw):
+        raise ValueError
+    _ = urllib.parse.urlsplit(raw).port  # a ValueError when it is too large
+    return raw
+
+
+def _aws_endpoint(raw: str) -> str:
+    """Plain http only to this host: what comes back is not authenticated."""
+    loopback = r"http://(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]{1,5})?"
+    if not re.fullmatch(rf"(?:https://{_AUTHORITY}|{loopback}){_URL_PATH}", raw):
+        raise ValueError
+    _ = urllib.parse.urlsplit(raw).port
+    return raw
+
+
 def _dns_servers(raw: str) -> dict[str, tuple[str, ...]]:
     parsed = json.loads(raw)
     if not isinstance(parsed, dict) or not parsed or "%" in raw:
@@ -613,6 +669,23 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("SNAPSHOT_INTERVAL", "300", _seconds(0.1, 86400), "seconds, 0.1 to 86400"),
     Setting("SNAPSHOT_KEY", None, _secret, "a text of 16 characters or more", True),
+    Setting(
+        "SNAPSHOT_URL",
+        None,
+        _snapshot_url,
+        "https://host[:port]/path or s3://bucket[/prefix], of A-Z a-z 0-9 . _ ~ -",
+    ),
+    Setting("SNAPSHOT_TOKEN", None, _visible, "a bearer token without spaces", True),
+    Setting("SNAPSHOT_REQUIRED", "true", _boolean, "true or false"),
+    Setting("AWS_ACCESS_KEY_ID", None, _visible, "an access key"),
+    Setting("AWS_SECRET_ACCESS_KEY", None, _visible, "a secret key", True),
+    Setting("AWS_SESSION_TOKEN", None, _visible, "a session token", True),
+    Setting("AWS_REGION", None, _region, "a region such as eu-central-1"),
+    Setting("AWS_DEFAULT_REGION", None, _region, "a region such as eu-central-1"),
+    Setting("AWS_ENDPOINT_URL", None, _aws_endpoint, "https://host[:port], or http:// on loopback"),
+    Setting(
+        "AWS_ENDPOINT_URL_S3", None, _aws_endpoint, "https://host[:port], or http:// on loopback"
+    ),
     Setting("SAMPLE_INTERVAL", "10", _seconds(0.1, 3600), "seconds, 0.1 to 3600"),
     Setting(
         "LOG_LEVEL",
@@ -627,10 +700,6 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("PRIVACY_SCRUB", "0", _scrub_seconds, "seconds, 180 to 31536000, or 0 for never"),
     Setting("PER_PEER_METRICS", "false", _boolean, "true or false"),
 )
-
-# Settings of the contract that this version does not serve yet: ignoring one of them would break
-# what it promises (a remote copy), so each is refused when set.
-UNSUPPORTED = ("SNAPSHOT_URL",)
 
 
 def check_private(name: str, path: str, forbidden: int = 0o027) -> None:
@@ -681,9 +750,6 @@ def load_config(environ: Mapping[str, str], env_file: str | None = None) -> Conf
             raise ConfigError(f"--env-file {path}: cannot be read: {_reason(error)}") from None
     values.update(environ)
     parsed = {setting.name.lower(): _parse_setting(setting, values) for setting in SETTINGS}
-    for name in UNSUPPORTED:
-        if values.get(name):
-            raise ConfigError(f"{name} is set, but this version does not support it: unset it")
     config = Config(**parsed)
     _check_together(config)
     return config
@@ -715,6 +781,13 @@ def _check_together(config: Config) -> None:
             )
     for first, second in itertools.combinations(rows, 2):
         _check_apart(first, second)
+    if (config.snapshot_url or "").startswith("s3:") and not (
+        config.aws_access_key_id and config.aws_secret_access_key
+    ):
+        raise ConfigError(
+            f"SNAPSHOT_URL: {config.snapshot_url!r} needs AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        )
     for cert, key in ((config.tls_cert, config.tls_key), (config.tls_key, config.tls_cert)):
         if os.path.exists(cert) and not os.path.exists(key):
             raise ConfigError(
@@ -2440,21 +2513,24 @@ def make_private_key() -> bytes:
     return clamp(secrets.token_bytes(KEY_BYTES))
 
 
-def load_private_key(settings: InterfaceSettings) -> bytes:
-    """Read the interface's private key; make it (0600) if absent. Raises ConfigError."""
+def load_private_key(settings: InterfaceSettings, kept: str | None = None) -> bytes:
+    """Read the interface's private key; make the file (0600) if absent. Raises ConfigError.
+
+    A file that is made holds the key that a snapshot has `kept`, or a new one.
+    """
     path = settings.private_key_file
     variable = f"{settings.prefix}_PRIVATE_KEY_FILE"
     try:
         check_private(variable, path, 0o077)
         return clamp(decode_key(Path(path).read_text("ascii").strip()))
     except FileNotFoundError:
-        key = make_private_key()
+        key = clamp(decode_key(kept)) if kept else make_private_key()
         try:
             os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
             write_secret(path, encode_key(key).encode("ascii") + b"\n")
         except OSError as error:
             raise ConfigError(f"{variable}: {path!r} cannot be made: {_reason(error)}") from None
-        LOG.info("made a new WireGuard private key: %s", path)
+        LOG.info("%s: %s", path, "the snapshot's private key" if kept else "a new private key")
         return key
     except OSError as error:
         raise ConfigError(f"{variable}: {path!r} cannot be read: {_reason(error)}") from None
@@ -2764,6 +2840,13 @@ def journal_line(number: int, durable: int, content: bytes) -> bytes:
     return b"%b %08x %b\n" % (head, zlib.crc32(content, zlib.crc32(head)), content)
 
 
+def encode_journal(after: int, records: Sequence[Record], vault: Vault | None) -> bytes:
+    """A whole journal file, for parse_journal()."""
+    seal = Seal.new(vault, b"journal") if vault else None
+    lines = [journal_line(n, 0, content) for n, content in (seal_record(seal, r) for r in records)]
+    return b"".join([journal_header(after, seal), *lines])
+
+
 def parse_journal_line(line: bytes) -> tuple[int, int, bytes] | None:
     """A line without its end -> (number, durable, content), or None when it is not a record."""
     parts = line.split(b" ", 3)
@@ -3000,6 +3083,7 @@ class Journal:
         self.durable = 0
         self.failure: str | None = None
         self.syncs = Histogram()  # a write and its fsync
+        self.on_durable: Callable[[Sequence[Record]], None] | None = None  # told what is on disk
 
     def resume(self, size: int, number: int) -> None:
         """Go on behind the first `size` bytes of the existing file. Raises OSError."""
@@ -3089,7 +3173,8 @@ class Journal:
             self._buffer = [entry for entry in self._buffer if entry[0] > last]
         if not records:
             return
-        lines = [seal_record(self._seal, Record(n, content())) for n, content in records]
+        plain = [Record(number, content()) for number, content in records]
+        lines = [seal_record(self._seal, record) for record in plain]
         data = b"".join([journal_line(n, self._size, content) for n, content in lines])
         started = time.perf_counter()
         try:
@@ -3101,6 +3186,8 @@ class Journal:
         self.syncs.observe(time.perf_counter() - started)
         self._size += len(data)
         self.durable = records[-1][0]
+        if self.on_durable:
+            self.on_durable(plain)
 
     @property
     def size(self) -> int:
@@ -3318,6 +3405,14 @@ class Filter(NamedTuple):
     online_since: int = 0
 
 
+def _file_identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def open_memory() -> sqlite3.Connection:
     """An empty database in one block of memory, which serialize() copies in one go.
 
@@ -3398,6 +3493,7 @@ class Store:
         self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
         self.snapshot_time = 0.0  # Unix seconds of the last snapshot, 0 for none
         self.snapshot_bytes = 0
+        self.private_keys: dict[str, str] = {}  # by interface; in snapshots that are encrypted
         self._disk = disk
         self._vault = vault
         self._dirty = False
@@ -3415,7 +3511,7 @@ class Store:
 
     def recover(self) -> None:
         """Load what is on disk and be ready to write. Raises DamagedError, StartError."""
-        self._begin_journal(self.load())
+        self.begin(self.load())
 
     def load(self) -> JournalFile | None:
         """Read snapshot and journals, writing nothing; returns the current journal.
@@ -3465,6 +3561,12 @@ class Store:
                 raise ValueError(f"schema version {version} is not known")
             row = db.execute("SELECT value FROM meta WHERE name = 'number'").fetchone()
             self.number = int(row[0])
+            self.private_keys = {
+                name.partition(" ")[2]: key
+                for name, key in db.execute(
+                    "SELECT name, value FROM meta WHERE name LIKE 'private_key %'"
+                )
+            }
             self._db, db = db, self._db
         finally:
             db.close()
@@ -3534,8 +3636,11 @@ class Store:
         self._open_sync.clear()
         self.number += 1  # no record has it: a fresh snapshot is written
 
-    def _begin_journal(self, current: JournalFile | None) -> None:
-        """Go on with the journal that recovery read, or begin one behind a fresh snapshot."""
+    def begin(self, current: JournalFile | None) -> None:
+        """Go on with the journal that load() read, or begin one behind a fresh snapshot.
+
+        Raises StartError.
+        """
         last = current.records[-1].number if current and current.records else 0
         last = max(last, current.after) if current else -1
         try:
@@ -3988,9 +4093,11 @@ class Store:
             return True
 
     def _image(self) -> tuple[int, bytes]:
-        self._db.execute(
-            "INSERT OR REPLACE INTO meta (name, value) VALUES ('number', ?)", (str(self.number),)
-        )
+        rows = {"number": str(self.number)}
+        if self._vault:  # in clear text they stay in their own files
+            rows |= {f"private_key {name}": key for name, key in self.private_keys.items()}
+        self._db.execute("DELETE FROM meta WHERE name LIKE 'private_key %'")
+        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows.items())
         return self.number, self._db.serialize()
 
     def _rotate(self, number: int) -> None:
@@ -4011,18 +4118,32 @@ class Store:
             self._disk.unlink(self._journal.previous)
         self._previous_end = 0
 
-    def _write_snapshot(self, number: int, image: bytes) -> None:
-        """Replace the snapshot; the one before stays as DB_PATH.previous."""
+    def _write_snapshot(self, number: int, image: bytes, restore: bool = False) -> None:
+        """Replace the snapshot; the one before stays as DB_PATH.previous.
+
+        With `restore` a failure puts that one back: when the new one is in place but its directory
+        was refused, a crash now must not start from what was never accepted.
+        """
         if os.path.exists(self.path):
-            temporary = self.path + ".previous.tmp"
-            with contextlib.suppress(FileNotFoundError):
-                self._disk.unlink(temporary)
-            self._disk.link(self.path, temporary)
-            self._disk.rename(temporary, self.path + ".previous")
+            self._link_over(self.path, self.path + ".previous")
         content = encode_snapshot(image, self._vault)
-        self._disk.replace(self.path, content)
+        try:
+            self._disk.replace(self.path, content)
+        except OSError:
+            if restore:
+                with contextlib.suppress(OSError):
+                    self._link_over(self.path + ".previous", self.path)
+            raise
         self._snapshot_number = number
         self.snapshot_time, self.snapshot_bytes = time.time(), len(content)
+
+    def _link_over(self, path: str, name: str) -> None:
+        """Let `name` be the same file as `path`, at no moment missing."""
+        temporary = name + ".tmp"
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.unlink(temporary)
+        self._disk.link(path, temporary)
+        self._disk.rename(temporary, name)
 
     def image(self) -> bytes:
         """The database as bytes, for seal()."""
@@ -4032,20 +4153,30 @@ class Store:
         """An image as a snapshot file; needs no lock."""
         return encode_snapshot(image, self._vault)
 
-    def read_image(self, data: bytes) -> Store:
+    def read_image(self, data: bytes, segments: Iterable[tuple[int, bytes]] = ()) -> Store:
         """A store of its own, without files, that holds a snapshot file's state.
 
-        Raises DamagedError or ConfigError when the data does not verify.
+        `segments` are (last number, journal file) to be replayed on it. Raises DamagedError or
+        ConfigError when the data does not verify.
         """
         other = Store("the snapshot", "none", self._disk, self._vault)
         try:
             other._take_over(decode_snapshot(data, self._vault, "the snapshot"))
             migrate(other._db)
-            other._verify_rows(self._db)
             other._load_counts()
+            for number, segment in segments:
+                other._replay_segment(number, segment)
+            other._verify_rows(self._db)
         except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
             raise _damaged("the snapshot", 0, str(error)) from None
         return other
+
+    def _replay_segment(self, number: int, data: bytes) -> None:
+        name = "a journal segment"
+        file = parse_journal(data, name, self._vault)
+        if file.torn or not file.records or file.records[-1].number != number:
+            raise _damaged(name, file.size, f"it does not end with record {number}")
+        self._replay_file(name, file, MAX_INTEGER)
 
     def _verify_rows(self, model: sqlite3.Connection) -> None:
         """Believe nothing of a database from outside. Raises ValueError, sqlite3.Error."""
@@ -4076,9 +4207,10 @@ class Store:
         """
         self.flush()
         other.number = max(self.number, other.number) + 1
+        other.private_keys = self.private_keys
         number, image = other._image()
         try:
-            self._write_snapshot(number, image)
+            self._write_snapshot(number, image, restore=True)
         except OSError as error:  # which of the two is there now? Nothing counts until a fresh one
             self.number = number
             self._dirty = True
@@ -4091,6 +4223,11 @@ class Store:
             self._begin_anew(number, image)
         except OSError as error:
             self._journal.fail(error)
+
+    def generation(self) -> list[tuple[int, int] | None]:
+        """Which files are in place: changes when a snapshot or a rotation replaces one."""
+        paths = (self.path, self._journal.previous, self._journal.path)
+        return [_file_identity(path) for path in paths]
 
     def salvage(self) -> Iterator[str]:
         """Read whatever can be read into this store; yields what was found, line by line."""
@@ -4122,6 +4259,36 @@ class Store:
             self.number = record.number
         return f"used: {path}: {applied} records, {missing} missing, {refused} not applicable"
 
+    # --- for the remote copy ---------------------------------------------------------------------
+
+    def on_durable(self, tell: Callable[[Sequence[Record]], None]) -> None:
+        """Have `tell` called with records once they are on disk, in order."""
+        self._journal.on_durable = tell
+
+    def segment(self, after: int, records: Sequence[Record]) -> bytes:
+        """Records as a journal file of their own."""
+        return encode_journal(after, records, self._vault)
+
+    def snapshot_file(self) -> tuple[float, int, bytes]:
+        """The snapshot on disk: when it was written, its number, its bytes. Raises OSError."""
+        with self.snapshot_lock:
+            return self.snapshot_time, self._snapshot_number, Path(self.path).read_bytes()
+
+    def take_copy(self, other: Store) -> None:
+        """Become `other`, between load() and begin(); what was here stays as DB_PATH.superseded."""
+        if self.number:
+            try:
+                self.write_copy(self.path + ".superseded")
+            except OSError as error:
+                raise StartError(
+                    f"DB_PATH {self.path!r} cannot be written: {_reason(error)}"
+                ) from None
+        if other._open_sync:
+            other._take_back_open_sync()
+        self.number, self._db = other.number, other._db
+        self.counts, self._next_id = other.counts, other._next_id
+        self.private_keys = other.private_keys
+
     def write_copy(self, path: str) -> None:
         """Write the state as a snapshot file of its own. Raises OSError."""
         self._disk.replace(path, encode_snapshot(self._image()[1], self._vault))
@@ -4137,6 +4304,538 @@ class Store:
     def close(self) -> None:
         self._journal.close()
         self._db.close()
+
+
+# ==================================================================================================
+# remote: a copy of snapshot and journal in an object store, for nodes without a disk of their own
+# Never here: what a record means, and anything that a request waits for.
+# ==================================================================================================
+
+MANIFEST_MAGIC = b"wggw-copy 1"
+
+
+class CopyError(Exception):
+    """The object store did not do what was asked; the text is safe to show."""
+
+
+class CopyDamaged(CopyError):
+    """What the store gave is not what was put there, as long as it keeps giving that."""
+
+
+class CopyRefused(CopyError):
+    """Going on would destroy what another gateway put there: only an operator can decide."""
+
+
+class ObjectStore:
+    """Objects below one https URL, by GET and PUT; every call has a deadline. Raises CopyError.
+
+    `authorize(method, path, content)` gives the headers. Without signatures nobody checks what
+    arrives there, so each object is then read back.
+    """
+
+    def __init__(
+        self, url: str, authorize: Callable[[str, str, bytes], dict[str, str]], read_back: bool
+    ) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self._host, self._port = cast(str, parts.hostname), parts.port
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._path = parts.path.rstrip("/") + "/"
+        self._authorize = authorize
+        self._read_back = read_back
+
+    def get(self, name: str, limit: int) -> bytes | None:
+        """An object of at most `limit` bytes, None when there is none of this name."""
+        status, content = self._exchange("GET", name, b"", limit)
+        if status == HTTPStatus.NOT_FOUND and self._error_code(content) in ("", "NoSuchKey"):
+            return None
+        if status != HTTPStatus.OK:
+            raise CopyError(f"GET {name}: status {status} {self._error_code(content)}".rstrip())
+        return content
+
+    def put(self, name: str, content: bytes) -> None:
+        """Return when the store has the object."""
+        status, answer = self._exchange("PUT", name, content, MAX_HEAD)
+        if status not in (HTTPStatus.OK, HTTPStatus.CREATED, HTTPStatus.NO_CONTENT):
+            raise CopyError(f"PUT {name}: status {status} {self._error_code(answer)}".rstrip())
+        if self._read_back and self.get(name, len(content)) != content:
+            raise CopyError(f"PUT {name}: what can be read there is not what was put there")
+
+    @staticmethod
+    def _error_code(answer: bytes) -> str:
+        """What S3 calls an error; nothing elsewhere."""
+        match = re.search(rb"<Code>([A-Za-z0-9]{1,64})</Code>", answer)
+        return match[1].decode("ascii") if match else ""
+
+    def _exchange(self, method: str, name: str, content: bytes, limit: int) -> tuple[int, bytes]:
+        if self._tls:
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                self._host, self._port, timeout=COPY_TIMEOUT, context=self._tls
+            )
+        else:
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=COPY_TIMEOUT)
+        deadline = COPY_DEADLINE + max(limit, len(content)) / COPY_SLOWEST
+        path = self._path + name
+        watchdog: threading.Timer | None = None
+        try:
+            connection.connect()
+            watchdog = threading.Timer(deadline, _cut, (connection.sock,))
+            watchdog.daemon = True
+            watchdog.start()
+            headers = self._authorize(method, path, content)
+            connection.request(method, path, content or None, headers)
+            response = connection.getresponse()
+            body = response.read(limit if response.status == HTTPStatus.OK else MAX_HEAD)
+            if response.status == HTTPStatus.OK and method == "GET" and response.length:
+                raise CopyError(f"GET {name}: the answer is truncated, or larger than it may be")
+            return response.status, body
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise CopyError(f"{method} {name}: {_reason(error)}") from None
+        finally:
+            if watchdog:
+                watchdog.cancel()
+            connection.close()
+
+
+def _cut(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it may be closed already
+        connected.shutdown(socket.SHUT_RDWR)
+
+
+class AwsKeys(NamedTuple):
+    """Who signs requests to S3, and for which region."""
+
+    access_key: str
+    secret_key: str
+    session_token: str | None
+    region: str
+
+    def __repr__(self) -> str:
+        return f"AwsKeys({self.access_key})"
+
+
+def sign_v4(keys: AwsKeys, method: str, path: str, headers: Mapping[str, str]) -> str:
+    """The Authorization header of AWS Signature Version 4 for service s3 and an empty query.
+
+    `path` is encoded already. All of `headers` are signed: names in lower case, `host`,
+    `x-amz-date` and `x-amz-content-sha256` among them. (AWS General Reference, "Create a signed
+    AWS API request".)
+    """
+    names = ";".join(sorted(headers))
+    lines = [method, path, "", *(f"{name}:{headers[name]}" for name in sorted(headers))]
+    canonical = "\n".join([*lines, "", names, headers["x-amz-content-sha256"]])
+    stamp = headers["x-amz-date"]
+    scope = f"{stamp[:8]}/{keys.region}/s3/aws4_request"
+    digest = hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+    key = b"AWS4" + keys.secret_key.encode("utf-8")
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode("utf-8"), "sha256")
+    text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{digest}"
+    mac = hmac.digest(key, text.encode("utf-8"), "sha256").hex()
+    credential = f"{keys.access_key}/{scope}"
+    return f"AWS4-HMAC-SHA256 Credential={credential},SignedHeaders={names},Signature={mac}"
+
+
+def _s3_headers(
+    keys: AwsKeys, host: str, clock: Callable[[], float]
+) -> Callable[[str, str, bytes], dict[str, str]]:
+    def authorize(method: str, path: str, content: bytes) -> dict[str, str]:
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(clock()))
+        payload = hashlib.sha256(content).hexdigest()
+        headers = {"host": host, "x-amz-content-sha256": payload, "x-amz-date": stamp}
+        if keys.session_token:
+            headers["x-amz-security-token"] = keys.session_token
+        return {**headers, "Authorization": sign_v4(keys, method, path, headers)}
+
+    return authorize
+
+
+def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore | None:
+    """What SNAPSHOT_URL names, None when it is not set."""
+    if config.snapshot_url is None:
+        return None
+    parts = urllib.parse.urlsplit(config.snapshot_url)
+    if parts.scheme == "https":
+        token = config.snapshot_token
+        bearer = {"Authorization": f"Bearer {token}"} if token else {}
+        return ObjectStore(config.snapshot_url, lambda *_: dict(bearer), read_back=True)
+    region = config.aws_region or config.aws_default_region or "us-east-1"
+    endpoint = config.aws_endpoint_url_s3 or config.aws_endpoint_url
+    bucket = parts.netloc
+    if endpoint:
+        url = f"{endpoint.rstrip('/')}/{bucket}"
+    elif "." in bucket:  # a wildcard certificate covers no dots
+        url = f"https://s3.{region}.amazonaws.com/{bucket}"
+    else:
+        url = f"https://{bucket}.s3.{region}.amazonaws.com"
+    keys = AwsKeys(
+        cast(str, config.aws_access_key_id),
+        cast(str, config.aws_secret_access_key),
+        config.aws_session_token,
+        region,
+    )
+    host = urllib.parse.urlsplit(url).netloc
+    return ObjectStore(url + parts.path, _s3_headers(keys, host, clock), read_back=False)
+
+
+class Part(NamedTuple):
+    """An object of the copy: what it holds lies above `after` and goes up to `number`.
+
+    `slot` is its name: part-000 and so on. A snapshot has `after` = 0.
+    """
+
+    slot: int
+    after: int
+    number: int
+    size: int
+    sha256: str
+
+
+class Manifest(NamedTuple):
+    """What the copy consists of: one or two snapshots, the newest first, and journal segments.
+
+    Manifests alternate between two objects, so that a torn upload leaves the one before.
+    """
+
+    sequence: int
+    writer: str
+    snapshots: tuple[Part, ...]
+    segments: tuple[Part, ...]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.snapshots, *self.segments)
+
+    @property
+    def number(self) -> int:
+        """The last record that the copy holds."""
+        return max(part.number for part in self.parts)
+
+    @property
+    def chain(self) -> int:
+        """The record that the next segment follows."""
+        return (self.segments or self.snapshots)[-1].number
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    text = json.dumps(manifest._asdict(), separators=(",", ":")).encode("ascii")
+    return b"%b %08x %b\n" % (MANIFEST_MAGIC, zlib.crc32(text), text)
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Raises ValueError for anything that encode_manifest() did not make."""
+    match = re.fullmatch(re.escape(MANIFEST_MAGIC) + rb" ([0-9a-f]{8}) (\{.*\})\n", data)
+    if match is None or b"%08x" % zlib.crc32(match[2]) != match[1]:
+        raise ValueError("damaged")
+    given = json.loads(match[2])
+    sequence, writer = given["sequence"], given["writer"]
+    snapshots = tuple(_parse_part(row) for row in given["snapshots"])
+    segments = tuple(_parse_part(row) for row in given["segments"])
+    if type(sequence) is not int or not isinstance(writer, str) or not 1 <= len(snapshots) <= 2:
+        raise ValueError("damaged")
+    return Manifest(sequence, writer, snapshots, segments)
+
+
+def _parse_part(row: Any) -> Part:
+    part = Part(*row)
+    if any(type(n) is not int or not 0 <= n <= MAX_INTEGER for n in part[:4]):
+        raise ValueError("damaged")
+    if not re.fullmatch("[0-9a-f]{64}", part.sha256) or part.size > MAX_SNAPSHOT:
+        raise ValueError("damaged")
+    return part
+
+
+def read_manifests(remote: ObjectStore) -> list[Manifest]:
+    """Those that are there, the newest first. Raises CopyError."""
+    found = [remote.get(f"manifest-{i}", MAX_MANIFEST) for i in (0, 1)]
+    good: list[Manifest] = []
+    for name, data in enumerate(found):
+        try:
+            if data is not None:
+                good.append(parse_manifest(data))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            LOG.error("remote copy: manifest-%d is damaged", name)
+    if not good and any(data is not None for data in found):
+        raise CopyDamaged("its manifest is damaged")
+    return sorted(good, reverse=True)
+
+
+def read_copy(remote: ObjectStore, manifest: Manifest, store: Store) -> Store:
+    """The state that a manifest describes, as a store of its own, verified like an import.
+
+    Raises CopyError; ConfigError when SNAPSHOT_KEY is not its key.
+    """
+    for snapshot in manifest.snapshots:
+        try:
+            needed = [part for part in manifest.segments if part.number > snapshot.number]
+            segments = ((part.number, _read_part(remote, part)) for part in needed)
+            copy = store.read_image(_read_part(remote, snapshot), segments)
+            if copy.number == manifest.number:
+                return copy
+            LOG.error("remote copy: record %d is missing", copy.number + 1)
+        except (CopyDamaged, DamagedError) as error:
+            LOG.error("remote copy: from snapshot part-%03d: %s", snapshot.slot, error)
+    raise CopyDamaged(f"record {manifest.number} cannot be reached from any of its snapshots")
+
+
+def _read_part(remote: ObjectStore, part: Part) -> bytes:
+    name = f"part-{part.slot:03d}"
+    content = remote.get(name, part.size)
+    if content is None or hashlib.sha256(content).hexdigest() != part.sha256:
+        raise CopyDamaged(f"{name} is missing or not what was put there")
+    return content
+
+
+class Backlog:
+    """Records that are on disk here and not in the copy yet; bounded.
+
+    When there are too many they are dropped: a gap up to record `dropped`, which a snapshot closes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.dropped = -1
+        self._limit = limit
+        self._records: list[Record] = []
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, records: Sequence[Record]) -> None:
+        with self._lock:
+            self._records += records
+            self._bytes += sum(len(record.content) for record in records)
+            if self._bytes > self._limit:
+                self.dropped = self._records[-1].number
+                self._records, self._bytes = [], 0
+
+    def above(self, number: int) -> list[Record]:
+        """Forget the records up to `number`; returns the others, which stay."""
+        with self._lock:
+            self._records = [record for record in self._records if record.number > number]
+            self._bytes = sum(len(record.content) for record in self._records)
+            return list(self._records)
+
+
+class CopyState(NamedTuple):
+    """How far the copy is: its last record, what it lacks, and why (None: nothing is wrong)."""
+
+    number: int
+    lag_records: int
+    lag_seconds: float
+    failure: str | None
+
+
+class Copier:
+    """Keeps the copy close behind the store; tick() is its timer's job.
+
+    A part is put before the manifest that names it, and never over one that the newest manifest
+    or the one before it names: at every moment both describe a whole state. Old parts are
+    overwritten, so nothing needs to be listed or deleted there.
+    """
+
+    def __init__(
+        self,
+        remote: ObjectStore,
+        store: Store,
+        clock: Callable[[], float],
+        snapshot: Callable[[], None],
+    ) -> None:
+        self._remote = remote
+        self._store = store
+        self._clock = clock
+        self._snapshot = snapshot  # writes one here, if something changed
+        self._writer = secrets.token_hex(8)
+        self._backlog = Backlog(COPY_BACKLOG)
+        self._manifest: Manifest | None = None
+        self._previous: Manifest | None = None
+        self._attached = False
+        self._chain = -1  # the record that the next segment follows; -1: a snapshot is due
+        self._snapshot_time = 0.0  # of the last local snapshot that was put there
+        self._boot_number = 0
+        self._even = clock()  # when the copy was last seen to hold everything
+        self._pause = 0.0  # seconds after a failure, growing
+        self._next_try = 0.0  # monotonic
+        self._failure: str | None = None
+        self._turn = threading.Lock()
+
+    def state(self) -> CopyState:
+        number = self._manifest.number if self._manifest else 0
+        lag = max(0, self._store.number - number)
+        seconds = max(0.0, self._clock() - self._even) if lag else 0.0
+        return CopyState(number, lag, round(seconds, 3), self._failure)
+
+    # --- at the start ----------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """Let the store, loaded and not yet writing, take over the copy when that is further on.
+
+        Raises CopyError, ConfigError.
+        """
+        manifests = read_manifests(self._remote)
+        if not manifests:
+            LOG.warning("remote copy: there is none yet, a new one is begun")
+        elif manifests[0].number > self._store.number:
+            LOG.warning(
+                "remote copy: it ends at record %d, the files here at %d: the copy is used",
+                manifests[0].number,
+                self._store.number,
+            )
+            self._store.take_copy(read_copy(self._remote, manifests[0], self._store))
+        else:
+            LOG.info(
+                "remote copy: it ends at record %d, the files here at %d: the files are used",
+                manifests[0].number,
+                self._store.number,
+            )
+        self._attach(manifests)
+
+    def _attach(self, manifests: Sequence[Manifest]) -> None:
+        if manifests:
+            self._manifest = manifests[0]
+            self._previous = manifests[1] if len(manifests) > 1 else None
+            if manifests[0].number == self._store.number:
+                self._chain = manifests[0].chain
+        self._attached = True
+
+    def begin(self) -> None:
+        """The store is recovered and has not changed yet: from now on its records are kept."""
+        self._boot_number = self._store.number
+        self._store.on_durable(self._backlog.add)
+
+    # --- while running ---------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Bring the copy up to the disk here; after a failure, not before its pause is over."""
+        if time.monotonic() < self._next_try:
+            return
+        with self._turn:
+            self._try(snapshots=True)
+
+    def finish(self, seconds: float) -> None:
+        """A last try for the records, at the stop; a snapshot would take too long."""
+        last = threading.Thread(target=self._finish, daemon=True)
+        last.start()
+        last.join(seconds)
+
+    def _finish(self) -> None:
+        if self._turn.acquire(blocking=False):
+            try:
+                self._try(snapshots=False)
+            finally:
+                self._turn.release()
+
+    def _try(self, snapshots: bool) -> None:
+        try:
+            self._step(snapshots)
+        except (CopyError, OSError) as error:
+            text = str(error) if isinstance(error, CopyError) else _reason(error)
+            if text != self._failure:
+                LOG.error("remote copy: %s", text)
+            self._failure = text
+            self._pause = min(COPY_MAX_PAUSE, max(COPY_INTERVAL, 2 * self._pause))
+            self._next_try = time.monotonic() + self._pause
+            return
+        if self._failure:
+            LOG.info("remote copy: it works again")
+        self._failure, self._pause = None, 0.0
+        if self._manifest and self._manifest.number >= self._store.number:
+            self._even = self._clock()
+
+    def _step(self, snapshots: bool) -> None:
+        if not self._attached:
+            self._attach_late()
+        records = self._backlog.above(max(self._chain, 0))
+        follows = records[0].number if records else self._chain + 1
+        gap = follows != self._chain + 1 or self._chain < max(0, self._backlog.dropped)
+        fresh = self._snapshot_time != self._store.snapshot_time
+        long = self._manifest is not None and self._segments_since() >= COPY_SEGMENTS
+        if not (records or gap or fresh or long):
+            return
+        known = self._manifest
+        self._check_alone()
+        if self._manifest is not known:
+            return  # with the next tick
+        if records and not gap:
+            self._put_records(records)
+        if snapshots and (gap or fresh or long):
+            self._put_snapshot(gap, long)
+
+    def _attach_late(self) -> None:
+        """The store did not answer at the start, and SNAPSHOT_REQUIRED=false."""
+        manifests = read_manifests(self._remote)
+        if manifests and manifests[0].number > self._boot_number:
+            raise CopyRefused(
+                f"it ends at record {manifests[0].number} and this gateway began at "
+                f"{self._boot_number} without it: nothing is put over it. Restart to use the copy, "
+                "or delete its two manifests to begin a new one"
+            )
+        self._attach(manifests)
+
+    def _check_alone(self) -> None:
+        """Two gateways must not write to one copy: the one that started later goes on.
+
+        An own manifest that nobody knew of is there when an upload's answer was lost.
+        """
+        sequence = self._manifest.sequence + 1 if self._manifest else 1
+        data = self._remote.get(f"manifest-{sequence % 2}", MAX_MANIFEST)
+        try:
+            found = parse_manifest(data or b"")
+        except (ValueError, KeyError, TypeError, RecursionError):  # none, or a torn upload
+            return
+        if found.sequence >= sequence and found.writer != self._writer:
+            raise CopyRefused("another gateway writes to it: nothing is put over that")
+        if found.sequence == sequence:
+            self._manifest, self._previous = found, self._manifest
+            self._chain = found.chain
+
+    def _segments_since(self) -> int:
+        """How many segments lie above the newest snapshot."""
+        if self._manifest is None:
+            return 0
+        newest = self._manifest.snapshots[0].number
+        return sum(part.number > newest for part in self._manifest.segments)
+
+    def _put_records(self, records: Sequence[Record]) -> None:
+        """The next segment of the journal: its records up to the first gap."""
+        manifest = cast(Manifest, self._manifest)
+        count = next(
+            (i for i, r in enumerate(records) if r.number != self._chain + 1 + i), len(records)
+        )
+        content = self._store.segment(self._chain, records[:count])
+        part = self._put_part(content, self._chain, records[count - 1].number, [])
+        self._publish(manifest.snapshots, (*manifest.segments, part))
+        self._chain = part.number
+
+    def _put_snapshot(self, gap: bool, long: bool) -> None:
+        """The newest snapshot, and the segments that the one before it still needs.
+
+        Behind a gap the one before leads nowhere: then there are two of the new one.
+        """
+        if gap or long:
+            self._snapshot()
+        written, number, content = self._store.snapshot_file()
+        first = self._put_part(content, 0, number, [])
+        if gap or self._manifest is None:
+            second = self._put_part(content, 0, number, [first])
+            self._publish((first, second), ())
+            self._chain = number
+        else:
+            second = self._manifest.snapshots[0]
+            needed = tuple(p for p in self._manifest.segments if p.number > second.number)
+            self._publish((first, second), needed)
+        self._snapshot_time = written
+
+    def _put_part(self, content: bytes, after: int, number: int, more: Sequence[Part]) -> Part:
+        """Put an object into a slot that nothing needs."""
+        kept = [manifest for manifest in (self._manifest, self._previous) if manifest]
+        used = {part.slot for part in (*more, *(p for m in kept for p in m.parts))}
+        slot = next(slot for slot in itertools.count() if slot not in used)
+        self._remote.put(f"part-{slot:03d}", content)
+        return Part(slot, after, number, len(content), hashlib.sha256(content).hexdigest())
+
+    def _publish(self, snapshots: Sequence[Part], segments: Sequence[Part]) -> None:
+        sequence = self._manifest.sequence + 1 if self._manifest else 1
+        new = Manifest(sequence, self._writer, tuple(snapshots), tuple(segments))
+        self._remote.put(f"manifest-{sequence % 2}", encode_manifest(new))
+        self._manifest, self._previous = new, self._manifest
 
 
 # ==================================================================================================
@@ -5722,6 +6421,7 @@ class Gateway:
         self.store = store
         self.lock = threading.Lock()
         self.ready = False
+        self.starting = "the gateway is starting"  # what readiness says until then
         self.interfaces: dict[str, Interface] = {}
         self.failures: dict[str, str] = {}  # what is wrong now: subject -> reason
         self._clock = clock
@@ -7284,6 +7984,18 @@ def _labels(**labels: str) -> str:
     return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
 
 
+def render_copy(state: CopyState) -> Iterator[str]:
+    """How far the remote copy is behind, as Prometheus text."""
+    name = "wggw_remote_copy"
+    for suffix, text, value in (
+        ("lag_records", "Changes that it lacks.", state.lag_records),
+        ("lag_seconds", "Age of the oldest of them.", state.lag_seconds),
+        ("failing", "1 when the last upload failed.", int(state.failure is not None)),
+    ):
+        yield from _metric_head(f"{name}_{suffix}", "gauge", text)
+        yield f"{name}_{suffix} {value}\n"
+
+
 def render_gateway(gateway: Gateway) -> Iterator[str]:
     """The gateway's own figures as Prometheus text."""
     with gateway.lock:
@@ -7865,6 +8577,7 @@ class App:
         self.config = config
         self.gateway = gateway
         self.metrics = RequestMetrics()
+        self.copier: Copier | None = None
         self._clock = clock
         self._host = host
         self._started = clock()
@@ -8195,6 +8908,7 @@ class App:
             "load_average": round(os.getloadavg()[0], 2),
             "timestamp": rfc3339(now),
             "reasons": degraded,
+            "remote_copy": self.copier.state()._asdict() if self.copier else None,
             "version": __version__,
             "uptime_seconds": int(now - self._started),
             "python_version": PYTHON_VERSION,
@@ -8250,6 +8964,8 @@ class App:
     def prometheus(self, request: Request) -> Response:
         parts = [*render_gateway(self.gateway), *self.metrics.render()]
         parts += render_process(self._started)
+        if self.copier:
+            parts += render_copy(self.copier.state())
         if self.config.per_peer_metrics:
             parts += render_peers(self.gateway)
         text = "".join(parts)
@@ -8260,7 +8976,7 @@ class App:
 
     def readyz(self, request: Request) -> Response:
         if not self.gateway.ready:
-            raise Unavailable("the gateway is starting", headers=[("Retry-After", "1")])
+            raise Unavailable(self.gateway.starting, headers=[("Retry-After", "1")])
         reasons = self.gateway.degraded()
         if reasons:
             raise Unavailable("degraded: " + "; ".join(reasons))
@@ -8405,6 +9121,9 @@ SCHEMAS: dict[str, Schema] = {
     "Pool": answer_schema(**POOL),
     "Memory": answer_schema(total=COUNT, available=COUNT, used=COUNT, percent=PERCENT),
     "Disk": answer_schema(total=COUNT, free=COUNT, used=COUNT, percent=PERCENT),
+    "RemoteCopy": answer_schema(
+        number=COUNT, lag_records=COUNT, lag_seconds=NUMBER, failure=or_null(TEXT)
+    ),
     "Interface": answer_schema(
         name=TEXT,
         backend=TEXT,
@@ -8558,6 +9277,7 @@ ROUTES: tuple[ApiRoute, ...] = (
                 load_average=NUMBER,
                 timestamp=TIME_SCHEMA,
                 reasons={"type": "array", "items": TEXT},
+                remote_copy=or_null(component("RemoteCopy")),
                 version=TEXT,
                 uptime_seconds=COUNT,
                 certificate_expires_at=TIME_SCHEMA,
@@ -9427,8 +10147,6 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         threading.stack_size(512 * 1024)  # bytes; a thread per connection
-        rows = interface_settings(config)
-        keys = [load_private_key(row) for row in rows]
         store = open_store(config)
         gateway = Gateway(config, store, time.time)
         host = HostMetrics(os.path.dirname(config.db_path) or ".")
@@ -9438,12 +10156,18 @@ class Service:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         lock_database(config.db_path)
         app.keep_nonces(config.db_path + ".nonces")
-        store.recover()
+        if not self._recover(config, gateway, app):
+            return 0
+        rows = interface_settings(config)
+        keys = [self._private_key(row, store) for row in rows]
         obfuscation = self._obfuscation(config, store)
         links = [self._link(*pair, obfuscation) for pair in zip(rows, keys, strict=True)]
         backends = [self._open(config, link) for link in links]
         gateway.start(list(zip(rows, links, backends, strict=True)), obfuscation)
         timers = self._start_timers(config, gateway, host)
+        if app.copier:
+            timers.append(Timer("remote copy", [(COPY_INTERVAL, app.copier.tick)]))
+            timers[-1].start()
         if self._manager.watchdog:
             job = (self._manager.watchdog / 4, lambda: self._watch(server, gateway))
             timers.append(Timer("watchdog", [job]))
@@ -9456,9 +10180,78 @@ class Service:
         for timer in timers:
             timer.stop()
         gateway.close()
+        if app.copier:
+            app.copier.finish(STOP_SECONDS)
         store.close()
         LOG.info("stopped")
         return 0
+
+    def _recover(self, config: Config, gateway: Gateway, app: App) -> bool:
+        """What the store holds, from here or from the copy; False when SIGTERM came first."""
+        store = gateway.store
+        current = store.load()
+        remote = open_object_store(config, time.time)
+        if remote:
+            app.copier = Copier(remote, store, time.time, gateway.snapshot)
+            if not self._boot_from(app.copier, gateway, config.snapshot_required):
+                return False
+        store.begin(current)
+        if app.copier:
+            app.copier.begin()
+        return True
+
+    def _boot_from(self, copier: Copier, gateway: Gateway, required: bool) -> bool:
+        """Wait until the copy was looked at; False when SIGTERM came first. Raises StartError."""
+        errors: list[StartError] = []
+
+        def boot() -> None:
+            try:
+                self._ask_copy(copier, gateway, required)
+            except StartError as error:
+                errors.append(error)
+            finally:
+                self._wake.send(b"\0")
+
+        threading.Thread(target=boot, daemon=True).start()
+        while (number := self._signals.recv(1)[0]) == signal.SIGHUP:
+            LOG.info("nothing is reloaded while the gateway starts")
+        for error in errors:
+            raise error
+        return number == 0
+
+    def _ask_copy(self, copier: Copier, gateway: Gateway, required: bool) -> None:
+        """Ask until the copy has been read, or it may be missing and does not answer."""
+        pause = 1.0
+        while True:
+            try:
+                copier.boot()
+                return
+            except CopyError as error:
+                gateway.starting = f"waiting for the remote copy: {error}"
+                self._manager.tell(f"STATUS={gateway.starting}", "EXTEND_TIMEOUT_USEC=300000000")
+                if not required and not isinstance(error, CopyDamaged):
+                    LOG.warning("remote copy: %s; SNAPSHOT_REQUIRED=false: starting without", error)
+                    return
+                LOG.error("remote copy: %s; next try in %.0f s", error, pause)
+            time.sleep(pause)
+            pause = min(2 * pause, COPY_MAX_PAUSE / 2)
+
+    @staticmethod
+    def _private_key(settings: InterfaceSettings, store: Store) -> bytes:
+        """The interface's key, which encrypted snapshots keep, too. Raises ConfigError."""
+        kept = store.private_keys.get(settings.name)
+        known = sum(n for (name, _), n in store.counts.items() if name == settings.name)
+        if known and not kept and not os.path.exists(settings.private_key_file):
+            LOG.warning(
+                "%s: there are %d peers, but the private key that their configurations belong to "
+                "is gone: put it into %s, or none of them will connect",
+                settings.name,
+                known,
+                settings.private_key_file,
+            )
+        key = load_private_key(settings, kept)
+        store.private_keys[settings.name] = encode_key(key)
+        return key
 
     @staticmethod
     def _obfuscation(config: Config, store: Store) -> ObfuscationState | None:
@@ -10154,11 +10947,24 @@ def command_check(arguments: argparse.Namespace) -> int:
     if not os.path.exists(config.db_path):
         print(f"{config.db_path}: there is no snapshot")
     with Progress(f"checking {config.db_path}"):
-        current = store.load()
+        store, current = _load_whole(config)
     print(f"{config.db_path}: good, {sum(store.counts.values())} peers, record {store.number}")
     if current and current.torn:
         print(f"{config.db_path}.journal: {current.torn} bytes of a torn record will be dropped")
     return 0
+
+
+def _load_whole(config: Config) -> tuple[Store, JournalFile | None]:
+    """Read the files, again while a gateway that runs replaces them one after the other."""
+    for _ in range(CHECK_TRIES):
+        store = open_store(config)
+        before = store.generation()
+        try:
+            return store, store.load()
+        except DamagedError:
+            if store.generation() == before:
+                raise
+    raise StartError(f"{config.db_path}: the files changed too often to be read together")
 
 
 def repair(store: Store) -> int:
@@ -10167,6 +10973,7 @@ def repair(store: Store) -> int:
     target = store.path + ".repaired"
     try:
         store.write_copy(target)
+        _give_to_owner(target, store.path)
     except OSError as error:
         raise StartError(f"{target}: {_reason(error)}") from None
     ends = ("", ".previous", ".journal", ".journal.previous")
@@ -10175,6 +10982,13 @@ def repair(store: Store) -> int:
     print("nothing else was changed. To use it, move the old files away and it into their place:")
     print(f"  mkdir damaged && mv {old} damaged/ && mv {shlex.join([target, store.path])}")
     return 0
+
+
+def _give_to_owner(target: str, path: str) -> None:
+    """What root made here belongs to whom the gateway's files belong. Raises OSError."""
+    if os.geteuid() == 0:
+        model = os.stat(path if os.path.exists(path) else os.path.dirname(path) or ".")
+        os.chown(target, model.st_uid, model.st_gid)
 
 
 def refresh_seconds(text: str) -> float:

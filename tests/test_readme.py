@@ -42,11 +42,6 @@ def test_settings_table_is_the_codes() -> None:
     assert documented == defaults
 
 
-def test_settings_that_are_not_supported_yet_are_named() -> None:
-    section = README.split("\nPlanned, and refused when set")[1].split("\n\n")[0]
-    assert set(re.findall(r"`([A-Z0-9_]+)`", section)) == set(wggw.UNSUPPORTED)
-
-
 def test_api_table_is_the_route_table() -> None:
     documented = sorted((row[0], row[1]) for row in table("API"))
     assert documented == sorted((route.method, route.template) for route in wggw.ROUTES)

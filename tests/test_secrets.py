@@ -133,6 +133,7 @@ SECRETS: dict[str, dict[str, Any]] = {
     "Record": {"content": MARK.encode()},
     "NetlinkMessage": {"payload": MARK.encode()},
     "Head": {"headers": {MARK: MARK}, "query": MARK, "target": MARK},
+    "AwsKeys": {"secret_key": MARK, "session_token": MARK},
     "Request": {"body": MARK.encode(), "query": {MARK: MARK}},
     "Response": {"body": MARK.encode(), "headers": ((MARK, MARK),)},
 }
@@ -140,6 +141,8 @@ HARMLESS = {
     *("Caller.key_id", "MessageSignature.key_id", "Change.public_key", "Interface.public_key"),
     *(
         "Config.tls_key",
+        "Config.aws_access_key_id",
+        "AwsKeys.access_key",
         "InterfaceSettings.private_key_file",
         "Config.wg_private_key_file",
         "Request.key",

@@ -1,0 +1,320 @@
+"""Gateways with a remote copy, as real processes: over TLS, and on a real S3."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import GatewayProcess, a_key, free_port, running, wait_for
+from objects import S3, SECRET_KEY, TOKEN, TlsStore, real_s3, tls_store
+from test_remote import BASE
+
+import wggw
+
+SECRET = "a key for what lies on disk"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[TlsStore]:
+    (tmp_path / "tls").mkdir()
+    with tls_store(tmp_path / "tls") as server:
+        yield server
+
+
+def settings_of(server: TlsStore, tmp_path: Path, **more: str) -> dict[str, str]:
+    return {
+        "SNAPSHOT_URL": server.url,
+        "SNAPSHOT_TOKEN": TOKEN,
+        "SSL_CERT_FILE": str(tmp_path / "tls" / "store.pem"),
+        **more,
+    }
+
+
+def node(tmp_path: Path, name: str, settings: dict[str, str]) -> GatewayProcess:
+    (tmp_path / name).mkdir()
+    return GatewayProcess(tmp_path / name, **settings)
+
+
+def status(gateway: GatewayProcess) -> Any:
+    client = gateway.client()
+    try:
+        return client.send("GET", "/api/v1/server/status").json
+    finally:
+        client.close()
+
+
+def wait_for_copy(gateway: GatewayProcess) -> Any:
+    def even() -> Any:
+        copy = status(gateway)["remote_copy"]
+        return copy if copy["lag_records"] == 0 and copy["number"] else None
+
+    return wait_for(even, 40, "the copy to be even")
+
+
+def create(gateway: GatewayProcess, *seeds: object) -> dict[str, str]:
+    """Public key -> address."""
+    client = gateway.client()
+    try:
+        answers = [client.create(a_key(seed)) for seed in seeds]
+        assert [answer.status for answer in answers] == [200] * len(seeds)
+        return {answer.json["public_key"]: answer.json["assigned_ip"] for answer in answers}
+    finally:
+        client.close()
+
+
+def peers(gateway: GatewayProcess) -> dict[str, str]:
+    client = gateway.client()
+    try:
+        rows = client.send("GET", "/api/v1/configurations/").json["configurations"]
+        return {row["public_key"]: row["assigned_ip"] for row in rows}
+    finally:
+        client.close()
+
+
+def lose_everything(gateway: GatewayProcess) -> None:
+    """The node's memory is gone: its files with it."""
+    gateway.kill()
+    shutil.rmtree(gateway.directory)
+    gateway.directory.mkdir()
+
+
+def test_a_node_without_a_disk_boots_from_the_copy(tmp_path: Path, server: TlsStore) -> None:
+    gateway = node(tmp_path, "a", settings_of(server, tmp_path, SNAPSHOT_KEY=SECRET))
+    try:
+        gateway.start()
+        expected = create(gateway, 1, 2, 3)
+        public_key = status(gateway)["interfaces"][0]["public_key"]
+        wait_for_copy(gateway)
+        lose_everything(gateway)
+        gateway.start()
+        assert peers(gateway) == expected
+        assert status(gateway)["interfaces"][0]["public_key"] == public_key
+        expected |= create(gateway, 4)
+        copy = wait_for_copy(gateway)
+        assert copy == {
+            "number": copy["number"],
+            "lag_records": 0,
+            "lag_seconds": 0,
+            "failure": None,
+        }
+        lose_everything(gateway)
+        gateway.start()
+        assert peers(gateway) == expected
+        assert gateway.stop() == 0
+    finally:
+        gateway.close()
+    assert TOKEN not in gateway.text() and SECRET not in gateway.text()
+
+
+def test_what_was_acknowledged_before_an_orderly_stop_is_in_the_copy(
+    tmp_path: Path, server: TlsStore
+) -> None:
+    gateway = node(tmp_path, "a", settings_of(server, tmp_path))
+    try:
+        gateway.start()
+        expected = create(gateway, 1)
+        wait_for_copy(gateway)
+        expected |= create(gateway, 2)
+        assert gateway.stop() == 0
+        shutil.rmtree(gateway.directory)
+        gateway.directory.mkdir()
+        gateway.start()
+        assert peers(gateway) == expected
+        assert "none of them will connect" in gateway.text()  # the private key is not in clear
+    finally:
+        gateway.close()
+
+
+def test_a_store_that_does_not_answer_at_the_start_is_waited_for(
+    tmp_path: Path, server: TlsStore
+) -> None:
+    gateway = node(tmp_path, "a", settings_of(server, tmp_path))
+    try:
+        gateway.start()
+        expected = create(gateway, 1, 2)
+        wait_for_copy(gateway)
+        lose_everything(gateway)
+        server.fault = lambda method, name: "refuse"
+        gateway.spawn()
+        client = gateway.client()
+
+        def waiting() -> bool:
+            with contextlib.suppress(OSError):
+                answer = client.raw("GET", "/readyz", b"", {})
+                return answer.status == 503 and "waiting for the remote" in answer.json["detail"]
+            return False
+
+        wait_for(waiting, 30, "readiness to say what it waits for")
+        assert client.send("GET", "/api/v1/configurations/").status == 503
+        client.close()
+        assert list(gateway.directory.glob("wireguard.db")) == []  # nothing was begun
+        server.fault = lambda method, name: ""
+        wait_for(gateway.is_ready, 60, "readiness")
+        assert peers(gateway) == expected
+    finally:
+        gateway.close()
+
+
+@pytest.mark.parametrize("fault", ["refuse", "stall"])
+def test_sigterm_ends_the_wait(tmp_path: Path, server: TlsStore, fault: str) -> None:
+    server.fault = lambda method, name: fault
+    gateway = node(tmp_path, "a", settings_of(server, tmp_path))
+    try:
+        process = gateway.spawn()
+        wait_for(lambda: "fingerprint" in gateway.text(), 30, "the start")
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.wait(20) == 0
+        assert time.monotonic() - started < 5
+    finally:
+        gateway.close()
+
+
+def test_not_required_starts_without_and_puts_nothing_over_the_copy(
+    tmp_path: Path, server: TlsStore
+) -> None:
+    gateway = node(tmp_path, "a", settings_of(server, tmp_path, SNAPSHOT_REQUIRED="false"))
+    try:
+        gateway.start()
+        expected = create(gateway, 1, 2)
+        wait_for_copy(gateway)
+        lose_everything(gateway)
+        kept = dict(server.objects)
+        server.fault = lambda method, name: "refuse"
+        gateway.start()
+        assert peers(gateway) == {}
+        create(gateway, 7)
+        server.fault = lambda method, name: ""
+        wait_for(
+            lambda: "put over it" in (status(gateway)["remote_copy"]["failure"] or ""),
+            40,
+            "the refusal",
+        )
+        assert server.objects == kept
+        gateway.kill()
+        gateway.start()  # it answers again: the higher number wins
+        assert peers(gateway) == expected
+    finally:
+        gateway.close()
+
+
+def test_a_stalling_store_is_in_nobodys_way(tmp_path: Path, server: TlsStore) -> None:
+    with running(tmp_path, **settings_of(server, tmp_path)) as gateway:
+        create(gateway, 0)
+        wait_for_copy(gateway)
+        server.fault = lambda method, name: "stall"
+        started = time.monotonic()
+        for seed in range(1, 100):
+            create(gateway, seed)
+            if time.monotonic() - started > 6:
+                break
+        else:
+            time.sleep(max(0.0, 6 - (time.monotonic() - started)))
+        shown = status(gateway)
+        assert shown["status"] == "healthy"
+        assert shown["remote_copy"]["lag_records"] > 0
+        assert shown["remote_copy"]["lag_seconds"] > 0
+        text = gateway.client().raw("GET", "/metrics", b"", {}).body.decode()
+        lag = [line for line in text.splitlines() if line.startswith("wggw_remote_copy_lag")]
+        assert len(lag) == 2 and all(float(line.split()[1]) > 0 for line in lag)
+        started = time.monotonic()
+        assert gateway.stop() == 0
+        assert time.monotonic() - started < 5
+
+
+def test_without_a_copy_nothing_is_said_of_one(gateway: GatewayProcess) -> None:
+    assert status(gateway)["remote_copy"] is None
+    text = gateway.client().raw("GET", "/metrics", b"", {}).body
+    assert b"wggw_remote_copy" not in text
+
+
+# --- a real S3 ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def s3(tmp_path: Path) -> Iterator[S3]:
+    (tmp_path / "store").mkdir()
+    with real_s3(tmp_path / "store") as store:
+        yield store
+
+
+def connect(s3: S3, **settings: str) -> wggw.ObjectStore:
+    config = wggw.load_config({**BASE, **s3.settings, **settings})
+    return wggw.open_object_store(config, time.time)  # type: ignore[return-value]
+
+
+def test_s3_takes_right_signatures_and_no_others(s3: S3) -> None:
+    objects = connect(s3)
+    assert objects.get("part-000", 100) is None
+    objects.put("part-000", b"content" * 10_000)
+    assert objects.get("part-000", 100_000) == b"content" * 10_000
+    for settings, code in (
+        ({"AWS_SECRET_ACCESS_KEY": SECRET_KEY + "x"}, "SignatureDoesNotMatch"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "InvalidAccessKeyId|XAdminUserNotFound"),
+        ({"AWS_REGION": "eu-test-2"}, "AuthorizationHeaderMalformed"),
+    ):
+        other = connect(s3, **settings)
+        with pytest.raises(wggw.CopyError, match=code):
+            other.get("part-000", 100_000)
+        with pytest.raises(wggw.CopyError, match=code):
+            other.put("part-000", b"other")
+    late = wggw.open_object_store(wggw.load_config({**BASE, **s3.settings}), lambda: 1e9)
+    assert late is not None
+    with pytest.raises(wggw.CopyError, match="RequestTimeTooSkewed"):
+        late.get("part-000", 100)
+    assert objects.get("part-000", 100_000) == b"content" * 10_000
+
+
+def test_s3_refuses_content_that_is_not_the_signed_one(
+    s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = connect(s3)
+    authorize = objects._authorize
+    monkeypatch.setattr(objects, "_authorize", lambda m, p, c: authorize(m, p, b"another"))
+    with pytest.raises(wggw.CopyError, match="XAmzContentSHA256Mismatch"):
+        objects.put("part-000", b"content")
+    monkeypatch.setattr(objects, "_authorize", authorize)
+    assert objects.get("part-000", 100) is None
+
+
+def test_a_bucket_that_is_not_there_is_no_empty_copy(s3: S3) -> None:
+    with pytest.raises(wggw.CopyError, match="NoSuchBucket"):
+        connect(s3, SNAPSHOT_URL="s3://missing/gateway-1").get("manifest-0", 100)
+
+
+def test_a_node_boots_from_s3(tmp_path: Path, s3: S3) -> None:
+    settings = {**s3.settings, "SNAPSHOT_KEY": SECRET, "SNAPSHOT_INTERVAL": "1"}
+    gateway = node(tmp_path, "a", settings)
+    try:
+        gateway.start()
+        expected: dict[str, str] = {}
+        for life in range(3):
+            expected |= create(gateway, (life, 1), (life, 2))
+            wait_for_copy(gateway)
+            lose_everything(gateway)
+            gateway.start()
+            assert peers(gateway) == expected
+        wait_for_copy(gateway)
+    finally:
+        gateway.close()
+    assert {"manifest-0", "manifest-1"} <= s3.names()
+    assert SECRET_KEY not in gateway.text()
+
+
+def test_the_port_of_nobody_is_named(tmp_path: Path) -> None:
+    store = S3(tmp_path, free_port())
+    gateway = node(tmp_path, "a", store.settings)
+    try:
+        gateway.spawn()
+        wait_for(lambda: "Connection refused" in gateway.text(), 30, "the reason in the log")
+        assert os.listdir(gateway.directory)
+    finally:
+        gateway.close()
