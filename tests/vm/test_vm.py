@@ -5,7 +5,7 @@ has one processor and slow system calls: times measured in it compare only with 
 
 WGGW_VM_SUITE     the guest's Debian, default bookworm
 WGGW_VM_PEERS     peers of the dump test, default 2000
-WGGW_VM_ROUNDS    power cuts, default 3
+WGGW_VM_ROUNDS    power cuts, default 10
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(2400)]
 
 SUITE = os.environ.get("WGGW_VM_SUITE", "bookworm")
 PEERS = int(os.environ.get("WGGW_VM_PEERS", "2000"))
-ROUNDS = int(os.environ.get("WGGW_VM_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("WGGW_VM_ROUNDS", "10"))
 
 
 @pytest.fixture
