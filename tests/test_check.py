@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 from harness import API_KEY, WGGW, GatewayProcess, a_key, running
 from test_restart import state, stopped
+from test_store import a_peer, closing, opened, put, save
+
+import wggw
 
 SECRET = "a key for what lies on disk"
 
@@ -470,3 +473,44 @@ def test_repaired_peers_keep_their_addresses_and_order(kept: Kept) -> None:
     assert {key: row["assigned_ip"] for key, row in shown.items()} == {
         key: row["assigned_ip"] for key, row in before.items()
     }
+
+
+# --- beside a running gateway, and as root --------------------------------------------------------
+
+
+def test_files_that_are_replaced_meanwhile_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "db"
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+        read_journal, calls = wggw.read_journal, []
+
+        def rotating(*arguments: Any) -> Any:
+            """Two snapshots between the reading of snapshot and journal, once."""
+            calls.append(arguments)
+            for number in (2, 3) if len(calls) == 1 else ():
+                put(store, a_peer(number))
+                save(store)
+            return read_journal(*arguments)
+
+        monkeypatch.setattr(wggw, "read_journal", rotating)
+        monkeypatch.setenv("GATEWAY_API_KEY", API_KEY)
+        monkeypatch.setenv("DB_PATH", str(path))
+        monkeypatch.chdir(tmp_path)
+        assert wggw.main(["check"]) == 0
+        assert "good, 3 peers" in capsys.readouterr().out
+        assert len(calls) > 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: files of another user")
+def test_what_root_repairs_belongs_to_the_gateway(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+    (tmp_path / "db").rename(tmp_path / "wireguard.db")
+    (tmp_path / "db.journal").rename(tmp_path / "wireguard.db.journal")
+    for file in tmp_path.glob("wireguard.db*"):
+        os.chown(file, 12345, 12346)
+    assert check(tmp_path, "--repair").code == 0
+    made = (tmp_path / "wireguard.db.repaired").stat()
+    assert (made.st_uid, made.st_gid) == (12345, 12346)

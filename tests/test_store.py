@@ -872,3 +872,31 @@ def test_durability_may_change_between_starts(tmp_path: Path) -> None:
 def test_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="DB_PATH"):
         opened(tmp_path / "absent")
+
+
+# --- imports that the disk refuses ----------------------------------------------------------------
+
+
+class NoDirectoryDisk(FastDisk):
+    """Refuses to fsync directories: a file is in its place, and the call fails all the same."""
+
+    broken = False
+
+    def sync_directory(self, path: str) -> None:
+        if self.broken:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_crash_after_a_refused_import_does_not_start_from_it(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with closing(opened(tmp_path / "other")) as other:
+        put(other, a_peer(9))
+        image = other.seal(other.image())
+    disk = NoDirectoryDisk()
+    with closing(opened(tmp_path, disk)) as store:
+        put(store, a_peer(1))
+        disk.broken = True
+        with pytest.raises(OSError, match="Input/output"):
+            store.adopt(store.read_image(image))
+        assert state_of(store) == {a_peer(1)}
+        assert recovered(tmp_path) == {a_peer(1)}  # the files as a crash would leave them

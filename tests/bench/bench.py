@@ -317,6 +317,8 @@ def table(rows: Callable[[], Iterator[Row]]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
+    from durability import measure_durability  # which builds on this module
+
     with tempfile.TemporaryDirectory() as name:
         echo = Echoes(Path(name) / "echo")
         try:
@@ -335,6 +337,8 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
                         bench.close()
         finally:
             echo.close()
+        if arguments.disk_peers:
+            yield from measure_durability(Path(name), arguments.disk_peers, arguments.seconds)
 
 
 def main() -> None:
@@ -343,6 +347,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--backend", default="memory,uapi")
     parser.add_argument("--durability", default="commit,none")
+    parser.add_argument(
+        "--disk-peers",
+        type=int,
+        default=60000,
+        help="of the rows on snapshots and recovery; 0: none",
+    )
     parser.add_argument("--echo", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
