@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 from targets import CORPUS, TARGETS, corpus
 
 RUNS = 10_000  # inputs that atheris tries
-EXAMPLES = 100
+EXAMPLES = 50
 
 
 def test_every_target_has_a_corpus_and_every_corpus_a_target() -> None:
