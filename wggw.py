@@ -165,9 +165,8 @@ DRAIN_SECONDS = 2.0  # how long SIGTERM waits for requests in flight (it must en
 
 FRESH_SPAN = 2**18  # a pool's never-used addresses go first up to here; then released ones: a /64
 # under churn would otherwise remember every address that it ever gave
-SWEEP_PEERS = 512  # up to here a suspension reads all counters at once: about 5 ms at most
-JOURNAL_LIMIT = 32 * 2**20  # bytes: a longer one is ended by a snapshot before its time; recovery
-# reads about 20 MB a second
+SWEEP_PEERS = 512  # up to here a suspension reads all counters at once, above the next sample does
+JOURNAL_LIMIT = 16 * 2**20  # bytes: five samples of 60,000 peers; then a snapshot before its time
 PARKED_CHUNK = 8  # removals per hold of the lock: each costs a kernel an RCU grace period
 READ_CHUNK = 500  # rows handled per hold of the domain lock by work that is O(peers): about 5 ms
 HOLD_SECONDS = 0.01  # what a part of a desired state should hold the domain lock: it may take 0.05
@@ -6568,7 +6567,10 @@ class Gateway:
 
     def update(self, public_key: str, fields: Mapping[str, Any]) -> Outcome:
         """Change what a PATCH may change; undoes a suspension that the new values answer."""
-        return self._do(self._update, {**fields, "public_key": public_key})
+        outcome = self._do(self._update, {**fields, "public_key": public_key})
+        if outcome.changed:
+            self._sweep()
+        return outcome
 
     def rotate(self, public_key: str, new_public_key: str) -> Outcome:
         """Give a peer a new key; all else stays."""
@@ -7673,12 +7675,16 @@ class Gateway:
             keys = list(self._over_quota)
             self._over_quota.clear()
         for start in range(0, len(keys), READ_CHUNK):
+            chunk = keys[start : start + READ_CHUNK]
+            self._judge(self._not_as_judged(chunk))
+            left = self._not_as_judged(chunk)
             with self.lock:
-                found = [self.store.get(key) for key in keys[start : start + READ_CHUNK]]
-                peers = [peer for peer in found if peer and self._judged(peer) != peer]
-            if self._judge(peers) < len(peers):
-                with self.lock:
-                    self._over_quota.update(peer.public_key for peer in peers)
+                self._over_quota.update(peer.public_key for peer in left)
+
+    def _not_as_judged(self, public_keys: Sequence[str]) -> list[Peer]:
+        with self.lock:
+            found = [self.store.get(key) for key in public_keys]
+            return [peer for peer in found if peer and self._judged(peer) != peer]
 
     def _find_over_quota(self) -> None:
         """Look at every peer that has a quota: after rows came from elsewhere."""
