@@ -6357,7 +6357,7 @@ def make_link(
 def initial_obfuscation(given: str | None, store: Store, interface: str) -> ObfuscationState:
     """What an obfuscated interface speaks: what the state says, else AWG_PARAMS, else random.
 
-    AWG_PARAMS does not change the language of an interface that has peers: that is rotation.
+    AWG_PARAMS does not cut off the peers of an interface: that is rotation.
     Raises ConfigError, DamagedError, DiskError.
     """
     wanted = read_parameters(given) if given else None
@@ -6368,7 +6368,8 @@ def initial_obfuscation(given: str | None, store: Store, interface: str) -> Obfu
     peers = sum(number for (name, _), number in store.counts.items() if name == interface)
     if kept is not None and (wanted is None or same_parameters(kept, wanted)):
         return cast(ObfuscationState, kept)
-    if kept is not None and peers and wanted is not None:
+    cut = kept is not None and not (wanted and same_language(kept.parameters, wanted.parameters))
+    if kept is not None and peers and cut:
         LOG.warning(
             "AWG_PARAMS differs from what %s and its %d peers speak, and is not used: "
             "`wggw.py awg rotate` changes that",
@@ -6377,7 +6378,7 @@ def initial_obfuscation(given: str | None, store: Store, interface: str) -> Obfu
         )
         return cast(ObfuscationState, kept)
     chosen = wanted or generate_obfuscation(DEFAULT_GENERATION, DEFAULT_PRESET)
-    chosen = chosen._replace(version=kept.version + 1 if kept else 1)
+    chosen = chosen._replace(version=kept.version + cut if kept else 1)
     store.set_meta("obfuscation", encode_state(chosen))
     store.commit_meta("obfuscation", encode_state(chosen))
     store.flush()
@@ -8389,9 +8390,9 @@ def shown_obfuscation(state: ObfuscationState | None, own: str | None) -> dict[s
 
     and for those that it left open the interface's, as a suggestion. Read only: it is cached.
     """
-    if state is None or own is None:
+    if state is None:
         return None
-    parameters = state.parameters._replace(**decode_own_values(own))
+    parameters = state.parameters._replace(**decode_own_values(own or "{}"))
     return {"enabled": True, **show_state(state._replace(parameters=parameters))}
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from harness import WGGW, Client, GatewayProcess, a_key, running
 
+import wggw
+
 SHARED = {
     "s1": 30, "s2": 50, "s3": 20, "s4": 16,
     "h1": "100-200", "h2": "300-400", "h3": 500, "h4": "600-700",
@@ -31,9 +33,24 @@ ROTATE = "/api/v1/obfuscation/rotate"
 OTHER = {**PARAMS, "s1": 31, "h3": 501}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _certificate(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One pair for all gateways here: the first one makes it."""
+    directory = tmp_path_factory.mktemp("tls")
+    for name in ("cert", "key"):
+        BOTH[f"TLS_{name.upper()}"] = str(directory / f"{name}.pem")
+
+
 @pytest.fixture
 def both(tmp_path: Path) -> Iterator[GatewayProcess]:
     with running(tmp_path, **BOTH) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    """For requests that change nothing."""
+    with running(tmp_path_factory.mktemp("shared"), **BOTH) as process:
         yield process
 
 
@@ -128,8 +145,9 @@ def test_a_decoy_of_the_client_replaces_all_of_the_interfaces(api: Client) -> No
     ],
 )
 def test_values_that_cannot_be_are_refused_and_create_nothing(
-    api: Client, values: dict[str, Any], status: int, words: str
+    shared: GatewayProcess, values: dict[str, Any], status: int, words: str
 ) -> None:
+    api = shared.client()
     answer = api.create(a_key(1), obfuscation={**ON, **values})
     assert words in detail(answer, status)
     assert api.get(a_key(1)).status == 404
@@ -192,6 +210,11 @@ def test_other_params_do_not_change_what_peers_speak(both: GatewayProcess) -> No
     both.start()
     assert spoken(both)["parameters"]["s1"] == 30
     assert "AWG_PARAMS differs" in both.text()
+    both.stop()
+    both.settings["AWG_PARAMS"] = json.dumps({**PARAMS, "jc": 9})  # cuts nobody off
+    both.start()
+    assert (spoken(both)["parameters"]["jc"], spoken(both)["parameters_version"]) == (9, 1)
+    both.settings["AWG_PARAMS"] = json.dumps(OTHER)
     ok(both.client().delete(a_key(1)))
     both.stop()
     both.start()
@@ -203,17 +226,21 @@ def test_other_params_do_not_change_what_peers_speak(both: GatewayProcess) -> No
     [
         ('{"s1": 20, "s2": 76}', "AWG_PARAMS: S1, S2: S1 + 148 must not be S2 + 92"),
         ('{"h1": 5, "h2": 5}', "AWG_PARAMS: H1, H2, H3, H4: "),
-        ('{"s4": 200}', "AWG_PARAMS: S4: WG_MTU 1420 less S4"),
         ('{"x": 1}', "AWG_PARAMS: x: is not a parameter of AmneziaWG"),
         ("[1]", "AWG_PARAMS: it is not a JSON object"),
         ("{", "AWG_PARAMS: its value (not shown) is not JSON"),
         ("/nonexistent/params.json", "AWG_PARAMS: '/nonexistent/params.json' cannot be read"),
     ],
 )
-def test_bad_parameters_stop_the_start_by_name(tmp_path: Path, params: str, words: str) -> None:
-    gateway = GatewayProcess(tmp_path, **{**BOTH, "AWG_PARAMS": params})
+def test_bad_parameters_are_refused_by_name(params: str, words: str) -> None:
+    with pytest.raises(wggw.ConfigError, match=f"^{re.escape(words)}"):
+        wggw.read_parameters(params)
+
+
+def test_bad_parameters_stop_the_start(tmp_path: Path) -> None:
+    gateway = GatewayProcess(tmp_path, **{**BOTH, "AWG_PARAMS": '{"s4": 200}'})
     assert gateway.spawn().wait(20) == 2
-    assert words in gateway.text()
+    assert "AWG_PARAMS: S4: WG_MTU 1420 less S4" in gateway.text()
     assert "Traceback" not in gateway.text()
 
 
@@ -285,11 +312,11 @@ def test_rotation_makes_parameters_of_a_generation_and_preset(api: Client) -> No
     ],
 )
 def test_a_rotation_that_cannot_be_changes_nothing(
-    api: Client, both: GatewayProcess, body: dict[str, Any], status: int, words: str
+    shared: GatewayProcess, body: dict[str, Any], status: int, words: str
 ) -> None:
-    before = spoken(both)
-    assert words in detail(api.send("POST", ROTATE, body), status)
-    assert spoken(both) == before
+    before = spoken(shared)
+    assert words in detail(shared.client().send("POST", ROTATE, body), status)
+    assert spoken(shared) == before
 
 
 def test_an_export_holds_the_parameters_and_an_import_brings_them(
