@@ -1,16 +1,20 @@
 #!/bin/bash
 # Copyright (c) the wggw authors. Proprietary, all rights reserved: see LICENSE.
-# Installs what wggw needs on Debian or Ubuntu and runs it in the foreground. `./install.sh --help`.
+# Installs wggw on Debian or Ubuntu, as a service of systemd or in the foreground; upgrades and
+# removes it. `./install.sh --help`.
 set -euo pipefail
 
 TREE=$(dirname "$(realpath "$0")")
 readonly TREE
 readonly ETC=/etc/wggw STATE=/var/lib/wggw
 readonly ENV_FILE=$ETC/wggw.env
+readonly LIB=/usr/local/lib/wggw LINK=/usr/local/sbin/wggw
+readonly UNIT=/etc/systemd/system/wggw.service
+readonly DROP_INS=$UNIT.d
 readonly READY_SECONDS=60
 
 # Packages by what shows that they are there already.
-readonly -A PACKAGE_OF=(
+declare -A PACKAGE_OF=(
   ["command -v python3"]=python3
   ["python3 -c 'import cryptography'"]=python3-cryptography
   ["command -v wg"]=wireguard-tools
@@ -19,20 +23,30 @@ readonly -A PACKAGE_OF=(
   ["command -v openssl"]=openssl
 )
 
-foreground='' dry_run='' yes=''
+mode=install dry_run='' yes='' json='' purge='' upgrade='' userspace='' first=''
 declare -A SETTING=()  # variable of the settings file -> value given by an option
+undo=()  # what takes back the steps done so far, the last one last
 
 usage() {
   cat <<END
-Usage: sudo ./install.sh --foreground [OPTION]...
+Usage: sudo ./install.sh [OPTION]...
 
 Installs what the gateway needs with apt (nothing is fetched when all of it is there), makes
-$ENV_FILE unless it exists, runs the gateway until Ctrl-C and shows how to create a peer.
+$ENV_FILE unless it exists, and starts the service wggw. It shows each step, takes
+back a first installation in which one fails, and asks the gateway for its status at the end.
+Running it again brings program and unit up to date and changes nothing else.
 
-  --foreground           run the gateway in this terminal (the only way in this version)
+  --foreground           no service: run the gateway in this terminal, without systemd
+  --upgrade              like running it again, but only where wggw is installed
+  --uninstall            remove the service, its rules, user and program; settings and data stay
+  --purge                with --uninstall: settings, keys and data, too
+  --json                 the result as JSON on standard output, all else on standard error
+  --backend CIDR         may reach the API (ALLOWED_BACKENDS); may be given several times
   --endpoint HOST        public name or address of this gateway, for the clients (WG_ENDPOINT)
   --port N               UDP port of WireGuard (WG_DEFAULT_PORT; default 51820)
   --api-port N           TCP port of the API (API_PORT; default 8000)
+  --extra-ports N,...    more UDP ports that lead to it (WG_EXTRA_PORTS)
+  --awg                  an AmneziaWG interface awg0 beside it (AWG_INTERFACE)
   --interface NAME       WireGuard interface (WG_INTERFACE; default wg0)
   --ipv4-subnet CIDR     the tunnel's IPv4 subnet (WG_IPV4_SUBNET; default 10.0.1.0/24)
   --ipv6-subnet CIDR     the tunnel's IPv6 subnet (WG_IPV6_SUBNET; default fd42:4242:1::/64)
@@ -42,7 +56,7 @@ $ENV_FILE unless it exists, runs the gateway until Ctrl-C and shows how to creat
 
 The gateway's settings are those of $ENV_FILE alone. A file that
 exists is never changed: an option that contradicts it is refused.
-Exit code: the gateway's; 1 when the installation fails; 2 for a wrong option.
+Exit code: 1 when the installation fails; 2 for a wrong option; the gateway's with --foreground.
 END
 }
 
@@ -61,12 +75,23 @@ run() {  # shows a command, then does it unless --dry-run was given
 parse_options() {
   while (($#)); do
     case $1 in
-      --foreground) foreground=1 ;;
+      --foreground) mode=foreground ;;
+      --upgrade) upgrade=1 ;;
+      --uninstall) mode=uninstall ;;
+      --purge) purge=1 ;;
+      --json) json=1 ;;
       --dry-run) dry_run=1 ;;
       --yes) yes=1 ;;
       --help | -h) usage && exit 0 ;;
       --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
       --endpoint) take WG_ENDPOINT "$@" && shift ;;
+      --backend) take_more ALLOWED_BACKENDS "$@" && shift ;;
+      --extra-ports) take WG_EXTRA_PORTS "$@" && shift ;;
+      --awg)
+        SETTING[AWG_INTERFACE]=awg0
+        SETTING[AWG_IPV4_SUBNET]=10.0.2.0/24
+        SETTING[AWG_IPV6_SUBNET]=fd42:4242:2::/64
+        ;;
       --port) take WG_DEFAULT_PORT "$@" && shift ;;
       --api-port) take API_PORT "$@" && shift ;;
       --interface) take WG_INTERFACE "$@" && shift ;;
@@ -76,11 +101,19 @@ parse_options() {
     esac
     shift
   done
+  [[ ! $purge || $mode == uninstall ]] || die 2 "--purge goes with --uninstall"
+  [[ ! $json || $mode == install ]] || die 2 "--json is for installing the service"
+}
+
+take_more() {  # like take, behind what was given before
+  local before=${SETTING[$1]:-}
+  take "$@"
+  SETTING[$1]=${before:+$before,}$3
 }
 
 take() {  # take VARIABLE OPTION VALUE...: keeps a value that cannot break the settings file
   (($# >= 3)) || die 2 "$2 needs a value"
-  [[ $3 =~ ^[][A-Za-z0-9.:/_=+-]*$ ]] || die 2 "$2: '$3' has characters that cannot be right"
+  [[ $3 =~ ^[][A-Za-z0-9.:/_=+,-]*$ ]] || die 2 "$2: '$3' has characters that cannot be right"
   SETTING[$1]=$3
 }
 
@@ -94,7 +127,10 @@ check_machine() {
   fi
   [[ " $id $like " == *" debian "* || " $id $like " == *" ubuntu "* ]] ||
     die 1 "this is '${id:-unknown}': only Debian (12 or later) and Ubuntu (24.04 or later) are supported"
-  [[ $EUID == 0 || $dry_run ]] || die 1 "must run as root: sudo ./install.sh --foreground"
+  [[ $EUID == 0 || $dry_run ]] || die 1 "must run as root: sudo ./install.sh"
+  [[ $mode != install || -d /run/systemd/system || $dry_run ]] ||
+    die 1 "systemd does not run here: use --foreground"
+  [[ ! $upgrade || -e $UNIT ]] || die 1 "wggw is not installed here: leave --upgrade out"
 }
 
 # --- packages -------------------------------------------------------------------------------------
@@ -146,6 +182,7 @@ install_wireguard() {
   [[ $answer != *"not permitted"* ]] ||
     die 1 "network interfaces cannot be made here: CAP_NET_ADMIN is missing (docker: --cap-add NET_ADMIN)"
   say "the kernel has no WireGuard: wireguard-go is used"
+  userspace=1
   [[ -c /dev/net/tun ]] ||
     die 1 "wireguard-go needs /dev/net/tun, which is not there (modprobe tun; docker: --device /dev/net/tun)"
   command -v wireguard-go >/dev/null || apt_install wireguard-go
@@ -167,7 +204,11 @@ make_settings() {
   local interface=${SETTING[WG_INTERFACE]:-wg0}
   ! ip link show dev "$interface" >/dev/null 2>&1 ||
     die 1 "interface $interface exists already, and the gateway would remove its peers: choose another with --interface NAME, or remove it (ip link delete $interface)"
+  first=1
+  [[ -e $ETC ]] || undo+=("rm -rf $ETC")
+  [[ -e $STATE ]] || undo+=("rm -rf $STATE")
   run install -d -m 700 "$ETC" "$STATE"
+  undo+=("rm -f $ENV_FILE")
   say "+ write $ENV_FILE (0600, with a random GATEWAY_API_KEY)"
   [[ $dry_run ]] || write_settings
 }
@@ -301,15 +342,246 @@ serve() {
   exec env -i PATH="$PATH" python3 "$TREE/wggw.py" serve --env-file "$ENV_FILE"
 }
 
+# --- the service ----------------------------------------------------------------------------------
+
+make_user() {
+  ! getent passwd wggw >/dev/null || return 0
+  undo+=("userdel wggw")
+  run useradd --system --user-group --no-create-home --home-dir "$STATE" -s /usr/sbin/nologin wggw
+}
+
+# Keys and certificate, unless they are there; the service may read them and not change them.
+make_secrets() {
+  say "+ make WireGuard key and certificate unless they are there; give them to the user wggw"
+  [[ $dry_run ]] && return
+  local files path
+  files=$(with_wggw '
+import sys, wggw
+config = wggw.load_config({}, sys.argv[1])
+for settings in wggw.interface_settings(config):
+    wggw.load_private_key(settings)
+    print(settings.private_key_file)
+wggw.make_tls(config)
+print(config.tls_cert, config.tls_key, sep="\n")' "$ENV_FILE")
+  chown root:wggw "$ETC"
+  chmod 750 "$ETC"
+  chown wggw:wggw "$ENV_FILE"
+  chown -R wggw:wggw "$STATE"
+  while read -r path; do
+    if [[ $path == "$ETC"/* ]]; then chown wggw:wggw "$path"; fi
+  done <<<"$files"
+}
+
+changed=''
+
+# place MODE SOURCE TARGET: copies a file unless it is there; what it replaces comes back if a
+# later step fails.
+place() {
+  if [[ -e $3 ]] && cmp -s "$2" "$3"; then return; fi
+  changed=1
+  if [[ -e $3 ]]; then
+    undo+=("mv -f $3.before $3")
+    run cp -p "$3" "$3.before"
+  else
+    undo+=("rm -f $3")
+  fi
+  run install -D -m "$1" "$2" "$3"
+}
+
+place_text() {  # place_text TARGET TEXT
+  local file
+  file=$(mktemp)
+  printf '%s\n' "$2" >"$file"
+  place 644 "$file" "$1"
+  rm -f "$file"
+}
+
+install_files() {
+  [[ -e $LIB ]] || undo+=("rm -rf $LIB")
+  place 755 "$TREE/wggw.py" "$LIB/wggw.py"
+  if [[ ! -e $LINK ]]; then
+    undo+=("rm -f $LINK")
+    run ln -s "$LIB/wggw.py" "$LINK"
+  fi
+  undo+=("systemctl daemon-reload")
+  place 644 "$TREE/wggw.service" "$UNIT"
+  [[ -e $DROP_INS ]] || undo+=("rm -rf $DROP_INS")
+  if [[ ! $dry_run ]] && (($(setting API_PORT) < 1024)); then
+    place_text "$DROP_INS/50-port.conf" "# API_PORT is below 1024.
+[Service]
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+AmbientCapabilities=CAP_NET_BIND_SERVICE"
+  fi
+  [[ ! $userspace ]] || place_text "$DROP_INS/50-userspace.conf" "# The kernel has no WireGuard: the service starts a userspace one, which outlives it and so keeps
+# the tunnels up, and whose socket is its own.
+[Service]
+KillMode=process
+PrivateDevices=no
+DeviceAllow=/dev/net/tun rw
+RuntimeDirectory=wggw wireguard amneziawg
+RuntimeDirectoryPreserve=yes"
+}
+
+setting() {  # the value of a setting as the gateway understands it
+  with_wggw 'import sys, wggw
+print(getattr(wggw.load_config({}, sys.argv[1]), sys.argv[2].lower()))' "$ENV_FILE" "$1"
+}
+
+start_service() {
+  if [[ ! $changed ]] && systemctl is-active -q wggw 2>/dev/null; then
+    say "program and unit are up to date, and the service runs"
+    return
+  fi
+  if [[ -e $UNIT.before || -e $LIB/wggw.py.before ]]; then
+    undo+=("systemctl restart --no-block wggw")
+  else
+    undo+=("take_down" "systemctl disable -q --now wggw")
+  fi
+  run systemctl daemon-reload
+  run systemctl enable -q wggw
+  run systemctl restart --no-block wggw
+}
+
+take_down() {
+  env -i PATH="$PATH" python3 -I "$LIB/wggw.py" net down --env-file "$ENV_FILE" ||
+    nft delete table inet wggw
+}
+
+verify() {
+  say "+ wait until the service is ready, and ask it for its status"
+  [[ $dry_run ]] && return
+  local state answer text reason='' started=$SECONDS
+  until state=$(systemctl is-active wggw); [[ $state == active ]]; do
+    text=$(systemctl show -P StatusText wggw)
+    reason=${text:-$reason}
+    # Restarted again and again: it is not going to be ready.
+    if [[ $state == failed || $(systemctl show -P NRestarts wggw) -ge 3 ]] ||
+      ((SECONDS - started > READY_SECONDS)); then
+      die 1 "the service does not come up ($state): ${reason:-journalctl -u wggw says why}"
+    fi
+    sleep 0.2
+  done
+  answer=$(wggw_command call GET /api/v1/server/status) || die 1 "it does not answer: $answer"
+  [[ $answer == *'"status":"healthy"'* ]] || die 1 "it is not healthy: $answer"
+  wggw_command net show || say "the lines marked WRONG above need a hand"
+}
+
+wggw_command() { env -i PATH="$PATH" python3 -I "$LIB/wggw.py" "$@" --env-file "$ENV_FILE"; }
+
+tell() {  # what a backend needs; the API key only when it has just been made
+  with_wggw '
+import json, sys, wggw
+env_file, first, as_json, host = sys.argv[1:]
+config = wggw.load_config({}, env_file)
+host = config.wg_endpoint or host or "127.0.0.1"
+host = f"[{host}]" if ":" in host.strip("[]") and not host.startswith("[") else host
+interfaces = [
+    {
+        "name": each.name,
+        "public_key": wggw.encode_key(wggw.x25519_public(wggw.load_private_key(each))),
+        "endpoint": wggw.endpoint(config.wg_endpoint, each.ports[0]),
+        "ports": list(each.ports),
+    }
+    for each in wggw.interface_settings(config)
+]
+result = {
+    "api_url": f"https://{host}:{config.api_port}",
+    "api_key": config.gateway_api_key if first else None,
+    "certificate_sha256": wggw.certificate_fingerprint(config.tls_cert),
+    "interfaces": interfaces,
+    "settings": env_file,
+}
+if as_json:
+    print(json.dumps(result, indent=2))
+    sys.exit()
+key = result["api_key"] or f"GATEWAY_API_KEY in {env_file}"
+print("\nThe gateway is ready (systemctl status wggw). Its backend needs:\n")
+print("  API                ", result["api_url"])
+print("  API key            ", key)
+print("  certificate SHA-256", result["certificate_sha256"])
+for each in interfaces:
+    print("  WireGuard          ", each["name"], "public key", each["public_key"])
+    ports = ", ".join(map(str, each["ports"]))
+    print("                     ", f"UDP port {ports}, endpoint", each["endpoint"] or "not set")
+' "$ENV_FILE" "$first" "$json" "$(hostname -I 2>/dev/null | cut -d' ' -f1)" >&3
+}
+
+# On any end that is not success: takes back what this run did, last step first.
+take_back() {
+  local status=$? step
+  trap - EXIT
+  if ((status)) && ((${#undo[@]})) && [[ ! $dry_run ]]; then
+    say "failed: taking back what was done"
+    set +e
+    while ((${#undo[@]})); do
+      step=${undo[-1]}
+      unset 'undo[-1]'
+      say "+ $step"
+      $step
+    done
+  fi
+  exit "$status"
+}
+
+install_service() {
+  trap take_back EXIT
+  make_user
+  make_settings
+  check_settings_file
+  make_secrets
+  install_files
+  start_service
+  verify
+  undo=()
+  run rm -f "$UNIT.before" "$LIB/wggw.py.before" "$DROP_INS"/*.before
+  [[ $dry_run ]] || tell
+}
+
+check_settings_file() { [[ $dry_run ]] || check_settings "$ENV_FILE"; }
+
+uninstall() {
+  confirm "remove wggw${purge:+ with its settings, keys and data}"
+  if [[ -e $UNIT ]]; then
+    run systemctl disable -q --now wggw
+  fi
+  if [[ -e $LIB/wggw.py && -e $ENV_FILE ]]; then
+    run take_down || say "no rules were left"
+  fi
+  run rm -rf "$UNIT" "$DROP_INS" "$LIB" "$LINK"
+  [[ ! -d /run/systemd/system ]] || run systemctl daemon-reload
+  if getent passwd wggw >/dev/null; then
+    run userdel wggw
+  fi
+  if [[ $purge ]]; then
+    run rm -rf "$ETC" "$STATE"
+  elif [[ -e $ETC || -e $STATE ]]; then
+    run chown -R root:root "$ETC" "$STATE"
+    say "settings and data stay in $ETC and $STATE (--purge removes them)"
+  fi
+  say "removed"
+}
+
 main() {
   parse_options "$@"
-  [[ $foreground ]] ||
-    die 2 "installing a service is not part of this version: use --foreground (see --help)"
+  exec 3>&1
+  [[ ! $json ]] || exec >&2
   check_machine
+  if [[ $mode == uninstall ]]; then
+    uninstall
+    return
+  fi
+  [[ $mode == foreground ]] || PACKAGE_OF["command -v nft"]=nftables
   install_packages
   install_wireguard
-  make_settings
-  serve
+  [[ ! ${SETTING[AWG_INTERFACE]:-} ]] || command -v amneziawg-go >/dev/null ||
+    [[ -e /sys/module/amneziawg ]] || modinfo amneziawg >/dev/null 2>&1 ||
+    die 1 "--awg needs Amnezia's kernel module or amneziawg-go, and neither is here"
+  if [[ $mode == foreground ]]; then
+    make_settings
+    serve
+  else
+    install_service
+  fi
 }
 
 main "$@"

@@ -13,7 +13,7 @@ A request's path
 
 Sections, each using only those above it (search for "# name:")
     constants, errors, config, values, crypto, addresses, journal, store, remote, backends,
-    host network, gateway, metrics, http, server, command line
+    host network, gateway, metrics, http, server, doctor, command line
 
 Laws
     1. The store is the truth; an interface is a projection of it, brought in line by one diff().
@@ -10333,6 +10333,112 @@ class Service:
 
 
 # ==================================================================================================
+# doctor: what can be wrong with a gateway on this host, one finding for each thing looked at
+# Never here: repairs. It changes nothing.
+# ==================================================================================================
+
+
+def look_at_all(config: Config, ask: Callable[[], tuple[int, bytes]]) -> Iterator[Finding]:
+    """Everything that `wggw.py doctor` looks at; `ask` is a signed request for server/status."""
+    tunnels = interface_settings(config)
+    if config.wg_backend == "memory":
+        yield Finding("WG_BACKEND", "memory: no interface, no packet passes", "set it to auto")
+    else:
+        yield from look_at_network(config, tunnels)
+        yield from (_look_at_kind(tunnel) for tunnel in tunnels)
+        yield from (_look_at_port(tunnel) for tunnel in tunnels)
+    yield look_at_certificate(config, time.time())
+    yield _look_at_clock()
+    yield _look_at_database(config)
+    yield from look_at_answer(ask)
+
+
+def _look_at_kind(tunnel: InterfaceSettings) -> Finding:
+    """Who does the tunnel's work: the kernel or a program."""
+    kind = LINK_KINDS[tunnel.prefix]
+    netlink = NetlinkSocket(NETLINK_GENERIC)
+    try:
+        if genl_family(netlink, kind) is not None:
+            return Finding("kernel module", f"{kind} is there")
+    except BackendError as error:
+        return Finding("kernel module", f"{kind}: {error}", "see the kernel's log", True)
+    finally:
+        netlink.close()
+    program = {WG_GENL_NAME: "wireguard-go", AWG_GENL_NAME: "amneziawg-go"}[kind]
+    if tool(program):
+        return Finding("kernel module", f"{kind} is missing; {program} does its work")
+    return Finding("kernel module", f"{kind} is missing", f"load it, or install {program}", True)
+
+
+def _look_at_port(tunnel: InterfaceSettings) -> Finding:
+    """Whether something listens on the UDP port: a second socket cannot be bound to it."""
+    port = tunnel.ports[0]
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind(("::", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return Finding("UDP port", f"{port} is in use, as it should be")
+            return Finding("UDP port", f"{port}: {_reason(error)}")
+    return Finding("UDP port", f"nothing listens on {port}", "start the gateway", True)
+
+
+def look_at_certificate(config: Config, now: float) -> Finding:
+    """The certificate and how long it is good for."""
+    path = config.tls_cert
+    try:
+        expires = certificate_expiry(read_certificate(path))
+    except (OSError, ValueError) as error:
+        todo = "start the gateway, which makes one, or give TLS_CERT and TLS_KEY"
+        return Finding("certificate", f"{path}: {_reason(error)}", todo, True)
+    text = f"{path} is good until {rfc3339(expires)}"
+    if expires < now:
+        return Finding("certificate", f"{path} expired at {rfc3339(expires)}", "renew it", True)
+    return Finding("certificate", text, "renew it" if expires < now + EXPIRY_WARNING else "")
+
+
+def _look_at_clock() -> Finding:
+    """What the kernel says of its clock: adjtimex(2) through timedatectl, where there is one."""
+    try:
+        shown = run_tool("timedatectl", "show", "-P", "NTPSynchronized").strip()
+    except BackendError:
+        return Finding("clock", f"{rfc3339(time.time())}; nothing here says whether it is right")
+    todo = "" if shown == "yes" else "run an NTP client: signatures hold the time"
+    text = f"{rfc3339(time.time())}, {'synchronised' if shown == 'yes' else 'not synchronised'}"
+    return Finding("clock", text, todo)
+
+
+def _look_at_database(config: Config) -> Finding:
+    """Snapshot and journal, read as `wggw.py check` reads them."""
+    try:
+        store = open_store(config)
+        store.load()
+    except StartError as error:
+        return Finding("database", str(error), "wggw.py check --repair", True)
+    except OSError as error:
+        return Finding("database", f"{config.db_path}: {_reason(error)}", "run as root", True)
+    return Finding(
+        "database",
+        f"{config.db_path}: good, {sum(store.counts.values())} peers, record {store.number}",
+    )
+
+
+def look_at_answer(ask: Callable[[], tuple[int, bytes]]) -> Iterator[Finding]:
+    """Whether the gateway answers a signed request, and what it says of itself."""
+    try:
+        status, body = ask()
+        answer = json.loads(body)
+        reasons = "; ".join(answer["reasons"]) if status == 200 else answer["detail"]
+    except (StartError, ValueError, KeyError, TypeError) as error:
+        yield Finding("API", str(error), "start the gateway: systemctl status wggw", True)
+        return
+    if reasons:
+        yield Finding("API", f"status {status}: {reasons}", "see the gateway's log", True)
+    else:
+        yield Finding("API", f"answers: {answer['status']}, {answer['total_peers']} peers")
+
+
+# ==================================================================================================
 # command line: a table of subcommands
 # Never here: logic.
 # ==================================================================================================
@@ -10933,6 +11039,16 @@ def command_net(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def command_doctor(arguments: argparse.Namespace) -> int:
+    """Look at everything; exit code 1 when something is wrong."""
+    config = load_config(os.environ, arguments.env_file)
+
+    def ask() -> tuple[int, bytes]:
+        return client_of(config, arguments).call("GET", "/api/v1/server/status")
+
+    return report(look_at_all(config, ask))
+
+
 def report(findings: Iterable[Finding]) -> int:
     """A line each; 1 when something is wrong."""
     failed = False
@@ -11093,7 +11209,8 @@ def make_parser() -> argparse.ArgumentParser:
         shown.add_argument("--json", action="store_true", help="for programs")
     top = command("top", command_top, "watch traffic and the busiest peers; q quits")
     top.add_argument("--interval", type=refresh_seconds, default=2.0, help="seconds; default 2")
-    for client in (call, snapshot, show, change, status, peers, top):
+    doctor = command("doctor", command_doctor, "look for what is wrong; exit 1 when something is")
+    for client in (call, snapshot, show, change, status, peers, top, doctor):
         client.add_argument("--url", help="default: this host's gateway")
         client.add_argument("--key-file", help="holds the API key; default: GATEWAY_API_KEY")
         client.add_argument("--key-id", default="default")

@@ -35,8 +35,10 @@ def needs_userspace(host: Machine) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "installing a service is not part of this version"),
-        (("--dry-run", "--yes"), "installing a service is not part of this version"),
+        (("--purge",), "--purge goes with --uninstall"),
+        (("--foreground", "--json"), "--json is for installing the service"),
+        (("--backend",), "--backend needs a value"),
+        (("--backend", "10.0.0.0/8", "--backend", "a;b"), "--backend: 'a;b' has characters"),
         (("--foreground", "--nonsense"), "unknown option --nonsense"),
         (("--foreground", "extra"), "unknown option extra"),
         (("--foreground", "--port"), "--port needs a value"),
@@ -117,7 +119,8 @@ def test_settings_that_exist_are_never_changed(host: Machine) -> None:
         "install -d -m 700 /etc/wggw /var/lib/wggw\n"
         "printf '%s\\n' '# mine' 'GATEWAY_API_KEY=\"0123456789 abcdef\"' API_PORT=9000 "
         "WG_IPV6_SUBNET= TLS_CERT=/etc/wggw/cert.pem TLS_KEY=/etc/wggw/key.pem "
-        "WG_PRIVATE_KEY_FILE=/etc/wggw/privatekey >/etc/wggw/wggw.env"
+        "WG_PRIVATE_KEY_FILE=/etc/wggw/privatekey >/etc/wggw/wggw.env\n"
+        "chmod 600 /etc/wggw/wggw.env"
     )
     look = "cd /etc/wggw && stat -c '%Y %a %i' wggw.env && sha256sum wggw.env"
     before = host.output(look)
@@ -216,6 +219,23 @@ def test_without_root_it_says_so(host: Machine) -> None:
     done = host.run("cd / && setpriv --reuid 65534 --clear-groups /run/install.sh --foreground")
     assert done.returncode == 1
     assert "must run as root" in done.stdout
+
+
+@pytest.mark.real
+def test_without_systemd_it_says_so_and_without_an_installation(host: Machine) -> None:
+    done = host.run("./install.sh")
+    assert (done.returncode, "use --foreground" in done.stdout) == (1, True), done.stdout
+    done = host.run("./install.sh --upgrade --dry-run")
+    assert (done.returncode, "wggw is not installed here" in done.stdout) == (1, True)
+    assert host.run("ls -d /etc/wggw /var/lib/wggw").returncode != 0
+
+
+@pytest.mark.real
+def test_dry_run_of_the_service_shows_each_step(host: Machine) -> None:
+    shown = host.output("./install.sh --dry-run --backend 192.0.2.0/24")
+    for step in ("useradd", "wggw.env", "install -D -m 755", "wggw.service", "systemctl enable"):
+        assert step in shown, shown
+    assert host.run("ls -d /etc/wggw /var/lib/wggw /usr/local/lib/wggw").returncode != 0
 
 
 @pytest.mark.real

@@ -4,7 +4,7 @@ What runs inside the guest is in inside/; README.md says how kernel and disk are
 has one processor and slow system calls: times measured in it compare only with each other.
 
 WGGW_VM_SUITE     the guest's Debian, default bookworm
-WGGW_VM_PEERS     peers of the dump test, default 2000
+WGGW_VM_PEERS     peers of the dump test, default 60000
 WGGW_VM_ROUNDS    power cuts, default 10
 """
 
@@ -22,13 +22,13 @@ from typing import Any
 
 import pytest
 from harness import wait_for
-from vm import Guest, NotBuilt, image, kernel
+from vm import Guest, NotBuilt, image, kernel, run_inside
 
 # The time is for a build of kernel and disk; each boot has a deadline of its own.
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2400)]
 
 SUITE = os.environ.get("WGGW_VM_SUITE", "bookworm")
-PEERS = int(os.environ.get("WGGW_VM_PEERS", "2000"))
+PEERS = int(os.environ.get("WGGW_VM_PEERS", "60000"))
 ROUNDS = int(os.environ.get("WGGW_VM_ROUNDS", "10"))
 
 
@@ -40,19 +40,6 @@ def guest(tmp_path: Path) -> Iterator[Guest]:
         pytest.skip(str(reason))
     with machine:
         yield machine
-
-
-def run_inside(guest: Guest, path: str, seconds: float, **environment: str) -> None:
-    """Run a pytest file in the guest: green, and nothing left out."""
-    settings = "".join(f"export {name}={value}\n" for name, value in environment.items())
-    # No timeout in there: the guest as a whole has one.
-    options = "-c /tree/tests/pytest.ini -p no:cacheprovider --color=no -o timeout=0 -q -s"
-    result = guest.run(f"{settings}python3 -m pytest {options} /tree/tests/{path}\n", seconds)
-    for line in re.findall(r"measured: .*", result.output):
-        print(line)
-    assert result.status == 0, f"status {result.status} in the guest:\n{result.output}"
-    assert " passed" in result.output
-    assert " skipped" not in result.output, result.output
 
 
 def test_backend_contract_holds_on_the_kernel(guest: Guest) -> None:

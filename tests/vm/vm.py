@@ -161,3 +161,16 @@ class Guest:
 
     def _text(self) -> str:
         return TERMINAL.sub("", self._console.read_bytes().decode("utf-8", "replace"))
+
+
+def run_inside(guest: Guest, path: str, seconds: float, **environment: str) -> None:
+    """Run a pytest file in the guest: green, and nothing left out."""
+    settings = "".join(f"export {name}={value}\n" for name, value in environment.items())
+    # No timeout in there: the guest as a whole has one.
+    options = "-c /tree/tests/pytest.ini -p no:cacheprovider --color=no -o timeout=0 -q -s"
+    result = guest.run(f"{settings}python3 -m pytest {options} /tree/tests/{path}\n", seconds)
+    for line in re.findall(r"measured: .*", result.output):
+        print(line)
+    assert result.status == 0, f"status {result.status} in the guest:\n{result.output}"
+    assert " passed" in result.output
+    assert " skipped" not in result.output, result.output

@@ -1,0 +1,100 @@
+"""wggw.py doctor: what it finds, what it says to do, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import WGGW, GatewayProcess
+
+import wggw
+
+
+def doctor(gateway: GatewayProcess) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, str(WGGW), "doctor", "--env-file", os.devnull],
+        env={"PATH": os.environ["PATH"], **gateway.settings},
+        cwd=gateway.directory,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_running_gateway_is_well_and_a_stopped_one_is_not(tmp_path: Path) -> None:
+    gateway = GatewayProcess(tmp_path)
+    try:
+        gateway.start()
+        gateway.client().create("A" * 42 + "8=")
+        code, text = doctor(gateway)
+        assert code == 0, text
+        for line in (
+            "note   WG_BACKEND: memory: no interface, no packet passes",
+            f"ok     certificate: {tmp_path}/cert.pem is good until ",
+            f"ok     database: {tmp_path}/wireguard.db: good, 1 peers",
+            "ok     API: answers: healthy, 1 peers",
+        ):
+            assert line in text, text
+        assert gateway.stop() == 0
+        code, text = doctor(gateway)
+        assert code == 1
+        assert "WRONG  API: " in text
+        assert "-> start the gateway: systemctl status wggw" in text
+        (tmp_path / "wireguard.db").write_bytes(b"damaged")
+        code, text = doctor(gateway)
+        assert code == 1
+        assert f"WRONG  database: {tmp_path}/wireguard.db" in text
+    finally:
+        gateway.close()
+
+
+@pytest.mark.parametrize(
+    ("now", "failed", "todo", "word"),
+    [
+        (0, False, "", "is good until"),
+        (-86400, False, "renew it", "is good until"),
+        (1, True, "renew it", "expired at"),
+    ],
+)
+def test_certificate_is_judged_by_its_end(
+    tmp_path: Path, now: int, failed: bool, todo: str, word: str
+) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    wggw.make_certificate(str(cert), str(key), ["localhost"])
+    config = wggw.load_config(
+        {"GATEWAY_API_KEY": "k" * 16, "TLS_CERT": str(cert), "TLS_KEY": str(key)}, os.devnull
+    )
+    expires = wggw.certificate_expiry(wggw.read_certificate(str(cert)))
+    moment = expires - 10 * wggw.EXPIRY_WARNING if now == 0 else expires + now
+    found = wggw.look_at_certificate(config, moment)
+    assert (found.failed, found.todo, word in found.found) == (failed, todo, True)
+    cert.write_text("nothing")
+    assert wggw.look_at_certificate(config, 0).failed
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "failed", "words"),
+    [
+        (200, {"status": "healthy", "total_peers": 3, "reasons": []}, False, "healthy, 3 peers"),
+        (
+            200,
+            {"status": "degraded", "total_peers": 3, "reasons": ["disk: full"]},
+            True,
+            "disk: full",
+        ),
+        (401, {"detail": "the clock is off"}, True, "status 401: the clock is off"),
+        (200, [], True, ""),
+    ],
+)
+def test_answer_says_how_the_gateway_is(
+    status: int, body: object, failed: bool, words: str
+) -> None:
+    (found,) = wggw.look_at_answer(lambda: (status, json.dumps(body).encode()))
+    assert found.failed == failed
+    assert words in found.found
