@@ -10429,6 +10429,8 @@ def look_at_answer(ask: Callable[[], tuple[int, bytes]]) -> Iterator[Finding]:
         status, body = ask()
         answer = json.loads(body)
         reasons = "; ".join(answer["reasons"]) if status == 200 else answer["detail"]
+        copy = answer.get("remote_copy")
+        lag = (copy["lag_records"], copy["lag_seconds"], copy["failure"]) if copy else None
     except (StartError, ValueError, KeyError, TypeError) as error:
         yield Finding("API", str(error), "start the gateway: systemctl status wggw", True)
         return
@@ -10436,6 +10438,15 @@ def look_at_answer(ask: Callable[[], tuple[int, bytes]]) -> Iterator[Finding]:
         yield Finding("API", f"status {status}: {reasons}", "see the gateway's log", True)
     else:
         yield Finding("API", f"answers: {answer['status']}, {answer['total_peers']} peers")
+    if lag is None:
+        return
+    records, seconds, failure = lag
+    text = f"{records} records and {seconds} s behind"
+    if failure:
+        todo = "see that the store of SNAPSHOT_URL is reachable and accepts its credentials"
+        yield Finding("remote copy", f"{text}: {failure}", todo, True)
+    else:
+        yield Finding("remote copy", text)
 
 
 # ==================================================================================================

@@ -98,3 +98,13 @@ def test_answer_says_how_the_gateway_is(
     (found,) = wggw.look_at_answer(lambda: (status, json.dumps(body).encode()))
     assert found.failed == failed
     assert words in found.found
+
+
+@pytest.mark.parametrize("failure", [None, "connection refused"])
+def test_remote_copy_says_how_far_it_is_behind(failure: str | None) -> None:
+    copy = {"number": 7, "lag_records": 2, "lag_seconds": 1.5, "failure": failure}
+    body = {"status": "healthy", "total_peers": 3, "reasons": [], "remote_copy": copy}
+    _, found = wggw.look_at_answer(lambda: (200, json.dumps(body).encode()))
+    assert found.subject == "remote copy"
+    assert found.found.startswith("2 records and 1.5 s behind")
+    assert (found.failed, bool(found.todo)) == (bool(failure), bool(failure))
