@@ -70,6 +70,7 @@ import email.utils
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import http.client
@@ -7145,7 +7146,7 @@ class Gateway:
         taken back; so does recovery when the end is missing in the journal. No snapshot is written
         meanwhile, because it would hold a part. Raises GatewayError.
         """
-        with self.store.snapshot_lock:
+        with collector_off(), self.store.snapshot_lock:
             try:
                 plan = self._plan(desired)
                 deleted, total = plan.result.deleted, self.peer_count()
@@ -7816,6 +7817,21 @@ class Gateway:
     def flush(self) -> None:
         with contextlib.suppress(DiskError):  # seen by the next change, mended by heal()
             self.store.flush()
+
+
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """While there are 60,000 peers as objects, which hold no cycles.
+
+    Looking through them takes the collector 0.2 s at a time, in whatever lock it comes up.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -8796,8 +8812,12 @@ class App:
         decoders = {b"application/x-ndjson": decode_lines, b"application/json": decode_array}
         if kind not in decoders:
             raise UnsupportedMediaType("the body must be application/x-ndjson or application/json")
+        with collector_off():
+            return self._sync(request, decoders[kind](request.pieces))
+
+    def _sync(self, request: Request, elements: Iterator[tuple[str, dict[str, Any]]]) -> Response:
         desired: dict[str, Desired] = {}
-        for place, element in decoders[kind](request.pieces):
+        for place, element in elements:
             with _placed(place):
                 if element.get("encrypted_payload") is not None:
                     raise Invalid("encrypted_payload", "is not accepted in a desired state")
