@@ -745,7 +745,9 @@ def load_config(environ: Mapping[str, str], env_file: str | None = None) -> Conf
         try:
             values = read_env_file(path.read_text("utf-8"), str(path))
             if any(values.get(setting.name) for setting in SETTINGS if setting.secret):
-                check_private("--env-file", str(path))
+                check_private("--env-file", str(path), 0o022)
+                if path.stat().st_mode & 0o004:  # a common slip: better heard of than a node down
+                    LOG.warning("%s holds secrets and can be read by everybody: chmod 600", path)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--env-file {path}: cannot be read: {_reason(error)}") from None
     values.update(environ)
@@ -1137,7 +1139,7 @@ class Obfuscation(NamedTuple):
     disable_cookies: bool = False
 
     def __repr__(self) -> str:  # the header protection key is a secret
-        return f"Obfuscation(generation {generation_of(self)})"
+        return f"Obfuscation(jc={self.jc}, s1={self.s1}, s2={self.s2})"
 
 
 class ObfuscationState(NamedTuple):

@@ -66,8 +66,13 @@ READERS: dict[str, Callable[[Path, int], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("mode", [0o604, 0o644, 0o602, 0o620, 0o601, 0o777])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, mode) for name in READERS for mode in (0o602, 0o620, 0o777)),
+        *((name, mode) for name in READERS if name != "--env-file" for mode in (0o604, 0o644)),
+    ],
+)
 def test_a_file_of_secrets_that_is_too_open_is_refused_by_name(
     tmp_path: Path, name: str, mode: int
 ) -> None:
@@ -98,6 +103,16 @@ def test_an_open_env_file_without_secrets_is_taken(tmp_path: Path) -> None:
     assert wggw.load_config({"GATEWAY_API_KEY": MARK}, str(path)).wg_mtu == 1300
 
 
+def test_an_env_file_that_everybody_can_read_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert by_env_file(tmp_path, 0o644)
+    assert "gateway.env" in caplog.text and "chmod 600" in caplog.text
+    assert MARK not in caplog.text
+    caplog.clear()
+    assert by_env_file(tmp_path, 0o640) and not caplog.text
+
+
 def test_a_pipe_is_no_file_that_others_can_open(tmp_path: Path) -> None:
     wggw.check_private("--key-file", "/dev/null")
 
@@ -105,7 +120,7 @@ def test_a_pipe_is_no_file_that_others_can_open(tmp_path: Path) -> None:
 def test_a_too_open_file_ends_the_start_with_exit_2(tmp_path: Path) -> None:
     path = tmp_path / "gateway.env"
     path.write_text(f"GATEWAY_API_KEY={MARK}\n")
-    path.chmod(0o644)
+    path.chmod(0o622)
     done = subprocess.run(
         [sys.executable, str(WGGW), "serve", "--env-file", str(path)],
         env={"PATH": os.environ["PATH"]},
@@ -133,6 +148,7 @@ SECRETS: dict[str, dict[str, Any]] = {
     "Record": {"content": MARK.encode()},
     "NetlinkMessage": {"payload": MARK.encode()},
     "Head": {"headers": {MARK: MARK}, "query": MARK, "target": MARK},
+    "Obfuscation": {"header_protection_key": MARK.encode()},
     "AwsKeys": {"secret_key": MARK, "session_token": MARK},
     "Request": {"body": MARK.encode(), "query": {MARK: MARK}},
     "Response": {"body": MARK.encode(), "headers": ((MARK, MARK),)},
@@ -145,6 +161,9 @@ HARMLESS = {
         "AwsKeys.access_key",
         "InterfaceSettings.private_key_file",
         "Config.wg_private_key_file",
+        "Config.awg_private_key_file",
+        "Obfuscation.rekey_after_time",
+        "Obfuscation.rekey_timeout",
         "Request.key",
         "Admitted.key",
     ),
