@@ -5375,16 +5375,17 @@ class NetlinkBackend:
     def setup(self, link: Link | None = None) -> None:
         self._link = link or self._link
         name = self._link.name
+        product = "WireGuard" if self._name == WG_GENL_NAME else "AmneziaWG"
         if not self._route.index(name):
             try:
                 self._route.create(name, self._name)
             except NetlinkError as error:
                 if error.errno == errno.EOPNOTSUPP:
-                    raise BackendError(f"{name}: the kernel has no {self._name}") from None
+                    raise BackendError(f"{name}: the kernel has no {product}") from None
                 raise BackendError(f"{name}: cannot be made: {error}") from None
         family = genl_family(self._control, self._name)
         if family is None:
-            raise BackendError(f"{name}: the kernel has no {self._name}")
+            raise BackendError(f"{name}: the kernel has no {product}")
         self._family = family
         device, _ = self._dump(self._control)
         attributes = b""

@@ -398,6 +398,7 @@ def test_exports_under_load_are_states_that_were_on_disk(tmp_path: Path) -> None
         creators = [Creator(gateway, number, stop) for number in range(3)]
         for creator in creators:
             creator.start()
+        wait_for(lambda: sum(len(c.done) for c in creators) > 3, 20)
         client = gateway.client()
         data = b""
         for _ in range(5):
