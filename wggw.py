@@ -8906,7 +8906,7 @@ class App:
                     fields.get("preset", DEFAULT_PRESET),
                 )
             except ValueError as error:
-                raise Malformed(str(error)) from None
+                raise Invalid("preset", str(error).removeprefix("preset: ")) from None
         cut = self.gateway.change_obfuscation(wanted, fields.get("confirm", False))
         content = {"status": "rotated", "cut_off_peers": cut, **self._obfuscation()}
         return Response(200, encode_json(content))

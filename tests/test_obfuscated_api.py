@@ -307,7 +307,7 @@ def test_rotation_makes_parameters_of_a_generation_and_preset(api: Client) -> No
         ({"parameters": {"s4": 200}, "confirm": True}, 422, "parameters: S4: "),
         ({"parameters": []}, 422, "parameters"),
         ({"generation": "9"}, 422, "generation"),
-        ({"preset": "dns", "generation": "1.0"}, 400, "preset: dns needs I1"),
+        ({"preset": "dns", "generation": "1.0"}, 422, "preset: dns needs I1"),
         ({"confirm": "yes"}, 422, "confirm"),
     ],
 )
