@@ -60,6 +60,19 @@ The files on disk
 
 from __future__ import annotations
 
+import os
+import sys
+
+# A script is compiled at each start, and Python keeps its syntax tree (20 MB) as long as it runs; a
+# module comes from its cached bytecode. So what runs for long starts again as a module: same
+# process, same arguments.
+if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and __file__.endswith("wggw.py"):
+    as_module = "import sys; sys.path[:0] = [sys.argv.pop(1)]; import wggw; sys.exit(wggw.main())"
+    flags = [*sys.orig_argv[1 : -len(sys.argv)], "-P", "-c", as_module]
+    directory = os.path.dirname(os.path.realpath(__file__))
+    command = [sys.orig_argv[0], *flags, directory, *sys.argv[1:]]
+    os.execv(sys.executable, command)  # noqa: S606 (no shell is what we want)
+
 import argparse
 import base64
 import binascii
@@ -81,7 +94,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 import resource
 import secrets
@@ -95,7 +107,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import termios
 import threading
 import time
@@ -213,6 +224,9 @@ WGALLOWEDIP_A_FAMILY, WGALLOWEDIP_A_IPADDR, WGALLOWEDIP_A_CIDR_MASK = 1, 2, 3
 # AmneziaWG's module: WireGuard's numbers, and those of AWG_PARAMETERS
 AWG_GENL_NAME = "amneziawg"
 NETLINK_BATCH = 48 * 1024  # bytes of peers in one message: attribute lengths are 16 bits
+
+LOG_DELAY = 0.1  # seconds that requests' lines of the log are gathered
+MAX_LOG_LINES = 100_000  # of requests that wait for a slow reader of the log
 
 COPY_INTERVAL = 2.0  # seconds between two journal segments of the remote copy
 COPY_SEGMENTS = 100  # of them above a snapshot, then the next one: bounds manifest and recovery
@@ -9800,6 +9814,39 @@ class Connection(BaseHTTPRequestHandler):
                     return
 
 
+class AccessLog(threading.Thread):
+    """The log's lines of answered requests, written some at a time by a thread of its own.
+
+    A LogRecord costs more than all of a request's JSON, and a write in each request lets go of
+    Python's lock that others wait for. A KILL loses the lines of the last LOG_DELAY.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="access log", daemon=True)
+        self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LOG_LINES)
+        self._waiting = threading.Event()
+        self._write_lock = threading.Lock()
+
+    def add(self, text: str) -> None:
+        self._lines.append(f"{rfc3339(time.time())} INFO {text}\n")
+        if not self._waiting.is_set():
+            self._waiting.set()
+
+    def run(self) -> None:
+        while self._waiting.wait():
+            time.sleep(LOG_DELAY)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits; a log that cannot be written stops nobody."""
+        self._waiting.clear()
+        with self._write_lock:
+            text = "".join([self._lines.popleft() for _ in range(len(self._lines))])
+            with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+
 class Server(ThreadingHTTPServer):
     """Accepts connections, a thread each; the longest idle one goes when there are too many."""
 
@@ -9821,6 +9868,7 @@ class Server(ThreadingHTTPServer):
         self._open = 0
         self._open_from: collections.Counter[str] = collections.Counter()  # by address group
         self._date = (0, "")
+        self.access_log = AccessLog()
         try:
             super().__init__((config.api_host, config.api_port), Connection)
         except OSError as error:
@@ -9828,6 +9876,7 @@ class Server(ThreadingHTTPServer):
                 f"API_HOST, API_PORT: cannot listen on {config.api_host} port "
                 f"{config.api_port}: {_reason(error)}"
             ) from None
+        self.access_log.start()
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -9927,7 +9976,8 @@ class Server(ThreadingHTTPServer):
         known = method if method in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD") else "other"
         self.app.metrics.observe(known, route, status, seconds)
         level = logging.DEBUG if route == "/healthz" else logging.INFO  # asked every few seconds
-        LOG.log(level, "%s %s %d %.1f ms", known, route, status, seconds * 1000)
+        if LOG.isEnabledFor(level):
+            self.access_log.add(f"{known} {route} {status} {seconds * 1000:.1f} ms")
 
     def drain(self) -> None:
         """Stop accepting, let requests in flight finish, end what is idle."""
@@ -10207,6 +10257,7 @@ class Service:
         self._wait(server, app)
         self._manager.tell("STOPPING=1", "STATUS=stopping")
         server.drain()
+        server.access_log.flush()
         for timer in timers:
             timer.stop()
         gateway.close()
@@ -11185,7 +11236,7 @@ examples:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="wggw.py",
+        prog="wggw",
         description="A WireGuard gateway.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
