@@ -8,22 +8,23 @@ TREE=$(dirname "$(realpath "$0")")
 readonly TREE
 readonly ETC=/etc/wggw STATE=/var/lib/wggw
 readonly ENV_FILE=$ETC/wggw.env
-readonly LIB=/usr/local/lib/wggw LINK=/usr/local/sbin/wggw
+readonly LIB=/usr/local/lib/wggw LAUNCHER=/usr/local/sbin/wggw
 readonly UNIT=/etc/systemd/system/wggw.service
 readonly DROP_INS=$UNIT.d
 readonly READY_SECONDS=60
+readonly PYTHON=/usr/bin/python3  # the distribution's, whatever PATH has
 
 # Packages by what shows that they are there already.
 declare -A PACKAGE_OF=(
-  ["command -v python3"]=python3
-  ["python3 -c 'import cryptography'"]=python3-cryptography
+  ["command -v $PYTHON"]=python3
+  ["$PYTHON -c 'import cryptography'"]=python3-cryptography
   ["command -v wg"]=wireguard-tools
   ["command -v ip"]=iproute2
   ["command -v curl"]=curl
   ["command -v openssl"]=openssl
 )
 
-mode=install dry_run='' yes='' json='' purge='' upgrade='' userspace='' first=''
+mode=install dry_run='' yes='' json='' purge='' upgrade='' userspace='' first='' scratch=''
 declare -A SETTING=()  # variable of the settings file -> value given by an option
 undo=()  # what takes back the steps done so far, the last one last
 
@@ -161,9 +162,9 @@ install_packages() {
   if ((${#missing[@]})); then
     apt_install "${missing[@]}"
   fi
-  if command -v python3 >/dev/null; then
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-      die 1 "$(python3 --version) is too old: Python 3.11 or later is needed"
+  if [[ -x $PYTHON ]]; then
+    $PYTHON -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      die 1 "$PYTHON is $($PYTHON --version), which is too old: Python 3.11 or later is needed"
   fi
 }
 
@@ -192,7 +193,7 @@ install_wireguard() {
 
 # Runs Python code with the tree's wggw module and a clean environment: $1 is the code.
 with_wggw() {
-  env -i PATH="$PATH" PYTHONPATH="$TREE" python3 -B -P -c "$@"
+  env -i PATH="$PATH" PYTHONPATH="$TREE" PYTHONPYCACHEPREFIX="$scratch" $PYTHON -P -c "$@"
 }
 
 make_settings() {
@@ -333,13 +334,14 @@ END
 
 serve() {
   local url protocol interface port endpoint private_key certificate
-  say "+ python3 $TREE/wggw.py serve --env-file $ENV_FILE"
+  say "+ $PYTHON $TREE/wggw.py serve --env-file $ENV_FILE"
   [[ $dry_run ]] && return
   read_settings
   cd "$STATE"
+  rm -rf "$scratch"
   (announce &)
   # The gateway takes this process's place: signals and the exit code are its own.
-  exec env -i PATH="$PATH" python3 "$TREE/wggw.py" serve --env-file "$ENV_FILE"
+  exec env -i PATH="$PATH" $PYTHON "$TREE/wggw.py" serve --env-file "$ENV_FILE"
 }
 
 # --- the service ----------------------------------------------------------------------------------
@@ -372,7 +374,7 @@ print(config.tls_cert, config.tls_key, sep="\n")' "$ENV_FILE")
   done <<<"$files"
 }
 
-changed=''
+changed='' existed='' replaced=()
 
 # place MODE SOURCE TARGET: copies a file unless it is there; what it replaces comes back if a
 # later step fails.
@@ -380,7 +382,7 @@ place() {
   if [[ -e $3 ]] && cmp -s "$2" "$3"; then return; fi
   changed=1
   if [[ -e $3 ]]; then
-    undo+=("mv -f $3.before $3")
+    keep_former "$3"
     run cp -p "$3" "$3.before"
   else
     undo+=("rm -f $3")
@@ -388,31 +390,71 @@ place() {
   run install -D -m "$1" "$2" "$3"
 }
 
-place_text() {  # place_text TARGET TEXT
+keep_former() {  # keep_former FILE: FILE.before comes back if a later step fails, and goes if none does
+  replaced+=("$1.before")
+  undo+=("mv -f $1.before $1")
+}
+
+place_text() {  # place_text MODE TARGET TEXT
   local file
   file=$(mktemp)
-  printf '%s\n' "$2" >"$file"
-  place 644 "$file" "$1"
+  printf '%s\n' "$3" >"$file"
+  place "$1" "$file" "$2"
   rm -f "$file"
 }
 
+drop_in() {  # drop_in NAME NEEDED TEXT: a part of the unit, there as long as NEEDED is not empty
+  local file=$DROP_INS/$1.conf
+  if [[ $2 ]]; then
+    place_text 644 "$file" "$3"
+  elif [[ -e $file ]]; then
+    changed=1
+    keep_former "$file"
+    run mv "$file" "$file.before"
+  fi
+}
+
+# Python compiles what it imports once, and a script at each start; what it compiled of a script stays
+# in memory, too. Whoever starts it as root after an upgrade of Python writes the new cache.
+read -r -d '' LAUNCHER_TEXT <<END || true
+#!$PYTHON -I
+import os
+import sys
+
+sys.path.insert(0, "$LIB")
+mask = os.umask(0o022)  # what root compiles here is for everybody
+from wggw import main
+
+os.umask(mask)
+sys.exit(main())
+END
+readonly LAUNCHER_TEXT
+
 install_files() {
+  [[ ! -e $UNIT ]] || existed=1
   [[ -e $LIB ]] || undo+=("rm -rf $LIB")
+  undo+=("rm -rf $LIB/__pycache__")
   place 755 "$TREE/wggw.py" "$LIB/wggw.py"
-  if [[ ! -e $LINK ]]; then
-    undo+=("rm -f $LINK")
-    run ln -s "$LIB/wggw.py" "$LINK"
+  place_text 755 "$LAUNCHER" "$LAUNCHER_TEXT"
+  if [[ $changed ]]; then
+    run rm -rf "$LIB/__pycache__"
+    run env -i "$LAUNCHER" --version
   fi
   undo+=("systemctl daemon-reload")
   place 644 "$TREE/wggw.service" "$UNIT"
   [[ -e $DROP_INS ]] || undo+=("rm -rf $DROP_INS")
-  if [[ ! $dry_run ]] && (($(setting API_PORT) < 1024)); then
-    place_text "$DROP_INS/50-port.conf" "# API_PORT is below 1024.
+  [[ $dry_run && ! -r $ENV_FILE ]] || install_drop_ins
+}
+
+install_drop_ins() {
+  local low='' port
+  port=$(setting API_PORT)
+  ((port >= 1024)) || low=1
+  drop_in 50-port "$low" "# API_PORT is below 1024.
 [Service]
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE
 AmbientCapabilities=CAP_NET_BIND_SERVICE"
-  fi
-  [[ ! $userspace ]] || place_text "$DROP_INS/50-userspace.conf" "# The kernel has no WireGuard: the service starts a userspace one, which outlives it and so keeps
+  drop_in 50-userspace "$userspace" "# The kernel has no WireGuard: the service starts a userspace one, which outlives it and so keeps
 # the tunnels up, and whose socket is its own.
 [Service]
 KillMode=process
@@ -432,8 +474,8 @@ start_service() {
     say "program and unit are up to date, and the service runs"
     return
   fi
-  if [[ -e $UNIT.before || -e $LIB/wggw.py.before ]]; then
-    undo+=("systemctl restart --no-block wggw")
+  if [[ $existed ]]; then
+    undo=("systemctl restart --no-block wggw" "${undo[@]}")  # once all of the former version is back
   else
     undo+=("take_down" "systemctl disable -q --now wggw")
   fi
@@ -443,8 +485,7 @@ start_service() {
 }
 
 take_down() {
-  env -i PATH="$PATH" python3 -I "$LIB/wggw.py" net down --env-file "$ENV_FILE" ||
-    nft delete table inet wggw
+  wggw_command net down || nft delete table inet wggw
 }
 
 verify() {
@@ -466,7 +507,7 @@ verify() {
   wggw_command net show || say "the lines marked WRONG above need a hand"
 }
 
-wggw_command() { env -i PATH="$PATH" python3 -I "$LIB/wggw.py" "$@" --env-file "$ENV_FILE"; }
+wggw_command() { env -i PATH="$PATH" "$LAUNCHER" "$@" --env-file "$ENV_FILE"; }
 
 tell() {  # what a backend needs; the API key only when it has just been made
   with_wggw '
@@ -510,6 +551,7 @@ for each in interfaces:
 take_back() {
   local status=$? step
   trap - EXIT
+  rm -rf "$scratch"
   if ((status)) && ((${#undo[@]})) && [[ ! $dry_run ]]; then
     say "failed: taking back what was done"
     set +e
@@ -524,7 +566,6 @@ take_back() {
 }
 
 install_service() {
-  trap take_back EXIT
   make_user
   make_settings
   check_settings_file
@@ -533,11 +574,11 @@ install_service() {
   start_service
   verify
   undo=()
-  run rm -f "$UNIT.before" "$LIB/wggw.py.before" "$DROP_INS"/*.before
+  ((!${#replaced[@]})) || run rm -f "${replaced[@]}"
   [[ $dry_run ]] || tell
 }
 
-check_settings_file() { [[ $dry_run ]] || check_settings "$ENV_FILE"; }
+check_settings_file() { [[ $dry_run && ! -r $ENV_FILE ]] || check_settings "$ENV_FILE"; }
 
 uninstall() {
   confirm "remove wggw${purge:+ with its settings, keys and data}"
@@ -547,7 +588,7 @@ uninstall() {
   if [[ -e $LIB/wggw.py && -e $ENV_FILE ]]; then
     run take_down || say "no rules were left"
   fi
-  run rm -rf "$UNIT" "$DROP_INS" "$LIB" "$LINK"
+  run rm -rf "$UNIT" "$DROP_INS" "$LIB" "$LAUNCHER"
   [[ ! -d /run/systemd/system ]] || run systemctl daemon-reload
   if getent passwd wggw >/dev/null; then
     run userdel wggw
@@ -563,6 +604,8 @@ uninstall() {
 
 main() {
   parse_options "$@"
+  scratch=$(mktemp -d)  # what Python compiles of the tree
+  trap take_back EXIT
   exec 3>&1
   [[ ! $json ]] || exec >&2
   check_machine

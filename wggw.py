@@ -172,7 +172,7 @@ STOP_SECONDS = 0.5  # how long it waits for each timer's job
 LAST_SAMPLE_SECONDS = 1.0  # and for the last reading of the counters
 DRAIN_GRACE = 0.2  # seconds for threads to take up requests that have arrived before SIGTERM
 EXPIRY_WARNING = 14 * 86400  # seconds before the certificate's end
-MAX_CLIENT_WAIT = 5  # seconds that `wggw.py call` waits when the gateway says Retry-After
+MAX_CLIENT_WAIT = 5  # seconds that `wggw call` waits when the gateway says Retry-After
 DRAIN_SECONDS = 2.0  # how long SIGTERM waits for requests in flight (it must end within 5)
 
 FRESH_SPAN = 2**18  # a pool's never-used addresses go first up to here; then released ones: a /64
@@ -2964,8 +2964,8 @@ def read_journal(path: str, vault: Vault | None = None) -> JournalFile | None:
 def _damaged(name: str, offset: int, found: str) -> DamagedError:
     return DamagedError(
         f"{name}: at byte {offset}: {found}. The start is refused and nothing was changed, so that "
-        "no acknowledged change is lost unnoticed. `wggw.py check` inspects the files, "
-        "`wggw.py check --repair` saves what can be saved into new ones",
+        "no acknowledged change is lost unnoticed. `wggw check` inspects the files, "
+        "`wggw check --repair` saves what can be saved into new ones",
         f"at byte {offset}: {found}",
     )
 
@@ -3541,7 +3541,7 @@ class Store:
         elif found:
             raise DamagedError(
                 f"{self.path}: the snapshot is missing, but {', '.join(found)} exists, so this is "
-                "no new installation: restore the snapshot, or let `wggw.py check --repair` make "
+                "no new installation: restore the snapshot, or let `wggw check --repair` make "
                 "one, or move the other files away to begin empty"
             )
         migrate(self._db)
@@ -6166,7 +6166,7 @@ def look_at_network(config: Config, tunnels: Sequence[InterfaceSettings]) -> Ite
     for family in forwarding_families(tunnels):
         name = FORWARDING[family].replace("/", ".")
         on = read_sysctl(FORWARDING[family]) == "1"
-        todo = "" if on else f"run `wggw.py net up` (or sysctl -w {name}=1)"
+        todo = "" if on else f"run `wggw net up` (or sysctl -w {name}=1)"
         yield Finding("forwarding", f"{name} is {'on' if on else 'off'}", todo, not on)
     for look in (_look_at_table, _look_at_firewalls):
         try:
@@ -6181,11 +6181,11 @@ def _look_at_interface(tunnel: InterfaceSettings) -> Finding:
     try:
         index = route.index(tunnel.name)
         if not index:
-            return Finding(tunnel.name, "no such interface", "run `wggw.py net up`", True)
+            return Finding(tunnel.name, "no such interface", "run `wggw net up`", True)
         mtu = tunnel.mtu if tunnel.prefix == PLAIN_PREFIX else None
         words = f"up, MTU {mtu}" if mtu else "up"
         if not route.is_up(index, mtu):
-            return Finding(tunnel.name, f"not {words}", "run `wggw.py net up`", True)
+            return Finding(tunnel.name, f"not {words}", "run `wggw net up`", True)
         return Finding(tunnel.name, words)
     except BackendError as error:
         return Finding(tunnel.name, f"cannot be read: {error}", "see the kernel's log", True)
@@ -6196,7 +6196,7 @@ def _look_at_interface(tunnel: InterfaceSettings) -> Finding:
 def _look_at_table(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
     table = current_table()
     if not table:
-        yield Finding("NAT", f"table {TABLE} is missing", "run `wggw.py net up`", True)
+        yield Finding("NAT", f"table {TABLE} is missing", "run `wggw net up`", True)
         return
     for tunnel in tunnels:
         for subnet in tunnel.subnets.values():
@@ -6206,7 +6206,7 @@ def _look_at_table(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iter
             elif f"saddr {subnet} " in table:
                 yield Finding("NAT", f"{subnet} is masqueraded")
             else:
-                yield Finding("NAT", f"{subnet} is not masqueraded", "run `wggw.py net up`", True)
+                yield Finding("NAT", f"{subnet} is not masqueraded", "run `wggw net up`", True)
 
 
 def _look_at_firewalls(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
@@ -6390,7 +6390,7 @@ def initial_obfuscation(given: str | None, store: Store, interface: str) -> Obfu
     if kept is not None and peers and cut:
         LOG.warning(
             "AWG_PARAMS differs from what %s and its %d peers speak, and is not used: "
-            "`wggw.py awg rotate` changes that",
+            "`wggw awg rotate` changes that",
             interface,
             peers,
         )
@@ -10413,7 +10413,7 @@ class Service:
 
 
 def look_at_all(config: Config, ask: Callable[[], tuple[int, bytes]]) -> Iterator[Finding]:
-    """Everything that `wggw.py doctor` looks at; `ask` is a signed request for server/status."""
+    """Everything that `wggw doctor` looks at; `ask` is a signed request for server/status."""
     tunnels = interface_settings(config)
     if config.wg_backend == "memory":
         yield Finding("WG_BACKEND", "memory: no interface, no packet passes", "set it to auto")
@@ -10483,12 +10483,12 @@ def _look_at_clock() -> Finding:
 
 
 def _look_at_database(config: Config) -> Finding:
-    """Snapshot and journal, read as `wggw.py check` reads them."""
+    """Snapshot and journal, read as `wggw check` reads them."""
     try:
         store = open_store(config)
         store.load()
     except StartError as error:
-        return Finding("database", str(error), "wggw.py check --repair", True)
+        return Finding("database", str(error), "wggw check --repair", True)
     except OSError as error:
         return Finding("database", f"{config.db_path}: {_reason(error)}", "run as root", True)
     return Finding(
@@ -10918,7 +10918,7 @@ def sparkline(values: Sequence[float], width: int, marks: str = SPARKS) -> str:
 
 
 class Top:
-    """What `wggw.py top` remembers from one look to the next."""
+    """What `wggw top` remembers from one look to the next."""
 
     def __init__(self) -> None:
         self.rates: dict[str, collections.deque[float]] = {
@@ -11009,7 +11009,7 @@ def whole_terminal() -> Iterator[None]:
 def command_top(arguments: argparse.Namespace) -> int:
     """Refresh until q; Ctrl-C does as well."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ConfigError("top needs a terminal: `wggw.py status --json` is for programs")
+        raise ConfigError("top needs a terminal: `wggw status --json` is for programs")
     client = client_of(load_config(os.environ, arguments.env_file), arguments)
     top = Top()
     with whole_terminal(), contextlib.suppress(KeyboardInterrupt):
@@ -11212,32 +11212,32 @@ exit codes:
 """
 
 EXAMPLES = {
-    "serve": "example:\n  wggw.py serve --env-file /etc/wggw/wggw.env",
-    "check": "examples:\n  wggw.py check\n  wggw.py check --repair",
+    "serve": "example:\n  wggw serve --env-file /etc/wggw/wggw.env",
+    "check": "examples:\n  wggw check\n  wggw check --repair",
     "call": """\
 examples:
-  wggw.py call GET /api/v1/server/status
-  wggw.py call POST /api/v1/configurations --data '{"public_key": "…"}'
-  wggw.py call POST /api/v1/configurations/batch --data @operations.json
+  wggw call GET /api/v1/server/status
+  wggw call POST /api/v1/configurations --data '{"public_key": "…"}'
+  wggw call POST /api/v1/configurations/batch --data @operations.json
 """,
-    "snapshot": "examples:\n  wggw.py snapshot export state.db\n  wggw.py snapshot import state.db",
+    "snapshot": "examples:\n  wggw snapshot export state.db\n  wggw snapshot import state.db",
     "status": """\
 Exit code 1 when the gateway is degraded or does not answer.
 
 examples:
-  wggw.py status --env-file /etc/wggw/wggw.env
-  wggw.py status --json | jq '.interfaces[].rx_bytes_per_second'
+  wggw status --env-file /etc/wggw/wggw.env
+  wggw status --json | jq '.interfaces[].rx_bytes_per_second'
 """,
-    "peers": "examples:\n  wggw.py peers --online --sort traffic\n"
-    "  wggw.py peers --json | jq '.[] | select(.status_reason == \"quota\") | .public_key'",
-    "top": "example:\n  wggw.py top --interval 5",
+    "peers": "examples:\n  wggw peers --online --sort traffic\n"
+    "  wggw peers --json | jq '.[] | select(.status_reason == \"quota\") | .public_key'",
+    "top": "example:\n  wggw top --interval 5",
 }
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="wggw",
-        description="A WireGuard gateway.",
+        description="A WireGuard gateway. Where it is not installed, wggw is python3 wggw.py.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

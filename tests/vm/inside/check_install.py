@@ -31,6 +31,7 @@ TREE = Path("/tree")
 ENV = Path("/etc/wggw/wggw.env")
 UNIT = Path("/etc/systemd/system/wggw.service")
 PROGRAM = Path("/usr/local/lib/wggw/wggw.py")
+LAUNCHER = Path("/usr/local/sbin/wggw")
 UFW = bool(os.environ.get("UFW"))
 OPTIONS = ["--backend", "192.0.2.0/24", "--endpoint", "198.18.0.1", "--extra-ports", "53,443"]
 REMAINS = "find / -xdev ( -name *wggw* -o -name wg0* ) -not -path /sys/* -not -path /proc/*"
@@ -214,9 +215,42 @@ def test_unit_is_right_and_closed() -> None:
     assert rating, text
     print(f"measured: systemd-analyze security: {rating[1]}")
     assert float(rating[1]) <= 1.5, text
-    process = Path(f"/proc/{main_pid()}/status").read_text()
+    assert re.match("Name:\twggw\n", process := Path(f"/proc/{main_pid()}/status").read_text())
     assert re.search(r"^CapEff:\s+0000000000001000$", process, re.MULTILINE)  # CAP_NET_ADMIN
     assert not re.search(r"^Uid:\s+0\b", process, re.MULTILINE)
+
+
+def compiled() -> list[tuple[bool, str, bool]]:
+    """Of each compiled file: is it this program's, its mode, may the service read it."""
+    found = []
+    for path in PROGRAM.parent.glob("__pycache__/*.pyc"):
+        written = int.from_bytes(path.read_bytes()[8:12], "little")
+        as_service = ("setpriv", "--reuid=wggw", "--regid=wggw", "--clear-groups")
+        readable = run(*as_service, "test", "-r", str(path))
+        found.append(
+            (
+                written == int(PROGRAM.stat().st_mtime),
+                f"{path.stat().st_mode & 0o777:o}",
+                readable.returncode == 0,
+            )
+        )
+    return found
+
+
+IS_CURRENT = (True, "644", True)
+
+
+def test_program_is_compiled_once_whoever_finds_it_missing() -> None:
+    assert compiled() == [IS_CURRENT]
+    shutil.rmtree(PROGRAM.parent / "__pycache__")  # as it is after an upgrade of Python itself
+    for what in ("compiling", "compiled"):
+        start = time.monotonic()
+        sh("systemctl", "restart", "wggw")
+        print(f"measured: restart to ready, {what}: {time.monotonic() - start:.2f} s")
+        assert compiled() == [IS_CURRENT]
+    start = time.monotonic()
+    sh("/usr/bin/python3", "-I", "-c", "pass")
+    print(f"measured: a Python that does nothing: {time.monotonic() - start:.2f} s")
 
 
 def test_second_run_changes_nothing() -> None:
@@ -233,7 +267,7 @@ def test_second_run_changes_nothing() -> None:
     assert Story.result["api_key"] not in done.stdout
     assert Story.result["certificate_sha256"] in done.stdout
     assert state() == before
-    assert sh("python3", str(PROGRAM), "net", "up", "--env-file", str(ENV)) == ""
+    assert sh("wggw", "net", "up", "--env-file", str(ENV)) == ""
     refused = install("--port", "5000")
     assert refused.returncode == 2
     assert "WG_DEFAULT_PORT=51820" in refused.stderr
@@ -392,6 +426,7 @@ def test_restart_kill_and_upgrade_lose_nothing(tmp_path: Path) -> None:
 
 def test_failed_upgrade_brings_the_former_version_back(tmp_path: Path) -> None:
     before = PROGRAM.read_text()
+    launcher = LAUNCHER.read_text()
     tree = tmp_path / "bad"
     tree.mkdir()
     for name in ("install.sh", "wggw.service", "wggw.py"):
@@ -403,9 +438,10 @@ def test_failed_upgrade_brings_the_former_version_back(tmp_path: Path) -> None:
     done = install("--upgrade", tree=tree)
     assert done.returncode == 1, done.stdout
     assert "the service does not come up" in done.stderr
-    assert PROGRAM.read_text() == before
+    assert (PROGRAM.read_text(), LAUNCHER.read_text()) == (before, launcher)
     wait_for(is_active, 30, "the former version runs")
-    assert not list(PROGRAM.parent.glob("*.before"))
+    assert not [path for path in remains() if path.endswith(".before")]
+    assert compiled() == [IS_CURRENT]
     assert pings("client1", "203.0.113.2")
 
 
@@ -466,7 +502,7 @@ def test_ufw_has_our_rules_and_keeps_the_others() -> None:
 
 
 def test_blocked_forwarding_is_told() -> None:
-    show = ("python3", str(PROGRAM), "net", "show", "--env-file", str(ENV))
+    show = ("wggw", "net", "show", "--env-file", str(ENV))
     assert "WRONG" not in sh(*show)
     sh(
         "nft",
@@ -485,7 +521,7 @@ def test_blocked_forwarding_is_told() -> None:
 
 
 def test_doctor_finds_nothing_wrong_and_then_what_is() -> None:
-    doctor = ("python3", str(PROGRAM), "doctor", "--env-file", str(ENV))
+    doctor = ("wggw", "doctor", "--env-file", str(ENV))
     text = sh(*doctor)
     print(text)
     for part in (
