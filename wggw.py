@@ -3325,7 +3325,7 @@ _PUT = (
 )
 _PUT_TRAFFIC = """
     INSERT INTO traffic (id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake)
-    SELECT ?1, ?2, ?3, ?4, ?5, ?6 FROM peers WHERE id = ?1
+    SELECT * FROM (VALUES (?, ?, ?, ?, ?, ?)) WHERE column1 IN (SELECT id FROM peers)
     ON CONFLICT (id) DO UPDATE SET rx_bytes = excluded.rx_bytes, tx_bytes = excluded.tx_bytes,
         rx_seen = excluded.rx_seen, tx_seen = excluded.tx_seen,
         last_handshake = excluded.last_handshake
