@@ -9,7 +9,6 @@ import os
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import pytest
 from harness import (
     API_KEY,
-    WGGW,
+    PROGRAM,
     GatewayProcess,
     a_key,
     encode,
@@ -55,7 +54,7 @@ def call(
     """Run it as an operator of that gateway would; no secret may show, nor a traceback."""
     environment = {"PATH": os.environ["PATH"], **gateway.settings, **more}
     done = subprocess.run(
-        [sys.executable, str(WGGW), command, *arguments],
+        [*PROGRAM, command, *arguments],
         cwd=gateway.directory,
         env=environment,
         input=given,
@@ -316,7 +315,7 @@ def test_strange_answers_are_told_without_a_traceback(
 
 def test_the_key_is_in_no_argument_of_a_process(shared: GatewayProcess, tmp_path: Path) -> None:
     """Arguments can be read by every user: there is no option that takes the key itself."""
-    arguments = [sys.executable, str(WGGW), "call", "POST", PEERS, "--data", "@-"]
+    arguments = [*PROGRAM, "call", "POST", PEERS, "--data", "@-"]
     process = subprocess.Popen(
         arguments,
         cwd=tmp_path,

@@ -7,13 +7,12 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from harness import API_KEY, WGGW, GatewayProcess, a_key, running
+from harness import API_KEY, PROGRAM, GatewayProcess, a_key, running
 from test_restart import state, stopped
 from test_store import a_peer, closing, opened, put, save
 
@@ -38,7 +37,7 @@ def check(directory: Path, *arguments: str, **settings: str) -> Done:
         **settings,
     }
     done = subprocess.run(
-        [sys.executable, str(WGGW), "check", *arguments],
+        [*PROGRAM, "check", *arguments],
         cwd=directory,
         env=environment,
         stdin=subprocess.DEVNULL,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import WGGW, GatewayProcess, a_key, running, wait_for
+from harness import PROGRAM, GatewayProcess, a_key, running, wait_for
 
 import wggw
 
@@ -37,7 +37,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]
 
 def command(served: GatewayProcess, *arguments: str) -> tuple[list[str], dict[str, str]]:
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", **served.settings}
-    return [sys.executable, str(WGGW), *arguments], environment
+    return [*PROGRAM, *arguments], environment
 
 
 def piped(served: GatewayProcess, *arguments: str) -> subprocess.CompletedProcess[str]:

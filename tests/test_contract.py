@@ -14,13 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import API_KEY, GatewayProcess, running
+from harness import API_KEY, SCRIPT, GatewayProcess
 
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with running(tmp_path_factory.mktemp("gateway")) as process:
-        yield process
+    """Started as the contract says it."""
+    process = GatewayProcess(tmp_path_factory.mktemp("gateway"))
+    process.program = SCRIPT
+    try:
+        yield process.start()
+    finally:
+        process.close()
 
 
 def signed(length: int = 0) -> bytes:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from harness import WGGW, GatewayProcess
+from harness import PROGRAM, GatewayProcess
 
 import wggw
 
 
 def doctor(gateway: GatewayProcess) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, str(WGGW), "doctor", "--env-file", os.devnull],
+        [*PROGRAM, "doctor", "--env-file", os.devnull],
         env={"PATH": os.environ["PATH"], **gateway.settings},
         cwd=gateway.directory,
         capture_output=True,

@@ -8,7 +8,6 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import API_KEY, WGGW, Answer, GatewayProcess, a_key, running, wait_for
+from harness import API_KEY, PROGRAM, Answer, GatewayProcess, a_key, running, wait_for
 from test_restart import change_all_sorts, state
 
 import wggw
@@ -542,7 +541,7 @@ def test_import_is_refused_while_the_disk_refuses_writes(tmp_path: Path) -> None
 
 def snapshot(gateway: GatewayProcess, action: str, file: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(WGGW), "snapshot", action, file],
+        [*PROGRAM, "snapshot", action, file],
         cwd=gateway.directory,
         env={"PATH": os.environ["PATH"], **gateway.settings},
         stdin=subprocess.DEVNULL,

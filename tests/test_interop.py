@@ -15,7 +15,6 @@ import secrets
 import shutil
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
-from harness import API_KEY, WGGW, GatewayProcess, a_key, encode, running, wait_for
+from harness import API_KEY, PROGRAM, GatewayProcess, a_key, encode, running, wait_for
 from http_message_signatures import (
     HTTPMessageSigner,
     HTTPMessageVerifier,
@@ -274,7 +273,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> list[Received]:
     directory = tmp_path_factory.mktemp("ours")
     with recorder(directory) as (port, found):
         for method, path, body in OURS:
-            command = [sys.executable, str(WGGW), "call", method, path, "--scheme", "rfc9421"]
+            command = [*PROGRAM, "call", method, path, "--scheme", "rfc9421"]
             command += ["--url", f"https://127.0.0.1:{port}", *(["--data", body] if body else [])]
             environment = {
                 "PATH": os.environ["PATH"],

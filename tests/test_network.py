@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import API_KEY, WGGW
+from harness import API_KEY, PROGRAM, WGGW
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -167,7 +167,7 @@ class Host:
         values = {"GATEWAY_API_KEY": API_KEY, "WG_BACKEND": "memory", **settings}
         self.settings.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
         self.settings.chmod(0o600)
-        done = self.run(sys.executable, str(WGGW), "net", action, "--env-file", str(self.settings))
+        done = self.run(*PROGRAM, "net", action, "--env-file", str(self.settings))
         return done.returncode, done.stdout + done.stderr
 
     def table(self) -> str:

@@ -6,13 +6,12 @@ import json
 import re
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import WGGW, Client, GatewayProcess, a_key, running
+from harness import PROGRAM, Client, GatewayProcess, a_key, running
 
 import wggw
 
@@ -368,7 +367,7 @@ def test_an_import_with_bad_parameters_is_refused(
 
 def run(gateway: GatewayProcess, *arguments: str, code: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, str(WGGW), *arguments],
+        [*PROGRAM, *arguments],
         cwd=gateway.directory,
         env={"PATH": "/usr/bin:/bin", **gateway.settings},
         capture_output=True,
@@ -402,7 +401,7 @@ def test_awg_generate_show_and_rotate(both: GatewayProcess) -> None:
 
 def test_awg_generate_needs_no_settings(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(WGGW), "awg", "generate", "--preset", "dns", "--generation", "1.0"],
+        [*PROGRAM, "awg", "generate", "--preset", "dns", "--generation", "1.0"],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin"},
         capture_output=True,

@@ -7,14 +7,13 @@ import inspect
 import os
 import re
 import subprocess
-import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import API_KEY, WGGW, GatewayProcess, a_key, encode, running, wait_for
+from harness import API_KEY, SCRIPT, GatewayProcess, a_key, encode, running, wait_for
 
 import wggw
 
@@ -122,7 +121,7 @@ def test_a_too_open_file_ends_the_start_with_exit_2(tmp_path: Path) -> None:
     path.write_text(f"GATEWAY_API_KEY={MARK}\n")
     path.chmod(0o622)
     done = subprocess.run(
-        [sys.executable, str(WGGW), "serve", "--env-file", str(path)],
+        [*SCRIPT, "serve", "--env-file", str(path)],
         env={"PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
