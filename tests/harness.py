@@ -19,10 +19,15 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
+
+# WGGW_LONG=1, as .ci/run sets it, asks for whole sweeps and many rounds; without it tests take a
+# sample of the same, by some() or by a number of their own.
+LONG = os.environ.get("WGGW_LONG") == "1"
 ROOT = Path(__file__).resolve().parent.parent
 WGGW = ROOT / "wggw.py"
 SCRIPT = [sys.executable, str(WGGW)]  # as users start it
@@ -30,6 +35,13 @@ SCRIPT = [sys.executable, str(WGGW)]  # as users start it
 MODULE = "import sys; sys.path[:0] = [sys.argv.pop(1)]; import wggw; sys.exit(wggw.main())"
 PROGRAM = [sys.executable, "-P", "-c", MODULE, str(ROOT)]
 API_KEY = "8f29c82c5d1f4b6e9a7730d2c4e1f0a98f29c82c5d1f4b6e9a7730d2c4e1f0a9"
+
+
+def some(cases: Sequence[T], number: int) -> Sequence[T]:
+    """That many of the cases, evenly spread, the first and the last among them; all when LONG."""
+    if LONG or number >= len(cases):
+        return cases
+    return [cases[n * (len(cases) - 1) // (number - 1)] for n in range(number)]
 
 
 def free_port() -> int:
