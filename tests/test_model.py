@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import API_KEY, a_key
+from harness import API_KEY, LONG, a_key
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -313,13 +313,14 @@ class Histories(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("subnets", SUBNETS)
 def test_every_history_agrees_with_the_model(subnets: str) -> None:
     machine = type("Histories", (Histories,), {"subnets": subnets})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40,
+            max_examples=400 if LONG else 40,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
 import socket
 import ssl
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import API_KEY, Client, GatewayProcess, a_key, encode, running, sign
+from harness import API_KEY, LONG, Client, GatewayProcess, a_key, encode, running, sign
 
 import wggw
 
@@ -538,12 +537,12 @@ def _ignoring(client: Client, body: bytes, kind: dict[str, str]) -> None:
         pass
 
 
-PEERS = 60000 if os.environ.get("WGGW_LARGE") else 5000
+PEERS = 60000 if LONG else 5000
 
 
 @pytest.mark.timeout(600)
 def test_the_lock_is_never_held_long(tmp_path: Path) -> None:
-    """Peers made, left, turned and deleted; 60,000 with WGGW_LARGE=1.
+    """Peers made, left, turned and deleted; 60,000 with WGGW_LONG=1.
 
     The holds are measured in the thread's own time: others take the processor meanwhile.
     """

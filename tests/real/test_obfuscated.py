@@ -2,7 +2,7 @@
 
 amneziawg-go is used where it is on PATH (tests/run builds it where Go can fetch it), with every
 generation and preset. Elsewhere amneziawg_stand_in.py takes its place, for two of them, or for all
-with WGGW_ALL_PRESETS=1; what only the real program can show is then skipped.
+with WGGW_LONG=1; what only the real program can show is then skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import netns
 import pytest
 from backend_contract import output
-from harness import Client, GatewayProcess, a_key, wait_for
+from harness import LONG, Client, GatewayProcess, a_key, wait_for
 from netns import Topology
 
 import wggw
@@ -258,7 +258,7 @@ def check_wire(sent: list[bytes], received: list[bytes], shown: dict[str, Any]) 
 
 @pytest.mark.parametrize(
     ("generation", "preset"),
-    SETS if PROGRAM or os.environ.get("WGGW_ALL_PRESETS") else [("1.5", "dns"), ("3.0", "strong")],
+    SETS if PROGRAM or LONG else [("1.5", "dns"), ("3.0", "strong")],
 )
 def test_a_client_with_our_answer_and_nothing_else_connects(
     topology: Topology, gateway: GatewayProcess, hidden: HiddenClient, generation: str, preset: str
