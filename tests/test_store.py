@@ -288,6 +288,50 @@ def test_counts_and_rows_are_right_after_any_history(
     assert recovered(path) == set(model.values())
 
 
+def everything(store: Store) -> list[Any]:
+    tables = ("peers", "released", "traffic")
+    return [store._db.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["put", "del", "key", "status", "move", "sample"]), st.integers(0, 5)
+        ),
+        max_size=40,
+    )
+)
+def test_replay_gives_the_very_rows_that_the_live_changes_gave(
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, int]]
+) -> None:
+    """Whatever recovery applies at once of what came one after the other."""
+    path = tmp_path_factory.mktemp("replay")
+    spare = 100
+    with closing(opened(path)) as store:
+        for what, number in history:
+            spare += 1
+            known = store.by_id(number + 1)
+            fresh = {
+                "key": {"public_key": a_key(spare)},
+                "status": {"status": "suspended"},
+                "move": {"assigned_ip": f"10.9.0.{spare % 250}"},
+            }
+            if what == "put" and known is None:
+                commit(store, [Step(None, a_peer(number + 1))])
+            elif known and what in fresh:
+                commit(store, [Step(known, known._replace(**fresh[what]))])
+            elif known and what == "del":
+                commit(store, [Step(known, None)])
+            elif known and what == "sample":
+                peer = WirePeer(decode_key(known.public_key), b"", ())
+                store.sample([PeerState(peer, spare, 10 * spare, spare)])
+        store.flush()
+        expected = everything(store), +store.counts
+    with closing(opened(path)) as store:
+        assert (everything(store), +store.counts) == expected
+
+
 def test_pages_give_every_peer_once_in_order(tmp_path: Path) -> None:
     with closing(opened(tmp_path)) as store:
         for number in range(1, 24):
