@@ -113,7 +113,7 @@ import time
 import tty
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http import HTTPStatus
@@ -966,6 +966,17 @@ class PeerState(NamedTuple):
     rx_bytes: int
     tx_bytes: int
     located: bool = False
+
+
+class Reading(NamedTuple):
+    """What an interface counted since another reading.
+
+    A mark is a hash of all that it says of a peer: the same mark, the same counters.
+    """
+
+    peers: int  # on the interface
+    changed: list[tuple[int, PeerState]]  # with their marks
+    same: set[int]  # the marks of the others
 
 
 class Change(NamedTuple):
@@ -4987,7 +4998,7 @@ class Device(NamedTuple):
 
 
 class Backend(Protocol):
-    """One interface. apply() and setup() are called by one thread at a time, read() by another."""
+    """One interface. One thread at a time calls apply() and setup(), one read() and sample()."""
 
     kind: str
 
@@ -5000,10 +5011,13 @@ class Backend(Protocol):
     def alive(self) -> bool:
         """Whether it is still the interface that setup() left behind."""
 
-    def read(self, *, whole: bool = True) -> list[PeerState]:
-        """Every peer with its counters: O(peers). Raises BackendError.
+    def read(self) -> list[PeerState]:
+        """Every peer with its counters: O(peers). Raises BackendError."""
 
-        Without `whole`, peers that changed meanwhile may be missing.
+    def sample(self, known: Container[int]) -> Reading:
+        """What changed: peers whose marks are `known` are not even decoded. Raises BackendError.
+
+        Peers that are set or removed meanwhile may be missing.
         """
 
     def apply(self, changes: Sequence[Change]) -> None:
@@ -5235,11 +5249,55 @@ def _merge_peer(states: list[PeerState], state: PeerState) -> None:
         states.append(state)
 
 
+def sample_wg_device(payloads: Iterable[bytes], known: Container[int]) -> Reading:
+    """Backend.sample() of WG_CMD_GET_DEVICE's answer. Raises CodecError."""
+    changed: list[tuple[int, PeerState]] = []
+    same: set[int] = set()
+    peers, key = 0, b""
+    for payload in payloads:
+        for kind, value in parse_nl_attributes(payload[4:]):
+            if kind != WGDEVICE_A_PEERS:
+                continue
+            for _, block in parse_nl_attributes(value):
+                if block[: 4 + KEY_BYTES] == key:
+                    continue  # more allowed IPs of the last peer: its counters stood there
+                peers, key = peers + 1, block[: 4 + KEY_BYTES]
+                mark = hash(block)
+                if mark in known:
+                    same.add(mark)
+                else:
+                    changed.append((mark, decode_wg_peer(block)))
+    return Reading(peers, changed, same)
+
+
+# What the kernel puts first for a peer (drivers/net/wireguard/netlink.c, get_peer), each behind its
+# header: keys, handshake, keepalive interval, sent, received. Decoded at once where it is so.
+_USUAL_FRONT = struct.Struct("=4s32s4s32s4sqq4s4x4sQ4sQ")
+_USUAL_HEADS = tuple(
+    struct.pack("=HH", 4 + size, kind)
+    for kind, size in (
+        (WGPEER_A_PUBLIC_KEY, KEY_BYTES),
+        (WGPEER_A_PRESHARED_KEY, KEY_BYTES),
+        (WGPEER_A_LAST_HANDSHAKE_TIME, 16),
+        (WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL, 2),
+        (WGPEER_A_TX_BYTES, 8),
+        (WGPEER_A_RX_BYTES, 8),
+    )
+)
+
+
 def decode_wg_peer(data: bytes) -> PeerState:
     key, psk, networks = b"", b"", b""
-    handshake = rx = tx = 0
+    handshake = rx = tx = start = 0
     located = False
-    for kind, value in parse_nl_attributes(data):
+    if len(data) >= _USUAL_FRONT.size:
+        front = _USUAL_FRONT.unpack_from(data)
+        if (*front[0:5:2], front[7], *front[8:11:2]) == _USUAL_HEADS:
+            _, key, _, psk, _, seconds, nanoseconds, _, _, sent, _, received = front
+            handshake = _in_range(seconds or int(nanoseconds != 0), MAX_TIME)
+            rx, tx = _in_range(received, MAX_INTEGER), _in_range(sent, MAX_INTEGER)
+            start = _USUAL_FRONT.size
+    for kind, value in parse_nl_attributes(data[start:]):
         if kind == WGPEER_A_PUBLIC_KEY:
             key = _exactly(value, KEY_BYTES, "public key")
         elif kind == WGPEER_A_PRESHARED_KEY:
@@ -5257,12 +5315,23 @@ def decode_wg_peer(data: bytes) -> PeerState:
             located = True
     if not key:
         raise CodecError("wireguard: a peer without a public key")
-    allowed = sorted(_decode_allowed_ip(entry) for _, entry in parse_nl_attributes(networks))
-    peer = WirePeer(key, psk if any(psk) else b"", tuple(allowed))
+    allowed = sorted([_decode_allowed_ip(entry) for _, entry in parse_nl_attributes(networks)])
+    peer = WirePeer(key, b"" if psk == bytes(KEY_BYTES) else psk, tuple(allowed))
     return PeerState(peer, handshake, rx, tx, located)
 
 
+# An allowed IP as the kernel puts it: mask, family and address, for each address length.
+_MASK_HEAD = struct.pack("=HH", 5, WGALLOWEDIP_A_CIDR_MASK)
+_ADDRESS_HEADS = {
+    size: struct.pack("=HHH2xHH", 6, WGALLOWEDIP_A_FAMILY, family, 4 + size, WGALLOWEDIP_A_IPADDR)
+    for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16))
+}
+
+
 def _decode_allowed_ip(data: bytes) -> bytes:
+    address_head = _ADDRESS_HEADS.get(len(data) - 20)
+    if data[:4] == _MASK_HEAD and data[8:20] == address_head and data[4] <= 8 * (len(data) - 20):
+        return data[20:] + data[4:5]
     entry = dict(parse_nl_attributes(data))
     address = entry.get(WGALLOWEDIP_A_IPADDR, b"")
     mask = entry.get(WGALLOWEDIP_A_CIDR_MASK, b"")
@@ -5518,8 +5587,11 @@ class NetlinkBackend:
     def alive(self) -> bool:
         return self._route.is_right(self._link, self._index)
 
-    def read(self, *, whole: bool = True) -> list[PeerState]:
-        return self._dump(self._reader, whole)[1]
+    def read(self) -> list[PeerState]:
+        return self._dump(self._reader)[1]
+
+    def sample(self, known: Container[int]) -> Reading:
+        return sample_wg_device(self._raw_dump(self._reader, whole=False), known)
 
     def apply(self, changes: Sequence[Change]) -> None:
         for payload in encode_wg_batches(self._link.name, changes):
@@ -5536,14 +5608,16 @@ class NetlinkBackend:
         except NetlinkError as error:
             raise BackendError(f"{self._link.name}: {error}") from None
 
-    def _dump(self, netlink: NetlinkSocket, whole: bool = True) -> tuple[Device, list[PeerState]]:
+    def _dump(self, netlink: NetlinkSocket) -> tuple[Device, list[PeerState]]:
+        return decode_wg_device(self._raw_dump(netlink, whole=True), self._family)
+
+    def _raw_dump(self, netlink: NetlinkSocket, whole: bool) -> list[bytes]:
         head = nl_attribute(WGDEVICE_A_IFNAME, self._link.name.encode("ascii") + b"\0")
         try:
             command = genl(WG_CMD_GET_DEVICE, self._family.version, head)
-            payloads = netlink.dump(self._family.id, command, whole)
+            return netlink.dump(self._family.id, command, whole)
         except NetlinkError as error:
             raise BackendError(f"{self._link.name}: {error}") from None
-        return decode_wg_device(payloads, self._family)
 
 
 # --- UAPI: the cross-platform text protocol (wireguard.com/xplatform) -----------------------------
@@ -5568,32 +5642,55 @@ def encode_uapi_changes(changes: Iterable[Change]) -> bytes:
 
 def decode_uapi_device(text: bytes) -> tuple[Device, list[PeerState]]:
     """The answer to `get=1`, up to and with `errno=0`. Raises CodecError, BackendError."""
-    private_key, port = b"", 0
-    parameters: dict[str, Any] = {}
-    peers: list[dict[str, Any]] = []
-    status = None
+    head, blocks = split_uapi_device(text)
+    return _decode_uapi_head(head), [decode_uapi_peer(block) for block in blocks]
+
+
+def sample_uapi_device(text: bytes, known: Container[int]) -> Reading:
+    """Backend.sample() of the answer to `get=1`. Raises CodecError, BackendError."""
+    _, blocks = split_uapi_device(text)
+    marks = [hash(block) for block in blocks]
+    changed = [
+        (mark, decode_uapi_peer(block))
+        for mark, block in zip(marks, blocks, strict=True)
+        if mark not in known
+    ]
+    return Reading(len(blocks), changed, {mark for mark in marks if mark in known})
+
+
+def split_uapi_device(text: bytes) -> tuple[bytes, list[bytes]]:
+    """The interface's lines, and of each peer what follows "public_key="."""
+    body, found, status = text.rpartition(b"errno=")
+    number = re.fullmatch(rb"(-?[0-9]{1,6})\n", status) if found else None
+    check_uapi_status(int(number[1]) if number and body[-1:] in (b"", b"\n") else None)
+    head, *blocks = (b"\n" + body).split(b"\npublic_key=")
+    return head[1:], blocks
+
+
+def _uapi_lines(text: bytes) -> Iterator[tuple[str, str]]:
     for line in text.decode("ascii", "replace").splitlines():
         name, separator, value = line.partition("=")
         if not separator:
             raise CodecError("UAPI: a line without =")
+        if name == "errno":
+            raise CodecError("UAPI: a second errno")
+        yield name, value
+
+
+def _decode_uapi_head(text: bytes) -> Device:
+    private_key, port = b"", 0
+    parameters: dict[str, Any] = {}
+    for name, value in _uapi_lines(text):
         try:
-            if name == "errno":
-                status = int(value)
-            elif name == "public_key":
-                peers.append({"key": _uapi_key(value), "psk": b"", "networks": []})
-            elif peers:
-                _uapi_peer_line(peers[-1], name, value)
-            elif name == "private_key":
+            if name == "private_key":
                 private_key = _uapi_key(value)
             elif name == "listen_port":
                 port = _uapi_integer(value)
             elif name in AWG_PARAMETERS:
                 parameters[name] = decode_uapi_parameter(AWG_PARAMETERS[name].kind, value)
-        except (ValueError, OSError):
+        except ValueError:
             raise CodecError(f"UAPI: a bad value of {name[:40]}") from None
-    check_uapi_status(status)
-    device = Device(private_key if any(private_key) else b"", port, Obfuscation(**parameters))
-    return device, [_uapi_state(peer) for peer in peers]
+    return Device(private_key if any(private_key) else b"", port, Obfuscation(**parameters))
 
 
 def decode_uapi_parameter(kind: str, value: str) -> Any:
@@ -5647,33 +5744,48 @@ def _uapi_integer(value: str) -> int:
     return int(value)
 
 
-def _uapi_peer_line(peer: dict[str, Any], name: str, value: str) -> None:
-    if name == "preshared_key":
-        peer["psk"] = _uapi_key(value)
-    elif name == "allowed_ip":
-        network = ipaddress.ip_network(value)
-        peer["networks"].append(network.network_address.packed + bytes([network.prefixlen]))
-    elif name in (
-        "last_handshake_time_sec",
-        "last_handshake_time_nsec",
-        "rx_bytes",
-        "tx_bytes",
-    ):
-        peer[name] = _uapi_integer(value)
-    elif name == "endpoint":
-        peer["located"] = True
-
-
-def _uapi_state(peer: dict[str, Any]) -> PeerState:
-    psk = peer["psk"] if any(peer["psk"]) else b""
-    handshake = peer.get("last_handshake_time_sec", 0)
+def decode_uapi_peer(block: bytes) -> PeerState:
+    """A peer's lines behind "public_key=". Raises CodecError."""
+    key = psk = b""
+    networks: list[bytes] = []
+    numbers = dict.fromkeys(_UAPI_NUMBERS, 0)
+    located = False
+    for name, value in _uapi_lines(b"public_key=" + block):
+        try:
+            if name == "public_key":
+                key = _uapi_key(value)
+            elif name == "preshared_key":
+                psk = _uapi_key(value)
+            elif name == "allowed_ip":
+                networks.append(_uapi_network(value))
+            elif name in numbers:
+                numbers[name] = _uapi_integer(value)
+            elif name == "endpoint":
+                located = True
+        except (ValueError, OSError):
+            raise CodecError(f"UAPI: a bad value of {name[:40]}") from None
+    seconds, nanoseconds, rx, tx = numbers.values()
     return PeerState(
-        WirePeer(peer["key"], psk, tuple(sorted(peer["networks"]))),
-        _in_range(handshake or int(peer.get("last_handshake_time_nsec", 0) != 0), MAX_TIME),
-        peer.get("rx_bytes", 0),
-        peer.get("tx_bytes", 0),
-        peer.get("located", False),
+        WirePeer(key, psk if any(psk) else b"", tuple(sorted(networks))),
+        _in_range(seconds or int(nanoseconds != 0), MAX_TIME),
+        rx,
+        tx,
+        located,
     )
+
+
+_UAPI_NUMBERS = ("last_handshake_time_sec", "last_handshake_time_nsec", "rx_bytes", "tx_bytes")
+
+
+def _uapi_network(value: str) -> bytes:
+    """ "10.0.0.1/32" as packed address and prefix byte. Raises ValueError, OSError."""
+    address, _, prefix = value.partition("/")
+    packed = socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+    length = _uapi_integer(prefix)
+    host_bits = 8 * len(packed) - length
+    if host_bits < 0 or int.from_bytes(packed, "big") & ((1 << host_bits) - 1):
+        raise ValueError
+    return packed + bytes([length])
 
 
 class UapiConnection:
@@ -5811,8 +5923,11 @@ class UapiBackend:
             return False
         return self._route.is_right(self._link, self._index) and uapi_answers(self._path)
 
-    def read(self, *, whole: bool = True) -> list[PeerState]:
+    def read(self) -> list[PeerState]:
         return decode_uapi_device(self._reader.exchange(b"get=1\n\n"))[1]
+
+    def sample(self, known: Container[int]) -> Reading:
+        return sample_uapi_device(self._reader.exchange(b"get=1\n\n"), known)
 
     def apply(self, changes: Sequence[Change]) -> None:
         for start in range(0, len(changes), READ_CHUNK):
@@ -5843,8 +5958,13 @@ class MemoryBackend:
     def alive(self) -> bool:
         return True
 
-    def read(self, *, whole: bool = True) -> list[PeerState]:
+    def read(self) -> list[PeerState]:
         return [PeerState(peer, 0, 0, 0) for peer in tuple(self._peers.values())]
+
+    def sample(self, known: Container[int]) -> Reading:
+        marked = [(hash(state), state) for state in self.read()]
+        changed = [(mark, state) for mark, state in marked if mark not in known]
+        return Reading(len(marked), changed, {mark for mark, _ in marked if mark in known})
 
     def apply(self, changes: Sequence[Change]) -> None:
         for public_key, peer in changes:
@@ -6545,6 +6665,7 @@ class Gateway:
         self._touched: set[bytes] | None = None  # keys changed while an interface is being read
         self._newborn: dict[str, set[bytes]] = {}  # by interface: see _scrub
         self._parked: dict[str, dict[bytes, Parked]] = collections.defaultdict(dict)
+        self._marks: dict[str, set[int]] = {}  # by interface, of counters that the store has
         self._counted: dict[str, tuple[int, int]] = {}  # bytes received and sent, by interface
         self._over_quota: set[str] = set()  # public keys to look at
         self._parking_psk = secrets.token_bytes(KEY_BYTES)  # no client has it: no handshake
@@ -7591,6 +7712,7 @@ class Gateway:
             with self.lock:
                 parked = set(self._parked[interface.name])
             states = interface.backend.read()
+            self._marks.pop(interface.name, None)
             self._account(interface, states, touched, whole=True)
             actual = {s.peer.public_key: s.peer for s in states if s.peer.public_key not in parked}
             present = len(actual)
@@ -7685,12 +7807,24 @@ class Gateway:
             LOG.debug("%s: forgot where %d peers are", interface.name, scrubbed)
 
     def _read(self, interface: Interface, touched: set[bytes]) -> tuple[Sequence[PeerState], int]:
-        """Take one interface's counters; returns its peers, and how many are not parked."""
+        """Take one interface's counters, and parked keys off it.
+
+        Returns its peers, without those that are as they were unless PRIVACY_SCRUB looks at them
+        all; and how many there are, parked ones not counted.
+        """
         with self.lock:
             parked = set(self._parked[interface.name])
-        states = interface.backend.read(whole=False)
+            known = set() if self.config.privacy_scrub else self._marks.pop(interface.name, set())
+        reading = interface.backend.sample(known)
+        states = [state for _, state in reading.changed]
         self._account(interface, states, touched, whole=False)
-        return states, sum(state.peer.public_key not in parked for state in states)
+        with self.lock:  # what was not accounted for is looked at again
+            left_out = touched | self._parked[interface.name].keys()
+            reading.same.update(
+                mark for mark, s in reading.changed if s.peer.public_key not in left_out
+            )
+            self._marks[interface.name] = reading.same
+        return states, reading.peers - sum(s.peer.public_key in parked for s in states)
 
     def _account(
         self, interface: Interface, states: Sequence[PeerState], touched: set[bytes], whole: bool

@@ -93,6 +93,20 @@ class BackendContract:
         put(backend, wanted, wanted)
         assert held(backend) == {wanted}
 
+    def test_sample_is_what_changed_since_the_last(self, backend: wggw.Backend) -> None:
+        put(backend, *(peer(n, *hosts(n)) for n in range(5)))
+        first = backend.sample(set())
+        assert sorted(state for _, state in first.changed) == sorted(backend.read())
+        marks = {mark for mark, _ in first.changed}
+        # The text of the last one differs by a line end from the same peer's in another place.
+        second = backend.sample(marks)
+        assert second.peers == first.peers == 5 and len(second.same) >= 3
+        changed = peer(2, *hosts(7), psk="new")
+        put(backend, changed)
+        remove(backend, peer(3))
+        third = backend.sample(marks)
+        assert third.peers == 4 and changed in [state.peer for _, state in third.changed]
+
     def test_removing_takes_that_peer_and_no_other(self, backend: wggw.Backend) -> None:
         first, second, third = (peer(n, *hosts(n)) for n in range(3))
         put(backend, first, second, third)

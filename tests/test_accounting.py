@@ -61,7 +61,7 @@ class CountingBackend(wggw.MemoryBackend):
         peer = self._peers.get(key)
         return peer is not None and bool(peer.allowed_ips) and peer.preshared_key == psk
 
-    def read(self, *, whole: bool = True) -> list[wggw.PeerState]:
+    def read(self) -> list[wggw.PeerState]:
         return [
             wggw.PeerState(peer, 0, *self.counters[key]) for key, peer in tuple(self._peers.items())
         ]

@@ -42,9 +42,9 @@ class BreakableBackend(wggw.MemoryBackend):
     def alive(self) -> bool:
         return not self.broken
 
-    def read(self, *, whole: bool = True) -> list[wggw.PeerState]:
+    def read(self) -> list[wggw.PeerState]:
         self._check()
-        return [s._replace(rx_bytes=100, last_handshake=1000) for s in super().read(whole=whole)]
+        return [s._replace(rx_bytes=100, last_handshake=1000) for s in super().read()]
 
     def apply(self, changes: Sequence[wggw.Change]) -> None:
         self._check()

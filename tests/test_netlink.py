@@ -20,8 +20,10 @@ from wggw import (
     Device,
     NetlinkMessage,
     PeerState,
+    Reading,
     WirePeer,
     decode_wg_device,
+    decode_wg_peer,
     encode_wg_batches,
     genl,
     nl_attribute,
@@ -29,6 +31,7 @@ from wggw import (
     parse_nl_attributes,
     parse_nl_error,
     parse_nl_messages,
+    sample_wg_device,
 )
 
 pytestmark = [
@@ -146,6 +149,44 @@ def test_message_is_the_golden_bytes() -> None:
 
 def test_dump_over_two_messages_merges_the_peer_that_they_share() -> None:
     assert decode_wg_device([DUMP_1, DUMP_2]) == (Device(PRIVATE, 51820), STATES)
+
+
+def test_sample_decodes_only_what_changed() -> None:
+    payloads = [DUMP_1, DUMP_2]
+    first = sample_wg_device(payloads, set())
+    cut = PEER_A._replace(allowed_ips=(V4,))  # more of them stand in the second message
+    assert [state for _, state in first.changed] == [STATES[0]._replace(peer=cut), STATES[1]]
+    marks = {mark for mark, _ in first.changed}
+    assert sample_wg_device(payloads, marks) == Reading(2, [], marks)
+    shaken = DUMP_2.replace(octets("0600" + "00" * 16), octets("0600 01" + "00" * 15))
+    ((_, state),) = sample_wg_device([DUMP_1, shaken], marks).changed
+    assert (state.peer.public_key, state.last_handshake) == (KEY_B, 1)
+
+
+def test_usual_layout_and_any_other_order_say_the_same() -> None:
+    """The kernel's own order is decoded at once, any other one attribute by attribute."""
+    networks = []
+    for network, family in ((V4, 2), (V6, 10)):
+        parts = [
+            nl_attribute(3, network[-1:]),
+            nl_attribute(1, struct.pack("=H", family)),
+            nl_attribute(2, network[:-1]),
+        ]
+        networks.append(parts)
+    parts = [
+        nl_attribute(1, KEY_A),
+        nl_attribute(2, PSK),
+        nl_attribute(6, struct.pack("=qq", 0x69372600, 5)),
+        nl_attribute(5, struct.pack("=H", 25)),
+        nl_attribute(8, struct.pack("=Q", 512)),
+        nl_attribute(7, struct.pack("=Q", 256)),
+        nl_attribute(10, struct.pack("=I", 1)),
+        nl_attribute(4, bytes(16)),
+    ]
+    for order in (lambda items: items, lambda items: items[::-1]):
+        allowed = b"".join(nl_attribute(0x8000, b"".join(order(entry))) for entry in networks)
+        data = b"".join(order([*parts, nl_attribute(0x8009, allowed)]))
+        assert decode_wg_peer(data) == STATES[0]
 
 
 def test_dump_without_a_private_key_has_none() -> None:

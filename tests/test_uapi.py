@@ -17,9 +17,11 @@ from wggw import (
     CodecError,
     Device,
     PeerState,
+    Reading,
     WirePeer,
     decode_uapi_device,
     encode_uapi_changes,
+    sample_uapi_device,
 )
 
 PRIVATE = "e84b5a6d2717c1003a13b431570353dbaca9146cf150c5f8575680feba52027a"
@@ -141,8 +143,7 @@ def survives(data: bytes) -> bool:
 
 def test_every_truncation_is_an_error() -> None:
     """Also one at the end of a line: the answer is whole only with its errno."""
-    whole = len(ANSWER) - 1  # the last line end is no part of the answer's meaning
-    assert [n for n in range(len(ANSWER)) if survives(ANSWER[:n])] == [whole]
+    assert not any(survives(ANSWER[:n]) for n in range(len(ANSWER)))
 
 
 def test_every_garbled_byte_is_an_error_or_a_value() -> None:
@@ -206,3 +207,22 @@ def test_refusal_is_an_error_with_the_systems_words() -> None:
 def test_answer_without_errno_is_a_codec_error() -> None:
     with pytest.raises(CodecError):
         decode_uapi_device(b"")
+
+
+def test_sample_decodes_only_what_changed() -> None:
+    first = sample_uapi_device(ANSWER, set())
+    assert first.peers == len(first.changed) > 1 and not first.same
+    assert [state for _, state in first.changed] == decode_uapi_device(ANSWER)[1]
+    marks = {mark for mark, _ in first.changed}
+    assert sample_uapi_device(ANSWER, marks) == Reading(first.peers, [], marks)
+    counted = ANSWER.replace(b"rx_bytes=2224", b"rx_bytes=2225")
+    again = sample_uapi_device(counted, marks)
+    assert [state.rx_bytes for _, state in again.changed] == [2225]
+    assert again.peers == first.peers and len(again.same) == first.peers - 1
+
+
+def test_sample_of_a_failed_or_cut_answer_is_an_error() -> None:
+    with pytest.raises(BackendError):
+        sample_uapi_device(b"errno=1\n", set())
+    with pytest.raises(CodecError):
+        sample_uapi_device(ANSWER[:-10], set())
