@@ -119,7 +119,7 @@ from datetime import datetime, timezone
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeGuard, TypeVar, cast
 
 __version__ = "0.1.0"
 PYTHON_VERSION = ".".join(map(str, sys.version_info[:3]))
@@ -182,6 +182,7 @@ JOURNAL_LIMIT = 16 * 2**20  # bytes: five samples of 60,000 peers; then a snapsh
 PARKED_CHUNK = 8  # removals per hold of the lock: each costs a kernel an RCU grace period
 READ_CHUNK = 500  # rows handled per hold of the domain lock by work that is O(peers): about 5 ms
 HOLD_SECONDS = 0.01  # what a part of a desired state should hold the domain lock: it may take 0.05
+MAX_MERGED = 50  # creates of a batch that are one change: about 5 ms
 MAX_PART = 400  # peers in a part
 BREATH_SECONDS = 0.0002  # between two holds: without it, nobody else gets the lock
 BODY_RATE = 250_000  # bytes a second below which a streamed body is cut off
@@ -2732,6 +2733,13 @@ class AddressPool:
         if offset > self._last:
             return None
         return self._text(offset)
+
+    def upcoming(self) -> Iterator[str]:
+        """The addresses that take() would give, one after the other, while nothing changes."""
+        low = range(self._fresh, min(self._last, FRESH_SPAN) + 1)
+        high = range(max(self._fresh, FRESH_SPAN + 1), self._last + 1)
+        fresh = ((o for o in part if o not in self._ahead) for part in (low, high))
+        return map(self._text, itertools.chain(next(fresh), self._released, next(fresh)))
 
     def take(self) -> str | None:
         """Hold the next address and return it, or None when all are held."""
@@ -6528,6 +6536,10 @@ _PROTOCOLS: Mapping[str | None, tuple[str, ...]] = {
 }
 
 
+# Of a batch: its name and decoded fields, or what is wrong with it.
+BatchOperation = tuple[str, Mapping[str, Any]] | GatewayError
+
+
 class Desired(NamedTuple):
     """An element of a desired state: where it stands, for errors, and its decoded fields."""
 
@@ -6824,13 +6836,40 @@ class Gateway:
         self._sweep()
         return outcome
 
-    def batch(
-        self, operations: Sequence[tuple[str, Mapping[str, Any]] | GatewayError]
-    ) -> list[Outcome | GatewayError]:
+    def batch(self, operations: Sequence[BatchOperation]) -> list[Outcome | GatewayError]:
         """Each operation atomic, in order, and one wait for the disk for all of them.
 
         An error among `operations` is one that decoding found: it is passed on in its place.
+        Creates that follow each other reach interface and journal together.
         """
+        results: list[Outcome | GatewayError] = []
+        for creates, run in itertools.groupby(operations, _is_create):
+            results += (self._create_many if creates else self._one_by_one)([*run])
+        numbers = [r.number for r in results if isinstance(r, Outcome)]
+        with self.lock:  # a refusal may be so because of a change not yet on disk
+            numbers.append(self._last_pending())
+        with contextlib.suppress(Unavailable):  # each result is looked at below
+            self._settle(max(numbers))
+        self._sweep()
+        lost = Unavailable("the disk refused the change: nothing was changed")
+        return [
+            lost if isinstance(r, Outcome) and self.store.is_lost(r.number) else r for r in results
+        ]
+
+    def _create_many(self, creates: Sequence[BatchOperation]) -> list[Outcome | GatewayError]:
+        """Creates of a batch, some in one change; by themselves where that is refused."""
+        results: list[Outcome | GatewayError] = []
+        for start in range(0, len(creates), MAX_MERGED):
+            chunk = creates[start : start + MAX_MERGED]
+            try:
+                with self.lock:
+                    results += self._create_together([op[1] for op in chunk if _is_create(op)])
+            except GatewayError:  # a key that is there, an address that is not free, no room
+                results += self._one_by_one(chunk)
+        return results
+
+    def _one_by_one(self, operations: Sequence[BatchOperation]) -> list[Outcome | GatewayError]:
+        """Operations of a batch, each by itself."""
         rules: dict[str, Callable[[Mapping[str, Any]], Outcome]] = {
             "create": self._create,
             "delete": self._delete,
@@ -6848,16 +6887,25 @@ class Gateway:
                     results.append(rules[name](fields))
             except GatewayError as error:
                 results.append(error)
-        numbers = [r.number for r in results if isinstance(r, Outcome)]
-        with self.lock:  # a refusal may be so because of a change not yet on disk
-            numbers.append(self._last_pending())
-        with contextlib.suppress(Unavailable):  # each result is looked at below
-            self._settle(max(numbers))
-        self._sweep()
-        lost = Unavailable("the disk refused the change: nothing was changed")
-        return [
-            lost if isinstance(r, Outcome) and self.store.is_lost(r.number) else r for r in results
-        ]
+        return results
+
+    def _create_together(self, given: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+        """Make peers that are all new, or none. Under the lock. Raises GatewayError."""
+        upcoming: dict[int, Iterator[str]] = {}  # by pool: what its next ones would be given
+
+        def choose(fields: Mapping[str, Any], interface: Interface, family: str) -> str:
+            pool = interface.pools[family]
+            if fields.get(ADDRESS_FIELD[family]) is None:
+                address = next(upcoming.setdefault(id(pool), pool.upcoming()), None)
+                if address is not None:
+                    return address
+            return self._address_for(fields, interface, family)
+
+        peers = [self._new_peer(fields, choose) for fields in given]
+        numbered = enumerate(peers, self.store.new_id())
+        steps = [Step(None, peer._replace(id=number)) for number, peer in numbered]
+        number = self._change(steps)
+        return [Outcome(True, cast(Peer, step.after), Traffic(), number) for step in steps]
 
     def _do(
         self, rule: Callable[[Mapping[str, Any]], Outcome], fields: Mapping[str, Any]
@@ -8067,6 +8115,10 @@ class Gateway:
     def flush(self) -> None:
         with contextlib.suppress(DiskError):  # seen by the next change, mended by heal()
             self.store.flush()
+
+
+def _is_create(operation: BatchOperation) -> TypeGuard[tuple[str, Mapping[str, Any]]]:
+    return not isinstance(operation, GatewayError) and operation[0] == "create"
 
 
 @contextlib.contextmanager

@@ -205,6 +205,19 @@ def test_behind_the_fresh_span_released_addresses_go_first(monkeypatch: pytest.M
     assert pool.take() == "fd42::5"  # nothing was released: on with fresh ones
 
 
+def test_upcoming_addresses_are_those_that_are_then_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wggw.FRESH_SPAN", 6)
+    for subnet in ("10.0.0.0/28", "fd42::/124"):
+        pool = pool_of(subnet)
+        first = [pool.take() for _ in range(4)]
+        pool.claim(list(pool.upcoming())[3])
+        for address in (first[2], first[0]):
+            pool.release(str(address))
+        upcoming = list(pool.upcoming())
+        assert upcoming == [pool.take() for _ in upcoming]
+        assert pool.take() is None
+
+
 def test_memory_for_released_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A /64 under churn remembers at most FRESH_SPAN addresses, not every one it ever gave."""
     monkeypatch.setattr("wggw.FRESH_SPAN", 50)

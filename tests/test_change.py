@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import time
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import Client, a_key, path_key, wait_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sync import Box
+
+import wggw
 
 PATH = "/api/v1/configurations"
 
@@ -151,3 +157,60 @@ def test_batch_of_a_thousand_is_durable_and_one_more_is_refused(client: Client) 
     answer = client.send("POST", f"{PATH}/batch", {"operations": operations[:1000]})
     said = [result["status"] for result in answer.json["results"]]
     assert said == ["created"] * 253 + [503] * 747
+
+
+CREATES = st.lists(
+    st.tuples(st.integers(0, 20), st.one_of(st.none(), st.integers(1, 20))), min_size=1, max_size=20
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches=st.lists(CREATES, min_size=1, max_size=3), gone=st.sets(st.integers(0, 20)))
+def test_creates_of_a_batch_do_together_what_they_would_do_one_by_one(
+    tmp_path_factory: pytest.TempPathFactory,
+    batches: list[list[tuple[int, int | None]]],
+    gone: set[int],
+) -> None:
+    """Keys that are there or come twice, addresses that are taken or run out: 13 in the subnet."""
+    boxes = []
+    for name in ("together", "alone"):
+        directory = tmp_path_factory.mktemp(name)
+        boxes.append(Box(directory, "10.0.0.0/28"))
+    together, alone = (box.gateway for box in boxes)
+    for creates in batches:
+        operations: list[wggw.BatchOperation] = [
+            ("create", {"public_key": a_key(n), "assigned_ip": at and f"10.0.0.{at}"})
+            for n, at in creates
+        ]
+        results = together.batch(operations)
+        expected = [result for op in operations for result in alone.batch([op])]
+        assert [shown(result) for result in results] == [shown(result) for result in expected]
+        for number in gone:
+            for gateway in (together, alone):
+                gateway.batch([("delete", {"public_key": a_key(number)})])
+        states = [box.state() for box in boxes]
+        assert [timeless(*state) for state in states] == 2 * [timeless(*states[0])]
+
+
+def timeless(peers: list[wggw.Peer], *rest: Any) -> Any:
+    return [peer._replace(created_at=0) for peer in peers], *rest
+
+
+def shown(result: wggw.Outcome | wggw.GatewayError) -> Any:
+    if isinstance(result, wggw.GatewayError):
+        return result.status, result.detail
+    return result.changed, result.peer._replace(created_at=0)
+
+
+def test_creates_of_a_batch_reach_the_interface_together(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    sizes: list[int] = []
+    apply = box.backend.apply
+    box.backend.apply = lambda changes: (sizes.append(len(changes)), apply(changes))[1]  # type: ignore[method-assign,func-returns-value]
+    operations: list[wggw.BatchOperation] = [
+        ("create", {"public_key": a_key(n)}) for n in range(95)
+    ]
+    results = box.gateway.batch(operations)
+    assert all(isinstance(result, wggw.Outcome) and result.changed for result in results)
+    assert [size for size in sizes if size] == [wggw.MAX_MERGED, 95 - wggw.MAX_MERGED]
+    assert len(box.state()[0]) == 95

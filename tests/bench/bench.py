@@ -1,370 +1,571 @@
 #!/usr/bin/env python3
-"""Measures a gateway from outside and prints one table: figure, unit, measured, target.
+"""Measures a gateway from outside and prints one table: figure, unit, target, value, reference.
 
-Times mean little on shared machines; beside them stands a reference from the same run: a plain
-http.server that echoes over TLS. As root everything runs in a network namespace of its own, so
-that wireguard-go can be measured too.
+Times mean little on shared machines; beside them stands a reference from the same run that anyone
+can repeat: `wg`, or a plain http.server that echoes over TLS. As root everything runs in a network
+namespace of its own, so that wireguard-go can be measured too; --vm does the same in the guest of
+tests/vm, with the kernel's WireGuard.
 
-    python3 tests/bench/bench.py [--peers 10000] [--seconds 4] [--backend memory,uapi]
+    python3 tests/bench/bench.py                      # everything: about 12 minutes
+    python3 tests/bench/bench.py --vm                 # kernel WireGuard: about 15 minutes
+    python3 tests/bench/bench.py --peers 2000 --seconds 1 --only create,full
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
+import json
 import os
+import platform
+import random
+import re
 import shutil
-import signal
-import socket
-import ssl
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness import GatewayProcess, free_port, sign, wait_for
+import inside
+import load
+from harness import ROOT, GatewayProcess
+from load import COLLECTION, Connection, Echoes, Scratch, in_turns, request
 
 IN_NAMESPACE = "WGGW_BENCH_NAMESPACE"
-TURNS = 5  # of two measurements that are compared
+BATCH = 1000  # operations
+START_SECONDS = 300  # a guest is slow
 
 
-class Row(NamedTuple):
-    figure: str
-    value: str
+class Figure(NamedTuple):
+    text: str
+    unit: str
     target: str = ""
 
 
-class Connection:
-    """A kept-alive TLS connection that writes whole requests and reads whole answers."""
+FIGURES = {
+    "echo": Figure("http.server echo over TLS, 8 connections", "requests/s"),
+    "first": Figure("first start to ready: keys, certificate", "ms"),
+    "start": Figure("start to ready, empty", "ms", "≤ 250"),
+    "memory empty": Figure("resident memory, empty", "MB", "≤ 35"),
+    "latency": Figure("create, 1 connection, DURABILITY=none, median", "ms", "≤ 0.4"),
+    "create": Figure("creates, 8 connections", "1/s", "≥ 70 % of the echo"),
+    "cost": Figure("cost of a create", "ms", "≤ 1.15 × (memory backend + own set)"),
+    "batch": Figure("batch creates, per peer", "µs", "≤ 1.2 × own cost + 40"),
+    "none 1": Figure("creates, DURABILITY=none, 1 connection", "1/s"),
+    "interval 1": Figure("creates, DURABILITY=interval, 1 connection", "1/s"),
+    "commit 1": Figure("creates, DURABILITY=commit, 1 connection", "1/s"),
+    "none 8": Figure("creates, DURABILITY=none, 8 connections", "1/s"),
+    "interval 8": Figure("creates, DURABILITY=interval, 8 connections", "1/s"),
+    "commit 8": Figure("creates, DURABILITY=commit, 8 connections", "1/s", "≥ 60 % of none"),
+    "recovery snapshot": Figure("recovery of N peers from a snapshot", "s", "< 2"),
+    "recovery journal": Figure("recovery from a journal of N records", "s", "< 2"),
+    "start journal": Figure("start to ready, journal of N records", "s"),
+    "start N/6": Figure("start to ready, N/6 peers to restore", "s", "≤ 1.3 × syncconf + 0.4"),
+    "start N": Figure("start to ready, N peers to restore", "s", "≤ 1.3 × syncconf + 1.2"),
+    "restart": Figure("restart, N peers on the interface, none touched", "s", "≤ 2"),
+    "memory N/6": Figure("resident memory, N/6 peers", "MB", "≤ 60"),
+    "memory N": Figure("resident memory, N peers", "MB", "≤ 130"),
+    "idle": Figure("idle at N peers", "% of a core", "≤ 5"),
+    "full": Figure("creates above N peers, 8 connections", "1/s", "≥ 95 % of empty"),
+    "get": Figure("GET one at N peers, p99", "ms", "≤ 2"),
+    "page": Figure("GET a page of 100 at N peers, p99", "ms", "≤ 2"),
+    "get busy": Figure("GET one while sampling and snapshots, p99", "ms", "≤ 6"),
+    "page busy": Figure("GET a page of 100 while sampling and snapshots, p99", "ms", "≤ 6"),
+    "sampled": Figure("GET one while sampling, p99", "ms", "≤ 10"),
+    "pause": Figure("longest create with a snapshot a second, at N peers", "ms", "< 20"),
+    "hold": Figure("the lock's hold for a snapshot at N peers, longest", "ms", "< 20"),
+    "sampling": Figure("processor time of a sample of N peers", "ms", "≤ 2 × wg show dump"),
+    "sync": Figure("desired state, N peers onto an empty interface", "s", "≤ 1.3 × syncconf + 2"),
+    "sync others": Figure("longest GET during that", "ms"),
+    "unchanged": Figure("desired state, unchanged", "s", "≤ 1.5"),
+}
+
+
+class Found(NamedTuple):
+    figure: str
+    value: float
+    reference: str = ""
+
+
+class Bench:
+    """One backend at one number of peers. Each section starts and ends its own gateways."""
+
+    def __init__(self, directory: Path, backend: str, arguments: argparse.Namespace, echo: Echoes):
+        self.directory, self.backend, self.echo = directory, backend, echo
+        self.peers: int = arguments.peers
+        self.seconds: float = arguments.seconds
+        self.real = backend != "memory"
+        self._made = 0
+
+    @contextmanager
+    def gateway(
+        self, backend: str = "", place: Path | None = None, **settings: str
+    ) -> Iterator[Any]:
+        """Not started yet; its interface goes with it."""
+        self._made += 1
+        place = place or self.directory / f"gateway{self._made}"
+        place.mkdir(parents=True, exist_ok=True)
+        name = f"wgb{os.getpid() % 100000}n{self._made}"
+        chosen = {
+            "WG_BACKEND": backend or self.backend,
+            "WG_INTERFACE": name,
+            "WG_DEFAULT_PORT": str(51820 + self._made),
+            "WG_IPV4_SUBNET": "10.0.0.0/8",
+            "LOG_LEVEL": "warning",
+            **settings,
+        }
+        gateway = GatewayProcess(place, **chosen)
+        try:
+            yield gateway
+        finally:
+            gateway.close()
+            load.remove_interface(chosen["WG_INTERFACE"])
+
+    @contextmanager
+    def scratch(self) -> Iterator[Scratch]:
+        self._made += 1
+        scratch = Scratch(self.backend, f"wgb{os.getpid() % 100000}n{self._made}")
+        try:
+            yield scratch
+        finally:
+            scratch.close()
+
+    def some_peers(self, count: int, interface: str) -> list[Any]:
+        return [inside.a_peer(n, load.random_key(), interface) for n in range(10, count + 10)]
+
+    # --- sections --------------------------------------------------------------------------------
+
+    def start(self) -> Iterator[Found]:
+        with self.gateway() as gateway:
+            yield Found("first", ready(gateway) * 1000)
+            gateway.stop()
+            times = []
+            for _ in range(5):
+                times.append(ready(gateway) * 1000)
+                memory = load.resident(gateway.process.pid)
+                gateway.stop()
+            yield Found("start", statistics.median(times))
+            yield Found("memory empty", memory)
+
+    def create(self) -> Iterator[Found]:
+        part = self.seconds / 2
+        if not self.real:
+            with self.gateway(DURABILITY="none") as gateway:
+                gateway.start(START_SECONDS)
+                one = load.latencies(gateway.port, self.seconds, load.a_create)
+                yield Found("latency", statistics.median(one) * 1000)
+        with self.gateway() as gateway, self.gateway("memory") as memory:
+            gateway.start(START_SECONDS)
+            jobs = {
+                "create": lambda: load.rate(gateway.port, 8, part),
+                "echo": lambda: load.rate(self.echo.port, 8, part),
+            }
+            if self.real:
+                memory.start(START_SECONDS)
+                jobs["memory"] = lambda: load.rate(memory.port, 8, part)
+            found = in_turns(jobs)
+        yield Found("echo", found["echo"])
+        share = found["create"] / found["echo"]
+        yield Found("create", found["create"], f"echo {found['echo']:.0f}: {share:.0%}")
+        if self.real:
+            with self.scratch() as scratch:
+                count = min(1000, self.peers)
+                own = inside.measure("own_cost", self.backend, scratch.name, count)
+                wg = scratch.sets(min(100, count)) * 1000
+            cost, ideal = 1000 / found["create"], 1000 / found["memory"] + own["single"] * 1000
+            yield Found(
+                "cost",
+                cost,
+                f"memory {1000 / found['memory']:.2f} + set {own['single'] * 1000:.2f}: "
+                f"{cost / ideal:.2f} ×; one `wg set` {wg:.1f}",
+            )
+
+    def batch(self) -> Iterator[Found]:
+        size = min(BATCH, self.peers)
+        own, reference = 0.0, "no interface"
+        if self.real:
+            with self.scratch() as scratch:
+                own = inside.measure("own_cost", self.backend, scratch.name, size)["batch"] * 1e6
+            reference = f"own cost {own:.0f}: {1.2 * own + 40:.0f} allowed"
+        with self.gateway() as gateway:
+            gateway.start(START_SECONDS)
+            connection, times = Connection(gateway.port), []
+            for _ in range(5):
+                operations = [
+                    {"op": "create", "public_key": load.random_key(), "protocol": "dual"}
+                    for _ in range(size)
+                ]
+                body = json.dumps({"operations": operations}).encode()
+                data = request("POST", COLLECTION + "batch", body)
+                started = time.perf_counter()
+                connection.exchange(data)
+                times.append((time.perf_counter() - started) / size * 1e6)
+            connection.close()
+        yield Found("batch", statistics.median(times), reference)
+
+    def durability(self) -> Iterator[Found]:
+        """In turns, because a machine's disk drifts as well; on the memory backend alone."""
+        if self.real:
+            return
+        part = self.seconds / 2
+        with (
+            self.gateway(DURABILITY="none") as none,
+            self.gateway(DURABILITY="interval") as interval,
+            self.gateway(DURABILITY="commit") as commit,
+        ):
+            gateways = {"none": none, "interval": interval, "commit": commit}
+            for gateway in gateways.values():
+                gateway.start(START_SECONDS)
+            for connections in (1, 8):
+                found = in_turns(
+                    {
+                        name: lambda g=g, c=connections: load.rate(g.port, c, part)  # type: ignore[misc]
+                        for name, g in gateways.items()
+                    }
+                )
+                for name, value in found.items():
+                    share = f"{value / found['none']:.0%} of none"
+                    yield Found(f"{name} {connections}", value, share)
+
+    def recovery(self) -> Iterator[Found]:
+        if self.real:
+            return
+        for name in ("snapshot", "journal"):
+            with self.gateway(WG_INTERFACE="wg0") as gateway:
+                path = gateway.directory / "wireguard.db"
+                inside.write_peers(path, self.some_peers(self.peers, "wg0"), name == "snapshot")
+                found = inside.measure("recovery", path)
+                check(found["peers"], self.peers)
+                reference = f"processor {found['processor']:.2f} s"
+                yield Found(f"recovery {name}", found["seconds"], reference)
+                if name == "journal":
+                    yield Found("start journal", ready(gateway))
+
+    def full(self) -> Iterator[Found]:
+        for key, peers in (("N/6", self.peers // 6), ("N", self.peers)):
+            place = self.directory / f"full{peers}"
+            place.mkdir()
+            name = f"wgb{os.getpid() % 100000}f{peers % 1000}"
+            rows = self.some_peers(peers, name)
+            inside.write_peers(place / "wireguard.db", rows, snapshot=True)
+            reference = ""
+            if self.real:
+                with self.scratch() as scratch:
+                    again = scratch.syncconf([row._asdict() for row in rows], self.directory)
+                reference = f"syncconf {again:.2f} s"
+            with self.gateway(place=place, WG_INTERFACE=name) as gateway:
+                if self.real:  # the interface is there, and empty
+                    with self.gateway(WG_INTERFACE=name) as first:
+                        first.start(START_SECONDS)
+                        first.stop()
+                        yield Found(f"start {key}", ready(gateway), reference)
+                        check(load.peer_count(name), peers)
+                        yield Found(f"memory {key}", load.resident(gateway.process.pid))
+                        if key == "N":
+                            yield from self._at_full(gateway, rows)
+                        gateway.close()
+                else:
+                    yield Found(f"start {key}", ready(gateway), reference)
+                    yield Found(f"memory {key}", load.resident(gateway.process.pid))
+                    if key == "N":
+                        yield from self._at_full(gateway, rows)
+
+    def _at_full(self, gateway: GatewayProcess, rows: list[Any]) -> Iterator[Found]:
+        """A gateway that runs with N peers, the calm measurements first."""
+        path = gateway.directory / "wireguard.db"
+        if self.real:
+            stop(gateway)
+            gateway.settings["LOG_LEVEL"] = "info"
+            yield Found("restart", ready(gateway))
+            results = re.findall(r"added=\d+, updated=\d+, removed=\d+", gateway.text())
+            check(results[-1], "added=0, updated=0, removed=0")
+            gateway.settings["LOG_LEVEL"] = "warning"
+            stop(gateway)
+            gateway.start(START_SECONDS)
+        assert gateway.process
+        time.sleep(1)
+        used, began = load.processor(gateway.process.pid), time.perf_counter()
+        time.sleep(min(20.0, 5 * self.seconds))
+        spent = load.processor(gateway.process.pid) - used
+        yield Found("idle", 100 * spent / (time.perf_counter() - began))
+        yield from self._reads(gateway, rows, ("get", "page"))
+        with self.gateway() as empty:
+            empty.start(START_SECONDS)
+            part = self.seconds / 2
+            found = in_turns(
+                {
+                    "full": lambda: load.rate(gateway.port, 8, part),
+                    "empty": lambda: load.rate(empty.port, 8, part),
+                }
+            )
+        share = found["full"] / found["empty"]
+        yield Found("full", found["full"], f"empty {found['empty']:.0f}: {share:.0%}")
+        stop(gateway)
+        if self.real:
+            found = inside.measure("sampling", self.backend, gateway.settings["WG_INTERFACE"], path)
+            times = found["sample"] / found["dump"]
+            reference = f"dump {found['dump'] * 1000:.0f} ms: {times:.1f} ×"
+            yield Found("sampling", found["sample"] * 1000, reference)
+        found = inside.measure("hold", path)
+        yield Found("hold", found["longest"], f"median {found['median']:.1f} ms")
+        # Sampling is O(peers) and has its interval for that: here it goes on all the time.
+        gateway.settings |= {"SAMPLE_INTERVAL": "1"}
+        gateway.start(START_SECONDS)
+        yield from self._reads(gateway, rows, ("sampled",))
+        stop(gateway)
+        gateway.settings |= {"SNAPSHOT_INTERVAL": "1", "DURABILITY": "interval"}
+        gateway.start(START_SECONDS)
+        with trickle(gateway.port):  # or no snapshot would be due
+            yield from self._reads(gateway, rows, ("get busy", "page busy"))
+        stop(gateway)
+        gateway.settings |= {"SAMPLE_INTERVAL": "3600"}
+        gateway.start(START_SECONDS)
+        worst = load.latencies(gateway.port, max(5.0, self.seconds), load.a_create)[-1]
+        yield Found("pause", worst * 1000)
+        stop(gateway)
+
+    def _reads(
+        self, gateway: GatewayProcess, rows: list[Any], figures: tuple[str, ...]
+    ) -> Iterator[Found]:
+        def one() -> bytes:
+            key = random.choice(rows).public_key.replace("/", "_").replace("+", "-")
+            return request("GET", COLLECTION + key)
+
+        pages = Pages(gateway.port)
+        jobs = {"page": pages.next, "page busy": pages.next}
+        for figure in figures:
+            times = load.latencies(gateway.port, max(3.0, self.seconds), jobs.get(figure, one))
+            median = (
+                f"median {statistics.median(times) * 1000:.2f}, longest {times[-1] * 1000:.1f} ms"
+            )
+            yield Found(figure, load.percentile(times, 0.99) * 1000, median)
+
+    def sync(self) -> Iterator[Found]:
+        rows = [row._asdict() for row in self.some_peers(self.peers, "")]
+        reference = "no interface"
+        if self.real:
+            with self.scratch() as scratch:
+                reference = f"syncconf {scratch.syncconf(rows, self.directory):.2f} s"
+        with self.gateway() as gateway:
+            gateway.start(START_SECONDS)
+            connection = Connection(gateway.port)
+            line = rows[0]["public_key"].replace("/", "_").replace("+", "-")
+            data = request("PUT", COLLECTION, load.desired_lines(rows), "application/x-ndjson")
+            others: list[float] = []
+            done = threading.Event()
+
+            def ask() -> None:
+                mine = Connection(gateway.port)
+                while not done.is_set():
+                    started = time.perf_counter()
+                    mine.exchange(request("GET", f"{COLLECTION}?limit=1"))
+                    others.append(time.perf_counter() - started)
+                    time.sleep(0.005)
+                mine.close()
+
+            asking = threading.Thread(target=ask)
+            asking.start()
+            started = time.perf_counter()
+            answer = json.loads(connection.exchange(data))
+            spent = time.perf_counter() - started
+            done.set()
+            asking.join()
+            check(answer["created"], self.peers)
+            if self.real:
+                check(load.peer_count(gateway.settings["WG_INTERFACE"]), self.peers)
+            yield Found("sync", spent, reference)
+            yield Found("sync others", max(others) * 1000, f"of {len(others)}")
+            data = request("PUT", COLLECTION, load.desired_lines(rows), "application/x-ndjson")
+            started = time.perf_counter()
+            answer = json.loads(connection.exchange(data))
+            yield Found("unchanged", time.perf_counter() - started)
+            check(answer["unchanged"], self.peers)
+            connection.close()
+            connection = Connection(gateway.port)
+            connection.exchange(request("GET", COLLECTION + line))
+            connection.close()
+            stop(gateway)
+
+
+SECTIONS: dict[str, Callable[[Bench], Iterator[Found]]] = {
+    "start": Bench.start,
+    "create": Bench.create,
+    "batch": Bench.batch,
+    "durability": Bench.durability,
+    "recovery": Bench.recovery,
+    "full": Bench.full,
+    "sync": Bench.sync,
+}
+
+
+class Pages:
+    """Requests for pages of 100, one after the other and from the beginning again."""
 
     def __init__(self, port: int) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        plain = socket.create_connection(("127.0.0.1", port), timeout=30)
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = context.wrap_socket(plain)
-
-    def exchange(self, request: bytes) -> bytes:
-        self._socket.sendall(request)
-        data = self._socket.recv(65536)
-        while b"\r\n\r\n" not in data:
-            data += self._socket.recv(65536)
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-        while len(body) < length:
-            body += self._socket.recv(65536)
-        if not head.startswith(b"HTTP/1.1 200"):
-            raise SystemExit(f"unexpected answer: {head.decode()} {body.decode()}")
-        return body
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-def create_request(path: str = "/api/v1/configurations/") -> bytes:
-    """A signed create of a random key."""
-    key = base64.b64encode(os.urandom(32)).decode()
-    body = b'{"public_key":"%b","protocol":"dual"}' % key.encode()
-    headers = "".join(f"{name}: {value}\r\n" for name, value in sign(body).items())
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n{headers}\r\n"
-    )
-    return head.encode() + body
-
-
-def rate(port: int, connections: int, seconds: float) -> tuple[float, float]:
-    """Creates per second over so many connections, and the median latency in ms."""
-    latencies: list[list[float]] = [[] for _ in range(connections)]
-    end = time.perf_counter() + seconds
-
-    def work(mine: list[float]) -> None:
         connection = Connection(port)
-        while (started := time.perf_counter()) < end:
-            connection.exchange(create_request())
-            mine.append(time.perf_counter() - started)
+        self._cursors = [""]
+        for _ in range(50):  # further ones cost the same: the growth test holds that
+            path = f"{COLLECTION}?limit=100{self._cursors[-1]}"
+            cursor = json.loads(connection.exchange(request("GET", path)))["next_cursor"]
+            if cursor is None:
+                break
+            self._cursors.append(f"&cursor={cursor}")
         connection.close()
 
-    threads = [threading.Thread(target=work, args=(mine,)) for mine in latencies]
+    def next(self) -> bytes:
+        return request("GET", f"{COLLECTION}?limit=100{random.choice(self._cursors)}")
+
+
+def check(found: object, expected: object) -> None:
+    if found != expected:
+        raise SystemExit(f"measured something else: {found}, not {expected}")
+
+
+def ready(gateway: GatewayProcess) -> float:
+    """Seconds from the start of the process to readiness."""
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    everything = [latency for mine in latencies for latency in mine]
-    elapsed = time.perf_counter() - started
-    return len(everything) / elapsed, statistics.median(everything) * 1000
+    gateway.start(START_SECONDS)
+    return time.perf_counter() - started
 
 
-def fill(port: int, peers: int) -> None:
-    """Create so many peers over four connections."""
+def stop(gateway: GatewayProcess) -> None:
+    """As stop(), with the patience that a guest needs."""
+    assert gateway.process is not None
+    gateway.process.terminate()
+    gateway.process.wait(60)
+    gateway.process = None
 
-    def work(count: int) -> None:
+
+@contextmanager
+def trickle(port: int) -> Iterator[None]:
+    """A create now and then beside what is measured."""
+    ended = threading.Event()
+
+    def work() -> None:
         connection = Connection(port)
-        for _ in range(count):
-            connection.exchange(create_request())
+        while not ended.wait(0.2):
+            connection.exchange(load.a_create())
         connection.close()
 
-    threads = [threading.Thread(target=work, args=(peers // 4,)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
         thread.join()
 
 
-def resident(pid: int) -> float:
-    """Resident memory in MB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
+# --- the table ------------------------------------------------------------------------------------
 
 
-class Echo(BaseHTTPRequestHandler):
-    """The ceiling of the platform: http.server as it is, TLS, a body read and sent back."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-def serve_echo(directory: str, port: int) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(f"{directory}/cert.pem", f"{directory}/key.pem")
-    server = ThreadingHTTPServer(("127.0.0.1", port), Echo)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    server.serve_forever()
+def machine(directory: Path) -> str:
+    """What it was measured on."""
+    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    with (directory / "fsync").open("wb") as file:
+        times = []
+        for _ in range(50):
+            file.write(b"x" * 300)
+            file.flush()
+            started = time.perf_counter()
+            os.fsync(file.fileno())
+            times.append(time.perf_counter() - started)
+    return (
+        f"{os.cpu_count()} × {models[0] if models else platform.machine()}, Linux "
+        f"{platform.release()}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, "
+        f"fsync {statistics.median(times) * 1000:.2f} ms (median)"
+    )
 
 
-class Echoes:
-    """The echo server as a process of its own."""
+def run(arguments: argparse.Namespace) -> None:
+    sections = arguments.only.split(",") if arguments.only else list(SECTIONS)
+    backends = [name for name in arguments.backend.split(",") if usable(name)]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="wggw-bench-") as name:
+        print(machine(Path(name)))
+        print(f"N = {arguments.peers}")
+        line("figure", "unit", "target", "value", "reference")
+        echo = Echoes(Path(name) / "echo")
+        try:
+            for backend in backends:
+                bench = Bench(Path(name) / backend, backend, arguments, echo)
+                bench.directory.mkdir()
+                for section in sections:
+                    if time.monotonic() - began > arguments.minutes * 60:
+                        print(
+                            f"{backend}: {section} left out: {arguments.minutes} minutes are over"
+                        )
+                        continue
+                    for found in SECTIONS[section](bench):
+                        figure = FIGURES[found.figure]
+                        text = f"{backend}: {figure.text}"
+                        value = f"{found.value:.3g}" if found.value < 100 else f"{found.value:.0f}"
+                        line(text, figure.unit, figure.target, value, found.reference)
+        finally:
+            echo.close()
 
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir()
-        gateway = GatewayProcess(directory)  # for its certificate
-        gateway.start()
-        gateway.stop()
-        self._port = free_port()
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--echo", str(directory), "--port", str(self._port)]
-        )
-        wait_for(lambda: _listens(self._port), what="the echo server")
 
-    def rate(self, connections: int, seconds: float) -> float:
-        return rate(self._port, connections, seconds)[0]
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+def line(figure: str, unit: str, target: str, value: str, reference: str) -> None:
+    print(f"{figure:62} {unit:11} {target:36} {value:>8}  {reference}".rstrip(), flush=True)
 
 
-def _listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
+def usable(backend: str) -> bool:
+    if backend == "memory":
+        return True
+    needed = ["wg", "ip", *(["wireguard-go"] if backend == "uapi" else [])]
+    missing = [name for name in needed if not shutil.which(name)]
+    if os.geteuid() or missing:
+        print(f"{backend}: left out: needs root, {', '.join(needed)}")
         return False
     return True
 
 
-def start_time(gateway: GatewayProcess) -> float:
-    """Seconds from the start of the process to readiness."""
-    started = time.perf_counter()
-    gateway.start(120)
-    return time.perf_counter() - started
+def run_in_guest(arguments: argparse.Namespace) -> None:
+    """The same in the guest, where the kernel has WireGuard."""
+    sys.path.insert(0, str(ROOT / "tests" / "vm"))
+    from vm import Guest, image, kernel
 
-
-class Bench:
-    """One backend and durability: a gateway measured empty, full, and full beside an empty one."""
-
-    def __init__(self, directory: Path, backend: str, durability: str, peers: int) -> None:
-        self.name = f"{backend}, {durability}"
-        self.peers = peers
-        self.full = self._gateway(directory / "full", backend, durability, "10.0.0.0/8", 0)
-        self.empty = self._gateway(directory / "empty", backend, durability, "11.0.0.0/8", 1)
-
-    @staticmethod
-    def _gateway(
-        directory: Path, backend: str, durability: str, subnet: str, number: int
-    ) -> GatewayProcess:
-        directory.mkdir(parents=True)
-        return GatewayProcess(
-            directory,
-            WG_BACKEND=backend,
-            WG_INTERFACE=f"wgb{os.getpid() % 100000}n{number}",
-            WG_DEFAULT_PORT=str(51820 + number),
-            WG_IPV4_SUBNET=subnet,
-            WG_IPV6_SUBNET=f"fd42:4242:{number}::/64",
-            DURABILITY=durability,
-            LOG_LEVEL="warning",
-        )
-
-    def close(self) -> None:
-        for gateway in (self.full, self.empty):
-            gateway.close()
-            stop_interface(gateway.settings["WG_INTERFACE"])
-
-    def rows(self, seconds: float, echo: Echoes) -> Iterator[Row]:
-        full = self.full
-        first = start_time(full)  # it makes keys and a certificate
-        full.stop()
-        yield Row(f"{self.name}: first start to ready", f"{first * 1000:.0f} ms")
-        yield Row(
-            f"{self.name}: start to ready, empty", f"{start_time(full) * 1000:.0f} ms", "≤ 250"
-        )
-        yield Row(f"{self.name}: resident, empty", f"{self._resident():.0f} MB", "≤ 35")
-        one, latency = rate(full.port, 1, seconds)
-        yield Row(f"{self.name}: creates/s, 1 connection", f"{one:.0f} ({latency:.2f} ms median)")
-        many, ceiling = in_turn(
-            lambda part: rate(full.port, 8, part)[0], lambda part: echo.rate(8, part), seconds
-        )
-        share = f"{many:.0f} ({many / ceiling:.0%} of the echo's {ceiling:.0f})"
-        yield Row(f"{self.name}: creates/s, 8 connections", share, "≥ 1500, ≥ 70 %")
-        yield from self._full_rows(seconds)
-        yield from self._restart_rows()
-
-    def _full_rows(self, seconds: float) -> Iterator[Row]:
-        full = self.full
-        fill(full.port, self.peers - total_peers(full))
-        yield Row(
-            f"{self.name}: resident, {total_peers(full)} peers",
-            f"{self._resident():.0f} MB",
-            "≤ 60 at 10,000",
-        )
-        self.empty.start()
-        many, few = in_turn(
-            lambda part: rate(full.port, 8, part)[0],
-            lambda part: rate(self.empty.port, 8, part)[0],
-            seconds,
-        )
-        yield Row(
-            f"{self.name}: creates/s, 8 connections, above {self.peers} peers",
-            f"{many:.0f} ({many / few:.0%} of {few:.0f} when empty)",
-            "≥ 95 %",
-        )
-
-    def _restart_rows(self) -> Iterator[Row]:
-        full = self.full
-        total = total_peers(full)
-        full.stop()
-        yield Row(f"{self.name}: restart, {total} peers there", f"{start_time(full):.2f} s")
-        full.stop()
-        stop_interface(full.settings["WG_INTERFACE"])
-        yield Row(
-            f"{self.name}: start, {total} peers to restore",
-            f"{start_time(full):.2f} s",
-            "≤ 2.5 at 10,000",
-        )
-
-    def _resident(self) -> float:
-        assert self.full.process
-        return resident(self.full.process.pid)
-
-
-def total_peers(gateway: GatewayProcess) -> int:
-    client = gateway.client()
-    try:
-        return int(client.send("GET", "/api/v1/server/status").json["total_peers"])
-    finally:
-        client.close()
-
-
-def in_turn(
-    first: Callable[[float], float], second: Callable[[float], float], seconds: float
-) -> tuple[float, float]:
-    """The medians of two rates, measured in short turns: the machine's speed drifts."""
-    turns = [(first(seconds / 2), second(seconds / 2)) for _ in range(TURNS)]
-    return statistics.median(a for a, _ in turns), statistics.median(b for _, b in turns)
-
-
-def stop_interface(name: str) -> None:
-    """Stop the userspace WireGuard that a gateway started for this interface."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if len(words) > 2 and words[0].endswith(b"wireguard-go") and words[2] == name.encode():
-            os.kill(int(entry.name), signal.SIGTERM)
-            wait_for(lambda: not Path(f"/sys/class/net/{name}").exists(), what=f"{name} to go")
-
-
-def table(rows: Callable[[], Iterator[Row]]) -> None:
-    print(f"{'figure':58} {'measured':36} target")
-    for row in rows():
-        print(f"{row.figure:58} {row.value:36} {row.target}", flush=True)
-
-
-def run(arguments: argparse.Namespace) -> Iterator[Row]:
-    from durability import measure_durability  # which builds on this module
-
-    with tempfile.TemporaryDirectory() as name:
-        echo = Echoes(Path(name) / "echo")
-        try:
-            one = echo.rate(1, arguments.seconds)
-            yield Row("http.server echo over TLS: requests/s, 1 connection", f"{one:.0f}")
-            for backend in arguments.backend.split(","):
-                if backend == "uapi" and (os.geteuid() or not shutil.which("wireguard-go")):
-                    yield Row("uapi", "skipped: needs root and wireguard-go")
-                    continue
-                for durability in arguments.durability.split(","):
-                    directory = Path(name) / f"{backend}-{durability}"
-                    bench = Bench(directory, backend, durability, arguments.peers)
-                    try:
-                        yield from bench.rows(arguments.seconds, echo)
-                    finally:
-                        bench.close()
-        finally:
-            echo.close()
-        if arguments.disk_peers:
-            yield from measure_durability(Path(name), arguments.disk_peers, arguments.seconds)
+    words = ["--backend", "netlink", "--peers", str(arguments.peers)]
+    words += ["--seconds", str(arguments.seconds), "--minutes", str(arguments.minutes)]
+    if arguments.only:
+        words += ["--only", arguments.only]
+    with (
+        tempfile.TemporaryDirectory(prefix="wggw-bench-") as name,
+        Guest(Path(name), kernel(), image("bookworm")) as guest,
+    ):
+        script = f"export {IN_NAMESPACE}=1\npython3 /tree/tests/bench/bench.py {' '.join(words)}\n"
+        result = guest.run(script, arguments.minutes * 60 + 300)
+        print(result.output)
+        if result.status != 0:
+            raise SystemExit(f"the guest ended with status {result.status}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peers", type=int, default=10000)
-    parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--backend", default="memory,uapi")
-    parser.add_argument("--durability", default="commit,none")
-    parser.add_argument(
-        "--disk-peers",
-        type=int,
-        default=60000,
-        help="of the rows on snapshots and recovery; 0: none",
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--echo", help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--peers", type=int, default=60000, help="N (60000)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement (2)")
+    parser.add_argument("--backend", default="memory,uapi", help="memory, uapi, netlink")
+    parser.add_argument("--only", default="", help=f"some of {','.join(SECTIONS)}")
+    parser.add_argument("--minutes", type=float, default=12, help="begin no section after (12)")
+    parser.add_argument("--vm", action="store_true", help="in the guest of tests/vm")
     arguments = parser.parse_args()
-    if arguments.echo:
-        serve_echo(arguments.echo, arguments.port)
+    if arguments.vm:
+        run_in_guest(arguments)
     elif os.geteuid() == 0 and IN_NAMESPACE not in os.environ:
         os.environ[IN_NAMESPACE] = "1"
         command = 'ip link set lo up && exec "$0" "$@"'
         unshared = ["unshare", "--net", "sh", "-c", command, sys.executable, *sys.argv]
         os.execvp("unshare", unshared)
     else:
-        table(lambda: run(arguments))
+        run(arguments)
 
 
 if __name__ == "__main__":

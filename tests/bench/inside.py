@@ -1,0 +1,166 @@
+"""What is measured within wggw.py, each in a process of its own: prints JSON.
+
+python3 tests/bench/inside.py WHAT ARGUMENT...
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import wggw
+
+
+def measure(*arguments: object) -> Any:
+    """Run this file and return what it printed."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def a_peer(number: int, public_key: str, interface: str) -> wggw.Peer:
+    """Of numbers from 10 on: the gateway's own address and the network's are not given."""
+    fields = {
+        "id": number,
+        "public_key": public_key,
+        "interface": interface,
+        "status": "active",
+        "assigned_ip": f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}",
+        "assigned_ipv6": f"fd42:4242:1::{number:x}",
+        "tunnel_traffic": "ipv4,ipv6",
+        "dns": "d1",
+        "port": 51820,
+        "persistent_keepalive": 25,
+        "created_at": 1765200000,
+    }
+    return wggw.Peer(**{**dict.fromkeys(wggw.Peer._fields), **fields})  # type: ignore[arg-type]
+
+
+def write_peers(path: Path, peers: Sequence[wggw.Peer], snapshot: bool) -> None:
+    """Files with these peers: a snapshot, or an empty one and a journal record for each."""
+    store = wggw.Store(str(path), "commit", wggw.Disk())
+    store.recover()
+    number = 0
+    for peer in peers:
+        step = [wggw.Step(None, peer)]
+        store.apply(step)
+        number = store.commit(step)
+    store.wait(number)
+    if snapshot:
+        store.write_copy(str(path))
+        Path(f"{path}.journal").unlink()
+    store.close()
+
+
+def recovery(path: str) -> dict[str, Any]:
+    """Seconds and processor seconds of reading snapshot and journal."""
+    store = wggw.Store(path, "commit", wggw.Disk())
+    started, used = time.perf_counter(), time.process_time()
+    with wggw.collector_off():
+        store.recover()
+    return {
+        "seconds": time.perf_counter() - started,
+        "processor": time.process_time() - used,
+        "peers": sum(store.counts.values()),
+    }
+
+
+def hold(path: str) -> dict[str, Any]:
+    """How long a snapshot holds the lock, ms: the median and the longest of 20."""
+    store = wggw.Store(path, "commit", wggw.Disk())
+    store.load()
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        store.image()
+        times.append((time.perf_counter() - started) * 1000)
+    times.sort()
+    return {"median": times[10], "longest": times[-1]}
+
+
+def a_link(name: str) -> wggw.Link:
+    return wggw.Link(name, ("10.0.0.1/8",), 1420, 0, wggw.make_private_key())
+
+
+def a_backend(kind: str, link: wggw.Link) -> wggw.Backend:
+    return wggw.NetlinkBackend(link) if kind == "netlink" else wggw.UapiBackend(link, None)
+
+
+def own_cost(kind: str, name: str, count: str) -> dict[str, Any]:
+    """The interface's own seconds a peer: set one by one, and so many at once; encoded before."""
+    link = a_link(name)
+    backend: Any = a_backend(kind, link)
+    backend.setup()
+    changes = []
+    for number in range(10, 2 * int(count) + 10):
+        key = wggw.encode_key(wggw.make_private_key())
+        peer = wggw.wire_peer(a_peer(number, key, name))
+        changes.append(wggw.Change(peer.public_key, peer))
+
+    def encode(chosen: list[wggw.Change]) -> list[bytes]:
+        if kind == "netlink":
+            return list(wggw.encode_wg_batches(name, chosen))
+        return [wggw.encode_uapi_changes(chosen)]
+
+    singles = [message for change in changes[: int(count)] for message in encode([change])]
+    together = encode(changes[int(count) :])
+    started = time.perf_counter()
+    for message in singles:
+        backend._set(message)
+    between = time.perf_counter()
+    for message in together:
+        backend._set(message)
+    ended = time.perf_counter()
+    backend.close()
+    return {"single": (between - started) / int(count), "batch": (ended - between) / int(count)}
+
+
+def sampling(kind: str, name: str, path: str) -> dict[str, Any]:
+    """Processor seconds of one sample, and of `wg show NAME dump`, of a running interface."""
+    store = wggw.Store(path, "none", wggw.Disk())
+    store.load()
+    link = a_link(name)
+    backend: Any = a_backend(kind, link)
+    if kind == "netlink":
+        backend._family = wggw.genl_family(backend._control, wggw.WG_GENL_NAME)
+    environment = {
+        "GATEWAY_API_KEY": "k" * 32,
+        "WG_INTERFACE": name,
+        "WG_IPV4_SUBNET": "10.0.0.0/8",
+    }
+    config = wggw.load_config(environment)
+    gateway = wggw.Gateway(config, store, time.time)
+    settings = wggw.interface_settings(config)[0]
+    gateway._add_interface(settings, link, backend, None)
+    samples, dumps = [], []
+    for _ in range(5):
+        used = time.process_time()
+        gateway.sample()
+        samples.append(time.process_time() - used)
+        used = _children()
+        subprocess.run(["wg", "show", name, "dump"], stdout=subprocess.DEVNULL, check=True)
+        dumps.append(_children() - used)
+    return {"sample": sorted(samples)[2], "dump": sorted(dumps)[2]}
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    measures: dict[str, Callable[..., dict[str, Any]]] = {
+        "recovery": recovery,
+        "hold": hold,
+        "own_cost": own_cost,
+        "sampling": sampling,
+    }
+    print(json.dumps(measures[sys.argv[1]](*sys.argv[2:])))

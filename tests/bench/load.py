@@ -1,0 +1,281 @@
+"""The load generator, the echo server that is the platform's ceiling, and interfaces to compare.
+
+Nothing here is taken from wggw.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import ssl
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from harness import ANY_PEER, GatewayProcess, free_port, sign, wait_for
+
+COLLECTION = "/api/v1/configurations/"
+TURNS = 5  # of measurements that are compared
+
+
+def random_key() -> str:
+    return base64.b64encode(os.urandom(32)).decode()
+
+
+class Connection:
+    """A kept-alive TLS connection that writes whole requests and reads whole answers."""
+
+    def __init__(self, port: int) -> None:
+        plain = socket.create_connection(("127.0.0.1", port), timeout=300)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = ANY_PEER.wrap_socket(plain)
+
+    def exchange(self, request: bytes) -> bytes:
+        self._socket.sendall(request)
+        data = self._socket.recv(65536)
+        while b"\r\n\r\n" not in data:
+            data += self._socket.recv(65536)
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        pieces, missing = [body], length - len(body)
+        while missing > 0:
+            pieces.append(self._socket.recv(65536))
+            missing -= len(pieces[-1])
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise SystemExit(f"unexpected answer: {head.decode()} {b''.join(pieces).decode()}")
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def request(method: str, path: str, body: bytes = b"", kind: str = "application/json") -> bytes:
+    """A signed request."""
+    headers = "".join(f"{name}: {value}\r\n" for name, value in sign(body).items())
+    if body:
+        headers += f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+    return f"{method} {path} HTTP/1.1\r\nHost: gateway\r\n{headers}\r\n".encode() + body
+
+
+def a_create() -> bytes:
+    """A signed create of a random key."""
+    return request(
+        "POST", COLLECTION, b'{"public_key":"%b","protocol":"dual"}' % random_key().encode()
+    )
+
+
+def latencies(
+    port: int, seconds: float, make: Callable[[], bytes], connections: int = 1
+) -> list[float]:
+    """Of requests one after the other on so many connections, in seconds, sorted."""
+    found: list[list[float]] = [[] for _ in range(connections)]
+    end = time.perf_counter() + seconds
+
+    def work(mine: list[float]) -> None:
+        connection = Connection(port)
+        while time.perf_counter() < end:
+            data = make()
+            started = time.perf_counter()
+            connection.exchange(data)
+            mine.append(time.perf_counter() - started)
+        connection.close()
+
+    in_threads([lambda mine=mine: work(mine) for mine in found])  # type: ignore[misc]
+    return sorted(latency for mine in found for latency in mine)
+
+
+def rate(port: int, connections: int, seconds: float) -> float:
+    """Creates per second."""
+    started = time.perf_counter()
+    count = len(latencies(port, seconds, a_create, connections))
+    return count / (time.perf_counter() - started)
+
+
+def in_threads(jobs: Iterable[Callable[[], Any]]) -> None:
+    threads = [threading.Thread(target=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def in_turns(jobs: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """The median of each, measured in short turns: a machine's speed drifts."""
+    turns = [{name: job() for name, job in jobs.items()} for _ in range(TURNS)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in jobs}
+
+
+def percentile(sorted_values: list[float], share: float) -> float:
+    return sorted_values[min(len(sorted_values) - 1, int(len(sorted_values) * share))]
+
+
+def resident(pid: int) -> float:
+    """Resident memory in MB."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def processor(pid: int) -> float:
+    """Seconds of the processor that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# --- the ceiling of the platform ------------------------------------------------------------------
+
+
+class Echo(BaseHTTPRequestHandler):
+    """http.server as it is, TLS, a body read and sent back."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def serve_echo(directory: str, port: int) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(f"{directory}/cert.pem", f"{directory}/key.pem")
+    server = ThreadingHTTPServer(("127.0.0.1", port), Echo)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.serve_forever()
+
+
+class Echoes:
+    """The echo server as a process of its own, with a gateway's certificate."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        gateway = GatewayProcess(directory)
+        gateway.start(60)
+        gateway.stop()
+        self.port = free_port()
+        command = [sys.executable, __file__, str(directory), str(self.port)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+        self._process = subprocess.Popen(command, env=environment)
+        wait_for(lambda: _listens(self.port), 60, "the echo server")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+# --- interfaces, seen with wireguard-tools --------------------------------------------------------
+
+
+class Scratch:
+    """An interface of the bench's own, with a key: what `wg` alone costs on it."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.name = name
+        self._process: subprocess.Popen[bytes] | None = None
+        if kind == "netlink":
+            subprocess.run(["ip", "link", "add", name, "type", "wireguard"], check=True)
+        else:
+            self._process = subprocess.Popen(
+                ["wireguard-go", "-f", name], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            wait_for(lambda: Path(f"/var/run/wireguard/{name}.sock").exists(), what=name)
+        self._key = random_key()
+        self.empty()
+
+    def syncconf(self, peers: Iterable[Mapping[str, Any]], directory: Path) -> float:
+        """Seconds that `wg syncconf` takes for these peers on the empty interface."""
+        path = directory / f"{self.name}.conf"
+        with path.open("w") as file:
+            file.write(f"[Interface]\nPrivateKey = {self._key}\n")
+            for peer in peers:
+                addresses = ", ".join(f"{peer[n]}" for n in ("assigned_ip", "assigned_ipv6"))
+                file.write(f"[Peer]\nPublicKey = {peer['public_key']}\nAllowedIPs = {addresses}\n")
+        self.empty()
+        started = time.perf_counter()
+        subprocess.run(["wg", "syncconf", self.name, str(path)], check=True)
+        return time.perf_counter() - started
+
+    def sets(self, count: int) -> float:
+        """Seconds a peer with one process of `wg set` for each."""
+        started = time.perf_counter()
+        for number in range(count):
+            address = f"10.200.{number >> 8}.{number & 255}/32"
+            command = ["wg", "set", self.name, "peer", random_key(), "allowed-ips", address]
+            subprocess.run(command, check=True)
+        return (time.perf_counter() - started) / count
+
+    def empty(self) -> None:
+        """And with a key: without one a peer costs less."""
+        set_interface(self.name, f"[Interface]\nPrivateKey = {self._key}\n")
+
+    def close(self) -> None:
+        self.empty()
+        if self._process is None:
+            subprocess.run(["ip", "link", "del", self.name], check=True)
+        else:
+            self._process.terminate()
+            self._process.wait()
+
+
+def set_interface(name: str, configuration: str) -> None:
+    """`wg setconf`, which takes all peers off at once: one by one a kernel needs a grace period."""
+    command = ["wg", "setconf", name, "/dev/stdin"]
+    subprocess.run(command, input=configuration, text=True, check=True)
+
+
+def peer_count(name: str) -> int:
+    done = subprocess.run(["wg", "show", name, "peers"], capture_output=True, check=True)
+    return len(done.stdout.splitlines())
+
+
+def remove_interface(name: str) -> None:
+    """What a gateway made: a kernel's interface, or a userspace program that it left running."""
+    if not Path(f"/sys/class/net/{name}").exists():
+        return
+    set_interface(name, "[Interface]\n")
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if len(words) > 2 and words[0].endswith(b"wireguard-go") and words[2] == name.encode():
+            os.kill(int(entry.name), signal.SIGTERM)
+            wait_for(lambda: not Path(f"/sys/class/net/{name}").exists(), what=f"{name} to go")
+            return
+    subprocess.run(["ip", "link", "del", name], check=True)
+
+
+def desired_lines(peers: Iterable[Mapping[str, Any]]) -> bytes:
+    """A desired state's body."""
+    names = ("public_key", "assigned_ip", "assigned_ipv6")
+    return b"".join(json.dumps({n: peer[n] for n in names}).encode() + b"\n" for peer in peers)
+
+
+if __name__ == "__main__":
+    serve_echo(sys.argv[1], int(sys.argv[2]))
