@@ -3,6 +3,7 @@
 # Installs wggw on Debian or Ubuntu, as a service of systemd or in the foreground; upgrades and
 # removes it. `./install.sh --help`.
 set -euo pipefail
+umask 022  # whatever the caller's: what the service reads is installed here, too
 
 TREE=$(dirname "$(realpath "$0")")
 readonly TREE
@@ -170,23 +171,53 @@ install_packages() {
 
 # A kernel with WireGuard is best; wireguard-go does the same as a process.
 install_wireguard() {
-  local answer
-  [[ -e /sys/module/wireguard ]] && return
   if [[ $dry_run ]]; then
     say "would ask the kernel for a WireGuard interface; if it has none, wireguard-go is used"
     return
   fi
-  if answer=$(ip link add wggw-probe type wireguard 2>&1); then
+  ! kernel_has wireguard || return 0
+  use_program wireguard-go WireGuard
+  command -v wireguard-go >/dev/null || apt_install wireguard-go
+}
+
+# Nothing that the distributions have makes an AmneziaWG interface.
+find_amneziawg() {
+  wants_awg || return 0
+  if [[ $dry_run ]]; then
+    say "would ask the kernel for an AmneziaWG interface; if it has none, amneziawg-go is used"
+    return
+  fi
+  ! kernel_has amneziawg || return 0
+  use_program amneziawg-go AmneziaWG
+  command -v amneziawg-go >/dev/null || die 1 "\
+an AmneziaWG interface needs Amnezia's kernel module or amneziawg-go, and neither is here. Install
+  the module: https://github.com/amnezia-vpn/amneziawg-linux-kernel-module (package amneziawg of ppa:amnezia/ppa)
+  or the program: https://github.com/amnezia-vpn/amneziawg-go, built with Go, to /usr/local/bin/amneziawg-go"
+}
+
+wants_awg() {
+  local name=${SETTING[AWG_INTERFACE]:-None}
+  [[ ! -r $ENV_FILE ]] || name=$(setting AWG_INTERFACE 2>/dev/null) || name=None  # checked later on
+  [[ $name != None ]]
+}
+
+kernel_has() {  # kernel_has KIND: whether it makes interfaces of this kind; it loads their module
+  local answer
+  [[ -e /sys/module/$1 ]] && return
+  if answer=$(ip link add wggw-probe type "$1" 2>&1); then
     ip link delete wggw-probe
     return
   fi
   [[ $answer != *"not permitted"* ]] ||
     die 1 "network interfaces cannot be made here: CAP_NET_ADMIN is missing (docker: --cap-add NET_ADMIN)"
-  say "the kernel has no WireGuard: wireguard-go is used"
+  return 1
+}
+
+use_program() {  # use_program NAME OF_WHAT
+  say "the kernel has no $2: $1 is used"
   userspace=1
   [[ -c /dev/net/tun ]] ||
-    die 1 "wireguard-go needs /dev/net/tun, which is not there (modprobe tun; docker: --device /dev/net/tun)"
-  command -v wireguard-go >/dev/null || apt_install wireguard-go
+    die 1 "$1 needs /dev/net/tun, which is not there (modprobe tun; docker: --device /dev/net/tun)"
 }
 
 # --- settings -------------------------------------------------------------------------------------
@@ -454,8 +485,8 @@ install_drop_ins() {
 [Service]
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE
 AmbientCapabilities=CAP_NET_BIND_SERVICE"
-  drop_in 50-userspace "$userspace" "# The kernel has no WireGuard: the service starts a userspace one, which outlives it and so keeps
-# the tunnels up, and whose socket is its own.
+  drop_in 50-userspace "$userspace" "# The kernel lacks WireGuard or AmneziaWG: the service starts a program instead, which outlives it and
+# so keeps the tunnels up, and whose socket is its own.
 [Service]
 KillMode=process
 PrivateDevices=no
@@ -507,7 +538,11 @@ verify() {
   wggw_command net show || say "the lines marked WRONG above need a hand"
 }
 
-wggw_command() { env -i PATH="$PATH" "$LAUNCHER" "$@" --env-file "$ENV_FILE"; }
+wggw_command() {
+  local -a program=("$LAUNCHER")
+  [[ -x $LAUNCHER ]] || program=("$PYTHON" -I "$TREE/wggw.py")
+  env -i PATH="$PATH" "${program[@]}" "$@" --env-file "$ENV_FILE"
+}
 
 tell() {  # what a backend needs; the API key only when it has just been made
   with_wggw '
@@ -580,18 +615,27 @@ install_service() {
 
 check_settings_file() { [[ $dry_run && ! -r $ENV_FILE ]] || check_settings "$ENV_FILE"; }
 
+remove_user() {
+  for _ in {1..20}; do  # a userspace WireGuard ends a moment after its interface
+    ! userdel wggw 2>/dev/null || return 0
+    sleep 0.1
+  done
+  userdel wggw
+}
+
 uninstall() {
   confirm "remove wggw${purge:+ with its settings, keys and data}"
   if [[ -e $UNIT ]]; then
     run systemctl disable -q --now wggw
   fi
-  if [[ -e $LIB/wggw.py && -e $ENV_FILE ]]; then
-    run take_down || say "no rules were left"
+  # Settings that are broken or gone do not matter: `net down` then goes by what is there.
+  if [[ -e $UNIT || -e $LIB || -e $ENV_FILE ]]; then
+    run take_down || say "interface, nftables table inet wggw or ufw's rules may be left: see above"
   fi
   run rm -rf "$UNIT" "$DROP_INS" "$LIB" "$LAUNCHER"
   [[ ! -d /run/systemd/system ]] || run systemctl daemon-reload
   if getent passwd wggw >/dev/null; then
-    run userdel wggw
+    run remove_user
   fi
   if [[ $purge ]]; then
     run rm -rf "$ETC" "$STATE"
@@ -616,9 +660,7 @@ main() {
   [[ $mode == foreground ]] || PACKAGE_OF["command -v nft"]=nftables
   install_packages
   install_wireguard
-  [[ ! ${SETTING[AWG_INTERFACE]:-} ]] || command -v amneziawg-go >/dev/null ||
-    [[ -e /sys/module/amneziawg ]] || modinfo amneziawg >/dev/null 2>&1 ||
-    die 1 "--awg needs Amnezia's kernel module or amneziawg-go, and neither is here"
+  find_amneziawg
   if [[ $mode == foreground ]]; then
     make_settings
     serve

@@ -5492,14 +5492,25 @@ class Route:
 
     def is_up(self, index: int, mtu: int | None) -> bool:
         """Whether the link is up, with this MTU if one is given."""
+        flags, found = self._look(index)
+        return bool(flags & IFF_UP) and (
+            mtu is None or found.get(IFLA_MTU) == struct.pack("=I", mtu)
+        )
+
+    def kind(self, index: int) -> str:
+        """What makes the link: "wireguard", "tun" and so on; empty for a device of hardware."""
+        info = self._look(index)[1].get(IFLA_LINKINFO, b"")
+        kind = dict(parse_nl_attributes(info)).get(IFLA_INFO_KIND, b"")
+        return kind.rstrip(b"\0").decode("ascii", "replace")
+
+    def _look(self, index: int) -> tuple[int, dict[int, bytes]]:
+        """A link's flags and attributes, nothing when there is none."""
         answer = self._netlink.request(RTM_GETLINK, 0, struct.pack("=BxHiII", 0, 0, index, 0, 0))
         for payload in answer:
             if len(payload) < 16:
                 raise CodecError("netlink: a short link message")
-            flags = struct.unpack_from("=I", payload, 8)[0]
-            found = dict(parse_nl_attributes(payload[16:])).get(IFLA_MTU, b"")
-            return bool(flags & IFF_UP) and (mtu is None or found == struct.pack("=I", mtu))
-        return False
+            return struct.unpack_from("=I", payload, 8)[0], dict(parse_nl_attributes(payload[16:]))
+        return 0, {}
 
     def is_right(self, link: Link, index: int) -> bool:
         """Whether this is still the link that configure() returned, and up. Raises BackendError."""
@@ -6309,19 +6320,36 @@ def net_up(
                 yield done
 
 
-def net_down(tunnels: Sequence[InterfaceSettings]) -> Iterator[str]:
-    """Take away what net_up() made, and with the interfaces every tunnel. Raises BackendError."""
+def net_down(links: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Take away what net_up() made, and with the interfaces every tunnel. Raises BackendError.
+
+    `links` are kind and name of each interface.
+    """
     if tool("nft") and current_table():
         run_tool("nft", "delete", "table", *TABLE.split())
         yield f"nftables: table {TABLE} removed"
     if ufw_is_active():
         yield from align_ufw([])
-    for tunnel in tunnels:
-        done = remove_interface(LINK_KINDS[tunnel.prefix], tunnel.name)
+    for kind, name in links:
+        done = remove_interface(kind, name)
         if done:
             yield done
-    if forwarding_families(tunnels):
-        yield "forwarding stays on until the next boot: something else may rely on it"
+    yield "forwarding stays on until the next boot: something else may rely on it"
+
+
+def links_of_table(table: str) -> list[tuple[str, str]]:
+    """Kind and name of the interfaces that our table lets through, for want of settings.
+
+    What is no WireGuard by now is somebody else's. Raises BackendError.
+    """
+    rules = re.findall(r"^\s*iifname (.+) accept$", table, re.MULTILINE)
+    names = sorted({name for rule in rules for name in re.findall(r'"([^"]+)"', rule)})
+    route = Route()
+    try:
+        found = [(route.kind(route.index(name)), name) for name in names if route.index(name)]
+    finally:
+        route.close()
+    return [(kind, name) for kind, name in found if kind in (*LINK_KINDS.values(), "tun")]
 
 
 # --- what else is on the host ---------------------------------------------------------------------
@@ -11388,18 +11416,40 @@ def answer_of(client: ApiClient, method: str, path: str, body: bytes = b"") -> d
 
 def command_net(arguments: argparse.Namespace) -> int:
     """What the host needs around the interfaces: up, down, or how it is."""
-    config = load_config(os.environ, arguments.env_file)
-    tunnels = interface_settings(config)
-    if arguments.action == "show":
-        return report(look_at_network(config, tunnels))
-    links = [make_link(tunnel, b"") for tunnel in tunnels]
-    steps = net_up(config, tunnels, links) if arguments.action == "up" else net_down(tunnels)
     try:
-        for step in steps:
-            print(f"wggw: {step}", flush=True)
+        if arguments.action == "down":
+            return tell_steps(net_down(links_to_remove(arguments.env_file)))
+        config = load_config(os.environ, arguments.env_file)
+        tunnels = interface_settings(config)
+        if arguments.action == "show":
+            return report(look_at_network(config, tunnels))
+        links = [make_link(tunnel, b"") for tunnel in tunnels]
+        return tell_steps(net_up(config, tunnels, links))
     except BackendError as error:
         raise StartError(str(error)) from None
+
+
+def tell_steps(steps: Iterable[str]) -> int:
+    for step in steps:
+        print(f"wggw: {step}", flush=True)
     return 0
+
+
+def links_to_remove(env_file: str | None) -> list[tuple[str, str]]:
+    """Kind and name of this gateway's interfaces. Raises BackendError.
+
+    Settings that are broken or gone must not keep anybody from taking the rest away.
+    """
+    try:
+        tunnels = interface_settings(load_config(os.environ, env_file))
+        return [(LINK_KINDS[tunnel.prefix], tunnel.name) for tunnel in tunnels]
+    except ConfigError as error:
+        links = links_of_table(current_table() if tool("nft") else "")
+        names = ", ".join(name for _, name in links)
+        words = f"taking the interfaces of table {TABLE} instead: {names}"
+        none = "which interface is the gateway's cannot be told: see `ip link show`"
+        print(f"wggw: {error}; {words if links else none}", file=sys.stderr)
+        return links
 
 
 def command_doctor(arguments: argparse.Namespace) -> int:

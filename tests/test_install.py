@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,6 +212,49 @@ def test_machine_that_is_not_fit_is_refused(host: Machine, before: str, message:
     assert done.returncode != 0
     assert re.search(message, done.stdout), done.stdout
     assert host.run("ls /etc/wggw").returncode != 0
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("names", ["ID=ubuntu\nID_LIKE=debian", 'ID=mint\nID_LIKE="ubuntu debian"'])
+def test_ubuntu_and_what_is_made_of_it_are_installed_on_like_debian(
+    host: Machine, names: str
+) -> None:
+    (host.tree.parent / "os").write_text(f'NAME="Ubuntu"\nVERSION_ID="24.04"\n{names}\n')
+    host.output("mount --bind ../os /etc/os-release")
+    shown = host.output("./install.sh --dry-run")
+    assert "systemctl enable" in shown
+    assert host.apt_calls() == []
+    install = host.start(COMMAND)
+    install.wait_text("\nEND\n")
+    install.signal("TERM")
+    assert install.wait() == 0
+
+
+@pytest.mark.real
+def test_python_of_the_path_is_not_asked_for_packages(host: Machine) -> None:
+    """A Python of root's own comes first on PATH, and is too old besides."""
+    (host.bin / "python3").write_text("#!/bin/sh\nexit 9\n")
+    (host.bin / "python3").chmod(0o755)
+    install = host.start(COMMAND)
+    install.wait_text("The gateway is ready")
+    install.signal("TERM")
+    assert install.wait() == 0
+    assert host.apt_calls() == []
+
+
+@pytest.mark.real
+def test_amneziawg_that_is_nowhere_is_named_with_where_it_is_to_be_had(host: Machine) -> None:
+    if Path("/sys/module/amneziawg").exists() or shutil.which("amneziawg-go"):
+        pytest.skip("AmneziaWG is here")
+    done = host.run(f"{COMMAND} --awg")
+    assert done.returncode == 1, done.stdout
+    for part in (
+        "and neither is here",
+        "amneziawg-linux-kernel-module",
+        "/usr/local/bin/amneziawg-go",
+    ):
+        assert part in done.stdout
+    assert host.run("ls -d /etc/wggw /var/lib/wggw").returncode == 2
 
 
 @pytest.mark.real

@@ -220,6 +220,33 @@ def test_up_is_idempotent_and_down_leaves_only_what_was_there(host: Host) -> Non
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("broken", ["SAMPLE_INTERVAL=never\n", "no settings at all\n", None])
+def test_down_without_settings_goes_by_the_table(host: Host, broken: str | None) -> None:
+    settings = {"WG_INTERFACE": "wgx", "AWG_INTERFACE": "awgx", "AWG_IPV4_SUBNET": "10.9.0.0/24"}
+    assert host.net("up", **settings)[0] == 0
+    for name in ("wgx", "wg0"):  # as wireguard-go makes them; wg0 is none of ours
+        assert host.run("ip", "tuntap", "add", "dev", name, "mode", "tun").returncode == 0
+    # Somebody else has taken the name.
+    taken = host.run("ip", "link", "add", "awgx", "type", "veth", "peer", "name", "other")
+    assert taken.returncode == 0
+    if broken is None:
+        host.settings.unlink()
+    else:
+        host.settings.write_text(broken)
+    down = (sys.executable, str(WGGW), "net", "down", "--env-file", str(host.settings))
+    done = host.run(*down)
+    assert done.returncode == 0, done.stderr
+    assert "taking the interfaces of table inet wggw instead: wgx\n" in done.stderr
+    assert "wgx: removed" in done.stdout
+    assert host.table() == ""
+    left = host.run("ip", "-o", "link").stdout
+    assert [name in left for name in (" wgx:", " awgx@", " wg0:")] == [False, True, True]
+    done = host.run(*down)
+    assert done.returncode == 0
+    assert "which interface is the gateway's cannot be told" in done.stderr
+
+
+@pytest.mark.real
 def test_router_advertisements_are_still_heard_by_a_host_that_forwards(host: Host) -> None:
     host.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "router")
     accept = ("sysctl", "-n", "net.ipv6.conf.uplink.accept_ra")

@@ -254,9 +254,9 @@ def die_with_parent() -> None:
 def main() -> None:
     name = sys.argv[-1]
     daemon = subprocess.Popen(["wireguard-go", "-f", name], preexec_fn=die_with_parent)  # noqa: PLW1509
+    # The interface's end is wireguard-go's, and so the program's.
+    threading.Thread(target=lambda: os._exit(daemon.wait() and 1), daemon=True).start()
     while not os.path.exists(f"{INNER}/{name}.sock"):
-        if daemon.poll() is not None:
-            sys.exit(1)
         time.sleep(0.01)
     control = None
     while control is None:

@@ -16,7 +16,8 @@ only_path=
 suite=${1:-bookworm}
 packages=(
   systemd systemd-sysv dbus procps ca-certificates
-  iproute2 iputils-ping wireguard-tools nftables iptables ufw conntrack tcpdump
+  iproute2 iputils-ping wireguard-tools wireguard-go nftables iptables conntrack tcpdump
+  ufw firewalld
   openssl curl netcat-openbsd iperf3 sqlite3
   python3 python3-cryptography python3-pytest python3-pytest-timeout python3-hypothesis
 )
@@ -72,6 +73,7 @@ install_debian() {
   cp -L /etc/resolv.conf /etc/hosts "$root/etc/"
   in_root apt-get update -q
   in_root apt-get install -qy --no-install-recommends "${packages[@]}"
+  in_root systemctl disable firewalld  # only where a test starts it
   umount "$root/proc"
 }
 

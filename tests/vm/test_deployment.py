@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from vm import Guest, NotBuilt, image, kernel, run_inside
+from vm import Guest, NotBuilt, image, kernel, pytest_inside, run_inside
 
 # The time is for a build of kernel and disk; each boot has a deadline of its own.
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2400)]
@@ -36,7 +36,11 @@ def boot(tmp_path: Path) -> Iterator[Callable[[str], Guest]]:
 def test_from_a_clean_machine_to_a_clean_machine(
     boot: Callable[[str], Guest], suite: str, settings: dict[str, str]
 ) -> None:
-    run_inside(boot(suite), "vm/inside/check_install.py", 900, **settings)
+    run_inside(boot(suite), "vm/inside/check_install.py", 1200, **settings)
+
+
+def test_by_hand_and_with_drop_ins(boot: Callable[[str], Guest]) -> None:
+    run_inside(boot("trixie"), "vm/inside/check_ways.py", 900)
 
 
 PEERS = 20
@@ -93,6 +97,9 @@ test -z "$(wg show wg0 peers)"
 key=$(wg genkey | wg pubkey)
 python3 wggw.py call POST /api/v1/configurations --data '{"public_key": "'$key'"}'
 test "$(wg show wg0 peers)" = "$key"
+kill %1
+wait %1
+python3 wggw.py net down
 """
 
 
@@ -100,7 +107,9 @@ def test_reboot_and_node_in_memory_bring_every_peer_back(boot: Callable[[str], G
     guest = boot("bookworm")
     first = guest.run(CREATE, 300)
     assert (first.status, first.output.split()) == (0, [str(PEERS + 1)]), first.output
-    second = guest.run(COMPARE + IN_MEMORY, 300)
+    remote = pytest_inside("vm/inside/check_memory.py")
+    second = guest.run(COMPARE + IN_MEMORY + remote, 400)
     assert second.status == 0, second.output
     assert second.output.split()[:4] == ["active", "2", "1", "1"], second.output
     assert '"status":"created"' in second.output.replace(" ", ""), second.output
+    assert "1 passed" in second.output, second.output

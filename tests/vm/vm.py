@@ -163,12 +163,16 @@ class Guest:
         return TERMINAL.sub("", self._console.read_bytes().decode("utf-8", "replace"))
 
 
+def pytest_inside(path: str) -> str:
+    """The command that runs a pytest file in the guest, which as a whole has a timeout."""
+    options = "-c /tree/tests/pytest.ini -p no:cacheprovider --color=no -o timeout=0 -q -s"
+    return f"python3 -m pytest {options} /tree/tests/{path}\n"
+
+
 def run_inside(guest: Guest, path: str, seconds: float, **environment: str) -> None:
     """Run a pytest file in the guest: green, and nothing left out."""
     settings = "".join(f"export {name}={value}\n" for name, value in environment.items())
-    # No timeout in there: the guest as a whole has one.
-    options = "-c /tree/tests/pytest.ini -p no:cacheprovider --color=no -o timeout=0 -q -s"
-    result = guest.run(f"{settings}python3 -m pytest {options} /tree/tests/{path}\n", seconds)
+    result = guest.run(settings + pytest_inside(path), seconds)
     for line in re.findall(r"measured: .*", result.output):
         print(line)
     assert result.status == 0, f"status {result.status} in the guest:\n{result.output}"

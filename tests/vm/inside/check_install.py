@@ -517,6 +517,44 @@ def test_blocked_forwarding_is_told() -> None:
     assert pings("client1", "203.0.113.2")
 
 
+def documented(heading: str, first: str) -> str:
+    """The block of docs/DEPLOYMENT.md below a heading that begins with these words."""
+    text = (TREE / "docs/DEPLOYMENT.md").read_text().split(f"\n## {heading}\n", 1)[1]
+    return next(
+        b for b in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S) if b.startswith(first)
+    )
+
+
+def test_firewalld_is_told_and_its_documented_commands_suffice() -> None:
+    if UFW:
+        return  # one of them is enough for a host
+    show = ("wggw", "net", "show", "--env-file", str(ENV))
+    sh("systemctl", "start", "firewalld")
+    try:
+        assert run("firewall-cmd", "--state").stdout == "running\n"
+        assert not pings("client1", "203.0.113.2", 2)
+        assert api("GET", "/api/v1/server/status") is None
+        before = run(*show)
+        assert before.returncode == 1
+        for part in (
+            "forwarding from wg0: dropped by table inet firewalld",
+            "UDP port 51820: dropped",
+        ):
+            assert part in before.stdout, before.stdout
+        sh("bash", "-ec", documented("What the service may do", "firewall-cmd"))
+        assert "WRONG" not in (after := run(*show)).stdout, after.stdout
+        assert api("GET", "/api/v1/server/status")["status"] == "healthy"
+        for address in ("203.0.113.2", "2001:db8:3::2"):
+            wait_for(lambda a=address: pings("client1", a), 30, address)
+        assert "WRONG" not in (doctor := run("wggw", "doctor", "--env-file", str(ENV))).stdout, (
+            doctor
+        )
+        assert sh("wggw", "net", "up", "--env-file", str(ENV)) == ""
+    finally:
+        sh("systemctl", "stop", "firewalld")
+    assert not pings("client1", Story.peers["client2"]["assigned_ip"], 2)
+
+
 # --- the end --------------------------------------------------------------------------------------
 
 
@@ -543,8 +581,12 @@ def test_doctor_finds_nothing_wrong_and_then_what_is() -> None:
 
 
 def test_uninstall_leaves_settings_and_data_and_purge_not_even_those() -> None:
+    settings = ENV.read_text()
+    ENV.write_text(settings + "SAMPLE_INTERVAL=never\n")  # no reason to leave anything behind
     done = install("--uninstall")
+    ENV.write_text(settings)
     assert done.returncode == 0, done.stderr
+    assert "taking the interfaces of table inet wggw instead: wg0" in done.stderr, done.stderr
     assert "table inet wggw" not in sh("nft", "list", "ruleset")
     assert "wggw" not in sh("ufw", "show", "added")
     assert run("getent", "passwd", "wggw").returncode == 2

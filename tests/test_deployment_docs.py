@@ -1,0 +1,82 @@
+"""docs/DEPLOYMENT.md: what can be seen without a machine; the commands by hand run in a guest."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from typing import Any
+
+import pytest
+import yaml  # a dependency of schemathesis
+from harness import ROOT
+
+import wggw
+
+TEXT = (ROOT / "docs/DEPLOYMENT.md").read_text()
+INSTALL = (ROOT / "install.sh").read_text()
+PACKAGES = set(re.findall(r"^  \[.*\]=([a-z0-9-]+)$", INSTALL, re.MULTILINE)) | {"nftables"}
+
+
+def block(heading: str) -> str:
+    found = re.search(r"^```\w+\n(.*?)^```", TEXT.split(f"\n## {heading}\n", 1)[1], re.M | re.S)
+    assert found
+    return found[1]
+
+
+def options_of(command: str) -> list[str]:
+    words = shlex.split(command[command.index("install.sh") :], comments=True)
+    return [word for word in words if word.startswith("--")]
+
+
+def known_options() -> set[str]:
+    shown = subprocess.run(
+        [ROOT / "install.sh", "--help"], capture_output=True, text=True, check=True
+    )
+    return set(re.findall(r"--[a-z0-9-]+", shown.stdout))
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Any:
+    (play,) = yaml.safe_load(block("Ansible"))
+    assert play["become"] is True
+    return play["tasks"]
+
+
+def test_installing_commands_have_options_that_exist(tasks: Any) -> None:
+    commands = [line for line in TEXT.splitlines() if line.startswith("sudo ./install.sh")]
+    commands += [task["ansible.builtin.command"]["cmd"] for task in tasks if "register" in task]
+    commands += [
+        line for line in yaml.safe_load(block("cloud-init"))["runcmd"] if "install.sh" in line
+    ]
+    assert len(commands) == 6
+    for command in commands:
+        assert set(options_of(command)) <= known_options(), command
+
+
+def test_what_holds_the_key_is_hidden(tasks: Any) -> None:
+    assert all(task.get("no_log") for task in tasks if "wggw" in str(task.get("register")))
+    (install,) = [c for c in yaml.safe_load(block("cloud-init"))["runcmd"] if "install.sh" in c]
+    assert install.startswith("umask 077; ")
+    assert install.endswith(" >/root/wggw.json")
+
+
+def test_packages_are_those_of_install_sh() -> None:
+    assert set(yaml.safe_load(block("cloud-init"))["packages"]) == PACKAGES
+    first = block("By hand").splitlines()[0]
+    assert set(first.split("--no-install-recommends ")[1].split()) <= PACKAGES
+
+
+def test_launcher_by_hand_is_that_of_install_sh() -> None:
+    launcher = re.search(r"<<END \|\| true\n(#!.*?)^END$", INSTALL, re.M | re.S)
+    assert launcher
+    text = launcher[1].replace("$PYTHON", "/usr/bin/python3").replace("$LIB", "/usr/local/lib/wggw")
+    assert f"<<'END'\n{text}END\n" in block("By hand")
+
+
+def test_settings_by_hand_are_good() -> None:
+    text = block("By hand").split("<<END\n", 1)[1].split("END\n", 1)[0]
+    values = wggw.read_env_file(text.replace("$(openssl rand -hex 32)", "a" * 64), "by hand")
+    config = wggw.load_config(values, os.devnull)
+    assert config.db_path == "/var/lib/wggw/wireguard.db"
