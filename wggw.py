@@ -7896,8 +7896,8 @@ class Gateway:
         reading = interface.backend.sample(known)
         states = [state for _, state in reading.changed]
         self._account(interface, states, touched, whole=False)
-        with self.lock:  # what was not accounted for is looked at again
-            left_out = touched | self._parked[interface.name].keys()
+        with self.lock:  # what was not accounted for is looked at again, and what is parked again
+            left_out = touched | parked | self._parked[interface.name].keys()
             reading.same.update(
                 mark for mark, s in reading.changed if s.peer.public_key not in left_out
             )
