@@ -3298,9 +3298,10 @@ MIGRATIONS: tuple[str, ...] = (
         quota_bytes INTEGER,
         created_at INTEGER NOT NULL,
         request_id TEXT,
-        obfuscation TEXT
+        obfuscation TEXT,
+        online INTEGER NOT NULL DEFAULT 0 CHECK (online IN (0, 1)) -- see Store.sweep_online()
     );
-    CREATE INDEX peers_kind ON peers (interface, status);
+    CREATE INDEX peers_kind ON peers (interface, status, online);
     CREATE INDEX peers_expiry ON peers (expires_at)
         WHERE expires_at IS NOT NULL AND status = 'active';
     CREATE INDEX peers_expired ON peers (expires_at) WHERE status_reason = 'expired';
@@ -3328,6 +3329,14 @@ MIGRATIONS: tuple[str, ...] = (
         INSERT OR REPLACE INTO released (address)
             SELECT OLD.assigned_ipv6 WHERE OLD.assigned_ipv6 IS NOT NULL;
     END;
+    CREATE TRIGGER handshake_first AFTER INSERT ON traffic WHEN NEW.last_handshake > 0 BEGIN
+        UPDATE peers SET online = 1 WHERE id = NEW.id AND online = 0;
+    END;
+    CREATE TRIGGER handshake_next AFTER UPDATE OF last_handshake ON traffic
+    WHEN NEW.last_handshake > OLD.last_handshake
+    BEGIN
+        UPDATE peers SET online = 1 WHERE id = NEW.id AND online = 0;
+    END;
     -- the interface counts a new key from 0; a suspended peer's last counters are still to come
     CREATE TRIGGER counters_restarted AFTER UPDATE OF public_key ON peers
     WHEN NEW.public_key <> OLD.public_key
@@ -3345,6 +3354,11 @@ _PUT = (
     + ", ".join(f"{name} = excluded.{name}" for name in Peer._fields[1:])
 )
 _SELECT_KIND = "SELECT interface, status FROM peers WHERE id = ?"
+_PAGE = (
+    f"SELECT {', '.join(f'p.{name}' for name in Peer._fields)}, coalesce(t.rx_bytes, 0), "  # noqa: S608  names of this file
+    "coalesce(t.tx_bytes, 0), coalesce(t.last_handshake, 0) "
+    "FROM peers p LEFT JOIN traffic t ON t.id = p.id "
+)
 _PUT_TRAFFIC = """
     INSERT INTO traffic (id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake)
     SELECT * FROM (VALUES (?, ?, ?, ?, ?, ?)) WHERE column1 IN (SELECT id FROM peers)
@@ -3598,6 +3612,7 @@ class Store:
         self._disk = disk
         self._vault = vault
         self._dirty = False
+        self._swept = 0  # see sweep_online()
         self._next_id = 1
         self._snapshot_number = 0  # the last record that the snapshot on disk holds
         self._previous_end = 0  # the last record of the journal before the current one
@@ -3789,29 +3804,47 @@ class Store:
 
     def page(self, after: int, limit: int, chosen: Filter) -> list[tuple[Peer, Traffic]]:
         """Up to `limit` peers with an id above `after`, in order of creation."""
-        where, values = "p.id > ?", [after]
-        if chosen.online is not None:
-            where += f" AND coalesce(t.last_handshake, 0) {'>' if chosen.online else '<='} ?"
-            values.append(chosen.online_since)
-        columns = ", ".join(f"p.{name}" for name in Peer._fields)
-        query = (
-            f"SELECT {columns}, coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), "  # noqa: S608  names of this file
-            "coalesce(t.last_handshake, 0) FROM peers p LEFT JOIN traffic t ON t.id = p.id "
-            f"WHERE {where}{{}} ORDER BY p.id LIMIT ?"
-        )
-        if chosen.status is None and chosen.interface is None:
-            rows = self._db.execute(query.format(""), (*values, limit)).fetchall()
+        query = _PAGE + "WHERE p.id > ? {} ORDER BY p.id LIMIT ?"
+        if chosen == Filter(online_since=chosen.online_since):
+            rows = self._db.execute(query.format(""), (after, limit)).fetchall()
         else:  # each kind has its peers in the index by id: as many from each, then the first ones
-            by_kind = query.format(" AND p.interface = ? AND p.status = ?")
             rows = [
                 row
-                for kind in self.counts
-                if chosen.interface in (None, kind[0]) and chosen.status in (None, kind[1])
-                for row in self._db.execute(by_kind, (*values, *kind, limit))
+                for kind in self._kinds(chosen)
+                for condition, values in self._conditions(chosen)
+                for row in self._db.execute(
+                    query.format(condition),
+                    (after, *kind, *values, limit),
+                )
             ]
             rows.sort(key=lambda row: int(row[0]))
         width = len(Peer._fields)
         return [(Peer._make(row[:width]), Traffic._make(row[width:])) for row in rows[:limit]]
+
+    def _kinds(self, chosen: Filter) -> list[tuple[str, str]]:
+        return [
+            kind
+            for kind in self.counts
+            if chosen.interface in (None, kind[0]) and chosen.status in (None, kind[1])
+        ]
+
+    def _conditions(self, chosen: Filter) -> list[tuple[str, tuple[int, ...]]]:
+        """Who is online, or not, at chosen.online_since: few rows are looked at in vain.
+
+        Those that the last sweep left online may be so no more; they are found by the time of
+        their handshake.
+        """
+        kind = "AND p.interface = ? AND p.status = ? AND p.online = "
+        online = (kind + "1 AND t.last_handshake > ?", (chosen.online_since,))
+        became = (  # with + no index of peers serves: the one of handshakes is to be used
+            "AND +p.interface = ? AND +p.status = ? AND +p.online = 1 AND p.id IN "
+            "(SELECT id FROM traffic WHERE last_handshake > 0 "
+            "AND last_handshake > ? AND last_handshake <= ?)",
+            (self._swept, chosen.online_since),
+        )
+        if chosen.online is None:
+            return [(kind + "0", ()), (kind + "1", ())]
+        return [online] if chosen.online else [(kind + "0", ()), became]
 
     def peers_after(self, after: int, limit: int) -> list[Peer]:
         rows = self._db.execute(f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
@@ -4141,6 +4174,21 @@ class Store:
             chunk = [TrafficRow._make(row) for row in rows[start : start + READ_CHUNK]]
             self.write_traffic([row._replace(rx_seen=0, tx_seen=0) for row in chunk])
 
+    def sweep_online(self, since: int) -> None:
+        """After a sample: peers without a handshake after `since` are offline, for page().
+
+        A handshake sets the column `online`; this takes it back, at the cost of those whose last
+        one was since the last sweep's `since`. A clock that was set back is followed, too.
+        """
+        low, high = sorted((self._swept, since))
+        online = int(since < self._swept)
+        self._db.execute(
+            "UPDATE peers SET online = ? WHERE online <> ? AND id IN (SELECT id FROM traffic "
+            "WHERE last_handshake > 0 AND last_handshake > ? AND last_handshake <= ?)",
+            (online, online, low, high),
+        )
+        self._swept = since
+
     def set_seen(self, entries: Sequence[Parked]) -> None:
         """After an undone change: the interface counts on from here."""
         self._db.executemany(
@@ -4301,6 +4349,10 @@ class Store:
             for number, segment in segments:
                 other._replay_segment(number, segment)
             other._verify_rows(self._db)
+            other._db.execute(
+                "UPDATE peers SET online = 1 "
+                "WHERE online = 0 AND id IN (SELECT id FROM traffic WHERE last_handshake > 0)"
+            )
         except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
             raise _damaged("the snapshot", 0, str(error)) from None
         return other
@@ -4352,6 +4404,7 @@ class Store:
             raise
         self.number, self._db = number, other._db
         self.counts, self._next_id = other.counts, max(self._next_id, other._next_id)
+        self._swept = 0
         self._dirty = False
         try:
             self._begin_anew(number, image)
@@ -6744,6 +6797,7 @@ class Gateway:
             raise StartError(str(error)) from None
         with self.lock:
             self.store.restart_suspended()
+            self.store.sweep_online(self.online_since())
         self._find_over_quota()
         self._suspend_over_quota()
         for name in self.interfaces:
@@ -7841,6 +7895,7 @@ class Gateway:
             with self.lock:
                 expected = self.store.counts[interface.name, "active"]
                 wrong = not touched and present != expected
+                self.store.sweep_online(self.online_since())
             self._rate(interface.name)
             if self.config.privacy_scrub:
                 self._scrub(interface, states, touched)

@@ -7,6 +7,7 @@ virtual machine and calls of the interpreter.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,41 @@ def fill(directory: Path, peers: int) -> wggw.Gateway:
 def gateways(tmp_path_factory: pytest.TempPathFactory) -> tuple[wggw.Gateway, wggw.Gateway]:
     directory = tmp_path_factory.mktemp("growth")
     return fill(directory / "few", FEW), fill(directory / "many", MANY)
+
+
+def shake_hands(gateway: wggw.Gateway, peers: list[wggw.Peer]) -> None:
+    """Now, which is only for these peers."""
+    states = [wggw.PeerState(wggw.wire_peer(peer), int(time.time()), 1, 1) for peer in peers]
+    gateway.store.sample(states)
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[wggw.Gateway, ...]]:
+    """By who is rare: few that are online, far from the beginning, or few that are not."""
+    found = {}
+    for rare in (True, False):
+        gateways = []
+        for peers in (FEW, MANY):
+            gateway = fill(tmp_path_factory.mktemp("online") / "box", peers)
+            every = gateway.store.peers_after(0, peers)
+            shake_hands(gateway, every[-9:-5] if rare else [*every[:-9], *every[-5:]])
+            gateways.append(gateway)
+        found[rare] = tuple(gateways)
+    return found
+
+
+@pytest.mark.parametrize("rare", [True, False])
+def test_a_page_of_who_is_online_or_not_does_not_look_at_the_others(
+    online: dict[bool, tuple[wggw.Gateway, ...]], rare: bool
+) -> None:
+    costs = []
+    for gateway in online[rare]:
+        chosen = wggw.Filter(online=rare, online_since=gateway.online_since())
+        gateway.page(0, 10, chosen)
+        with Work(gateway.store) as work:
+            assert len(gateway.page(0, 10, chosen)) == 4
+        costs.append(work.steps)
+    assert costs[1] <= 2 * costs[0], costs
 
 
 def suspended(gateway: wggw.Gateway) -> int:

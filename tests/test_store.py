@@ -355,6 +355,30 @@ def test_pages_give_every_peer_once_in_order(tmp_path: Path) -> None:
 # --- traffic --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sweeps", [(), (1000,), (1010, 1005, 1020), (2000, 1000)])
+def test_who_is_online_is_right_whenever_it_was_swept(
+    tmp_path: Path, sweeps: tuple[int, ...]
+) -> None:
+    with closing(opened(tmp_path)) as store:
+        put(store, *(a_peer(number) for number in range(1, 41)))
+        store.sample([seen(number, 1, 1, 1000 + number) for number in range(1, 30)])
+        for since in sweeps:
+            store.sweep_online(since)
+        store.sample([seen(number, 2, 2, 1030) for number in (3, 30)])
+        since = max(1010, *sweeps[-1:], 0)
+
+        def listed(online: bool) -> list[int]:
+            pages, after = [], 0
+            while page := store.page(after, 7, Filter(online=online, online_since=since)):
+                pages += [peer.id for peer, _ in page]
+                after = pages[-1]
+            return pages
+
+        last = {n: 1000 + n for n in range(1, 30)} | {3: 1030, 30: 1030}
+        assert listed(True) == [n for n in range(1, 41) if last.get(n, 0) > since]
+        assert listed(False) == [n for n in range(1, 41) if last.get(n, 0) <= since]
+
+
 def seen(number: int, rx: int, tx: int, handshake: int = 0) -> PeerState:
     return PeerState(WirePeer(decode_key(a_key(number)), b"", ()), handshake, rx, tx)
 

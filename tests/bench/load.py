@@ -78,10 +78,13 @@ def latencies(
 ) -> list[float]:
     """Of requests one after the other on so many connections, in seconds, sorted."""
     found: list[list[float]] = [[] for _ in range(connections)]
-    end = time.perf_counter() + seconds
+    together = threading.Barrier(connections)
 
     def work(mine: list[float]) -> None:
         connection = Connection(port)
+        connection.exchange(make())
+        together.wait()
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             data = make()
             started = time.perf_counter()
@@ -95,9 +98,7 @@ def latencies(
 
 def rate(port: int, connections: int, seconds: float) -> float:
     """Creates per second."""
-    started = time.perf_counter()
-    count = len(latencies(port, seconds, a_create, connections))
-    return count / (time.perf_counter() - started)
+    return len(latencies(port, seconds, a_create, connections)) / seconds
 
 
 def in_threads(jobs: Iterable[Callable[[], Any]]) -> None:
