@@ -183,7 +183,7 @@ PARKED_CHUNK = 8  # removals per hold of the lock: each costs a kernel an RCU gr
 READ_CHUNK = 500  # rows handled per hold of the domain lock by work that is O(peers): about 5 ms
 HOLD_SECONDS = 0.01  # what a part of a desired state should hold the domain lock: it may take 0.05
 MAX_MERGED = 50  # creates of a batch that are one change: about 5 ms
-MAX_PART = 400  # peers in a part
+MIN_PART, MAX_PART = 50, 400  # peers in a part
 BREATH_SECONDS = 0.0002  # between two holds: without it, nobody else gets the lock
 BODY_RATE = 250_000  # bytes a second below which a streamed body is cut off
 BACKEND_TIMEOUT = 10.0  # seconds for one exchange with an interface
@@ -1623,14 +1623,19 @@ def _field_families(value: Any) -> tuple[str, ...]:
 
 
 def _field_ipv4(value: Any) -> str:
-    return str(ipaddress.IPv4Address(_field_text(value)))
+    return _address_text(socket.AF_INET, _field_text(value))
 
 
 def _field_ipv6(value: Any) -> str:
-    text = _field_text(value)
-    if "%" in text:
-        raise ValueError
-    return str(ipaddress.IPv6Address(text))
+    return _address_text(socket.AF_INET6, _field_text(value))
+
+
+def _address_text(family: int, text: str) -> str:
+    """An address as AddressPool writes it, in a fifth of the time that ipaddress takes."""
+    try:
+        return socket.inet_ntop(family, socket.inet_pton(family, text))
+    except OSError:
+        raise ValueError from None
 
 
 def _field_flag(value: Any) -> bool:
@@ -7527,7 +7532,9 @@ class Gateway:
             finally:
                 self._in_parts(list(self._reserved), self._free)
                 self._unfinished.clear()
-        self._sweep()
+        if any(self._parked.values()):  # what is gone is gone from the interface, too
+            with contextlib.suppress(BackendError):  # nothing passes; the next sample tries again
+                self.sample()
         return plan.result
 
     def _plan(self, desired: dict[str, Desired]) -> Plan:
@@ -7727,14 +7734,16 @@ class Gateway:
 
     def _in_parts(self, items: Sequence[_T], work: Callable[[Sequence[_T]], None]) -> None:
         """Work on a few at a time under the lock: as many as take HOLD_SECONDS."""
-        start, size = 0, 50
+        start, size = 0, MIN_PART
         while start < len(items):
             with self.lock:
                 began = time.perf_counter()
                 work(items[start : start + size])
                 spent = time.perf_counter() - began
             start += size
-            size = max(10, min(MAX_PART, 2 * size, int(size * HOLD_SECONDS / max(spent, 1e-6))))
+            size = max(
+                MIN_PART, min(MAX_PART, 2 * size, int(size * HOLD_SECONDS / max(spent, 1e-6)))
+            )
             time.sleep(BREATH_SECONDS)
 
     def _do_part(self, steps: Sequence[Step]) -> list[Undo]:
@@ -8204,14 +8213,20 @@ def _is_create(operation: BatchOperation) -> TypeGuard[tuple[str, Mapping[str, A
     return not isinstance(operation, GatewayError) and operation[0] == "create"
 
 
-@contextlib.contextmanager
-def _placed(place: str) -> Iterator[None]:
-    """Errors say where in a body they are."""
-    try:
-        yield
-    except GatewayError as error:
-        error.detail = f"{place}: {error.detail}"
-        raise
+class _placed:  # as a function is named, which it is used as
+    """Errors say where in a body they are. Three for each element of a desired state."""
+
+    __slots__ = ("_place",)
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, GatewayError):
+            error.detail = f"{self._place}: {error.detail}"
 
 
 def _real_psk(preshared_key: str | None) -> str | None:

@@ -577,3 +577,15 @@ class Timed:
     def __exit__(self, *_: Any) -> None:
         self.longest = max(self.longest, time.thread_time() - self._began)
         self._lock.release()
+
+
+def test_what_a_desired_state_took_away_is_gone_from_a_large_interface_at_its_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw, "SWEEP_PEERS", 0)
+    box = Box(tmp_path)
+    box.sync([{"public_key": a_key(n)} for n in range(20)])
+    box.sync([{"public_key": a_key(n)} for n in range(5)])
+    assert {wggw.encode_key(s.peer.public_key) for s in box.backend.read()} == {
+        a_key(n) for n in range(5)
+    }
