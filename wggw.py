@@ -132,7 +132,6 @@ PYTHON_VERSION = ".".join(map(str, sys.version_info[:3]))
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)  # seconds
 
 KEY_BYTES = 32  # curve25519 keys and preshared keys
-KEY_TEXT = 44  # a key in base64
 ONLINE_SECONDS = 180  # a handshake younger than this: online (WireGuard's REJECT_AFTER_TIME)
 
 MAX_HEAD = 16 * 1024  # bytes of request line and headers
@@ -376,7 +375,6 @@ class DiskError(Exception):
 
 PLAIN_PREFIX, AWG_PREFIX = "WG", "AWG"  # of the variables of the two kinds of interface
 IPv4or6Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-IPv4or6Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Setting(NamedTuple):
@@ -1066,7 +1064,7 @@ def verify_peer(peer: Peer) -> None:
     four, six = peer.assigned_ip, peer.assigned_ipv6
     if four is not None and str(ipaddress.IPv4Address(four)) != four:
         raise ValueError("an IPv4 address is not in its canonical form")
-    if six is not None and str(ipaddress.IPv6Address(six)) != six:
+    if six is not None and ("%" in six or str(ipaddress.IPv6Address(six)) != six):  # %: a zone
         raise ValueError("an IPv6 address is not in its canonical form")
     if not set(peer.tunnel_traffic.split(",")) <= set(FAMILIES):
         raise ValueError("tunnel_traffic")
@@ -1473,7 +1471,10 @@ def encode_own_values(values: Mapping[str, Any]) -> str:
 
 def decode_own_values(text: str) -> dict[str, Any]:
     """What encode_own_values() was given. Raises ValueError, TypeError."""
-    given = json.loads(text)
+    try:
+        given = json.loads(text)
+    except RecursionError:
+        raise ValueError("obfuscation") from None
     if not isinstance(given, dict) or not given.keys() <= set(AWG_OWN):
         raise ValueError("obfuscation")
     return awg_values(given)
@@ -2065,7 +2066,10 @@ class NonceGuard:
             if self._written >= 2 * self._limit:
                 self._rewrite()
             if self._file is not None:
-                self._file.write(_nonce_line(until, entry))
+                line = _nonce_line(until, entry)
+                if self._file.write(line) != len(line):  # a full disk takes a part first
+                    self._written = 2 * self._limit  # a torn line would spoil the next one, too
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self._written += 1
         except OSError as error:
             raise Unavailable(f"the nonce cannot be kept: {_reason(error)}") from None

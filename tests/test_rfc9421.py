@@ -447,6 +447,26 @@ def test_a_nonce_that_cannot_be_kept_is_not_accepted(tmp_path: Path) -> None:
     assert guard.first_use("k", "m", 200, 100)
 
 
+class TornFile(io.FileIO):
+    """Takes a part of what is written, as a disk does that is about to be full."""
+
+    def write(self, data: Any) -> int:
+        return super().write(bytes(data)[:5])
+
+
+def test_a_nonce_that_is_kept_in_part_is_not_accepted_and_spoils_no_other(tmp_path: Path) -> None:
+    path = str(tmp_path / "nonces")
+    guard = wggw.NonceGuard()
+    guard.keep(path, 100)
+    guard._file = TornFile(path, "a")
+    with pytest.raises(wggw.Unavailable):
+        guard.first_use("k", "torn", 200, 100, early=True)
+    assert guard.first_use("k", "next", 200, 100, early=True)
+    other = wggw.NonceGuard()
+    other.keep(path, 100)
+    assert not other.first_use("k", "next", 200, 100)
+
+
 def test_100_000_nonces_cost_the_same_each_and_none_is_accepted_twice() -> None:
     """Steps of Python are counted, because times mean little on a busy machine."""
     guard = wggw.NonceGuard()
