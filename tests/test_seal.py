@@ -532,7 +532,8 @@ def test_no_nonce_is_used_twice_on_disk_over_kills(tmp_path: Path) -> None:
             for path in tmp_path.glob("wireguard.db.journal*"):
                 collect_lines(path.read_bytes(), sealed)
             journal = tmp_path / "wireguard.db.journal"
-            journal.write_bytes(journal.read_bytes()[: -life or None])
+            if journal.exists():  # it is not for a moment of a rotation
+                journal.write_bytes(journal.read_bytes()[: -life or None])
             gateway.start()
     assert len(sealed) > 12
     assert all(len(texts) == 1 for texts in sealed.values())
