@@ -752,8 +752,14 @@ def read_env_file(text: str, name: str) -> dict[str, str]:
     return values
 
 
-def load_config(environ: Mapping[str, str], env_file: str | None = None) -> Config:
-    """Read the settings: environment over file over defaults. Raises ConfigError."""
+def load_config(
+    environ: Mapping[str, str], env_file: str | None = None, key_needed: bool = True
+) -> Config:
+    """Read the settings: environment over file over defaults. Raises ConfigError.
+
+    Without `key_needed` a required setting that is not set is "": for what signs with another key,
+    or not at all.
+    """
     path = Path(env_file or ".env")
     values: dict[str, str] = {}
     if env_file or path.exists():
@@ -766,18 +772,18 @@ def load_config(environ: Mapping[str, str], env_file: str | None = None) -> Conf
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--env-file {path}: cannot be read: {_reason(error)}") from None
     values.update(environ)
-    parsed = {setting.name.lower(): _parse_setting(setting, values) for setting in SETTINGS}
+    parsed = {s.name.lower(): _parse_setting(s, values, key_needed) for s in SETTINGS}
     config = Config(**parsed)
     _check_together(config)
     return config
 
 
-def _parse_setting(setting: Setting, values: Mapping[str, str]) -> Any:
+def _parse_setting(setting: Setting, values: Mapping[str, str], key_needed: bool) -> Any:
     raw = values.get(setting.name, setting.default)
     if raw is None or (raw == "" and setting.default is None):
-        if setting.required:
+        if setting.required and key_needed:
             raise ConfigError(f"{setting.name} is not set: it needs {setting.accepts}")
-        return None
+        return "" if setting.required else None
     try:
         return setting.parse(raw)
     except (ValueError, TypeError, AttributeError, RecursionError):
@@ -10974,6 +10980,15 @@ class ApiClient:
         return {**headers, "Signature-Input": given, "Signature": mac}
 
 
+def config_of(arguments: argparse.Namespace, signs: bool = True) -> Config:
+    """The settings of a command's host. Raises ConfigError.
+
+    `signs`: it needs GATEWAY_API_KEY, unless it is given another key.
+    """
+    other_key = getattr(arguments, "key_file", None)
+    return load_config(os.environ, arguments.env_file, signs and not other_key)
+
+
 def client_of(config: Config, arguments: argparse.Namespace) -> ApiClient:
     """A client of this host's gateway, or of the one that the arguments name."""
     address = ipaddress.ip_address(config.api_host)
@@ -11012,7 +11027,7 @@ def command_serve(arguments: argparse.Namespace) -> int:
 
 
 def command_call(arguments: argparse.Namespace) -> int:
-    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    client = client_of(config_of(arguments), arguments)
     data = read_data(arguments.data)
     with Progress(f"{arguments.method} {arguments.path}"):
         status, body = client.call(arguments.method, arguments.path, data)
@@ -11214,7 +11229,7 @@ def pool_lines(interfaces: Sequence[Mapping[str, Any]], screen: Screen) -> list[
 
 def command_status(arguments: argparse.Namespace) -> int:
     """One screen; exit code 1 when the gateway is degraded."""
-    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    client = client_of(config_of(arguments), arguments)
     status = ask(client, "/api/v1/server/status")
     if arguments.json:
         print(json.dumps(status, indent=2))
@@ -11274,7 +11289,7 @@ def show_handshake(when: str | None, now: float) -> str:
 
 
 def command_peers(arguments: argparse.Namespace) -> int:
-    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    client = client_of(config_of(arguments), arguments)
     peers = all_peers(client, "&online=true" if arguments.online else "")
     key, descending = PEER_ORDERS[arguments.sort]
     peers.sort(key=key, reverse=descending)
@@ -11390,7 +11405,7 @@ def command_top(arguments: argparse.Namespace) -> int:
     """Refresh until q; Ctrl-C does as well."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("top needs a terminal: `wggw status --json` is for programs")
-    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    client = client_of(config_of(arguments), arguments)
     top = Top()
     with whole_terminal(), contextlib.suppress(KeyboardInterrupt):
         while True:
@@ -11414,7 +11429,7 @@ def key_pressed(seconds: float) -> str:
 
 
 def command_snapshot(arguments: argparse.Namespace) -> int:
-    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    client = client_of(config_of(arguments), arguments)
     exporting = arguments.action == "export"
     data = b"" if exporting else read_data("@" + arguments.file)
     with Progress(f"snapshot {arguments.action}"):
@@ -11451,14 +11466,14 @@ def generated_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def command_awg_show(arguments: argparse.Namespace) -> int:
-    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    client = client_of(config_of(arguments), arguments)
     print(json.dumps(answer_of(client, "GET", "/api/v1/obfuscation"), indent=2))
     return 0
 
 
 def command_awg_rotate(arguments: argparse.Namespace) -> int:
     """Without --yes say what would happen, and change nothing that cuts clients off."""
-    client = client_of(load_config(os.environ, arguments.env_file), arguments)
+    client = client_of(config_of(arguments), arguments)
     try:
         wanted = (
             decode_json(read_data(arguments.params))
@@ -11493,7 +11508,8 @@ def command_net(arguments: argparse.Namespace) -> int:
     try:
         if arguments.action == "down":
             return tell_steps(net_down(links_to_remove(arguments.env_file)))
-        config = load_config(os.environ, arguments.env_file)
+        # `up` changes a host: without settings it is none of a gateway's.
+        config = config_of(arguments, signs=arguments.action == "up")
         tunnels = interface_settings(config)
         if arguments.action == "show":
             return report(look_at_network(config, tunnels))
@@ -11528,7 +11544,7 @@ def links_to_remove(env_file: str | None) -> list[tuple[str, str]]:
 
 def command_doctor(arguments: argparse.Namespace) -> int:
     """Look at everything; exit code 1 when something is wrong."""
-    config = load_config(os.environ, arguments.env_file)
+    config = config_of(arguments)
 
     def ask() -> tuple[int, bytes]:
         return client_of(config, arguments).call("GET", "/api/v1/server/status")
@@ -11550,7 +11566,7 @@ def report(findings: Iterable[Finding]) -> int:
 
 def command_check(arguments: argparse.Namespace) -> int:
     """Verify snapshot and journals without writing; with --repair save what can be saved."""
-    config = load_config(os.environ, arguments.env_file)
+    config = config_of(arguments, signs=False)
     store = open_store(config)
     if arguments.repair:
         return repair(store)

@@ -148,6 +148,33 @@ def test_another_gateway_is_reached_by_url_and_fingerprint(
         assert done.code == 0, done
 
 
+@pytest.mark.parametrize("command", ["call", "status", "peers", "snapshot"])
+def test_a_host_without_any_setting_asks_a_gateway_elsewhere(
+    shared: GatewayProcess, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "key").touch(0o600)
+    (tmp_path / "key").write_text(API_KEY)
+    given = {"call": ["GET", PEERS], "snapshot": ["export", "state"]}.get(command, [])
+    line = [*PROGRAM, command, *given, "--url", f"https://127.0.0.1:{shared.port}"]
+    line += ["--fingerprint", fingerprint(shared)]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*line, *more],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    done = run("--key-file", "key")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+    done = run("--env-file", os.devnull)
+    assert done.returncode == 2 and "GATEWAY_API_KEY is not set" in done.stderr
+
+
 # --- how it ends ----------------------------------------------------------------------------------
 
 

@@ -224,6 +224,35 @@ def test_progress_is_shown_after_a_second_on_a_terminal_only(
     assert capsys.readouterr().err.endswith("\r")
 
 
+# --- whose settings -------------------------------------------------------------------------------
+
+
+def bare(directory: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command in an environment without settings."""
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        env={"PATH": os.environ["PATH"], **variables},
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("arguments", [("check",), ("net", "show")])
+def test_what_signs_nothing_needs_no_key(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = bare(tmp_path, *arguments, "--env-file", os.devnull)
+    assert done.returncode < 2 and "GATEWAY_API_KEY" not in done.stderr, done
+    assert done.stdout
+
+
+def test_a_host_without_settings_is_not_made_a_gateway(tmp_path: Path) -> None:
+    done = bare(tmp_path, "net", "up", "--env-file", os.devnull)
+    assert done.returncode == 2 and "GATEWAY_API_KEY is not set" in done.stderr
+
+
 # --- figures --------------------------------------------------------------------------------------
 
 POOL = {"total": 253, "used": 64, "available": 189, "gateway_ip": "10.0.1.1"}
