@@ -10914,6 +10914,8 @@ def look_at_answer(ask: Callable[[], tuple[int, bytes]]) -> Iterator[Finding]:
 # Never here: logic.
 # ==================================================================================================
 
+INSTALLED_SETTINGS = "/etc/wggw/wggw.env"  # as install.sh writes it
+
 
 class ApiClient:
     """Signed calls to a gateway whose certificate has a known fingerprint."""
@@ -10985,8 +10987,28 @@ def config_of(arguments: argparse.Namespace, signs: bool = True) -> Config:
 
     `signs`: it needs GATEWAY_API_KEY, unless it is given another key.
     """
-    other_key = getattr(arguments, "key_file", None)
-    return load_config(os.environ, arguments.env_file, signs and not other_key)
+    named = [getattr(arguments, name, None) for name in ("key_file", "url", "fingerprint")]
+    path = arguments.env_file
+    if not path and not all(named):
+        path = installed_settings(os.environ)
+    return load_config(os.environ, path, signs and not named[0])
+
+
+def installed_settings(environ: Mapping[str, str]) -> str | None:
+    """The file of the gateway that is installed here, unless something here is about another one.
+
+    A file that is there but cannot be read is named all the same: load_config says why.
+    """
+    own = {setting.name for setting in SETTINGS if not setting.name.startswith("AWS_")}
+    if own & environ.keys() or os.path.exists(".env"):
+        return None
+    try:
+        os.stat(INSTALLED_SETTINGS)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        pass
+    return INSTALLED_SETTINGS
 
 
 def client_of(config: Config, arguments: argparse.Namespace) -> ApiClient:
@@ -11507,7 +11529,7 @@ def command_net(arguments: argparse.Namespace) -> int:
     """What the host needs around the interfaces: up, down, or how it is."""
     try:
         if arguments.action == "down":
-            return tell_steps(net_down(links_to_remove(arguments.env_file)))
+            return tell_steps(net_down(links_to_remove(arguments)))
         # `up` changes a host: without settings it is none of a gateway's.
         config = config_of(arguments, signs=arguments.action == "up")
         tunnels = interface_settings(config)
@@ -11525,13 +11547,13 @@ def tell_steps(steps: Iterable[str]) -> int:
     return 0
 
 
-def links_to_remove(env_file: str | None) -> list[tuple[str, str]]:
+def links_to_remove(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """Kind and name of this gateway's interfaces. Raises BackendError.
 
     Settings that are broken or gone must not keep anybody from taking the rest away.
     """
     try:
-        tunnels = interface_settings(load_config(os.environ, env_file))
+        tunnels = interface_settings(config_of(arguments))
         return [(LINK_KINDS[tunnel.prefix], tunnel.name) for tunnel in tunnels]
     except ConfigError as error:
         links = links_of_table(current_table() if tool("nft") else "")
@@ -11643,7 +11665,7 @@ examples:
 Exit code 1 when the gateway is degraded or does not answer.
 
 examples:
-  wggw status --env-file /etc/wggw/wggw.env
+  wggw status
   wggw status --json | jq '.interfaces[].rx_bytes_per_second'
 """,
     "peers": "examples:\n  wggw peers --online --sort traffic\n"
@@ -11672,7 +11694,8 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=EXAMPLES.get(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.add_argument("--env-file", metavar="PATH", help="settings; default ./.env")
+        default = "./.env" if run is command_serve else f"./.env, or else {INSTALLED_SETTINGS}"
+        added.add_argument("--env-file", metavar="PATH", help=f"settings; default {default}")
         added.set_defaults(run=run)
         return added
 

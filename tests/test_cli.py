@@ -253,6 +253,88 @@ def test_a_host_without_settings_is_not_made_a_gateway(tmp_path: Path) -> None:
     assert done.returncode == 2 and "GATEWAY_API_KEY is not set" in done.stderr
 
 
+@pytest.fixture
+def installed(
+    served: GatewayProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """The settings of an installed gateway, seen from an empty directory without any of them."""
+    for setting in wggw.SETTINGS:
+        monkeypatch.delenv(setting.name, raising=False)
+    here = {"TLS_CERT": "cert.pem", "TLS_KEY": "key.pem", "DB_PATH": "wireguard.db"}
+    values = {name: str(served.directory / served.settings.get(name, here[name])) for name in here}
+    values = {**served.settings, **values, "WG_INTERFACE": "wg7"}
+    path = tmp_path / "etc" / "wggw.env"
+    path.parent.mkdir(mode=0o700)
+    path.touch(0o600)
+    path.write_text("".join(f"{name}='{value}'\n" for name, value in values.items()))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr(wggw, "INSTALLED_SETTINGS", str(path))
+    yield path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["status"], "4 in all"),
+        (["peers"], a_key(1)),
+        (["call", "GET", "/api/v1/server/status"], '"total_peers":4'),
+        (["snapshot", "export", "state"], "exported "),
+        (["check"], "4 peers"),
+        (["doctor"], "API: answers: healthy, 4 peers"),
+        (["net", "show"], "wg7"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_installed_gateway_is_found_from_anywhere(
+    installed: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert wggw.main(arguments) < 2
+    assert told in capsys.readouterr().out
+
+
+def test_net_down_takes_the_installed_interface_away(installed: Path) -> None:
+    arguments = wggw.make_parser().parse_args(["net", "down"])
+    assert [name for _, name in wggw.links_to_remove(arguments)] == ["wg7"]
+
+
+def test_settings_here_are_before_the_installed_ones(
+    installed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = installed.parent / "other.env"
+    other.write_text("API_PORT=1\n")
+    assert wggw.main(["status", "--env-file", str(other)]) == 2
+    with monkeypatch.context() as inner:
+        inner.setenv("DB_PATH", "elsewhere.db")
+        assert wggw.main(["status"]) == 2
+    Path(".env").write_text("API_PORT=1\n")
+    assert wggw.main(["status"]) == 2
+    assert capsys.readouterr().err.count("GATEWAY_API_KEY is not set") == 3
+    Path(".env").unlink()
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")  # of other programs, too
+    assert wggw.main(["status"]) == 0
+
+
+def test_serve_takes_no_settings_that_it_was_not_given(
+    installed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert wggw.main(["serve"]) == 2
+    assert "GATEWAY_API_KEY is not set" in capsys.readouterr().err
+
+
+def test_installed_settings_that_cannot_be_read_are_named(
+    installed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.geteuid():
+        pytest.skip("needs root, to be somebody else")
+    os.seteuid(65534)
+    try:
+        assert wggw.main(["check"]) == 2
+    finally:
+        os.seteuid(0)
+    assert f"{installed}: cannot be read: Permission denied" in capsys.readouterr().err
+
+
 # --- figures --------------------------------------------------------------------------------------
 
 POOL = {"total": 253, "used": 64, "available": 189, "gateway_ip": "10.0.1.1"}

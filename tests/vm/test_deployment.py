@@ -49,7 +49,7 @@ set -eu
 /tree/install.sh --yes >/dev/null
 for number in $(seq {PEERS}); do
   key=$(wg genkey | wg pubkey)
-  wggw call POST /api/v1/configurations --env-file /etc/wggw/wggw.env \\
+  wggw call POST /api/v1/configurations \\
     --data '{{"public_key": "'$key'", "protocol": "dual"}}' >/dev/null
 done
 wg show wg0 allowed-ips | sort >/root/before
@@ -70,7 +70,7 @@ sysctl -n net.ipv4.ip_forward net.ipv6.conf.all.forwarding
 IN_MEMORY = """
 set -eu
 systemctl stop wggw
-wggw net down --env-file /etc/wggw/wggw.env
+wggw net down
 test ! -e /sys/class/net/wg0
 mkdir /run/partition /run/empty /run/node
 cp /var/lib/wggw/wireguard.db* /etc/wggw/privatekey /run/partition/
