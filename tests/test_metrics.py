@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from harness import ROOT, Client, GatewayProcess, a_key, running, wait_for
 
+import wggw
+
 DOCS = ROOT / "docs/monitoring"
 SAMPLE = re.compile(r"([a-z_]+)(?:\{(.*)\})? (\S+)")
 
@@ -63,6 +65,45 @@ def test_promtool_accepts_the_alert_rules() -> None:
     promtool("check", "rules", str(DOCS / "alerts.yml"))
 
 
+# An alert of the remote copy: what it is about, what passes, and what is told, in promtool's form.
+CASE = """
+rule_files: [{rules}]
+tests:
+  - interval: 1m
+    input_series:
+      - {{series: '{metric}{{instance="gateway:8000"}}', values: {values}}}
+    alert_rule_test:
+      - {{eval_time: 4m, alertname: {alert}, exp_alerts: []}}
+      - eval_time: 20m
+        alertname: {alert}
+        exp_alerts:
+          - exp_labels: {{severity: warning, instance: "gateway:8000"}}
+            exp_annotations: {{summary: "{summary}", description: "{description}"}}
+"""
+WHY = "`wggw status` on the host says why."
+BEHIND = {
+    "alert": "WggwRemoteCopyBehind",
+    "metric": "wggw_remote_copy_lag_seconds",
+    "values": "2 0 60 60 2 0 90x20",
+    "summary": "The remote copy of gateway:8000 is 1m 30s behind",
+    "description": f"What it lacks is lost when the node is lost: {WHY}",
+}
+FAILING = {
+    "alert": "WggwRemoteCopyFailing",
+    "metric": "wggw_remote_copy_failing",
+    "values": "0 1 1 1 0 1x20",
+    "summary": "gateway:8000 cannot bring its remote copy up to date",
+    "description": WHY,
+}
+
+
+@pytest.mark.parametrize("case", [BEHIND, FAILING], ids=lambda case: case["alert"])
+def test_alerts_of_the_remote_copy_fire(tmp_path: Path, case: dict[str, str]) -> None:
+    path = tmp_path / "case.yml"
+    path.write_text(CASE.format(rules=DOCS / "alerts.yml", **case))
+    promtool("test", "rules", str(path))
+
+
 EXPECTED = {
     ("wggw_peers", 'interface="wg0",state="active"'): 2,
     ("wggw_peers", 'interface="wg0",state="suspended"'): 1,
@@ -105,6 +146,11 @@ def test_per_peer_series_hold_no_whole_key(watched: GatewayProcess) -> None:
     assert a_key(1)[:9] not in text
 
 
+def metrics_of(client: Client) -> str:
+    """All that a gateway shows, with what a remote copy adds."""
+    return scrape(client) + "".join(wggw.render_copy(wggw.CopyState(7, 2, 1.5, None)))
+
+
 def names_in(expression: str) -> set[str]:
     return set(re.findall(r"\b(?:wggw|process)_[a-z_]+", expression))
 
@@ -121,11 +167,18 @@ def queries() -> dict[str, list[str]]:
 def test_documents_name_only_metrics_that_there_are(watched: GatewayProcess, name: str) -> None:
     client = watched.client()
     client.send("GET", "/api/v1/server/status")
-    heads = set(re.findall(r"# TYPE (\S+)", scrape(client)))
-    found = {n for n, _ in samples(scrape(client))}
+    heads = set(re.findall(r"# TYPE (\S+)", metrics_of(client)))
+    found = {n for n, _ in samples(metrics_of(client))}
     named = set().union(*(names_in(expression) for expression in queries()[name]))
     assert len(named) >= 8
     assert named - found - heads == set()
+
+
+def test_every_metric_is_in_the_list(watched: GatewayProcess) -> None:
+    heads = set(re.findall(r"# TYPE (wggw_\S+)", metrics_of(watched.client())))
+    text = " ".join(queries()["README.md"])
+    ends = re.findall(r"…(_[a-z_]+)", text)
+    assert {head for head in heads if head not in text and not head.endswith(tuple(ends))} == set()
 
 
 def test_a_sample_fills_the_age_in_status(watched: GatewayProcess) -> None:
