@@ -4852,7 +4852,8 @@ class Copier:
         self._chain = -1  # the record that the next segment follows; -1: a snapshot is due
         self._snapshot_time = 0.0  # of the last local snapshot that was put there
         self._boot_number = 0
-        self._even = clock()  # when the copy was last seen to hold everything
+        self._even = clock()  # the copy holds everything that was there at this time
+        self._mark: tuple[float, int] | None = None  # time and record: when it has that, is even
         self._pause = 0.0  # seconds after a failure, growing
         self._next_try = 0.0  # monotonic
         self._failure: str | None = None
@@ -4925,6 +4926,8 @@ class Copier:
                 self._turn.release()
 
     def _try(self, snapshots: bool) -> None:
+        # Not the last record of all: where there always is a newer one, the copy never has that.
+        self._mark = self._mark or (self._clock(), self._store.number)
         try:
             self._step(snapshots)
         except (CopyError, OSError) as error:
@@ -4938,8 +4941,8 @@ class Copier:
         if self._failure:
             LOG.info("remote copy: it works again")
         self._failure, self._pause = None, 0.0
-        if self._manifest and self._manifest.number >= self._store.number:
-            self._even = self._clock()
+        if self._manifest and self._manifest.number >= self._mark[1]:
+            self._even, self._mark = self._mark[0], None
 
     def _step(self, snapshots: bool) -> None:
         if not self._attached:

@@ -194,6 +194,35 @@ class Watch:
         self.objects.fail_at, self.objects.until, self.objects.calls = failing, until, calls
 
 
+def test_a_gateway_that_never_rests_is_not_taken_for_one_far_behind(tmp_path: Path) -> None:
+    """A change during each upload: the copy lacks one record all the time, and never for long."""
+    objects, now = MemoryObjects(), [1000.0]
+    with closing(opened(tmp_path)) as store:
+        copier = Copier(objects, store, lambda: now[0], lambda: None)  # type: ignore[arg-type]
+        copier.boot()
+        copier.begin()
+        numbers = itertools.count(1)
+        keep = objects.put
+
+        def put_while_a_peer_comes(name: str, content: bytes) -> None:
+            keep(name, content)
+            put(store, a_peer(next(numbers)))
+
+        objects.put = put_while_a_peer_comes  # type: ignore[method-assign]
+        put(store, a_peer(next(numbers)))
+        for _ in range(100):
+            now[0] += 2
+            copier.tick()
+            state = copier.state()
+            assert state.lag_records > 0 and state.lag_seconds <= 4, state
+        objects.fail_at, objects.until = objects.calls, objects.calls + 100
+        for _ in range(3):
+            now[0] += 100
+            copier._next_try = 0.0
+            copier.tick()
+        assert copier.state().lag_seconds >= 300
+
+
 def test_slots_are_used_again(tmp_path: Path) -> None:
     objects = MemoryObjects()
     with closing(opened(tmp_path)) as store:
