@@ -1,4 +1,4 @@
-"""docs/DEPLOYMENT.md: what can be seen without a machine; the commands by hand run in a guest."""
+"""docs/DEPLOYMENT.md and RAM_BASED.md: what needs no guest; the commands by hand run in one."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import os
 import re
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # a dependency of schemathesis
-from harness import ROOT
+from harness import API_KEY, ROOT
+from sandbox import machine
 
 import wggw
 
 TEXT = (ROOT / "docs/DEPLOYMENT.md").read_text()
+IN_MEMORY = (ROOT / "docs/RAM_BASED.md").read_text()
 INSTALL = (ROOT / "install.sh").read_text()
 PACKAGES = set(re.findall(r"^  \[.*\]=([a-z0-9-]+)$", INSTALL, re.MULTILINE)) | {"nftables"}
 
 
-def block(heading: str) -> str:
-    found = re.search(r"^```\w+\n(.*?)^```", TEXT.split(f"\n## {heading}\n", 1)[1], re.M | re.S)
+def block(heading: str, text: str = TEXT) -> str:
+    found = re.search(r"^```\w+\n(.*?)^```", text.split(f"\n## {heading}\n", 1)[1], re.M | re.S)
     assert found
     return found[1]
 
@@ -80,3 +84,25 @@ def test_settings_by_hand_are_good() -> None:
     values = wggw.read_env_file(text.replace("$(openssl rand -hex 32)", "a" * 64), "by hand")
     config = wggw.load_config(values, os.devnull)
     assert config.db_path == "/var/lib/wggw/wireguard.db"
+
+
+def test_a_node_in_memory_is_explained_once() -> None:
+    assert "(RAM_BASED.md)" in TEXT
+    assert "wggw.py serve" not in TEXT
+    assert IN_MEMORY.count("wggw.py serve") == 1
+
+
+@pytest.mark.real
+def test_a_node_in_memory_starts_as_written(tmp_path: Path) -> None:
+    with machine(tmp_path) as host:
+        (host.bin / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        (host.bin / "python3").chmod(0o755)
+        host.output("mkdir /mnt/state")
+        (tmp_path / "node").write_text(block("Start it", IN_MEMORY).replace("…", API_KEY))
+        node = host.start("bash ../node")
+        node.wait_text("ready on 0.0.0.0 port 8000")
+        kept = host.output("ls /mnt/state").split()
+        assert {"privatekey", "wireguard.db", "wireguard.db.journal"} <= set(kept)
+        assert "masquerade" in host.output("nft list table inet wggw")
+        node.signal("INT")
+        assert node.wait() == 0

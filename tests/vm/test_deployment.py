@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from harness import ROOT
 from vm import Guest, NotBuilt, image, kernel, pytest_inside, run_inside
 
 # The time is for a build of kernel and disk; each boot has a deadline of its own.
@@ -66,6 +68,7 @@ diff /root/before /root/after
 nft list table inet wggw | grep -c masquerade
 sysctl -n net.ipv4.ip_forward net.ipv6.conf.all.forwarding
 """
+START = re.findall(r"^(.*wggw.py serve)$", (ROOT / "docs/RAM_BASED.md").read_text(), re.M)[0]
 # A node that has Python, one file and its settings in the environment, and a partition with state.
 IN_MEMORY = """
 set -eu
@@ -79,7 +82,7 @@ cd /run/node
 serve() {
   export GATEWAY_API_KEY=0123456789abcdef0123456789abcdef DB_PATH=$1/wireguard.db
   export WG_PRIVATE_KEY_FILE=$1/privatekey
-  { python3 wggw.py net up && exec python3 wggw.py serve; } >log 2>&1 &
+  { START; } >log 2>&1 &
   for try in $(seq 100); do
     curl -skf --max-time 5 https://127.0.0.1:8000/readyz >/dev/null && return
     sleep 0.2
@@ -100,7 +103,7 @@ test "$(wg show wg0 peers)" = "$key"
 kill %1
 wait %1
 python3 wggw.py net down
-"""
+""".replace("START", START)
 
 
 def test_reboot_and_node_in_memory_bring_every_peer_back(boot: Callable[[str], Guest]) -> None:
