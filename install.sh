@@ -370,7 +370,8 @@ serve() {
   read_settings
   cd "$STATE"
   rm -rf "$scratch"
-  (announce &)
+  # In one write, so that no line of the gateway's log comes between the lines of the command.
+  (text=$(announce) && printf '%s\n' "$text" &)
   # The gateway takes this process's place: signals and the exit code are its own.
   exec env -i PATH="$PATH" $PYTHON "$TREE/wggw.py" serve --env-file "$ENV_FILE"
 }

@@ -566,21 +566,22 @@ _AUTHORITY = r"(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _URL_PATH = r"(?:/[A-Za-z0-9._~-]+)*/?"  # without what would need an encoding
 
 
-def _snapshot_url(raw: str) -> str:
-    bucket = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
-    if not re.fullmatch(rf"https://{_AUTHORITY}{_URL_PATH}|s3://{bucket}{_URL_PATH}", raw):
+def _url(pattern: str, raw: str) -> str:
+    if not re.fullmatch(pattern, raw):
         raise ValueError
     _ = urllib.parse.urlsplit(raw).port  # a ValueError when it is too large
     return raw
 
 
+def _snapshot_url(raw: str) -> str:
+    bucket = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+    return _url(rf"https://{_AUTHORITY}{_URL_PATH}|s3://{bucket}{_URL_PATH}", raw)
+
+
 def _aws_endpoint(raw: str) -> str:
     """Plain http only to this host: what comes back is not authenticated."""
     loopback = r"http://(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]{1,5})?"
-    if not re.fullmatch(rf"(?:https://{_AUTHORITY}|{loopback}){_URL_PATH}", raw):
-        raise ValueError
-    _ = urllib.parse.urlsplit(raw).port
-    return raw
+    return _url(rf"(?:https://{_AUTHORITY}|{loopback}){_URL_PATH}", raw)
 
 
 def _dns_servers(raw: str) -> dict[str, tuple[str, ...]]:
@@ -1067,15 +1068,21 @@ def verify_peer(peer: Peer) -> None:
     decode_key(peer.public_key)
     if peer.preshared_key is not None:
         decode_key(peer.preshared_key)
-    four, six = peer.assigned_ip, peer.assigned_ipv6
-    if four is not None and str(ipaddress.IPv4Address(four)) != four:
-        raise ValueError("an IPv4 address is not in its canonical form")
-    if six is not None and ("%" in six or str(ipaddress.IPv6Address(six)) != six):  # %: a zone
-        raise ValueError("an IPv6 address is not in its canonical form")
-    if not set(peer.tunnel_traffic.split(",")) <= set(FAMILIES):
+    for address, version in ((peer.assigned_ip, 4), (peer.assigned_ipv6, 6)):
+        if address is not None and verify_address(address) != version:
+            raise ValueError("an address is not of its family")
+    if peer.tunnel_traffic not in (*FAMILIES, ",".join(FAMILIES)):
         raise ValueError("tunnel_traffic")
     if peer.obfuscation is not None:
         decode_own_values(peer.obfuscation)
+
+
+def verify_address(text: str) -> int:
+    """Check an address's text from outside; returns 4 or 6. Raises ValueError."""
+    address = ipaddress.ip_address(text)
+    if "%" in text or str(address) != text:  # %: a zone
+        raise ValueError("an address is not in its canonical form")
+    return address.version
 
 
 def rfc3339(seconds: int | float) -> str:
@@ -2008,13 +2015,21 @@ def _mac(key: hmac.HMAC, message: bytes) -> bytes:
 
 
 class NonceGuard:
-    """Remembers nonces until their time is over; never forgets a live one to make room."""
+    """Remembers nonces until their time is over; never forgets a live one to make room.
 
-    def __init__(self, limit: int = MAX_NONCES) -> None:
+    It is over when it is over by the clock and by `steady` (seconds since anything): a clock that
+    jumps ahead and comes back makes no signature new again.
+    """
+
+    def __init__(
+        self, limit: int = MAX_NONCES, steady: Callable[[], float] = time.monotonic
+    ) -> None:
         self._limit = limit
+        self._steady = steady
         self._lock = threading.Lock()
         self._live: set[bytes] = set()
-        self._by_second: dict[int, list[bytes]] = {}
+        # by their last seconds, on the clock and on the steady one
+        self._by_end: dict[tuple[int, int], list[bytes]] = {}
         self._swept = 0
         self._path = ""
         self._file: io.FileIO | None = None
@@ -2032,7 +2047,7 @@ class NonceGuard:
                 text = Path(path).read_text("ascii", "replace")
                 for until, entry in re.findall(r"(?m)^([0-9]{1,12}) ([0-9a-f]{32})$", text):
                     if int(until) >= now:
-                        self._add(bytes.fromhex(entry), int(until))
+                        self._add(bytes.fromhex(entry), int(until), now)
             self._path = path
             self._rewrite()
 
@@ -2049,7 +2064,7 @@ class NonceGuard:
                 return False
             if len(self._live) >= self._limit:
                 raise TooManyRequests("too many requests", headers=[("Retry-After", "1")])
-            self._add(entry, until)
+            self._add(entry, until, now)
             file = self._append(until, entry) if early else None
         if file is not None:
             try:
@@ -2058,14 +2073,17 @@ class NonceGuard:
                 raise Unavailable(f"the nonce cannot be kept: {_reason(error)}") from None
         return True
 
-    def _add(self, entry: bytes, until: int) -> None:
+    def _add(self, entry: bytes, until: int, now: int) -> None:
         self._live.add(entry)
-        self._by_second.setdefault(until, []).append(entry)
+        end = (until, math.ceil(self._steady()) + until - now)
+        self._by_end.setdefault(end, []).append(entry)
 
     def _sweep(self, now: int) -> None:
         self._swept = now
-        for second in [second for second in self._by_second if second < now]:
-            self._live.difference_update(self._by_second.pop(second))
+        steady = self._steady()
+        over = [end for end in self._by_end if end[0] < now and end[1] < steady]
+        for end in over:
+            self._live.difference_update(self._by_end.pop(end))
 
     def _append(self, until: int, entry: bytes) -> io.FileIO | None:
         try:
@@ -2083,7 +2101,7 @@ class NonceGuard:
 
     def _rewrite(self) -> None:
         """Begin the file anew with all live nonces in it."""
-        rows = [(until, entry) for until, row in self._by_second.items() for entry in row]
+        rows = [(until, entry) for (until, _), row in self._by_end.items() for entry in row]
         write_secret(self._path, b"".join(_nonce_line(*row) for row in rows))
         # Not closed here: another thread may be in its fsync.
         self._file = io.FileIO(self._path, "a")
@@ -4387,7 +4405,7 @@ class Store:
         if not 0 <= self.number < MAX_INTEGER // 2:
             raise ValueError("its record number is out of range")
         for (address,) in self._db.execute("SELECT address FROM released"):
-            ipaddress.ip_address(address)
+            verify_address(address)
         if self._db.execute(_BAD_TRAFFIC).fetchone():
             raise ValueError("traffic is out of range")
         if self._db.execute("SELECT 1 FROM peers WHERE id < 1").fetchone():

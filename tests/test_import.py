@@ -267,7 +267,12 @@ BAD = {
     "status_reason that is no text": (f"UPDATE peers SET status_reason = x'ff' {ONE}",),
     "id below 1": (f"UPDATE peers SET id = -5 {ONE}",),
     "id at the end": (f"UPDATE peers SET id = {2**63 - 1} {ONE}",),
+    "the same family twice": (f"UPDATE peers SET tunnel_traffic = 'ipv4,ipv4' {ONE}",),
+    "families in another order": (f"UPDATE peers SET tunnel_traffic = 'ipv6,ipv4' {ONE}",),
     "released address that is none": ("INSERT INTO released (address) VALUES ('x')",),
+    "released address in another form": ("INSERT INTO released (address) VALUES ('FD42::1')",),
+    "released address with a zone": ("INSERT INTO released (address) VALUES ('fe80::1%x')",),
+    "released address that is no text": ("INSERT INTO released (address) VALUES (167772161)",),
     "traffic that is no number": ("REPLACE INTO traffic SELECT id, 'x', 0, 0, 0, 0 FROM peers",),
     "traffic below 0": ("REPLACE INTO traffic SELECT id, -5, 0, 0, 0, 0 FROM peers",),
     "handshake that has no date": (
