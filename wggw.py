@@ -458,8 +458,37 @@ def _secret(raw: str) -> str:
     return raw
 
 
+_JSON_MARK = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
+
+
+def json_depth(text: str, position: int = 0) -> int:
+    """The nesting of the JSON value at `position`, strings left out; it stops above the limit."""
+    depth = deepest = 0
+    for match in _JSON_MARK.finditer(text, position):
+        if match[0] in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif match[0] in "]}":
+            depth -= 1
+        if depth <= 0 or depth > MAX_JSON_DEPTH:
+            break
+    return deepest
+
+
+def check_depth(text: str) -> None:
+    """Raises ValueError for nesting that could be the end of a thread's stack, and of Python."""
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and json_depth(text) > MAX_JSON_DEPTH:
+        raise ValueError("nested too deep")
+
+
+def load_json(text: str) -> Any:
+    """json.loads() for what comes from outside. Raises ValueError."""
+    check_depth(text)
+    return json.loads(text)
+
+
 def _keys(raw: str) -> dict[str, str]:
-    parsed = json.loads(raw) if raw else {}
+    parsed = load_json(raw) if raw else {}
     if not isinstance(parsed, dict) or "default" in parsed:
         raise ValueError
     for key_id, secret in parsed.items():
@@ -585,7 +614,7 @@ def _aws_endpoint(raw: str) -> str:
 
 
 def _dns_servers(raw: str) -> dict[str, tuple[str, ...]]:
-    parsed = json.loads(raw)
+    parsed = load_json(raw)
     if not isinstance(parsed, dict) or not parsed or "%" in raw:
         raise ValueError
     choices: dict[str, tuple[str, ...]] = {}
@@ -787,7 +816,7 @@ def _parse_setting(setting: Setting, values: Mapping[str, str], key_needed: bool
         return "" if setting.required else None
     try:
         return setting.parse(raw)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         shown = "its value (not shown)" if setting.secret else repr(raw[:200])
         raise ConfigError(f"{setting.name}: {shown} is not {setting.accepts}") from None
 
@@ -1484,10 +1513,7 @@ def encode_own_values(values: Mapping[str, Any]) -> str:
 
 def decode_own_values(text: str) -> dict[str, Any]:
     """What encode_own_values() was given. Raises ValueError, TypeError."""
-    try:
-        given = json.loads(text)
-    except RecursionError:
-        raise ValueError("obfuscation") from None
+    given = load_json(text)
     if not isinstance(given, dict) or not given.keys() <= set(AWG_OWN):
         raise ValueError("obfuscation")
     return awg_values(given)
@@ -3421,7 +3447,7 @@ _BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  name
 
 # Rows of `meta` that a journal record may set, and what reads them.
 META_PARSERS: Mapping[str, Callable[[str], Any]] = {
-    "obfuscation": lambda text: parse_obfuscation(json.loads(text)),
+    "obfuscation": lambda text: parse_obfuscation(load_json(text)),
 }
 
 
@@ -3567,7 +3593,7 @@ def _encode_record(content: Mapping[str, Any]) -> bytes:
 
 def _decode_record(content: bytes) -> dict[str, Any]:
     """What _encode_record() was given. Raises one of _BAD_RECORD."""
-    record = json.loads(str(content, "ascii"))
+    record = load_json(str(content, "ascii"))
     settings = record.get("set", {})
     for name, text in settings.items():
         META_PARSERS[name](text)
@@ -4746,7 +4772,7 @@ def parse_manifest(data: bytes) -> Manifest:
     match = re.fullmatch(re.escape(MANIFEST_MAGIC) + rb" ([0-9a-f]{8}) (\{.*\})\n", data)
     if match is None or b"%08x" % zlib.crc32(match[2]) != match[1]:
         raise ValueError("damaged")
-    given = json.loads(match[2])
+    given = load_json(str(match[2], "utf-8"))
     sequence, writer = given["sequence"], given["writer"]
     snapshots = tuple(_parse_part(row) for row in given["snapshots"])
     segments = tuple(_parse_part(row) for row in given["segments"])
@@ -4772,7 +4798,7 @@ def read_manifests(remote: ObjectStore) -> list[Manifest]:
         try:
             if data is not None:
                 good.append(parse_manifest(data))
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             LOG.error("remote copy: manifest-%d is damaged", name)
     if not good and any(data is not None for data in found):
         raise CopyDamaged("its manifest is damaged")
@@ -5001,7 +5027,7 @@ class Copier:
         data = self._remote.get(f"manifest-{sequence % 2}", MAX_MANIFEST)
         try:
             found = parse_manifest(data or b"")
-        except (ValueError, KeyError, TypeError, RecursionError):  # none, or a torn upload
+        except (ValueError, KeyError, TypeError):  # none, or a torn upload
             return
         if found.sequence >= sequence and found.writer != self._writer:
             raise CopyRefused("another gateway writes to it: nothing is put over that")
@@ -6759,13 +6785,13 @@ def read_parameters(given: str) -> ObfuscationState:
         if not is_json:
             check_private("AWG_PARAMS", given)
         text = given if is_json else Path(given).read_text("utf-8")
-        parsed = json.loads(text)
+        parsed = load_json(text)
         if not isinstance(parsed, dict):
             raise ValueError("it is not a JSON object")
         return parse_obfuscation(parsed)
     except OSError as error:
         raise ConfigError(f"AWG_PARAMS: {given[:200]!r} cannot be read: {_reason(error)}") from None
-    except (json.JSONDecodeError, RecursionError):
+    except json.JSONDecodeError:
         raise ConfigError("AWG_PARAMS: its value (not shown) is not JSON") from None
     except ValueError as error:
         raise ConfigError(f"AWG_PARAMS: {error}") from None
@@ -8684,10 +8710,9 @@ def decode_json(body: bytes) -> dict[str, Any]:
     """A JSON object, strictly: UTF-8, no duplicate keys, NaN or depth. Raises Malformed."""
     try:
         text = body.decode("utf-8")
-        if text.count("[") + text.count("{") > MAX_JSON_DEPTH and json_depth(text) > MAX_JSON_DEPTH:
-            raise ValueError
+        check_depth(text)
         parsed = _JSON_DECODER.decode(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise Malformed("the body is not valid JSON in UTF-8 with unique keys") from None
     if not isinstance(parsed, dict):
         raise Malformed("the body is not a JSON object")
@@ -8739,12 +8764,14 @@ def decode_array(pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]
             break
         number += 1
         with _placed(f"element {number}"):
+            if json_depth(text, position) > MAX_JSON_DEPTH:
+                raise Malformed("nested too deep")
             try:
                 value, end = _JSON_DECODER.raw_decode(text, position)
-            except (ValueError, RecursionError):
+            except ValueError:
                 raise Malformed("not valid JSON with unique keys") from None
-            if not isinstance(value, dict) or json_depth(text[position:end]) > MAX_JSON_DEPTH:
-                raise Malformed("not a JSON object of ordinary depth")
+            if not isinstance(value, dict):
+                raise Malformed("not a JSON object")
         yield f"element {number}", value
         position, separator = end, _JSON_NEXT
     if text[position:].strip(_JSON_SPACES):
@@ -8754,18 +8781,6 @@ def decode_array(pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]
 _JSON_SPACES = " \t\r\n"
 _JSON_FIRST = re.compile(r"\[[ \t\r\n]*\]?")
 _JSON_NEXT = re.compile(r"[ \t\r\n]*(?:,[ \t\r\n]*|\])")
-
-
-def json_depth(text: str) -> int:
-    """The deepest nesting of a JSON text, strings left out."""
-    depth = deepest = 0
-    for match in re.finditer(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', text, re.DOTALL):
-        if match[0] in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif match[0] in "]}":
-            depth -= 1
-    return deepest
 
 
 def encode_json(value: Any) -> bytes:

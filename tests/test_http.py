@@ -7,6 +7,8 @@ import json
 import random
 import time
 import urllib.parse
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -339,6 +341,32 @@ def depth_of(value: Any) -> int:
 def test_depth_is_that_of_the_value_and_not_of_its_strings(value: Any) -> None:
     assert json_depth(json.dumps(value)) == depth_of(value)
     assert json_depth(json.dumps(value, ensure_ascii=False, indent=1)) == depth_of(value)
+
+
+DEEP = "[" * 20_000
+
+
+def a_manifest(content: bytes) -> bytes:
+    return b"%b %08x %b\n" % (wggw.MANIFEST_MAGIC, zlib.crc32(content), content)
+
+
+@pytest.mark.parametrize(
+    "parse",
+    [
+        wggw.load_json,
+        wggw.decode_own_values,
+        lambda text: list(wggw.decode_array([f"[{text}".encode()])),
+        lambda text: list(wggw.decode_array([b'[{"a": %b' % text.encode()])),
+        lambda text: list(wggw.decode_lines([text.encode()])),
+        lambda text: wggw._decode_record(b'{"put": %b' % text.encode()),
+        lambda text: wggw._decode_record(b'{"set": {"obfuscation": "%b"}}' % text.encode()),
+        lambda text: wggw.parse_manifest(a_manifest(b'{"sequence": %b}' % text.encode())),
+    ],
+)
+def test_depth_is_refused_before_it_is_parsed(parse: Callable[[str], Any]) -> None:
+    """Parsing it would end the process on Python 3.13, where C calls have no limit of their own."""
+    with pytest.raises((ValueError, wggw.Malformed)):
+        parse(DEEP)
 
 
 # --- keys in paths --------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 def give_away(peers: list[dict[str, Any]]) -> list[bytes]:
     """Texts and bytes that would show what peers there are."""
-    told = [b"SQLite format", b"CREATE TABLE", b'{"put"', b'"public_key"', b"wg0", b"request-"]
+    told = [b"SQLite format", b"CREATE TABLE", b'{"put"', b'"public_key"', b"request-"]
     for peer in peers:
         told += [peer["public_key"].encode(), base64.b64decode(peer["public_key"])]
         told += [peer[name].encode() for name in ("assigned_ip", "assigned_ipv6") if peer[name]]
