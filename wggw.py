@@ -108,6 +108,7 @@ import stat
 import struct
 import subprocess
 import termios
+import textwrap
 import threading
 import time
 import tty
@@ -11152,8 +11153,19 @@ class Screen(NamedTuple):
         plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
         return cls(size.columns, size.lines, not plain)
 
+    def holds(self, lines: Sequence[str]) -> bool:
+        return not self.width or max(map(len, lines), default=0) <= self.width
+
     def fit(self, line: str) -> str:
-        return line[: self.width].rstrip() if self.width else line.rstrip()
+        """What there is room for; where that is not all, the last character says so."""
+        line = line.rstrip()
+        return line if self.holds([line]) else line[: self.width - 1] + "…"
+
+    def wrap(self, line: str, indent: int) -> list[str]:
+        """Text on as many lines as it takes, all but the first one indented."""
+        if self.holds([line]):
+            return [line]
+        return textwrap.wrap(line, self.width, subsequent_indent=" " * indent)
 
     def paint(self, line: str, colour: str) -> str:
         """A whole line, cut first: escape sequences take no room."""
@@ -11174,15 +11186,15 @@ def show_bytes(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
 
 
-def show_age(seconds: float) -> str:
-    """The two largest units of a span."""
+def show_age(seconds: float, units: int = 2) -> str:
+    """The largest units of a span."""
     left = max(int(seconds), 0)
     parts: list[str] = []
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
         if left >= size or (unit == "s" and not parts):
             parts.append(f"{left // size} {unit}")
             left %= size
-    return " ".join(parts[:2])
+    return " ".join(parts[:units])
 
 
 def show_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: str) -> list[str]:
@@ -11204,7 +11216,6 @@ def show_bar(share: float, width: int = 20) -> str:
 
 def status_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
     """The state of a gateway on one screen."""
-    healthy = status["status"] == "healthy"
     now = parse_rfc3339(status["timestamp"])
     interfaces = status["interfaces"]
     rates = [sum(i[f"{way}_bytes_per_second"] for i in interfaces) for way in ("rx", "tx")]
@@ -11212,14 +11223,12 @@ def status_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
     taken = snapshot["at"]
     age = f"{show_age(now - parse_rfc3339(taken))} ago" if taken else "none yet"
     left = parse_rfc3339(status["certificate_expires_at"]) - now
-    lines = [
-        screen.paint(
-            f"{status['status']}: wggw {status['version']}, Python {status['python_version']}, "
-            f"up {show_age(status['uptime_seconds'])}",
-            "good" if healthy else "bad",
-        ),
-        *(screen.paint(f"  {reason}", "bad") for reason in status["reasons"]),
-        "",
+    good = status["status"] == "healthy"
+    title = (
+        f"{status['status']}: wggw {status['version']}, Python {status['python_version']}, "
+        f"up {show_age(status['uptime_seconds'])}"
+    )
+    facts = [
         f"peers        {status['wireguard_peers']} online, {status['total_peers']} in all",
         f"traffic      {show_bytes(rates[0])}/s in, {show_bytes(rates[1])}/s out",
         f"snapshot     {age}, {show_bytes(snapshot['bytes'])}",
@@ -11228,12 +11237,21 @@ def status_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
         f"certificate  expires {status['certificate_expires_at'][:10]}, "
         + (f"in {show_age(left)}" if left > 0 else "it has EXPIRED"),
         f"host         memory {status['memory_usage']} %, load {status['load_average']}",
+    ]
+    return [
+        *(screen.paint(line, "good" if good else "bad") for line in screen.wrap(title, 2)),
+        *(
+            screen.paint(line, "bad")
+            for reason in status["reasons"]
+            for line in screen.wrap(f"  {reason}", 4)
+        ),
+        "",
+        *(line for fact in facts for line in screen.wrap(fact, 13)),
         "",
         *interface_lines(interfaces, screen),
         "",
         *pool_lines(interfaces, screen),
     ]
-    return [line if "\x1b" in line else screen.fit(line) for line in lines]
 
 
 def show_copy(copy: Any) -> str:
@@ -11244,7 +11262,7 @@ def show_copy(copy: Any) -> str:
 
 
 def interface_lines(interfaces: Sequence[Mapping[str, Any]], screen: Screen) -> list[str]:
-    head, *rows = show_table(
+    lines = show_table(
         ("INTERFACE", "BACKEND", "PORT", "ACTIVE", "TOTAL", "IN", "OUT", "RECEIVED", "SENT"),
         (
             (
@@ -11262,27 +11280,46 @@ def interface_lines(interfaces: Sequence[Mapping[str, Any]], screen: Screen) -> 
         ),
         "<<>>>>>>>",
     )
-    return [screen.paint(head, "head"), *rows]
+    if not screen.holds(lines):
+        lines = show_table(
+            ("NAME", "BACKEND", "PORT", "ACTIVE/ALL", "IN/s", "OUT/s", "IN", "OUT"),
+            (
+                (
+                    i["name"],
+                    i["backend"],
+                    str(i["listen_port"]),
+                    f"{i['active_peers']}/{i['total_peers']}",
+                    show_bytes(i["rx_bytes_per_second"]),
+                    show_bytes(i["tx_bytes_per_second"]),
+                    show_bytes(i["rx_bytes"]),
+                    show_bytes(i["tx_bytes"]),
+                )
+                for i in interfaces
+            ),
+            "<<>>>>>>",
+        )
+    return [screen.paint(lines[0], "head"), *map(screen.fit, lines[1:])]
 
 
 def pool_lines(interfaces: Sequence[Mapping[str, Any]], screen: Screen) -> list[str]:
+    """Addresses in use, with a bar where there is room."""
     pools = [(i["name"], family, pool) for i in interfaces for family, pool in i["pools"].items()]
-    head, *rows = show_table(
-        ("POOL", "FAMILY", "USED", "OF", "", ""),
+    rows = [
         (
-            (
-                name,
-                family,
-                str(pool["used"]),
-                f"{pool['total']:.3g}" if pool["total"] > 10**12 else str(pool["total"]),
-                show_bar(pool["used"] / pool["total"]),
-                f"{100 * pool['used'] / pool['total']:.0f} %",
-            )
-            for name, family, pool in pools
-        ),
-        "<<>><>",
-    )
-    return [screen.paint(head, "head"), *rows]
+            name,
+            family,
+            str(pool["used"]),
+            f"{pool['total']:.3g}" if pool["total"] > 10**12 else str(pool["total"]),
+            show_bar(pool["used"] / pool["total"]),
+            f"{100 * pool['used'] / pool['total']:.0f} %",
+        )
+        for name, family, pool in pools
+    ]
+    head = ("POOL", "FAMILY", "USED", "OF", "", "")
+    lines = show_table(head, rows, "<<>><>")
+    if not screen.holds(lines):
+        lines = show_table(head[:5], ((*row[:4], row[5]) for row in rows), "<<>>>")
+    return [screen.paint(lines[0], "head"), *map(screen.fit, lines[1:])]
 
 
 def command_status(arguments: argparse.Namespace) -> int:
@@ -11319,27 +11356,49 @@ PEER_ORDERS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], bool]] = {
 }
 
 
+PEER_SIDES = "<<<>>><<"
+PEER_HEAD = ("KEY", "STATE", "ADDRESS", "HANDSHAKE", "RECEIVED", "SENT", "EXPIRES", "INTERFACE")
+NARROW_HEAD = ("KEY", "STATE", "ADDRESS", "SEEN", "IN", "OUT", "EXPIRES", "IF")
+
+
 def peer_lines(peers: Sequence[Mapping[str, Any]], now: float, screen: Screen) -> list[str]:
-    """A table of peers; keys and times are cut where a terminal is narrow."""
-    narrow = 0 < screen.width < 140
-    head, *rows = show_table(
-        ("KEY", "STATE", "ADDRESS", "HANDSHAKE", "RECEIVED", "SENT", "EXPIRES", "INTERFACE"),
-        (
-            (
-                short_key(peer["public_key"]) + "…" if narrow else peer["public_key"],
-                "online" if peer["online"] else peer["status_reason"] or peer["status"],
-                peer["assigned_ip"] or peer["assigned_ipv6"] or "",
-                show_handshake(peer["last_handshake"], now),
-                show_bytes(peer["rx_bytes"]),
-                show_bytes(peer["tx_bytes"]),
-                (peer["expires_at"] or "")[: 10 if narrow else 16].replace("T", " "),
-                peer["interface"],
-            )
-            for peer in peers
-        ),
-        "<<<>>><<",
+    """A table of peers, in the widest form that there is room for."""
+    for head, row in ((PEER_HEAD, _full_row), (PEER_HEAD, _short_row), (NARROW_HEAD, _narrow_row)):
+        rows = [row(peer, now) for peer in peers]
+        lines = show_table(head, rows, PEER_SIDES)
+        if screen.holds(lines):
+            break
+    else:  # two lines each: address and interface below the rest
+        above = [(key, state, *rest) for key, state, _, *rest, _ in (head, *rows)]
+        below = [f"  {row[2]}  {row[7]}" for row in (head, *rows)]
+        both = zip(show_table(above[0], above[1:], "<<>>><"), below, strict=True)
+        lines = [line for pair in both for line in pair]
+    return [screen.paint(lines[0], "head"), *map(screen.fit, lines[1:])]
+
+
+def _full_row(peer: Mapping[str, Any], now: float) -> tuple[str, ...]:
+    return (
+        peer["public_key"],
+        "online" if peer["online"] else peer["status_reason"] or peer["status"],
+        peer["assigned_ip"] or peer["assigned_ipv6"] or "",
+        show_handshake(peer["last_handshake"], now),
+        show_bytes(peer["rx_bytes"]),
+        show_bytes(peer["tx_bytes"]),
+        (peer["expires_at"] or "")[:16].replace("T", " "),
+        peer["interface"],
     )
-    return [screen.paint(head, "head"), *map(screen.fit, rows)]
+
+
+def _short_row(peer: Mapping[str, Any], now: float) -> tuple[str, ...]:
+    key, *middle, expires, interface = _full_row(peer, now)
+    return (short_key(key) + "…", *middle, expires[:10], interface)
+
+
+def _narrow_row(peer: Mapping[str, Any], now: float) -> tuple[str, ...]:
+    *start, handshake, received, sent, expires, interface = _short_row(peer, now)
+    if peer["last_handshake"]:
+        handshake = show_age(now - parse_rfc3339(peer["last_handshake"]), units=1)
+    return (*start, handshake, received, sent, expires, interface)
 
 
 def show_handshake(when: str | None, now: float) -> str:

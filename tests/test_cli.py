@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PROGRAM, GatewayProcess, a_key, running, wait_for
+from harness import PROGRAM, ROOT, GatewayProcess, a_key, running, wait_for
 
 import wggw
 
@@ -61,6 +61,8 @@ class Terminal:
         self, served: GatewayProcess, columns: int, *arguments: str, **variables: str
     ) -> None:
         line, environment = command(served, *arguments)
+        if "ANSWERS" in variables:
+            line = [sys.executable, "-c", CANNED, *arguments]
         self._handle, its_end = pty.openpty()
         fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.modes = termios.tcgetattr(its_end)
@@ -173,6 +175,166 @@ def test_top_refreshes_until_q_and_leaves_the_terminal_as_it_was(
 def test_top_refuses_to_run_without_a_terminal(served: GatewayProcess) -> None:
     done = piped(served, "top")
     assert done.returncode == 2 and "needs a terminal" in done.stderr
+
+
+# --- large figures --------------------------------------------------------------------------------
+
+# A command whose gateway says what is in the file ANSWERS.
+CANNED = f"""
+import json, os, sys
+sys.path[:0] = [{str(ROOT)!r}]
+import wggw
+answers = json.load(open(os.environ["ANSWERS"]))
+wggw.ask = lambda client, path: answers[path.split("?")[0].rsplit("/")[-1]]
+sys.exit(wggw.main())
+"""
+STATES = ("online", "suspended", "expired", "active")
+LONG = "wg-obfuscated-0"  # 15 characters: there are no longer names
+
+
+def large_peers(names: tuple[str, str]) -> list[dict[str, Any]]:
+    """Peers whose cells are as wide as on large gateways; on LONG one has IPv6 alone."""
+    other = None if LONG in names else "10.64.100.101"
+
+    def ago(seconds: float) -> str:
+        return wggw.rfc3339(time.time() - seconds)
+
+    def peer(number: int, state: str, address: str | None, **more: Any) -> dict[str, Any]:
+        return {
+            "public_key": a_key(number),
+            "online": state == "online",
+            "status": "active" if state in {"online", "active"} else "suspended",
+            "status_reason": state if state in {"expired", "quota"} else None,
+            "assigned_ip": address,
+            "assigned_ipv6": "fd42:4242:40:ffff::fffe",
+            "expires_at": "2031-12-31T23:59:59Z",
+            "created_at": ago(10**8),
+            "interface": names[number % 2],
+            "rx_bytes": 123_456_789_012,
+            "tx_bytes": 12_345_678_901_234,
+            **more,
+        }
+
+    return [
+        peer(0, STATES[0], "10.64.255.254", last_handshake=ago(170)),
+        peer(1, STATES[1], "10.128.255.25", last_handshake=ago(59 * 60 + 30)),
+        peer(2, STATES[2], other, last_handshake=ago(399 * 86400 + 23 * 3600 + 600), tx_bytes=0),
+        peer(3, STATES[3], "10.64.100.100", last_handshake=None, expires_at=None),
+    ]
+
+
+def large_status(names: tuple[str, str]) -> dict[str, Any]:
+    row = {
+        **STATUS["interfaces"][0],
+        "active_peers": 59_999,
+        "total_peers": 60_000,
+        "rx_bytes": 123_456_789_012_345,
+        "tx_bytes": 12_345_678_901_234,
+        "rx_bytes_per_second": 12_345_678.9,
+        "tx_bytes_per_second": 123_456_789.0,
+        "pools": {
+            "ipv4": {"total": 1_048_573, "used": 60_000},
+            "ipv6": {"total": 2**64 - 2, "used": 60_000},
+        },
+    }
+    return {
+        **STATUS,
+        "status": "degraded",
+        "reasons": ["disk: " + "No space left on device, " * 5 + "end of the reason"],
+        "remote_copy": {
+            "number": 123_456_789,
+            "lag_records": 12_345,
+            "lag_seconds": 12_345.678,
+            "failure": "copies.example.org: the certificate is not valid for this name, at all",
+        },
+        "uptime_seconds": 399 * 86400 + 23 * 3600,
+        "wireguard_peers": 59_000,
+        "total_peers": 120_000,
+        "journal": {"records": 1_234_567_890, "bytes": 123_456_789},
+        "interfaces": [{**row, "name": name} for name in names],
+    }
+
+
+@pytest.fixture(params=[("wg0", "awg0"), ("wg0", LONG)], ids=["short", "long"])
+def large(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[tuple[str, str], str]:
+    """Names of the interfaces, and the file of what their gateway says."""
+    page = {"configurations": large_peers(request.param), "next_cursor": None}
+    path = tmp_path / "answers"
+    path.write_text(json.dumps({"configurations": page, "status": large_status(request.param)}))
+    return request.param, str(path)
+
+
+def shown(served: GatewayProcess, columns: int, name: str, answers: str) -> list[str]:
+    with terminal(served, columns, name, ANSWERS=answers) as screen:
+        screen.end()
+        lines = visible(screen.text())
+    assert max(map(len, lines)) <= columns
+    return lines
+
+
+@pytest.mark.parametrize("columns", [80, 100, 140])
+def test_large_figures_of_peers_fit_and_are_all_there(
+    served: GatewayProcess, large: tuple[tuple[str, str], str], columns: int
+) -> None:
+    names, answers = large
+    lines = shown(served, columns, "peers", answers)
+    length = 2 if columns == 80 and LONG in names else 1  # lines for each peer
+    assert len(lines) == (1 + 4) * length + 1
+    whole_key = columns == 140 and LONG not in names
+    exact = "HANDSHAKE" in lines[0]
+    assert exact == (columns == 140 or (columns == 100 and LONG not in names))
+    ages = ("2 min 5", "59 min 3", "399 d 23 h") if exact else ("2 min", "59 min", "399 d")
+    for number, peer in enumerate(large_peers(names)):
+        line = " ".join(lines[length * (number + 1) : length * (number + 2)])
+        key = peer["public_key"]
+        assert line.startswith(key + " " if whole_key else key[:8] + "… ")
+        assert line.count("…") == (not whole_key)
+        told = [STATES[number], peer["assigned_ip"] or peer["assigned_ipv6"], peer["interface"]]
+        told += ["123 GB", "0 B" if number == 2 else "12.3 TB"]
+        told += ["never"] if number == 3 else [ages[number], "2031-12-31"]
+        assert [word for word in told if word not in line] == [], line
+
+
+@pytest.mark.parametrize("columns", [80, 100, 140])
+def test_large_figures_of_a_status_fit_and_are_all_there(
+    served: GatewayProcess, large: tuple[tuple[str, str], str], columns: int
+) -> None:
+    names, answers = large
+    text = "\n".join(shown(served, columns, "status", answers))
+    words = " ".join(text.split())
+    for told in (
+        "up 399 d 23 h",
+        "device, end of the reason",
+        "59000 online, 120000 in all",
+        "24.7 MB/s in, 247 MB/s out",
+        "123 MB, record 1234567890",
+        "number 123456789, lag records 12345, lag seconds 12345.678",
+        "not valid for this name, at all",
+    ):
+        assert told in words
+    for name in names:
+        assert re.search(rf"{name} +netlink +51820 +59999[ /]", text)
+        assert re.search(rf"{name} +ipv4 +60000 +1048573 .* 6 %", text)
+        assert re.search(rf"{name} +ipv6 +60000 +1.84e\+19 .* 0 %", text)
+    assert re.search(r"12.3 MB(/s)? +123 MB(/s)? +123 TB +12.3 TB", text)
+    assert "…" not in text
+
+
+def test_without_a_terminal_large_figures_are_in_the_full_form() -> None:
+    no_terminal = wggw.Screen(0, 0, False)
+    head, first, *_ = wggw.peer_lines(large_peers((LONG, LONG)), time.time(), no_terminal)
+    assert head.split() == list(wggw.PEER_HEAD)
+    for told in (a_key(0), "2 min 5", "2031-12-31 23:59", LONG):
+        assert told in first
+    lines = wggw.status_lines(large_status((LONG, LONG)), no_terminal)
+    assert max(map(len, lines)) > 100
+    assert any(line.startswith("INTERFACE        BACKEND   PORT  ACTIVE  TOTAL") for line in lines)
+
+
+def test_what_is_cut_says_so() -> None:
+    lines = wggw.peer_lines(large_peers((LONG, LONG)), time.time(), wggw.Screen(40, 24, False))
+    assert max(map(len, lines)) <= 40
+    assert [line[-1] for line in lines[2::2]] == ["…"] * 4
 
 
 # --- for programs ---------------------------------------------------------------------------------
