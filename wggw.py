@@ -11766,6 +11766,17 @@ examples:
     "peers": "examples:\n  wggw peers --online --sort traffic\n"
     "  wggw peers --json | jq '.[] | select(.status_reason == \"quota\") | .public_key'",
     "top": "example:\n  wggw top --interval 5",
+    "net": "examples:\n  wggw net show\n  wggw net up",
+    "doctor": "Run it as root.\n\nexample:\n  wggw doctor",
+    "generate": "example:\n  wggw awg generate --preset strong >awg.json",
+    "show": "example:\n  wggw awg show",
+    "rotate": """\
+Without --yes nothing is changed that cuts a client off.
+
+examples:
+  wggw awg rotate --params @awg.json
+  wggw awg rotate --preset strong --yes
+""",
 }
 
 
@@ -11796,18 +11807,22 @@ def make_parser() -> argparse.ArgumentParser:
 
     command("serve", command_serve, "run the gateway")
     net = command("net", command_net, "the host's network around the interfaces")
-    net.add_argument("action", choices=("up", "down", "show"))
+    net.add_argument(
+        "action", choices=("up", "down", "show"), help="make it, take it away, or say how it is"
+    )
     check = command("check", command_check, "verify snapshot and journal; exit 3 when damaged")
     check.add_argument(
         "--repair", action="store_true", help="save what can be saved, in a new file"
     )
     call = command("call", command_call, "send one signed request")
-    call.add_argument("method")
-    call.add_argument("path")
+    call.add_argument("method", help="GET, POST, PUT, PATCH or DELETE")
+    call.add_argument("path", help="with its query, such as /api/v1/configurations?limit=10")
     call.add_argument("--data", help="the body: a text, @FILE, or @- for standard input")
     snapshot = command("snapshot", command_snapshot, "export or import the whole state")
-    snapshot.add_argument("action", choices=("export", "import"))
-    snapshot.add_argument("file")
+    snapshot.add_argument(
+        "action", choices=("export", "import"), help="the gateway's state out, or in: replaced"
+    )
+    snapshot.add_argument("file", help="its name; export replaces it, mode 0600")
     awg = commands.add_parser(
         "awg", help="AmneziaWG's parameters", description="AmneziaWG's parameters."
     )
@@ -11815,17 +11830,36 @@ def make_parser() -> argparse.ArgumentParser:
     generate = command(
         "generate", command_awg_generate, "print new random parameters as JSON", actions
     )
-    show = command("show", command_awg_show, "print those in use, and how many peers", actions)
-    change = command("rotate", command_awg_rotate, "change them; cuts clients off", actions)
+    show = command(
+        "show", command_awg_show, "print the parameters in use, and how many peers", actions
+    )
+    change = command(
+        "rotate", command_awg_rotate, "change the parameters; cuts clients off", actions
+    )
     change.add_argument("--params", help="JSON, @FILE, or @- for standard input; default: random")
     change.add_argument("--yes", action="store_true", help="confirm that clients are cut off")
     for maker in (generate, change):
-        maker.add_argument("--generation", choices=GENERATIONS, default=DEFAULT_GENERATION)
-        maker.add_argument("--preset", choices=tuple(PRESETS), default=DEFAULT_PRESET)
+        maker.add_argument(
+            "--generation",
+            choices=GENERATIONS,
+            default=DEFAULT_GENERATION,
+            help=f"the newest that all clients know; default {DEFAULT_GENERATION}",
+        )
+        maker.add_argument(
+            "--preset",
+            choices=tuple(PRESETS),
+            default=DEFAULT_PRESET,
+            help=f"how much is spent on hiding; default: {DEFAULT_PRESET}",
+        )
     status = command("status", command_status, "show on one screen how the gateway is")
     peers = command("peers", command_peers, "list the peers with their live state")
     peers.add_argument("--online", action="store_true", help="only those that are online")
-    peers.add_argument("--sort", choices=tuple(PEER_ORDERS), default="created")
+    peers.add_argument(
+        "--sort",
+        choices=tuple(PEER_ORDERS),
+        default="created",
+        help="traffic and times: the largest first; default created, the oldest first",
+    )
     for shown in (status, peers):
         shown.add_argument("--json", action="store_true", help="for programs")
     top = command("top", command_top, "watch traffic and the busiest peers; q quits")
@@ -11834,9 +11868,13 @@ def make_parser() -> argparse.ArgumentParser:
     for client in (call, snapshot, show, change, status, peers, top, doctor):
         client.add_argument("--url", help="default: this host's gateway")
         client.add_argument("--key-file", help="holds the API key; default: GATEWAY_API_KEY")
-        client.add_argument("--key-id", default="default")
+        client.add_argument(
+            "--key-id", default="default", help="whose key it is, for rfc9421; default: default"
+        )
         client.add_argument("--fingerprint", help="SHA-256 of the certificate; default: TLS_CERT's")
-        client.add_argument("--scheme", choices=("legacy", "rfc9421"))
+        client.add_argument(
+            "--scheme", choices=("legacy", "rfc9421"), help="default: the first of AUTH_SCHEMES"
+        )
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -9,6 +10,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import struct
 import subprocess
 import sys
@@ -362,6 +364,32 @@ def test_exit_codes(served: GatewayProcess) -> None:
     assert "exit codes:" in piped(served, "--help").stdout
     for name in ("status", "peers", "top", "call", "snapshot", "check", "serve"):
         assert "example" in piped(served, name, "--help").stdout
+
+
+def parsers_of(
+    parser: argparse.ArgumentParser,
+) -> Iterator[argparse.ArgumentParser]:
+    """Those of the commands, at any depth."""
+    groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not groups:
+        yield parser
+    for group in groups:
+        assert set(group.choices) == {choice.dest for choice in group._choices_actions}
+        for below in group.choices.values():
+            yield from parsers_of(below)
+
+
+@pytest.mark.parametrize("parser", list(parsers_of(wggw.make_parser())), ids=lambda p: p.prog)
+def test_every_argument_is_explained_and_every_command_has_an_example(
+    parser: argparse.ArgumentParser,
+) -> None:
+    assert [action.dest for action in parser._actions if not action.help] == []
+    examples = re.findall(r"(?m)^  (wggw .*)$", str(parser.epilog).split("example", 1)[1])
+    assert examples
+    for line in examples:
+        assert line.startswith(parser.prog)
+        words = shlex.split(re.split(r" [|>]", line)[0])
+        assert wggw.make_parser().parse_args(words[1:]).run
 
 
 def test_a_degraded_gateway_is_exit_code_1_and_says_why(tmp_path: Path) -> None:
