@@ -10684,7 +10684,7 @@ class Service:
     def _bring_up(self, config: Config, gateway: Gateway) -> None:
         """The interfaces, in line with what was recovered."""
         rows = interface_settings(config)
-        keys = [self._private_key(row, gateway.store) for row in rows]
+        keys = [decode_key(gateway.store.private_keys[row.name]) for row in rows]
         obfuscation = self._obfuscation(config, gateway.store)
         links = [self._link(*pair, obfuscation) for pair in zip(rows, keys, strict=True)]
         backends = [self._open(config, link) for link in links]
@@ -10699,6 +10699,8 @@ class Service:
             app.copier = Copier(remote, store, time.time, gateway.snapshot)
             if not self._boot_from(app.copier, gateway, config.snapshot_required):
                 return False
+        for row in interface_settings(config):  # before the first snapshot, which holds the keys
+            self._load_key(row, store)
         store.begin(current)
         if app.copier:
             app.copier.begin()
@@ -10741,8 +10743,8 @@ class Service:
             pause = min(2 * pause, COPY_MAX_PAUSE / 2)
 
     @staticmethod
-    def _private_key(settings: InterfaceSettings, store: Store) -> bytes:
-        """The interface's key, which encrypted snapshots keep, too. Raises ConfigError."""
+    def _load_key(settings: InterfaceSettings, store: Store) -> None:
+        """Tell the store the interface's key, for encrypted snapshots. Raises ConfigError."""
         kept = store.private_keys.get(settings.name)
         known = sum(n for (name, _), n in store.counts.items() if name == settings.name)
         if known and not kept and not os.path.exists(settings.private_key_file):
@@ -10753,9 +10755,7 @@ class Service:
                 known,
                 settings.private_key_file,
             )
-        key = load_private_key(settings, kept)
-        store.private_keys[settings.name] = encode_key(key)
-        return key
+        store.private_keys[settings.name] = encode_key(load_private_key(settings, kept))
 
     @staticmethod
     def _obfuscation(config: Config, store: Store) -> ObfuscationState | None:

@@ -113,6 +113,23 @@ def test_a_node_without_a_disk_boots_from_the_copy(tmp_path: Path, server: TlsSt
     assert TOKEN not in gateway.text() and SECRET not in gateway.text()
 
 
+def test_the_first_snapshot_has_the_private_key(tmp_path: Path, server: TlsStore) -> None:
+    settings = settings_of(server, tmp_path, SNAPSHOT_KEY=SECRET, SNAPSHOT_INTERVAL="3600")
+    gateway = node(tmp_path, "a", settings)
+    try:
+        gateway.start()
+        public_key = status(gateway)["interfaces"][0]["public_key"]
+        wait_for(lambda: "manifest-1" in server.objects, 20, "the first copy")
+        expected = create(gateway, 1)  # comes as a segment, no later snapshot
+        wait_for_copy(gateway)
+        lose_everything(gateway)
+        gateway.start()
+        assert peers(gateway) == expected
+        assert status(gateway)["interfaces"][0]["public_key"] == public_key
+    finally:
+        gateway.close()
+
+
 def test_what_was_acknowledged_before_an_orderly_stop_is_in_the_copy(
     tmp_path: Path, server: TlsStore
 ) -> None:
