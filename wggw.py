@@ -2898,11 +2898,16 @@ class Disk:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         handle = os.open(temporary, flags, 0o600)
         try:
-            self.write(handle, bytes(content) if isinstance(content, memoryview) else content)
-            self.fsync(handle)
-        finally:
-            os.close(handle)
-        self.rename(temporary, path)
+            try:
+                self.write(handle, bytes(content) if isinstance(content, memoryview) else content)
+                self.fsync(handle)
+            finally:
+                os.close(handle)
+            self.rename(temporary, path)
+        except OSError:  # on a full disk it would take the room that the journal needs
+            with contextlib.suppress(OSError):
+                self.unlink(temporary)
+            raise
         self.sync_directory(path)
 
 

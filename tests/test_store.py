@@ -926,6 +926,15 @@ def test_snapshot_is_written_only_when_something_changed(tmp_path: Path) -> None
         assert save(store) is True
 
 
+@pytest.mark.parametrize("nth", [1, 2, 3], ids=["write", "fsync", "rename"])
+def test_file_that_could_not_be_replaced_takes_no_room(tmp_path: Path, nth: int) -> None:
+    disk = FailingDisk(tmp_path, nth, False)
+    (disk.path / "db").write_bytes(b"before")
+    with pytest.raises(OSError, match="Input/output"):
+        disk.replace(str(disk.path / "db"), b"behind")
+    assert contents(disk.path) == {"db": b"before"}
+
+
 @pytest.mark.parametrize("durability", ["commit", "interval", "none"])
 def test_every_durability_keeps_what_a_snapshot_holds(tmp_path: Path, durability: str) -> None:
     with closing(opened(tmp_path, durability=durability)) as store:
