@@ -409,13 +409,14 @@ print(config.tls_cert, config.tls_key, sep="\n")' "$ENV_FILE")
 changed='' existed='' replaced=()
 
 # place MODE SOURCE TARGET: copies a file unless it is there; what it replaces comes back if a
-# later step fails.
+# later step fails. A former file that is there already says that a run was killed: what that one
+# placed may not run yet.
 place() {
-  if [[ -e $3 ]] && cmp -s "$2" "$3"; then return; fi
+  if [[ -e $3 && ! -e $3.before ]] && cmp -s "$2" "$3"; then return; fi
   changed=1
-  if [[ -e $3 ]]; then
+  if [[ -e $3 || -e $3.before ]]; then
     keep_former "$3"
-    run cp -p "$3" "$3.before"
+    [[ -e $3.before ]] || run ln "$3" "$3.before"
   else
     undo+=("rm -f $3")
   fi
@@ -439,10 +440,10 @@ drop_in() {  # drop_in NAME NEEDED TEXT: a part of the unit, there as long as NE
   local file=$DROP_INS/$1.conf
   if [[ $2 ]]; then
     place_text 644 "$file" "$3"
-  elif [[ -e $file ]]; then
+  elif [[ -e $file || -e $file.before ]]; then
     changed=1
     keep_former "$file"
-    run mv "$file" "$file.before"
+    [[ ! -e $file ]] || run mv "$file" "$file.before"
   fi
 }
 
@@ -508,6 +509,8 @@ start_service() {
   fi
   if [[ $existed ]]; then
     undo=("systemctl restart --no-block wggw" "${undo[@]}")  # once all of the former version is back
+    # Up to systemd 255 a restart by hand does not begin NRestarts anew, which verify looks at.
+    systemctl reset-failed wggw 2>/dev/null || true
   else
     undo+=("take_down" "systemctl disable -q --now wggw")
   fi
@@ -587,10 +590,11 @@ for each in interfaces:
 take_back() {
   local status=$? step
   trap - EXIT
+  trap '' HUP INT PIPE TERM
+  set +e  # whatever fails from here on, such as a line to a terminal that is gone
   rm -rf "$scratch"
   if ((status)) && ((${#undo[@]})) && [[ ! $dry_run ]]; then
     say "failed: taking back what was done"
-    set +e
     while ((${#undo[@]})); do
       step=${undo[-1]}
       unset 'undo[-1]'
@@ -625,6 +629,7 @@ remove_user() {
 }
 
 uninstall() {
+  local -a kept
   confirm "remove wggw${purge:+ with its settings, keys and data}"
   if [[ -e $UNIT ]]; then
     run systemctl disable -q --now wggw
@@ -641,8 +646,9 @@ uninstall() {
   if [[ $purge ]]; then
     run rm -rf "$ETC" "$STATE"
   elif [[ -e $ETC || -e $STATE ]]; then
-    run chown -R root:root "$ETC" "$STATE"
-    say "settings and data stay in $ETC and $STATE (--purge removes them)"
+    mapfile -t kept < <(find "$ETC" "$STATE" -maxdepth 0 2>/dev/null)
+    run chown -R root:root "${kept[@]}"
+    say "settings and data stay in ${kept[*]} (--purge removes them)"
   fi
   say "removed"
 }
@@ -651,6 +657,11 @@ main() {
   parse_options "$@"
   scratch=$(mktemp -d)  # what Python compiles of the tree
   trap take_back EXIT
+  # Without these the status that take_back sees after a signal may be 0.
+  trap 'exit 129' HUP
+  trap 'exit 130' INT
+  trap 'exit 141' PIPE
+  trap 'exit 143' TERM
   exec 3>&1
   [[ ! $json ]] || exec >&2
   check_machine

@@ -297,3 +297,78 @@ def test_without_the_right_to_make_interfaces_it_says_so(host: Machine) -> None:
     done = host.run(f"setpriv --bounding-set -net_admin --inh-caps -net_admin {COMMAND}")
     assert done.returncode == 1
     assert "CAP_NET_ADMIN is missing" in done.stdout
+
+
+# --- the service, with a systemctl that only writes down what it was told -------------------------
+
+SYSTEMCTL = r"""#!/bin/bash
+here=${0%/*}
+echo "$*" >>"$here/systemctl.calls"
+case $1 in
+  is-active) cat "$here/state"; [[ $(cat "$here/state") == active ]] ;;
+  show) echo 0 ;;
+  restart) . "$here/at-restart" ;;
+esac
+"""
+PROGRAM = "/usr/local/lib/wggw/wggw.py"
+# In the place of a program that asks a gateway.
+HEALTHY = """
+if sys.argv[1:2] == ["call"]:
+    sys.exit(print('{"status":"healthy"}'))
+"""
+
+
+@pytest.fixture
+def service(host: Machine) -> Machine:
+    """A machine where the service can be installed, and is up once it was started."""
+    host.output("mkdir -p /run/systemd/system")
+    (host.bin / "systemctl").write_text(SYSTEMCTL)
+    (host.bin / "systemctl").chmod(0o755)
+    (host.bin / "at-restart").write_text("echo active >$here/state")
+    (host.bin / "state").write_text("inactive")
+    program = host.tree / "wggw.py"
+    program.write_text(
+        program.read_text().replace("\nimport argparse\n", HEALTHY + "import argparse\n")
+    )
+    return host
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("signal", "code"), [("HUP", 129), ("INT", 130), ("TERM", 143)])
+def test_signal_takes_back_what_was_done(service: Machine, signal: str, code: int) -> None:
+    (service.bin / "at-restart").write_text("echo activating >$here/state")
+    install = service.start("env --default-signal=INT ./install.sh --yes")
+    install.wait_text("wait until the service is ready")
+    install.signal(signal)
+    assert install.wait() == code, install.text()
+    assert "taking back" in install.text()
+    for path in (PROGRAM, "/usr/local/sbin/wggw", "/etc/wggw", "/etc/systemd/system/wggw.service"):
+        assert service.run(f"test -e {path}").returncode == 1, path
+
+
+@pytest.mark.real
+def test_run_after_one_that_was_killed_finishes_its_work(service: Machine) -> None:
+    service.output("./install.sh --yes")
+    former = service.output(f"cat {PROGRAM}")
+    with (service.tree / "wggw.py").open("a") as program:
+        program.write("# a later version\n")
+    (service.bin / "at-restart").write_text("kill -KILL $PPID")
+    assert service.run("./install.sh --yes").returncode == -9
+    assert service.output(f"cat {PROGRAM}.before") == former
+
+    (service.bin / "at-restart").write_text("echo active >$here/state")
+    (service.bin / "systemctl.calls").unlink()
+    service.output("./install.sh --yes")
+    assert "restart --no-block wggw" in (service.bin / "systemctl.calls").read_text()
+    assert service.output(f"cat {PROGRAM}").endswith("# a later version\n")
+    assert service.output("find /usr/local /etc/systemd/system -name '*.before'") == ""
+    assert "up to date" in service.output("./install.sh --yes")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("gone", ["/etc/wggw", "/var/lib/wggw"])
+def test_uninstall_without_settings_or_without_data(service: Machine, gone: str) -> None:
+    service.output(f"./install.sh --yes && rm -r {gone}")
+    shown = service.output("./install.sh --uninstall --yes")
+    kept = {"/etc/wggw", "/var/lib/wggw"} - {gone}
+    assert f"settings and data stay in {kept.pop()} (" in shown

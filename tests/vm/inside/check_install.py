@@ -445,6 +445,21 @@ def test_failed_upgrade_brings_the_former_version_back(tmp_path: Path) -> None:
     assert pings("client1", "203.0.113.2")
 
 
+def test_upgrade_mends_a_service_that_was_restarted_again_and_again() -> None:
+    text = PROGRAM.read_text()
+    PROGRAM.write_text(
+        text.replace(
+            "    def run(self) -> int:\n", "    def run(self) -> int:\n        sys.exit(1)\n"
+        )
+    )
+    sh("systemctl", "restart", "--no-block", "wggw")
+    restarts = ("systemctl", "show", "-P", "NRestarts", "wggw")
+    wait_for(lambda: int(sh(*restarts)) >= 4, 60, "it was restarted four times")
+    done = install("--upgrade")
+    assert done.returncode == 0, done.stderr
+    assert is_active() and PROGRAM.read_text() == (TREE / "wggw.py").read_text()
+
+
 # --- the service ----------------------------------------------------------------------------------
 
 
