@@ -7810,22 +7810,40 @@ class Gateway:
             time.sleep(BREATH_SECONDS)
 
     def _do_part(self, steps: Sequence[Step]) -> list[Undo]:
-        """Carry out those steps whose peers nobody changed meanwhile. Under the lock."""
+        """Carry out steps upon what their peers are by now. Under the lock."""
         if self._stopping:
             raise Unavailable("the gateway is stopping")
-        chosen: list[Step] = []
-        new_id = self.store.new_id()
-        for before, after in steps:
-            if before is not None and self.store.by_id(before.id) == before:
-                chosen.append(Step(before, after))
-            elif before is None and after and self.store.get(after.public_key) is None:
-                chosen.append(Step(None, after._replace(id=new_id)))
-                new_id += 1
+        chosen = [step for step in map(self._upon, steps) if step]
+        made = itertools.count(self.store.new_id())
+        for place, (before, after) in enumerate(chosen):
+            if before is None and after:
+                chosen[place] = Step(None, after._replace(id=next(made)))
         entries = self.store.undo_entries(chosen)
         if chosen:
             self._with_reserved(chosen)
             self._unfinished.update(after.id for before, after in chosen if after and not before)
         return entries
+
+    def _upon(self, step: Step) -> Step | None:
+        """A step, or what is left of it when others changed its peer meanwhile: their change stays.
+
+        A peer that let go of addresses to get others gets them all the same: see _let_go().
+        """
+        before, after = step
+        if before is None:
+            return step if after and self.store.get(after.public_key) is None else None
+        now = self.store.by_id(before.id)
+        if now == before:
+            return step
+        if now is None or after is None:
+            return None
+        come: dict[str, Any] = {
+            name: getattr(after, name)
+            for name in ADDRESS_FIELD.values()
+            if getattr(before, name) is None and getattr(now, name) is None
+        }
+        given = now._replace(**come)
+        return Step(now, given) if given != now else None
 
     def _with_reserved(self, steps: Sequence[Step], undoing: bool = False) -> None:
         """Carry out a part with the addresses that are reserved, and reserve what it frees."""

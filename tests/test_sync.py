@@ -424,6 +424,53 @@ def test_a_snapshot_after_an_undone_start_is_whole(tmp_path: Path) -> None:
         store.close()
 
 
+def between_parts(
+    box: Box, monkeypatch: pytest.MonkeyPatch, after: int, work: Callable[[], object]
+) -> list[object]:
+    """Calls work() once, when the first `after` parts are done; a list with what it returned."""
+    parts, results = [0], list[object]()
+    do_part, sleep = box.gateway._do_part, time.sleep
+
+    def counted(steps: Sequence[wggw.Step]) -> list[wggw.Undo]:
+        parts[0] += 1
+        return do_part(steps)
+
+    def breath(seconds: float) -> None:
+        if parts[0] == after and not results:
+            results.append(None)  # work() may sleep, too
+            results[0] = work()
+        sleep(seconds)
+
+    monkeypatch.setattr(box.gateway, "_do_part", counted)
+    monkeypatch.setattr(time, "sleep", breath)
+    return results
+
+
+@pytest.mark.parametrize("change", ["patch", "suspend", "rotate"])
+def test_a_peer_that_swaps_addresses_and_is_changed_meanwhile_gets_its_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    box = Box(tmp_path)
+    first = [{"public_key": a_key(n), "assigned_ip": f"10.1.0.{n + 2}"} for n in range(2)]
+    box.sync(first)
+    changes: dict[str, Callable[[], object]] = {
+        "patch": lambda: box.gateway.update(a_key(0), {"dns": "d2"}),
+        "suspend": lambda: box.gateway.set_status(a_key(0), "suspended"),
+        "rotate": lambda: box.gateway.rotate(a_key(0), a_key("new")),
+    }
+    assert between_parts(box, monkeypatch, 1, changes[change]) == []
+    box.sync([{**e, "assigned_ip": f"10.1.0.{3 - n}"} for n, e in enumerate(first)])
+    peers = box.state()[0]
+    assert [peer.assigned_ip for peer in peers] == ["10.1.0.3", "10.1.0.2"]
+    zero = peers[0]
+    assert (zero.dns, zero.status, zero.public_key) in {
+        "patch": [("d2", "active", a_key(0))],
+        "suspend": [("d1", "suspended", a_key(0))],
+        "rotate": [("d1", "active", a_key("new"))],
+    }[change]
+    box.gateway.close()
+
+
 def in_turn(work: Callable[[int], None], seconds: float) -> threading.Thread:
     """Calls work(0), work(1), ... in a thread of its own until the time is over."""
     end = time.monotonic() + seconds
