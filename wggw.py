@@ -8199,8 +8199,8 @@ class Gateway:
             LOG.error("snapshot failed: %s", _reason(error))
 
     def export(self) -> bytes:
-        """The whole state as a snapshot file, all of it on disk here."""
-        with self.lock:
+        """The whole state as a snapshot file, all of it on disk here; never within a sync()."""
+        with self.store.snapshot_lock, self.lock:
             image = self.store.image()
             number = self._last_pending()
         self._settle(number)

@@ -471,6 +471,30 @@ def test_a_peer_that_swaps_addresses_and_is_changed_meanwhile_gets_its_new_one(
     box.gateway.close()
 
 
+def test_an_export_shows_a_desired_state_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(tmp_path)
+    first, second = before_and_after()
+    box.sync(first)
+    exports: list[bytes] = []
+
+    def export() -> threading.Thread:
+        thread = threading.Thread(target=lambda: exports.append(box.gateway.export()))
+        thread.start()
+        thread.join(0.3)
+        return thread
+
+    started = between_parts(box, monkeypatch, 2, export)
+    box.sync(second)
+    (thread,) = started
+    assert isinstance(thread, threading.Thread)
+    thread.join(10)
+    rows = box.store.read_image(exports[0]).peers_after(0, 10**6)
+    assert rows == box.store.peers_after(0, 10**6)
+    box.gateway.close()
+
+
 def in_turn(work: Callable[[int], None], seconds: float) -> threading.Thread:
     """Calls work(0), work(1), ... in a thread of its own until the time is over."""
     end = time.monotonic() + seconds
