@@ -6822,6 +6822,7 @@ class Gateway:
         self.starting = "the gateway is starting"  # what readiness says until then
         self.interfaces: dict[str, Interface] = {}
         self.failures: dict[str, str] = {}  # what is wrong now: subject -> reason
+        self._unset: set[str] = set()  # interfaces whose failure only setup() mends
         self._clock = clock
         self._projection = threading.Lock()  # one reader of an interface at a time
         self._setup = threading.Lock()  # one that sets interfaces up at a time
@@ -7567,7 +7568,7 @@ class Gateway:
         try:
             interface.backend.setup(interface.link)
         except BackendError as error:
-            self.failures[interface.subject] = str(error)
+            self._fail_unset(interface, str(error))
 
     # --- desired state: all peers at once, in parts ----------------------------------------------
 
@@ -7921,12 +7922,20 @@ class Gateway:
             raise BackendError("; ".join(errors))
         return results
 
+    def _fail_unset(self, interface: Interface, reason: str) -> None:
+        """Note what is wrong with the interface itself, not only with its peers."""
+        self.failures[interface.subject] = reason
+        self._unset.add(interface.name)
+
     def _reconcile(self, interface: Interface) -> SyncResult:
+        """Bring the peers in line. Raises BackendError when that failed or is not enough."""
         failure = self.failures.get(interface.subject)
         result = self._bring_in_line(interface)
         with self.lock:  # a new failure may have come up meanwhile: that stays
-            if self.failures.get(interface.subject) is failure:
-                self.failures.pop(interface.subject, None)
+            if failure is not None and self.failures.get(interface.subject) is failure:
+                if interface.name in self._unset:
+                    raise BackendError(failure)
+                del self.failures[interface.subject]
         return result
 
     def _bring_in_line(self, interface: Interface) -> SyncResult:
@@ -8124,10 +8133,12 @@ class Gateway:
                 if not interface.backend.alive():
                     LOG.warning("%s: the interface is gone or down: setting it up", interface.name)
                     with self.lock:  # from here on no change is tried
-                        self.failures[interface.subject] = "it is being set up"
+                        self._fail_unset(interface, "it is being set up")
                 if interface.subject in self.failures:
                     with self._setup:
-                        interface.backend.setup()
+                        self._unset.add(interface.name)  # also when it fails halfway
+                        interface.backend.setup(self.interfaces[interface.name].link)
+                        self._unset.discard(interface.name)
                     LOG.info("%s: %s", interface.name, self._reconcile(interface))
             except BackendError as error:
                 self.failures[interface.subject] = str(error)
@@ -8272,7 +8283,7 @@ class Gateway:
             try:
                 self._speak(interface, state)
             except BackendError as error:
-                self.failures[interface.subject] = str(error)
+                self._fail_unset(interface, str(error))
                 link = make_link(interface.settings, interface.link.private_key, state.parameters)
                 self.interfaces[interface.name] = interface._replace(link=link, obfuscation=state)
 

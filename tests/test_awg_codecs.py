@@ -250,7 +250,7 @@ def test_generated_parameters_survive_both_codecs(generation: str) -> None:
 
 
 class SpeakingBackend(wggw.MemoryBackend):
-    """Remembers how it was set up; fails at the `failing`th time."""
+    """Remembers how it was set up; the next `failing` times fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,8 +258,8 @@ class SpeakingBackend(wggw.MemoryBackend):
         self.failing = 0
 
     def setup(self, link: wggw.Link | None = None) -> None:
-        self.failing -= 1
-        if self.failing == 0:
+        if self.failing:
+            self.failing -= 1
             raise wggw.BackendError("broken on purpose")
         if link is not None:
             self.spoken.append(link.obfuscation)
@@ -321,3 +321,40 @@ def test_a_rotation_that_fails_leaves_interface_and_state_as_they_were(
     again = a_gateway(tmp_path, SpeakingBackend(), wggw.Disk())
     assert spoken(again).parameters == wanted.parameters
     again.store.close()
+
+
+def test_an_import_whose_parameters_the_interface_refuses_is_mended_by_its_setup(
+    tmp_path: Any,
+) -> None:
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+    source = a_gateway(tmp_path / "source", SpeakingBackend(), wggw.Disk())
+    image = source.export()
+    backend = SpeakingBackend()
+    gateway = a_gateway(tmp_path / "target", backend, wggw.Disk())
+    backend.failing = 1
+    with pytest.raises(wggw.Unavailable, match="imported, but the interface is not in line"):
+        gateway.import_(image)
+    with pytest.raises(wggw.BackendError):
+        gateway.reconcile()
+    assert gateway.degraded() and spoken(gateway) == spoken(source)
+    gateway.supervise()
+    assert gateway.degraded() == []
+    assert backend.spoken[-1] == spoken(source).parameters
+    for one in (source, gateway):
+        one.store.close()
+
+
+def test_peers_in_line_do_not_hide_a_rotation_whose_undoing_failed(tmp_path: Any) -> None:
+    backend = SpeakingBackend()
+    gateway = a_gateway(tmp_path, backend, wggw.Disk())
+    before = spoken(gateway)
+    backend.failing = 2
+    with pytest.raises(wggw.Unavailable):
+        gateway.change_obfuscation(wggw.generate_obfuscation("1.0", "light"), confirmed=True)
+    with pytest.raises(wggw.BackendError):
+        gateway.reconcile()
+    assert gateway.degraded()
+    gateway.supervise()
+    assert gateway.degraded() == [] and backend.spoken[-1] == before.parameters
+    gateway.store.close()
