@@ -11916,7 +11916,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the process's exit code."""
     arguments = make_parser().parse_args(argv)
     try:
-        return cast(int, arguments.run(arguments))
+        code = cast(int, arguments.run(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `wggw peers | head` has seen enough; the exit flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except StartError as error:
         print(f"wggw: {error}", file=sys.stderr)
         Manager(os.environ).tell(f"STATUS={error}")

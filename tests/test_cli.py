@@ -358,6 +358,26 @@ def test_pipes_get_whole_lines_without_colour_or_progress(served: GatewayProcess
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.parametrize("name", ["status", "peers"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(served: GatewayProcess, name: str) -> None:
+    line, environment = command(served, name)
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            line,
+            env=environment,
+            cwd=served.directory,
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_exit_codes(served: GatewayProcess) -> None:
     assert piped(served, "status", "--url", "https://127.0.0.1:1").returncode == 1
     assert piped(served, "peers", "--sort", "nothing").returncode == 2

@@ -65,6 +65,17 @@ def test_promtool_accepts_the_alert_rules() -> None:
     promtool("check", "rules", str(DOCS / "alerts.yml"))
 
 
+def test_promtool_accepts_the_configuration(tmp_path: Path) -> None:
+    found = re.search(r"^```yaml\n(.*?)^```", (DOCS / "README.md").read_text(), re.M | re.S)
+    assert found
+    shutil.copy(DOCS / "alerts.yml", tmp_path)
+    (tmp_path / "wggw.token").write_text("a token of sixteen or more")
+    wggw.make_certificate(str(tmp_path / "wggw-cert.pem"), str(tmp_path / "key.pem"), ["localhost"])
+    path = tmp_path / "prometheus.yml"
+    path.write_text(found[1].replace("/etc/prometheus", str(tmp_path)))
+    promtool("check", "config", str(path))
+
+
 # An alert of the remote copy: what it is about, what passes, and what is told, in promtool's form.
 CASE = """
 rule_files: [{rules}]
