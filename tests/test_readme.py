@@ -137,5 +137,6 @@ def test_every_block_runs_as_written(tmp_path: Path) -> None:
         assert suspend.count(" 3 received,") == 1, suspend
         assert json.loads(suspend.splitlines()[-1]) == {"status": "deleted"}
         assert host.output("wg show wg0 peers; ip netns list; ls | grep client || true") == ""
+        assert host.output("cd / && python3 ~/wggw/wggw.py status").startswith("healthy: wggw ")
         install.signal("INT")
         assert install.wait() == 0
