@@ -36,7 +36,7 @@ class BreakableBackend(wggw.MemoryBackend):
         if self.broken:
             raise wggw.BackendError("broken on purpose")
 
-    def setup(self) -> None:
+    def setup(self, link: wggw.Link | None = None) -> None:
         self._check()
 
     def alive(self) -> bool:
