@@ -10741,13 +10741,16 @@ class Service:
         return True
 
     def _boot_from(self, copier: Copier, gateway: Gateway, required: bool) -> bool:
-        """Wait until the copy was looked at; False when SIGTERM came first. Raises StartError."""
-        errors: list[StartError] = []
+        """Wait until the copy was looked at; False when SIGTERM came first.
+
+        Raises whatever ended the look: without it, nothing is known of the copy.
+        """
+        errors: list[BaseException] = []
 
         def boot() -> None:
             try:
                 self._ask_copy(copier, gateway, required)
-            except StartError as error:
+            except BaseException as error:
                 errors.append(error)
             finally:
                 self._wake.send(b"\0")
