@@ -6228,12 +6228,14 @@ def render_ruleset(config: Config, tunnels: Sequence[InterfaceSettings]) -> str:
         ],
         "forward { type filter hook forward priority filter; policy accept;": [
             *([f"iifname {names} oifname {names} drop"] if config.wg_isolate else []),
-            # Clients have no business with the host's link, such as a cloud's metadata service.
+            # Clients have no business with the host's link, such as a cloud's metadata service;
+            # Amazon's and Google's have addresses of their own in IPv6.
             f"iifname {names} ip daddr 169.254.0.0/16 drop",
+            f"iifname {names} ip6 daddr {{ fe80::/10, fd00:ec2::254, fd20:ce::254 }} drop",
             f"iifname {names} {clamp}",
             f"oifname {names} {clamp}",
             f"iifname {names} accept",
-            f"oifname {names} ct state established,related accept",
+            f"oifname {names} ct state new drop",  # what comes from a tunnel was accepted above
         ],
         "postrouting { type nat hook postrouting priority srcnat; policy accept;": [
             f"{'ip' if subnet.version == 4 else 'ip6'} saddr {subnet} "

@@ -219,6 +219,79 @@ def test_up_is_idempotent_and_down_leaves_only_what_was_there(host: Host) -> Non
     assert host.net("down")[0] == 0
 
 
+REACH = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], 9), 1).close()
+except ConnectionRefusedError:
+    print("reached")
+except OSError as error:
+    print(error)
+"""
+
+
+WAYS = {  # interface of the host -> who is at its other end, the addresses of both
+    "wg0": ("client", "10.0.1.1 10.0.1.2/24", "fd42:4242:1::1 fd42:4242:1::2/64"),
+    "wg1": ("other", "10.0.2.1 10.0.2.2/24", "fd42:4242:2::1 fd42:4242:2::2/64"),
+    "eth0": (
+        "outside",
+        "192.0.2.1 192.0.2.2/24",
+        "2001:db8::1 2001:db8::2/64",
+        "169.254.169.1 169.254.169.254/24",
+        "fd00:ec2::1 fd00:ec2::254/64",
+    ),
+}
+
+
+@pytest.fixture
+def crossing(host: Host) -> Iterator[Host]:
+    """A host between WAYS, each a network namespace with its default route here."""
+    spaces = {name: f"{host.name}{way[0]}" for name, way in WAYS.items()}
+
+    def ip(words: str) -> None:
+        subprocess.run(["ip", *words.split()], check=True)
+
+    try:
+        for name, space in spaces.items():
+            ip(f"netns add {space}")
+            ip(f"-n {host.name} link add {name} type veth peer name door netns {space}")
+            ip(f"-n {host.name} link set {name} up")
+            ip(f"-n {space} link set door up")
+            for pair in WAYS[name][1:]:
+                here, there = pair.split()
+                nodad = "nodad" if ":" in pair else ""
+                ip(f"-n {host.name} address add {here}/{there.split('/')[1]} dev {name} {nodad}")
+                ip(f"-n {space} address add {there} dev door {nodad}")
+            for pair in WAYS[name][1:3]:
+                ip(f"-n {space} route add default via {pair.split()[0]}")
+        yield host
+    finally:
+        for space in spaces.values():
+            subprocess.run(["ip", "netns", "del", space], check=False)
+
+
+def reaches(host: Host, space: str, address: str) -> bool:
+    """Whether a TCP connection is refused at the address, and not lost on the way."""
+    command = ["ip", "netns", "exec", f"{host.name}{space}", sys.executable, "-c", REACH, address]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout == "reached\n"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("isolate", ["true", "false"])
+def test_who_reaches_whom(crossing: Host, isolate: str) -> None:
+    two = {"AWG_INTERFACE": "wg1", "AWG_IPV4_SUBNET": "10.0.2.0/24"}
+    code, text = crossing.net("up", WG_ISOLATE=isolate, AWG_IPV6_SUBNET="fd42:4242:2::/64", **two)
+    assert code == 0, text
+    for address in ("192.0.2.2", "2001:db8::2"):
+        assert reaches(crossing, "client", address), address
+    for address in ("169.254.169.254", "fd00:ec2::254"):
+        assert not reaches(crossing, "client", address), address
+    for address in ("10.0.1.2", "fd42:4242:1::2"):
+        assert not reaches(crossing, "outside", address), address
+        assert reaches(crossing, "other", address) == (isolate == "false"), address
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("broken", ["SAMPLE_INTERVAL=never\n", "no settings at all\n", None])
 def test_down_without_settings_goes_by_the_table(host: Host, broken: str | None) -> None:
