@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PROGRAM, Client, GatewayProcess, a_key, running
+from harness import PROGRAM, ROOT, Client, GatewayProcess, a_key, running
 
 import wggw
 
@@ -397,6 +398,30 @@ def test_awg_generate_show_and_rotate(both: GatewayProcess) -> None:
     assert "--params" in run(both, "awg", "rotate", "--params", "{", "--yes", code=1)
     run(both, "awg", "rotate", "--generation", "2.0", "--yes")
     assert spoken(both)["generation"] == "2.0"
+
+
+def test_commands_of_the_document_run_as_written(both: GatewayProcess) -> None:
+    """With a peer, the one line that asks for no confirmation is refused, and no other."""
+    ok(both.client().create(a_key(1), obfuscation=ON))
+    text = (ROOT / "docs/AMNEZIAVPN.md").read_text("utf-8")
+    lines = "".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).splitlines()
+    assert [line.split()[2] for line in lines] == ["generate", "show", "rotate", "rotate"]
+    wggw_command = f'wggw() {{ {shlex.join(PROGRAM)} "$@"; }}\n'
+    codes = []
+    for line in lines:
+        done = subprocess.run(
+            ["bash", "-c", wggw_command + line],
+            cwd=both.directory,
+            env={"PATH": "/usr/bin:/bin", **both.settings},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        codes.append(done.returncode)
+    assert codes == [0, 0, 1, 0], done
+    made = json.loads((both.directory / "awg.json").read_text())
+    assert spoken(both)["parameters"]["h1"] == made["h1"]
 
 
 def test_awg_generate_needs_no_settings(tmp_path: Path) -> None:
