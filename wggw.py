@@ -8679,7 +8679,7 @@ def parse_head(data: bytes) -> Head:
         headers,
         length,
         keep_alive,
-        headers.get(b"expect", b"").lower() == b"100-continue",
+        new and headers.get(b"expect", b"").lower() == b"100-continue",
     )
 
 
@@ -9118,8 +9118,9 @@ class App:
             self._check_metrics(head, source)
         if (route.bodies or route.media) and b"content-length" not in head.headers:
             raise LengthRequired("Content-Length is required: this request has a body")
-        if head.length > route.limit:
-            raise TooLarge(f"the body has {head.length} bytes, {route.limit} are accepted")
+        limit = route.limit if route.guard == "signed" else 0  # nobody unsigned is waited for
+        if head.length > limit:
+            raise TooLarge(f"the body has {head.length} bytes, {limit} are accepted")
         if route.guard != "open" and not self.gateway.ready:
             raise Unavailable("the gateway is starting", headers=[("Retry-After", "1")])
         key = key_from_path(segment) if segment else ""
@@ -9242,6 +9243,7 @@ class App:
         content = {"encrypted_response": self._box.seal(response.body)}
         return Response(response.status, encode_json(content), headers=response.headers)
 
+    @answering_defects  # within create(), so that the answer to a sealed request is sealed
     def _create(self, body: Mapping[str, Any]) -> Response:
         fields = parse_fields(body, CREATE_FIELDS)
         return Response(200, encode_json(self._created(self.gateway.create(fields))))
@@ -9888,7 +9890,7 @@ GUARDS: dict[str, Guard] = {
         ),
         (401, 429, 503),
     ),
-    "metrics": Guard(({"metricsToken": ()}, {}), (401, 403, 503)),
+    "metrics": Guard(({"metricsToken": ()}, {}), (401, 403, 429, 503)),
     "open": Guard(({},), ()),
 }
 
@@ -10106,9 +10108,14 @@ class Connection(BaseHTTPRequestHandler):
             self.server.leave(self)
 
     def cut(self) -> None:
-        """End a connection from another thread: its read returns at once."""
+        """End a connection from another thread: its read returns at once.
+
+        The answer to an authentic request is not cut off; one that a stranger does not read is.
+        """
+        strange = self.busy and not self.trusted
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RD)
+            how = socket.SHUT_RDWR if strange else socket.SHUT_RD
+            socket.socket.shutdown(self._socket, how)
 
     def _handshake(self) -> None:
         """In this thread and with a deadline: a silent client must not stall accept."""
@@ -10149,12 +10156,13 @@ class Connection(BaseHTTPRequestHandler):
                 body = self._read_body(head)
                 self._unread = False
             response = self.server.app.answer(admitted, body)
-            keep_alive = head.keep_alive and not self.server.closing and not self._unread
+            keep_alive = head.keep_alive and not self._unread
         except GatewayError as error:
             response = problem(error)
             # What was not understood or not read would turn into the next request.
             keep_alive = method != "-" and not self._unread and head.keep_alive
             self._unread = not keep_alive
+        keep_alive = keep_alive and not self.server.closing
         self._send(render_response(response, keep_alive, head_only, self.server.date()))
         self.busy = False
         self.server.report(method, route, response.status, time.perf_counter() - started)
@@ -10164,10 +10172,14 @@ class Connection(BaseHTTPRequestHandler):
     def _read_head(self) -> bytes | None:
         """The bytes up to the empty line, None when the connection ends between two requests."""
         buffer = self._buffer
-        self._deadline = time.monotonic() + (HEAD_DEADLINE if buffer else IDLE_DEADLINE)
+        self._deadline = time.monotonic() + IDLE_DEADLINE
+        waiting = True  # for a head to begin: empty lines do not
         while True:
             while buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2
                 del buffer[:2]
+            if waiting and buffer:
+                waiting = False
+                self._deadline = time.monotonic() + HEAD_DEADLINE
             end = buffer.find(b"\r\n\r\n")
             if end > MAX_HEAD or (end < 0 and len(buffer) > MAX_HEAD):
                 raise HeadTooLarge(f"the head has more than {MAX_HEAD} bytes")
@@ -10175,22 +10187,23 @@ class Connection(BaseHTTPRequestHandler):
                 data = bytes(buffer[:end])
                 del buffer[: end + 4]
                 return data
-            first = not buffer
             try:
                 self._receive()
             except TimeoutError:
-                if first:
+                if waiting:
                     return None
                 raise Timeout("the head did not arrive in time") from None
             except ConnectionClosed:
                 return None
-            if first:
-                self._deadline = time.monotonic() + HEAD_DEADLINE
+
+    def _ask_for_body(self, head: Head) -> None:
+        """RFC 9110 section 10.1.1: unless it is there already."""
+        if head.expects_continue and len(self._buffer) < head.length:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_pieces(self, head: Head) -> Iterator[bytes]:
         """The body as it comes. Raises GatewayError when it does not come to its end."""
-        if head.expects_continue:
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._ask_for_body(head)
         self._deadline = time.monotonic() + BODY_DEADLINE + head.length / BODY_RATE
         left = head.length
         while left:
@@ -10210,8 +10223,7 @@ class Connection(BaseHTTPRequestHandler):
     def _read_body(self, head: Head) -> bytes:
         buffer = self._buffer
         if len(buffer) < head.length:
-            if head.expects_continue:
-                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._ask_for_body(head)
             self._deadline = time.monotonic() + BODY_DEADLINE
             try:
                 while len(buffer) < head.length:
@@ -10299,7 +10311,7 @@ class AccessLog(threading.Thread):
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections, a thread each; the longest idle one goes when there are too many."""
+    """Accepts connections, a thread each; when there are too many one goes: see _idlest()."""
 
     daemon_threads = True
     block_on_close = False
@@ -10384,13 +10396,17 @@ class Server(ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def _idlest(self, group: str | None) -> Connection | None:
-        """The least recently active connection (of an address), one without a signature first."""
+        """The least recently active connection (of an address), one without a signature first.
+
+        Only an authentic request in work protects its connection.
+        """
         found = None
         for connection in self._connections:
-            if not connection.busy and group in (None, connection.group):
+            if group in (None, connection.group):
                 if not connection.trusted:
                     return connection
-                found = found or connection
+                if not connection.busy:
+                    found = found or connection
         return found
 
     def _closed(self, group: str) -> None:

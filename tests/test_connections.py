@@ -16,9 +16,23 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import Client, GatewayProcess, a_key, encode, path_key, running, sign, wait_for
+from harness import (
+    API_KEY,
+    Client,
+    GatewayProcess,
+    a_key,
+    encode,
+    free_port,
+    path_key,
+    running,
+    sign,
+    wait_for,
+)
+
+import wggw
 
 PEERS = "/api/v1/configurations/"
 MEDIAN_LIMIT = 0.05  # seconds; a request takes about 1 ms on an idle machine
@@ -357,6 +371,7 @@ def smuggled(inner: bytes) -> list[tuple[str, bytes, int]]:
         ("method not allowed", signed("PATCH", "/api/v1/ip-usage", inner), 405),
         ("no key in the path", signed("PUT", PEERS + "x/status", inner), 404),
         ("open, with a body", head("POST", "/healthz", {}, inner), 405),
+        ("open, with a body on a GET", head("GET", "/healthz", {}, inner), 413),
         ("chunked", line + auth + b"Transfer-Encoding: chunked\r\n\r\n" + inner, 411),
         (
             "both lengths",
@@ -429,6 +444,28 @@ def test_a_refused_request_is_not_asked_for_its_body(wire: Wire) -> None:
     assert wire.is_closed()
 
 
+def test_http_1_0_gets_no_100_continue(wire: Wire) -> None:
+    """RFC 9110 section 10.1.1: its client would take it for the answer."""
+    body = encode({"public_key": a_key("old")})
+    request = signed("POST", PEERS, body, Expect="100-continue", Connection="keep-alive")
+    wire.send(request[: -len(body)].replace(b"HTTP/1.1", b"HTTP/1.0"))
+    wire.socket.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        wire.answer()
+    wire.socket.settimeout(10)
+    wire.send(body)
+    assert wire.answer()[0] == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"x"])
+@pytest.mark.parametrize("method", ["POST", "PUT"])  # PUT's body is read in pieces
+def test_nobody_is_asked_for_a_body_that_is_there(wire: Wire, method: str, body: bytes) -> None:
+    more = {} if body else {"Content-Length": "0"}
+    kind = {"Expect": "100-continue", "Content-Type": "application/x-ndjson"}
+    wire.send(signed(method, PEERS, body, **kind, **more))
+    assert wire.answer()[0] >= 200
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_curl_waits_for_100_continue_and_is_served(shared: GatewayProcess) -> None:
     body = encode({"public_key": a_key("curl"), "request_id": "x" * 200})
@@ -443,3 +480,56 @@ def test_curl_waits_for_100_continue_and_is_served(shared: GatewayProcess) -> No
     assert time.monotonic() - started < 5
     assert done.stdout.startswith(b"HTTP/1.1 100 Continue")
     assert b'"status":"created"' in done.stdout
+
+
+# --- in process: deadlines that are shorter, a stop at a given moment ----------------------------
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[wggw.Server]:
+    monkeypatch.setattr(wggw, "IDLE_DEADLINE", 1.0)
+    monkeypatch.setattr(wggw, "HEAD_DEADLINE", 0.5)
+    names = {"DB_PATH": "wireguard.db", "TLS_CERT": "cert.pem", "TLS_KEY": "key.pem"}
+    settings = {name: str(tmp_path / file) for name, file in names.items()}
+    settings |= {"GATEWAY_API_KEY": API_KEY, "API_HOST": "127.0.0.1", "API_PORT": str(free_port())}
+    config = wggw.load_config(settings, "/dev/null")
+    gateway = wggw.Gateway(config, wggw.Store(config.db_path, "none", wggw.Disk()), time.time)
+    app = wggw.App(config, gateway, time.time, wggw.HostMetrics(str(tmp_path)))
+    server = wggw.Server(config, app, wggw.make_tls(config)[0])
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_empty_lines_are_no_sign_of_life(server: wggw.Server) -> None:
+    wire = Wire(server.server_address[1])
+    wire.socket.settimeout(0.1)
+    started = time.monotonic()
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        while time.monotonic() < started + 5:
+            wire.send(b"\r\n")
+            with contextlib.suppress(TimeoutError):
+                if wire.socket.recv(1) == b"":
+                    break
+    assert time.monotonic() - started < 2
+    wire.close()
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/nothing"])
+def test_an_answer_while_it_stops_says_that_it_is_the_last_one(
+    server: wggw.Server, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    admit = server.app.admit
+
+    def stopping(*arguments: Any) -> wggw.Admitted:
+        server.closing = True
+        return admit(*arguments)
+
+    monkeypatch.setattr(server.app, "admit", stopping)
+    wire = Wire(server.server_address[1])
+    wire.send(head("GET", path, {}))
+    assert b"\r\nConnection: close\r\n" in wire.socket.recv(65536)
+    wire.close()

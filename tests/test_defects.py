@@ -222,11 +222,11 @@ class Rig:
 
     now = 1_800_000_000
 
-    def __init__(self, directory: Path, backend: wggw.Backend) -> None:
+    def __init__(self, directory: Path, backend: wggw.Backend, **more: str) -> None:
         empty = directory / "empty.env"
         empty.touch()
         settings = {"GATEWAY_API_KEY": API_KEY, "DB_PATH": str(directory / "wireguard.db")}
-        self.config = wggw.load_config(settings, str(empty))
+        self.config = wggw.load_config({**settings, **more}, str(empty))
         self.store = wggw.Store(self.config.db_path, "commit", wggw.Disk())
         self.gateway = wggw.Gateway(self.config, self.store, lambda: self.now)
         self.store.recover()
@@ -291,6 +291,27 @@ def test_a_failing_interface_never_yields_success_and_changes_nothing(
 def request(key: str = "") -> wggw.Request:
     route = wggw.ROUTES[0]
     return wggw.Request(route=route, path="/", query={}, body=b"", content_type=b"", key=key)
+
+
+def test_a_defect_in_a_sealed_create_is_answered_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "a shared secret of two sides"
+    rig = Rig(tmp_path, wggw.MemoryBackend(), GATEWAY_PUBLIC_KEY=secret)
+
+    def defect(fields: object) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(rig.gateway, "create", defect)
+    box = wggw.PayloadBox(secret)
+    sealed = box.seal(wggw.encode_json({"public_key": a_key(1)}))
+    body = wggw.encode_json({"encrypted_payload": sealed})
+    answer = rig.app.create(request()._replace(body=body))
+    content = json.loads(answer.body)
+    assert answer.status == 500 and content.keys() == {"encrypted_response"}
+    assert json.loads(box.open(content["encrypted_response"]))["status"] == 500
+    rig.gateway.close()
+    rig.store.close()
 
 
 def test_a_failing_interface_makes_sync_a_503(tmp_path: Path) -> None:

@@ -184,6 +184,32 @@ def test_a_crowd_from_many_addresses_takes_the_backends_connection_last(tmp_path
         backend.close()
 
 
+@pytest.mark.parametrize("what", ["a body that never comes", "answers that are never read"])
+def test_strangers_with_requests_in_work_do_not_keep_the_backend_out(
+    tmp_path: Path, what: str
+) -> None:
+    with running(tmp_path, MAX_CONNECTIONS="16") as gateway, contextlib.ExitStack() as stack:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        for number in range(16):
+            crowd = socket.socket()
+            crowd.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            crowd.settimeout(30)
+            crowd.bind((f"127.0.2.{number + 1}", 0))
+            crowd.connect(("127.0.0.1", gateway.port))
+            stranger = stack.enter_context(context.wrap_socket(crowd))
+            if "body" in what:
+                stranger.sendall(head("GET", "/healthz", {"Content-Length": "65536"}) + b"x" * 9000)
+            else:
+                stranger.sendall(head("GET", "/openapi.json", {}) * 100)
+        time.sleep(0.5)  # until their threads wait
+        for number in range(3):
+            backend = gateway.client()
+            stack.callback(backend.close)
+            assert backend.create(a_key(number)).status == 200
+        assert "refused" not in gateway.text()
+
+
 def test_a_body_a_byte_at_a_time_ends_at_its_deadline(shared: GatewayProcess) -> None:
     """Signed: without a signature no body is waited for at all."""
     body = encode({"public_key": a_key("slow"), "request_id": "x" * 100})

@@ -51,6 +51,13 @@ def test_what_validates_is_what_is_described(route: wggw.ApiRoute) -> None:
     assert tables == [set(table) for table in route.bodies]
 
 
+@pytest.mark.parametrize("guard", ["signed", "metrics"])
+def test_who_guesses_is_told_to_wait_wherever_there_is_something_to_guess(guard: str) -> None:
+    for route in wggw.ROUTES:
+        if route.guard == guard:
+            assert "429" in wggw.describe_route(route)["responses"]
+
+
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with running(tmp_path_factory.mktemp("gateway")) as process:
