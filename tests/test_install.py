@@ -306,7 +306,8 @@ here=${0%/*}
 echo "$*" >>"$here/systemctl.calls"
 case $1 in
   is-active) cat "$here/state"; [[ $(cat "$here/state") == active ]] ;;
-  show) echo 0 ;;
+  show) cat "$here/restarts" ;;
+  reset-failed) echo 0 >"$here/restarts" ;;  # and nothing else does, up to systemd 255
   restart) . "$here/at-restart" ;;
 esac
 """
@@ -326,6 +327,7 @@ def service(host: Machine) -> Machine:
     (host.bin / "systemctl").chmod(0o755)
     (host.bin / "at-restart").write_text("echo active >$here/state")
     (host.bin / "state").write_text("inactive")
+    (host.bin / "restarts").write_text("0")
     program = host.tree / "wggw.py"
     program.write_text(
         program.read_text().replace("\nimport argparse\n", HEALTHY + "import argparse\n")
@@ -363,6 +365,18 @@ def test_run_after_one_that_was_killed_finishes_its_work(service: Machine) -> No
     assert service.output(f"cat {PROGRAM}").endswith("# a later version\n")
     assert service.output("find /usr/local /etc/systemd/system -name '*.before'") == ""
     assert "up to date" in service.output("./install.sh --yes")
+
+
+@pytest.mark.real
+def test_upgrade_mends_a_service_that_was_restarted_again_and_again(service: Machine) -> None:
+    service.output("./install.sh --yes")
+    (service.bin / "restarts").write_text("7")
+    (service.bin / "state").write_text("activating")
+    slowly = "(sleep 1; echo active >$here/state) >/dev/null 2>&1 &"
+    (service.bin / "at-restart").write_text(slowly)
+    with (service.tree / "wggw.py").open("a") as program:
+        program.write("# a later version\n")
+    service.output("./install.sh --upgrade --yes")
 
 
 @pytest.mark.real
