@@ -4932,6 +4932,8 @@ class Copier:
                 self._store.number,
             )
             self._store.take_copy(read_copy(self._remote, manifests[0], self._store))
+            if manifests[0].number == self._store.number:  # it is that state: segments may follow
+                self._chain = manifests[0].chain
         else:
             LOG.info(
                 "remote copy: it ends at record %d, the files here at %d: the files are used",
@@ -4944,8 +4946,6 @@ class Copier:
         if manifests:
             self._manifest = manifests[0]
             self._previous = manifests[1] if len(manifests) > 1 else None
-            if manifests[0].number == self._store.number:
-                self._chain = manifests[0].chain
         self._attached = True
 
     def begin(self) -> None:

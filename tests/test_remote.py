@@ -401,6 +401,27 @@ def test_a_node_goes_on_where_the_copy_ended(tmp_path: Path) -> None:
             expected = state_of(store)
 
 
+def test_equal_numbers_do_not_make_the_same_state(tmp_path: Path) -> None:
+    """A machine comes back with a record that its successor's copy has another one for."""
+    objects = MemoryObjects()
+    with closing(opened(tmp_path_of(tmp_path, "a"))) as store:
+        copier = copier_of(store, objects)
+        put(store, a_peer(1))
+        copier.tick()
+        put(store, a_peer(2))  # is not in the copy when the machine fails
+    with closing(booted(tmp_path_of(tmp_path, "b"), objects)) as store:
+        copier = copier_of(store, objects)
+        put(store, a_peer(50))
+        copier.tick()
+    with closing(opened(tmp_path / "a")) as store:
+        copier = copier_of(store, objects)
+        put(store, a_peer(3))
+        copier.finish(10)
+        assert copied(objects, tmp_path) == {a_peer(1), a_peer(50)}
+        copier.tick()
+        assert copied(objects, tmp_path) == state_of(store) == {a_peer(1), a_peer(2), a_peer(3)}
+
+
 def test_the_later_of_two_gateways_goes_on(tmp_path: Path) -> None:
     objects = MemoryObjects()
     with closing(opened(tmp_path_of(tmp_path, "a"))) as one:
