@@ -44,6 +44,8 @@ The files on disk
     DB_PATH.journal.previous   the journal before the last snapshot; with DB_PATH.previous and
                        DB_PATH.journal it still holds everything.
     DB_PATH.nonces     of signatures whose time was ahead of this clock: see NonceGuard.keep.
+    DB_PATH.writers    who wrote the remote copy that these files go on from, and who writes it now.
+    DB_PATH.superseded a snapshot of what was not used at a start: of the files or of the copy.
     With SNAPSHOT_KEY set (AES-256-GCM, a key for each file by HKDF from a random salt):
                        the journal's first line has SALT and KEY-CHECK (hex) behind AFTER, and JSON
                        is base64, sealed with the record's number as nonce; the snapshot is a line
@@ -4527,19 +4529,32 @@ class Store:
             return self.snapshot_time, self._snapshot_number, Path(self.path).read_bytes()
 
     def take_copy(self, other: Store) -> None:
-        """Become `other`, between load() and begin(); what was here stays as DB_PATH.superseded."""
+        """Become `other`, between load() and begin(); what was here stays as DB_PATH.superseded.
+
+        Raises OSError.
+        """
         if self.number:
-            try:
-                self.write_copy(self.path + ".superseded")
-            except OSError as error:
-                raise StartError(
-                    f"DB_PATH {self.path!r} cannot be written: {_reason(error)}"
-                ) from None
+            self.keep_superseded(self)
         if other._open_sync:
             other._take_back_open_sync()
         self.number, self._db = other.number, other._db
         self.counts, self._next_id = other.counts, other._next_id
         self.private_keys = other.private_keys
+
+    def keep_superseded(self, state: Store) -> None:
+        """Write a state that is not used to DB_PATH.superseded. Raises OSError."""
+        state.write_copy(self.path + ".superseded")
+
+    def writers(self) -> list[str]:
+        """What remember_writers() was told, by this process or one before; [] for never."""
+        try:
+            return Path(self.path + ".writers").read_text("ascii").split()
+        except (OSError, ValueError):
+            return []
+
+    def remember_writers(self, *names: str) -> None:
+        """Keep who wrote the states of the copy that the files here contain. Raises OSError."""
+        self._disk.replace(self.path + ".writers", " ".join(names).encode("ascii") + b"\n")
 
     def write_copy(self, path: str) -> None:
         """Write the state as a snapshot file of its own. Raises OSError."""
@@ -4920,9 +4935,18 @@ class Copier:
     def boot(self) -> None:
         """Let the store, loaded and not yet writing, take over the copy when that is further on.
 
-        Raises CopyError, ConfigError.
+        Raises CopyError, StartError.
         """
         manifests = read_manifests(self._remote)
+        try:
+            self._choose(manifests)
+            self._attach(manifests)
+        except OSError as error:
+            path = self._store.path
+            raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
+
+    def _choose(self, manifests: Sequence[Manifest]) -> None:
+        """Take the copy or the files here. Raises CopyError, StartError, OSError."""
         if not manifests:
             LOG.warning("remote copy: there is none yet, a new one is begun")
         elif manifests[0].number > self._store.number:
@@ -4940,9 +4964,31 @@ class Copier:
                 manifests[0].number,
                 self._store.number,
             )
-        self._attach(manifests)
+            if self._is_of_another(manifests[0]):
+                self._keep(manifests[0])
+
+    def _is_of_another(self, manifest: Manifest) -> bool:
+        """Whether somebody wrote to the copy whose changes the files here do not have."""
+        known = self._store.writers()
+        return bool(known) and manifest.writer not in known
+
+    def _keep(self, manifest: Manifest) -> None:
+        """What the copy holds will be overwritten: keep it. Raises CopyError, OSError."""
+        LOG.warning(
+            "remote copy: another gateway took it over and went on to record %d, which the files "
+            "here, with record %d, do not know: its state is put into %s.superseded",
+            manifest.number,
+            self._store.number,
+            self._store.path,
+        )
+        try:
+            self._store.keep_superseded(read_copy(self._remote, manifest, self._store))
+        except CopyDamaged as error:
+            LOG.error("remote copy: it is not kept: %s", error)
 
     def _attach(self, manifests: Sequence[Manifest]) -> None:
+        before = [manifests[0].writer] if manifests else []
+        self._store.remember_writers(*before, self._writer)
         if manifests:
             self._manifest = manifests[0]
             self._previous = manifests[1] if len(manifests) > 1 else None
@@ -5016,11 +5062,13 @@ class Copier:
     def _attach_late(self) -> None:
         """The store did not answer at the start, and SNAPSHOT_REQUIRED=false."""
         manifests = read_manifests(self._remote)
-        if manifests and manifests[0].number > self._boot_number:
+        if manifests and (
+            manifests[0].number > self._boot_number or self._is_of_another(manifests[0])
+        ):
             raise CopyRefused(
                 f"it ends at record {manifests[0].number} and this gateway began at "
-                f"{self._boot_number} without it: nothing is put over it. Restart to use the copy, "
-                "or delete its two manifests to begin a new one"
+                f"{self._boot_number} without it: nothing is put over it. Restart, and the higher "
+                "number wins, or delete its two manifests to begin a new one"
             )
         self._attach(manifests)
 

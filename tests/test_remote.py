@@ -422,6 +422,37 @@ def test_equal_numbers_do_not_make_the_same_state(tmp_path: Path) -> None:
         assert copied(objects, tmp_path) == state_of(store) == {a_peer(1), a_peer(2), a_peer(3)}
 
 
+def test_a_machine_that_comes_back_keeps_what_its_successor_did(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    objects = MemoryObjects()
+    path = tmp_path_of(tmp_path, "a")
+    for number in (1, 2):  # of its own restarts nothing is said
+        with closing(booted(path, objects)) as store:
+            copier = copier_of(store, objects)
+            put(store, a_peer(number))
+            copier.tick()
+    with closing(booted(tmp_path_of(tmp_path, "b"), objects)) as store:
+        copier = copier_of(store, objects)
+        put(store, a_peer(50))
+        copier.tick()
+        successor = state_of(store)
+    with closing(opened(path)) as store:
+        for number in (3, 4):  # were not in the copy when the machine failed
+            put(store, a_peer(number))
+    assert "another gateway" not in caplog.text
+    with closing(booted(path, objects)) as store:
+        assert "went on to record 3, which the files here, with record 4, do not" in caplog.text
+        assert state_of(store) == {a_peer(1), a_peer(2), a_peer(3), a_peer(4)}
+    with closing(Store(str(path / "db.superseded"), "commit", Disk())) as store:
+        store.load()
+        assert state_of(store) == successor
+    caplog.clear()
+    with closing(booted(path, objects)) as store:
+        copier_of(store, objects).tick()
+    assert "another gateway" not in caplog.text
+
+
 def test_the_later_of_two_gateways_goes_on(tmp_path: Path) -> None:
     objects = MemoryObjects()
     with closing(opened(tmp_path_of(tmp_path, "a"))) as one:
