@@ -5078,16 +5078,23 @@ class Copier:
         An own manifest that nobody knew of is there when an upload's answer was lost.
         """
         sequence = self._manifest.sequence + 1 if self._manifest else 1
-        data = self._remote.get(f"manifest-{sequence % 2}", MAX_MANIFEST)
-        try:
-            found = parse_manifest(data or b"")
-        except (ValueError, KeyError, TypeError):  # none, or a torn upload
-            return
-        if found.sequence >= sequence and found.writer != self._writer:
+        current = self._look(sequence - 1)
+        found = self._look(sequence)
+        if (current and current[:2] != (self._manifest or ())[:2]) or (
+            found and found.sequence >= sequence and found.writer != self._writer
+        ):  # [:2]: its sequence and its writer
             raise CopyRefused("another gateway writes to it: nothing is put over that")
-        if found.sequence == sequence:
+        if found and found.sequence == sequence:
             self._manifest, self._previous = found, self._manifest
             self._chain = found.chain
+
+    def _look(self, sequence: int) -> Manifest | None:
+        """What is at a manifest's place; None for nothing and for a torn upload."""
+        data = self._remote.get(f"manifest-{sequence % 2}", MAX_MANIFEST)
+        try:
+            return parse_manifest(data or b"")
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def _segments_since(self) -> int:
         """How many segments lie above the newest snapshot."""

@@ -474,6 +474,38 @@ def test_the_later_of_two_gateways_goes_on(tmp_path: Path) -> None:
             assert copied(objects, tmp_path) == state_of(two)
 
 
+def test_an_upload_that_ends_after_another_took_over_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = MemoryObjects()
+    with (
+        closing(opened(tmp_path_of(tmp_path, "a"))) as one,
+        contextlib.ExitStack() as stack,
+    ):
+        first = copier_of(one, objects)
+        put(one, a_peer(1))
+        first.tick()
+        put(one, a_peer(2))
+        check = first._check_alone
+        late: list[tuple[Store, Copier]] = []
+
+        def check_and_rest() -> None:
+            """The other one starts and writes when the first has found itself alone."""
+            check()
+            if not late:
+                two = stack.enter_context(closing(booted(tmp_path_of(tmp_path, "b"), objects)))
+                late.append((two, copier_of(two, objects)))
+                put(two, a_peer(50))
+                late[0][1].tick()
+
+        monkeypatch.setattr(first, "_check_alone", check_and_rest)
+        first.tick()
+        two, second = late[0]
+        put(two, a_peer(51))
+        second.tick()
+        assert "another gateway" in (second.state().failure or "")
+
+
 def test_a_start_without_the_copy_puts_nothing_over_it(tmp_path: Path) -> None:
     objects = MemoryObjects()
     with closing(opened(tmp_path_of(tmp_path, "a"))) as store:
