@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import wggw
 from wggw import (
     Change,
     CodecError,
@@ -187,6 +188,65 @@ def test_usual_layout_and_any_other_order_say_the_same() -> None:
         allowed = b"".join(nl_attribute(0x8000, b"".join(order(entry))) for entry in networks)
         data = b"".join(order([*parts, nl_attribute(0x8009, allowed)]))
         assert decode_wg_peer(data) == STATES[0]
+
+
+def kernel_peer(endpoint: int, networks: tuple[bytes, ...]) -> bytes:
+    """A peer as the kernel of Linux 6.12 puts it, with an endpoint of so many bytes."""
+    parts = [
+        nl_attribute(1, KEY_A),
+        nl_attribute(2, PSK),
+        nl_attribute(6, struct.pack("=qq", 0x69372600, 5)),
+        nl_attribute(5, struct.pack("=H", 25)),
+        nl_attribute(8, struct.pack("=Q", 512)),
+        nl_attribute(7, struct.pack("=Q", 256)),
+        nl_attribute(10, struct.pack("=I", 1)),
+    ]
+    if endpoint:
+        parts.append(nl_attribute(4, bytes(endpoint)))
+    entries = [
+        nl_attribute(3, network[-1:])
+        + nl_attribute(1, struct.pack("=H", 2 if len(network) == 5 else 10))
+        + nl_attribute(2, network[:-1])
+        for network in networks
+    ]
+    allowed = b"".join(nl_attribute(0x8000, entry) for entry in entries)
+    return b"".join([*parts, nl_attribute(0x8009, allowed)])
+
+
+USUAL = [
+    (endpoint, networks) for endpoint in (0, 16, 28) for networks in ((), (V4,), (V6,), (V4, V6))
+]
+
+
+@pytest.mark.parametrize(("endpoint", "networks"), USUAL)
+def test_usual_peers_are_decoded_at_once(endpoint: int, networks: tuple[bytes, ...]) -> None:
+    data = kernel_peer(endpoint, networks)
+    state = PeerState(WirePeer(KEY_A, PSK, networks), 0x69372600, 256, 512, endpoint > 0)
+    assert wggw._decode_usual_peer(data) == wggw._decode_any_peer(data) == state
+
+
+@given(
+    usual=st.sampled_from(USUAL),
+    edits=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), max_size=3),
+    end=st.integers(0, 300) | st.none(),
+)
+@example(usual=(0, (V4, V6)), edits=[], end=None)
+def test_what_is_decoded_at_once_is_what_the_long_way_says(
+    usual: tuple[int, tuple[bytes, ...]], edits: list[tuple[int, int]], end: int | None
+) -> None:
+    data = bytearray(kernel_peer(*usual))
+    for position, value in edits:
+        data[position % len(data)] = value
+    block = bytes(data[:end])
+    try:
+        expected = wggw._decode_any_peer(block)
+    except CodecError:
+        try:
+            assert wggw._decode_usual_peer(block) is None
+        except CodecError:
+            pass
+    else:
+        assert wggw._decode_usual_peer(block) in (None, expected)
 
 
 def test_dump_without_a_private_key_has_none() -> None:

@@ -128,7 +128,7 @@ def env(data: bytes) -> None:
         return
     for setting in wggw.SETTINGS:
         try:
-            wggw._parse_setting(setting, values)
+            wggw._parse_setting(setting, values, key_needed=True)
         except wggw.ConfigError as error:
             value = values.get(setting.name, "")
             if setting.secret and len(value) > 3:
