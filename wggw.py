@@ -3765,8 +3765,8 @@ class Store:
 
     def _replay(self) -> JournalFile | None:
         """Apply every record above the snapshot's number; return the current journal's file."""
-        previous = read_journal(self._journal.previous, self._vault)
         current = read_journal(self._journal.path, self._vault)
+        previous = self._read_previous(current)
         if previous:  # what a disk fault left behind the start of the next file is void
             limit = current.after if current else MAX_INTEGER
             self._replay_file(self._journal.previous, previous, limit)
@@ -3774,6 +3774,17 @@ class Store:
         if current:
             self._replay_file(self._journal.path, current, MAX_INTEGER)
         return current
+
+    def _read_previous(self, current: JournalFile | None) -> JournalFile | None:
+        """The journal before the current one. A damaged one that nothing needs is none at all."""
+        try:
+            return read_journal(self._journal.previous, self._vault)
+        except DamagedError as error:
+            if current is None or current.after > self.number:
+                raise
+            path = self._journal.previous
+            LOG.warning("%s: %s. The snapshot holds all of it: not used", path, error.found)
+            return None
 
     def _replay_file(self, path: str, file: JournalFile, limit: int) -> None:
         if file.after > self.number:

@@ -872,13 +872,31 @@ def test_snapshot_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     assert "99" in refused(tmp_path)
 
 
-def test_damaged_journal_is_refused_in_both_generations(tmp_path: Path) -> None:
-    for name in ("db.journal", "db.journal.previous"):
-        path = tmp_path / name
-        furnished(path)
-        content = (path / name).read_bytes()
-        (path / name).write_bytes(content[:3] + b"\xff" + content[4:])
-        assert str(path / name) in refused(path)
+def damage(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:3] + b"\xff" + content[4:])
+
+
+def test_damaged_journal_is_refused(tmp_path: Path) -> None:
+    furnished(tmp_path)
+    damage(tmp_path / "db.journal")
+    assert str(tmp_path / "db.journal") in refused(tmp_path)
+
+
+def test_damaged_journal_before_is_refused_only_when_it_is_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = furnished(tmp_path)
+    damage(tmp_path / "db.journal.previous")
+    assert recovered(tmp_path) == expected
+    assert "db.journal.previous: at byte 0" in caplog.text
+    with closing(opened(tmp_path)) as store:  # and the next snapshot takes its place
+        put(store, a_peer(4))
+        save(store)
+    os.replace(tmp_path / "db.previous", tmp_path / "db")
+    assert recovered(tmp_path) == {*expected, a_peer(4)}
+    damage(tmp_path / "db.journal.previous")
+    assert "db.journal.previous" in refused(tmp_path)
 
 
 def test_flipped_bits_of_a_snapshot_are_refused(tmp_path: Path) -> None:
