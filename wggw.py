@@ -3278,14 +3278,14 @@ class Journal:
             self._buffer = [entry for entry in self._buffer if entry[0] > last]
         if not records:
             return
-        plain = [Record(number, content()) for number, content in records]
-        lines = [seal_record(self._seal, record) for record in plain]
-        data = b"".join([journal_line(n, self._size, content) for n, content in lines])
-        started = time.perf_counter()
         try:
+            plain = [Record(number, content()) for number, content in records]
+            lines = [seal_record(self._seal, record) for record in plain]
+            data = b"".join([journal_line(n, self._size, content) for n, content in lines])
+            started = time.perf_counter()
             self._disk.write(self._handle, data)
             self._disk.fsync(self._handle)
-        except OSError as error:
+        except Exception as error:  # no memory for a record, too: its number must not be passed by
             self._lost.update(number for number, _ in records)
             self._fail(error)
         self.syncs.observe(time.perf_counter() - started)
@@ -3299,11 +3299,11 @@ class Journal:
         """Bytes of the file that are known to be on disk."""
         return self._size
 
-    def fail(self, error: OSError) -> None:
+    def fail(self, error: Exception) -> None:
         """Acknowledge nothing until start() has begun a new file."""
         self.failure = f"{self.path}: {_reason(error)}"
 
-    def _fail(self, error: OSError) -> NoReturn:
+    def _fail(self, error: Exception) -> NoReturn:
         self.fail(error)
         with contextlib.suppress(OSError):  # best effort: these records must not come back
             os.ftruncate(self._handle, self._size)

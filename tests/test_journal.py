@@ -331,6 +331,27 @@ def test_lost_record_is_never_acknowledged_not_after_a_new_file_either(tmp_path:
     journal.close()
 
 
+def test_record_that_cannot_be_made_is_lost_like_one_that_cannot_be_written(
+    tmp_path: Path,
+) -> None:
+    journal = started(tmp_path / "j", Disk())
+    journal.append(1, lambda: b"{}")
+    journal.wait(1)
+
+    def no_memory() -> bytes:
+        raise MemoryError
+
+    journal.append(2, no_memory)
+    with pytest.raises(DiskError, match="MemoryError"):
+        journal.wait(2)
+    journal.append(3, lambda: b"{}")
+    with pytest.raises(DiskError):  # it would follow a gap
+        journal.wait(3)
+    journal.discard()
+    assert numbers(tmp_path / "j") == [1]
+    journal.close()
+
+
 def test_rotate_splits_at_the_number(tmp_path: Path) -> None:
     journal = started(tmp_path / "j", Disk())
     for number in range(1, 6):
