@@ -10735,6 +10735,19 @@ def open_store(config: Config) -> Store:
     return Store(config.db_path, config.durability, Disk(), vault)
 
 
+def load_whole(config: Config) -> tuple[Store, JournalFile | None]:
+    """Read the files, again while a gateway that runs replaces them one after the other."""
+    for _ in range(CHECK_TRIES):
+        store = open_store(config)
+        before = store.generation()
+        try:
+            return store, store.load()
+        except DamagedError:
+            if store.generation() == before:
+                raise
+    raise StartError(f"{config.db_path}: the files changed too often to be read together")
+
+
 def lock_database(path: str) -> None:
     """Keep a second gateway off the same files, for as long as the process lives. StartError."""
     try:
@@ -11054,13 +11067,16 @@ def _look_at_kind(tunnel: InterfaceSettings) -> Finding:
 def _look_at_port(tunnel: InterfaceSettings) -> Finding:
     """Whether something listens on the UDP port: a second socket cannot be bound to it."""
     port = tunnel.ports[0]
-    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+    for family, every in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):  # noqa: S104
         try:
-            probe.bind(("::", port))
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.bind((every, port))
+            break
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return Finding("UDP port", f"{port} is in use, as it should be")
-            return Finding("UDP port", f"{port}: {_reason(error)}")
+            if error.errno != errno.EAFNOSUPPORT:  # a kernel without IPv6
+                return Finding("UDP port", f"{port}: {_reason(error)}")
     return Finding("UDP port", f"nothing listens on {port}", "start the gateway", True)
 
 
@@ -11092,12 +11108,13 @@ def _look_at_clock() -> Finding:
 def _look_at_database(config: Config) -> Finding:
     """Snapshot and journal, read as `wggw check` reads them."""
     try:
-        store = open_store(config)
-        store.load()
+        store, _ = load_whole(config)
     except StartError as error:
         return Finding("database", str(error), "wggw check --repair", True)
     except OSError as error:
         return Finding("database", f"{config.db_path}: {_reason(error)}", "run as root", True)
+    if not store.snapshot_time:
+        return Finding("database", f"{config.db_path}: there is none", "start the gateway", True)
     return Finding(
         "database",
         f"{config.db_path}: good, {sum(store.counts.values())} peers, record {store.number}",
@@ -11310,18 +11327,6 @@ class Progress:
             sys.stderr.flush()
 
 
-def ask(client: ApiClient, path: str) -> dict[str, Any]:
-    """A GET's JSON object. Raises StartError with what the gateway says against it."""
-    status, body = client.call("GET", path)
-    try:
-        answer = json.loads(body)
-        if status != HTTPStatus.OK:
-            raise StartError(f"status {status}: {answer['detail']}")
-        return dict(answer)
-    except (ValueError, KeyError, TypeError):
-        raise StartError(f"status {status}, with an answer that is not a gateway's") from None
-
-
 class Screen(NamedTuple):
     """What a terminal can show. width 0: no terminal, lines are never cut."""
 
@@ -11509,7 +11514,7 @@ def pool_lines(interfaces: Sequence[Mapping[str, Any]], screen: Screen) -> list[
 def command_status(arguments: argparse.Namespace) -> int:
     """One screen; exit code 1 when the gateway is degraded."""
     client = client_of(config_of(arguments), arguments)
-    status = ask(client, "/api/v1/server/status")
+    status = answer_of(client, "GET", "/api/v1/server/status")
     if arguments.json:
         print(json.dumps(status, indent=2))
     else:
@@ -11523,7 +11528,9 @@ def all_peers(client: ApiClient, query: str) -> list[dict[str, Any]]:
     cursor = ""
     with Progress("reading peers"):
         while True:
-            page = ask(client, f"/api/v1/configurations?limit={MAX_PAGE}{query}{cursor}")
+            page = answer_of(
+                client, "GET", f"/api/v1/configurations?limit={MAX_PAGE}{query}{cursor}"
+            )
             peers += page["configurations"]
             if page["next_cursor"] is None:
                 return peers
@@ -11710,9 +11717,9 @@ def command_top(arguments: argparse.Namespace) -> int:
     top = Top()
     with whole_terminal(), contextlib.suppress(KeyboardInterrupt):
         while True:
-            status = ask(client, "/api/v1/server/status")
+            status = answer_of(client, "GET", "/api/v1/server/status")
             query = f"/api/v1/configurations?online=true&limit={MAX_PAGE}"
-            peers = ask(client, query)["configurations"]
+            peers = answer_of(client, "GET", query)["configurations"]
             top.look(status, peers, time.monotonic())
             lines = top.lines(status, peers, Screen.of(sys.stdout, os.environ))
             sys.stdout.write("\x1b[H" + "".join(line + "\x1b[K\r\n" for line in lines[:-1]))
@@ -11871,27 +11878,14 @@ def command_check(arguments: argparse.Namespace) -> int:
     store = open_store(config)
     if arguments.repair:
         return repair(store)
-    if not os.path.exists(config.db_path):
-        print(f"{config.db_path}: there is no snapshot")
     with Progress(f"checking {config.db_path}"):
-        store, current = _load_whole(config)
+        store, current = load_whole(config)
+    if not store.snapshot_time:
+        raise StartError(f"{config.db_path}: there is no database: the first start makes it")
     print(f"{config.db_path}: good, {sum(store.counts.values())} peers, record {store.number}")
     if current and current.torn:
         print(f"{config.db_path}.journal: {current.torn} bytes of a torn record will be dropped")
     return 0
-
-
-def _load_whole(config: Config) -> tuple[Store, JournalFile | None]:
-    """Read the files, again while a gateway that runs replaces them one after the other."""
-    for _ in range(CHECK_TRIES):
-        store = open_store(config)
-        before = store.generation()
-        try:
-            return store, store.load()
-        except DamagedError:
-            if store.generation() == before:
-                raise
-    raise StartError(f"{config.db_path}: the files changed too often to be read together")
 
 
 def repair(store: Store) -> int:

@@ -236,8 +236,8 @@ def test_damage_is_exit_3_that_names_file_and_offset(kept: Kept, damage: Damage)
 
 def test_check_of_a_new_installation_writes_nothing(tmp_path: Path) -> None:
     done = check(tmp_path)
-    assert done.code == 0
-    assert "there is no snapshot" in done.out
+    assert (done.code, done.out) == (1, "")
+    assert "wireguard.db: there is no database" in done.err
     assert list(tmp_path.iterdir()) == []
 
 

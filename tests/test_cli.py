@@ -187,7 +187,7 @@ import json, os, sys
 sys.path[:0] = [{str(ROOT)!r}]
 import wggw
 answers = json.load(open(os.environ["ANSWERS"]))
-wggw.ask = lambda client, path: answers[path.split("?")[0].rsplit("/")[-1]]
+wggw.answer_of = lambda client, method, path: answers[path.split("?")[0].rsplit("/")[-1]]
 sys.exit(wggw.main())
 """
 STATES = ("online", "suspended", "expired", "active")
@@ -455,7 +455,7 @@ def bare(directory: Path, *arguments: str, **variables: str) -> subprocess.Compl
 def test_what_signs_nothing_needs_no_key(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     done = bare(tmp_path, *arguments, "--env-file", os.devnull)
     assert done.returncode < 2 and "GATEWAY_API_KEY" not in done.stderr, done
-    assert done.stdout
+    assert done.stdout or "there is no database" in done.stderr
 
 
 def test_a_host_without_settings_is_not_made_a_gateway(tmp_path: Path) -> None:

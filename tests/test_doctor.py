@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import PROGRAM, GatewayProcess
+from test_store import a_peer, closing, opened, put, save
 
 import wggw
 
@@ -107,3 +111,44 @@ def test_remote_copy_says_how_far_it_is_behind(failure: str | None) -> None:
     assert found.subject == "remote copy"
     assert found.found.startswith("2 records and 1.5 s behind")
     assert (found.failed, bool(found.todo)) == (bool(failure), bool(failure))
+
+
+def test_database_whose_files_are_replaced_meanwhile_is_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = wggw.load_config({"GATEWAY_API_KEY": "a" * 64, "DB_PATH": f"{tmp_path}/db"}, None)
+    assert wggw._look_at_database(config).todo == "start the gateway"
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+        read_journal, calls = wggw.read_journal, []
+
+        def rotating(*arguments: Any) -> Any:
+            """Two snapshots between the reading of snapshot and journal, once."""
+            calls.append(arguments)
+            for number in (2, 3) if len(calls) == 1 else ():
+                put(store, a_peer(number))
+                save(store)
+            return read_journal(*arguments)
+
+        monkeypatch.setattr(wggw, "read_journal", rotating)
+        finding = wggw._look_at_database(config)
+        assert (finding.failed, finding.found) == (False, f"{tmp_path}/db: good, 3 peers, record 3")
+
+
+def test_port_is_looked_at_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.socket
+
+    def without_ipv6(family: int = socket.AF_INET, *arguments: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *arguments)
+
+    with real(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("0.0.0.0", 0))
+        settings = {"GATEWAY_API_KEY": "a" * 64, "WG_DEFAULT_PORT": str(taken.getsockname()[1])}
+        tunnel = wggw.interface_settings(wggw.load_config(settings, None))[0]
+        monkeypatch.setattr(socket, "socket", without_ipv6)
+        assert "is in use" in wggw._look_at_port(tunnel).found
+        monkeypatch.undo()
+    monkeypatch.setattr(socket, "socket", without_ipv6)
+    assert "nothing listens" in wggw._look_at_port(tunnel).found
