@@ -2761,7 +2761,7 @@ class AddressPool:
         self._last = network.num_addresses - (2 if network.version == 4 else 1)
         self._fresh = 2  # lowest offset that was never used, but for those ahead
         self._ahead: set[int] = set()  # used offsets above _fresh
-        self._released: dict[int, None] = {}  # oldest first
+        self._released = collections.OrderedDict[int, None]()  # oldest first
         self.used = 0
 
     @property
@@ -2818,19 +2818,36 @@ class AddressPool:
             return False
         return offset in self._released or (offset >= self._fresh and offset not in self._ahead)
 
-    def claim(self, address: str) -> None:
-        """Hold this very address. Raises ValueError when it is not free."""
+    def claim(self, address: str) -> bool:
+        """Hold this very address; returns whether it was never used. ValueError: it is not free."""
         offset = self._offset(address)
+        never_used = offset not in self._released
         if offset == self._fresh:
             self._fresh += 1
             self._close_gap()
-        elif offset in self._released:
+        elif offset is not None and not never_used:
             del self._released[offset]
         elif offset is None or offset < self._fresh or offset in self._ahead:
             raise ValueError(address)
         else:
             self._ahead.add(offset)
         self.used += 1
+        return never_used
+
+    def put_back(self, address: str, never_used: bool) -> None:
+        """Undo a claim(), of which this is the result: the address is the next one again."""
+        offset = self._offset(address)
+        if offset is None or self.is_free(address):
+            raise ValueError(address)
+        if not never_used:
+            self._released[offset] = None
+            self._released.move_to_end(offset, last=False)
+        elif offset > self._fresh:
+            self._ahead.remove(offset)
+        else:
+            self._ahead.update(range(offset + 1, self._fresh))
+            self._fresh = offset
+        self.used -= 1
 
     def release(self, address: str) -> None:
         """Give a held address back, behind those that were released before."""
@@ -6966,7 +6983,10 @@ class Gateway:
         self._parking_psk = secrets.token_bytes(KEY_BYTES)  # no client has it: no handshake
         self.traffic: dict[str, InterfaceTraffic] = {}
         self._pending: collections.deque[tuple[int, Sequence[Step]]] = collections.deque()
-        self._reserved: set[HeldAddress] = set()  # addresses that a desired state holds
+        # Of a desired state: addresses that its peers will let go of, that go to nobody else before
+        # it ends; and those that it holds now: whether never used, None where a peer let go.
+        self._pledged: Container[HeldAddress] = ()
+        self._reserved: dict[HeldAddress, bool | None] = {}
         self._unfinished: set[int] = set()  # ids of peers that it made so far
         self._stopping = False
 
@@ -7603,10 +7623,20 @@ class Gateway:
             gone, come = _addresses(before), _addresses(after)
             if gone == come:
                 continue
-            for interface, family, address in gone:
-                self.interfaces[interface].pools[family].release(address)
-            for interface, family, address in come:
-                self.interfaces[interface].pools[family].claim(address)
+            for address in gone:
+                if address in self._pledged:
+                    self._reserved[address] = None
+                else:
+                    self._pool(address).release(address[2])
+            for address in come:
+                if address in self._reserved:
+                    del self._reserved[address]
+                else:
+                    self._pool(address).claim(address[2])
+
+    def _pool(self, address: HeldAddress) -> AddressPool:
+        interface, family, _ = address
+        return self.interfaces[interface].pools[family]
 
     def _last_pending(self) -> int:
         """What an answer must wait for that depends on the state now."""
@@ -7725,7 +7755,10 @@ class Gateway:
                 if not dry_run and (plan.leaving or plan.coming):
                     self._perform(plan)
             finally:
-                self._in_parts(list(self._reserved), self._free)
+                self._pledged = ()
+                left = [address for address, unused in self._reserved.items() if unused is None]
+                self._in_parts(left, self._give_back)
+                self._in_parts([*reversed(self._reserved)], self._give_back)
                 self._unfinished.clear()
         if any(self._parked.values()):  # what is gone is gone from the interface, too
             with contextlib.suppress(BackendError):  # nothing passes; the next sample tries again
@@ -7833,6 +7866,7 @@ class Gateway:
         Adds to `leaving` the peers that must let go of an address which another one gets.
         """
         freed = dict.fromkeys(a for before, _ in leaving for a in _addresses(before))
+        self._pledged = freed
         taken: set[HeldAddress] = set()
         for wish in wishes:
             held, wanted = _addresses(wish.before), _addresses(wish.after)
@@ -7872,9 +7906,9 @@ class Gateway:
         """A wish's peer with an address in every family: a free one, else one that is let go of."""
         after = wish.after
         for family in wish.missing:
-            text = self.interfaces[after.interface].pools[family].take()
+            text = self.interfaces[after.interface].pools[family].peek()
             if text is not None:
-                self._reserved.add((after.interface, family, text))
+                self._reserve((after.interface, family, text))
             elif spare[after.interface, family]:
                 text = spare[after.interface, family].pop()
                 taken.add((after.interface, family, text))
@@ -7885,17 +7919,21 @@ class Gateway:
         return after
 
     def _reserve(self, address: HeldAddress) -> None:
-        interface, family, text = address
-        pool = self.interfaces[interface].pools[family]
+        _, family, text = address
+        pool = self._pool(address)
         if not pool.is_free(text):
             raise Conflict(f"{ADDRESS_FIELD[family]}: {text} is not free")
-        pool.claim(text)
-        self._reserved.add(address)
+        self._reserved[address] = pool.claim(text)
 
-    def _free(self, addresses: Sequence[HeldAddress]) -> None:
-        for interface, family, text in addresses:
-            self.interfaces[interface].pools[family].release(text)
-        self._reserved.difference_update(addresses)
+    def _give_back(self, addresses: Sequence[HeldAddress]) -> None:
+        """Free what is still reserved of these: what no peer had is the next one again."""
+        for address in addresses:
+            if address in self._reserved:
+                never_used = self._reserved.pop(address)
+                if never_used is None:
+                    self._pool(address).release(address[2])
+                else:
+                    self._pool(address).put_back(address[2], never_used)
 
     @staticmethod
     def _let_go(step: Step, taken: set[HeldAddress], leaving: list[Step]) -> Step:
@@ -7923,7 +7961,7 @@ class Gateway:
             with self.lock:
                 number = self.store.end_sync()
             self._settle(number)
-        except GatewayError:
+        except BaseException:  # a defect of ours, or no memory: all the more
             self._take_back(done)
             raise
 
@@ -7952,7 +7990,7 @@ class Gateway:
                 chosen[place] = Step(None, after._replace(id=next(made)))
         entries = self.store.undo_entries(chosen)
         if chosen:
-            self._with_reserved(chosen)
+            self._carry_out(chosen, part=True)
             self._unfinished.update(after.id for before, after in chosen if after and not before)
         return entries
 
@@ -7977,24 +8015,6 @@ class Gateway:
         given = now._replace(**come)
         return Step(now, given) if given != now else None
 
-    def _with_reserved(self, steps: Sequence[Step], undoing: bool = False) -> None:
-        """Carry out a part with the addresses that are reserved, and reserve what it frees."""
-        come = [a for _, after in steps for a in _addresses(after) if a in self._reserved]
-        gone = [a for before, _ in steps for a in _addresses(before)]
-        for interface, family, address in come:
-            self.interfaces[interface].pools[family].release(address)
-        try:
-            self._carry_out(steps, part=True, undoing=undoing)
-        except GatewayError:
-            for interface, family, address in come:
-                self.interfaces[interface].pools[family].claim(address)
-            raise
-        self._reserved.difference_update(come)
-        held = {a for _, after in steps for a in _addresses(after)}
-        for left in gone:
-            if left not in held:
-                self._reserve(left)
-
     def _take_back(self, done: Sequence[Sequence[Undo]]) -> None:
         """Undo parts, the last one first, and say in the journal that it is over."""
         for entries in reversed(done):
@@ -8008,7 +8028,7 @@ class Gateway:
                         if entry.traffic and back.before is None:
                             traffic.append(entry.traffic._replace(rx_seen=0, tx_seen=0))
                 if steps:
-                    self._with_reserved(steps, undoing=True)
+                    self._carry_out(steps, part=True, undoing=True)
                     self.store.write_traffic(traffic)
             time.sleep(BREATH_SECONDS)
         with self.lock:

@@ -264,3 +264,24 @@ def test_hole_in_front_of_claims_is_filled_first() -> None:
         pool.claim(address)
     assert pool.take() == "10.7.0.2"
     assert pool.take() == "10.7.19.138"  # offset 5002
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["fresh ones left", "all used before"])
+def test_claims_that_are_undone_change_nothing_about_what_comes_next(full: bool) -> None:
+    pool = pool_of("10.0.0.0/28")
+    for address in [pool.take() or "" for _ in range(pool.total if full else 6)][1:5]:
+        pool.release(address)
+    before = list(pool.upcoming())
+    chosen = [before[3], *before[:3]]
+    claimed = [(address, pool.claim(address)) for address in chosen]
+    other = None if full else pool.take()  # somebody else's stays
+    for address, never_used in reversed(claimed):
+        pool.put_back(address, never_used)
+        assert pool.is_free(address)
+    expected = [address for address in before if address != other]
+    if full:  # from the middle of the released ones: next, too
+        expected = chosen
+    assert list(pool.upcoming()) == expected
+    assert pool.used == pool.total - len(expected)
+    with pytest.raises(ValueError, match=r"10\.0\.0\."):
+        pool.put_back(expected[0], True)

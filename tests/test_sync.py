@@ -495,6 +495,128 @@ def test_an_export_shows_a_desired_state_as_a_whole(
     box.gateway.close()
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["fresh ones left", "all used before"])
+def test_a_dry_run_and_a_refusal_do_not_change_which_addresses_come_next(
+    tmp_path: Path, full: bool
+) -> None:
+    box = Box(tmp_path, "10.0.0.0/29")
+    for number in range(5 if full else 2):
+        box.gateway.create({"public_key": a_key(number)})
+    for number in (0, 1, 2) if full else (0, 1):
+        box.gateway.delete(a_key(number))
+    pool = box.gateway.interfaces["wg0"].pools["ipv4"]
+    before = list(pool.upcoming())
+    kept = [{"public_key": peer.public_key} for peer in box.store.peers_after(0, 9)]
+    elements = [*kept, *({"public_key": a_key(n)} for n in (7, 8))]
+    box.gateway.sync({e["public_key"]: wggw.Desired("line", e) for e in elements}, True, True)
+    assert list(pool.upcoming()) == before
+    with pytest.raises(wggw.Unavailable, match="exhausted"):
+        box.sync([*elements, *({"public_key": a_key(n)} for n in range(20, 25))])
+    assert list(pool.upcoming()) == before
+    box.gateway.close()
+
+
+def test_a_disk_fault_gives_an_address_back_that_a_desired_state_reserved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DELETE waits for the disk, a desired state reserves what it freed, the disk fails."""
+    box = Box(tmp_path, "10.0.0.0/29")
+    for number in range(5):
+        box.gateway.create({"public_key": a_key(number)})
+    before = box.state()[0]
+    entered, broken, planned = threading.Event(), threading.Event(), threading.Event()
+
+    def fsync(handle: int) -> None:
+        entered.set()
+        broken.wait(10)
+        raise OSError(5, "Input/output error")
+
+    plan = box.gateway._plan
+
+    def planning(desired: dict[str, wggw.Desired]) -> wggw.Plan:
+        made = plan(desired)
+        planned.set()
+        return made
+
+    monkeypatch.setattr(box.disk, "fsync", fsync)
+    monkeypatch.setattr(box.gateway, "_plan", planning)
+    refused: list[str] = []
+
+    def refusal(work: Callable[[], object]) -> threading.Thread:
+        def run() -> None:
+            try:
+                work()
+            except wggw.Unavailable as error:
+                refused.append(error.detail)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    threads = [refusal(lambda: box.gateway.delete(a_key(0)))]
+    entered.wait(10)
+    elements = [{"public_key": a_key(number)} for number in (1, 2, 3, 4, 9)]
+    threads.append(refusal(lambda: box.sync(elements)))
+    planned.wait(10)
+    broken.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(refused) == 2
+    monkeypatch.undo()
+    box.gateway.heal()
+    assert box.state()[0] == before and not box.gateway.degraded()
+    with pytest.raises(wggw.Unavailable, match="exhausted"):
+        box.gateway.create({"public_key": a_key(50)})
+    box.gateway.delete(a_key(1))
+    assert box.gateway.create({"public_key": a_key(51)}).peer.assigned_ip == before[1].assigned_ip
+    box.gateway.close()
+
+
+def test_what_peers_of_a_failed_desired_state_need_back_goes_to_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of those that swap is deleted when it has another's address."""
+    box = Box(tmp_path)
+    first = [{"public_key": a_key(n), "assigned_ip": f"10.1.0.{n + 2}"} for n in range(60)]
+    box.sync(first)
+    turned = [{**e, "assigned_ip": f"10.1.0.{(n + 1) % 60 + 2}"} for n, e in enumerate(first)]
+
+    def work() -> None:
+        assert box.gateway.delete(a_key(0)).peer.assigned_ip == "10.1.0.3"
+        with pytest.raises(wggw.Conflict, match="not free"):
+            box.gateway.create({"public_key": a_key("other"), "assigned_ip": "10.1.0.3"})
+        box.backend.countdown = 0
+
+    # Parts begin with 50 peers: two in which addresses are let go of, and two that give new ones.
+    started = between_parts(box, monkeypatch, 3, work)
+    with pytest.raises(wggw.Unavailable):
+        box.sync(turned)
+    assert started
+    peers = box.state()[0]
+    assert [p.assigned_ip for p in peers] == [e["assigned_ip"] for e in first[1:]]
+    box.gateway.close()
+
+
+def test_a_defect_takes_a_desired_state_back_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(tmp_path)
+    elements = [{"public_key": a_key(n)} for n in range(300)]
+    box.sync(elements)
+    before = box.state()
+
+    def defect() -> None:
+        raise MemoryError
+
+    started = between_parts(box, monkeypatch, 1, defect)
+    with pytest.raises(MemoryError):
+        box.sync([{**e, "dns": "d3"} for e in elements])
+    assert started
+    monkeypatch.undo()
+    assert box.state() == before
+    box.gateway.close()
+
+
 def in_turn(work: Callable[[int], None], seconds: float) -> threading.Thread:
     """Calls work(0), work(1), ... in a thread of its own until the time is over."""
     end = time.monotonic() + seconds
