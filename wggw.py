@@ -3827,11 +3827,7 @@ class Store:
         content = _merged(run)
         number = run[-1][0]
         try:
-            sync = content.get("sync")
-            if sync and "part" in sync:
-                self._open_sync += self.undo_entries(self._steps_of(content))
-            elif sync:
-                self._open_sync.clear()
+            self._open_sync += self._undo_of_part(content)
             self._apply(content)
         except _BAD_RECORD as error:
             first = run[0][0]
@@ -3839,6 +3835,15 @@ class Store:
             raise _bad_record(path, which, error) from None
         self.number = number
         self._dirty = True
+
+    def _undo_of_part(self, content: Mapping[str, Any]) -> list[Undo]:
+        """What undoes a part of a desired state that is about to be applied; its end voids all."""
+        sync = content.get("sync") or ()
+        if "part" in sync:
+            return self.undo_entries(self._steps_of(content))
+        if sync:
+            self._open_sync.clear()
+        return []
 
     def _steps_of(self, content: Mapping[str, Any]) -> list[Step]:
         """The steps of a record that is about to be applied."""
@@ -4527,18 +4532,34 @@ class Store:
         for path in (self._journal.previous, self._journal.path):
             if os.path.exists(path):
                 yield self._salvage_journal(path)
+        if self._open_sync:
+            try:
+                changes = len(self._open_sync)
+                self._take_back_open_sync()
+                yield f"undone: {changes} changes of an unfinished desired state"
+            except _BAD_RECORD:
+                yield f"kept: {changes} changes of an unfinished desired state"
 
     def _salvage_journal(self, path: str) -> str:
+        """Apply what can be. A desired state whose end may be what is missing counts as done."""
         applied = refused = missing = 0
         for record in salvage_journal(Path(path).read_bytes(), path, self._vault):
             if record.number <= self.number:
                 continue
-            missing += record.number - self.number - 1
+            gap = record.number - self.number - 1
+            missing += gap
+            if gap:
+                self._open_sync.clear()
             try:
-                self._apply(_decode_record(record.content))
+                content = _decode_record(record.content)
+                undo = self._undo_of_part(content)
+                self._apply(content)
                 applied += 1
             except _BAD_RECORD:
                 refused += 1
+                self._open_sync.clear()
+            else:
+                self._open_sync += undo
             self.number = record.number
         return f"used: {path}: {applied} records, {missing} missing, {refused} not applicable"
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import pytest
 from harness import API_KEY, PROGRAM, GatewayProcess, a_key, running
 from test_restart import state, stopped
-from test_store import a_peer, closing, opened, put, save
+from test_store import State, a_peer, closing, opened, put, save, state_of
 
 import wggw
+from wggw import Disk, Step, Store
 
 SECRET = "a key for what lies on disk"
 
@@ -500,6 +501,36 @@ def test_files_that_are_replaced_meanwhile_are_read_again(
         assert wggw.main(["check"]) == 0
         assert "good, 3 peers" in capsys.readouterr().out
         assert len(calls) > 2
+
+
+def salvaged(path: Path) -> tuple[State, list[str]]:
+    with closing(Store(str(path / "db"), "commit", Disk())) as store:
+        said = list(store.salvage())
+        return state_of(store), said
+
+
+def test_repair_takes_back_an_unfinished_desired_state_as_a_start_does(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1), a_peer(2), a_peer(3))
+        for number in (1, 2):
+            steps = [Step(a_peer(number), None)]
+            store.apply(steps)
+            store.wait(store.commit(steps, part=True))
+    state, said = salvaged(tmp_path)
+    assert state == {a_peer(1), a_peer(2), a_peer(3)}
+    assert said[-1] == "undone: 2 changes of an unfinished desired state"
+    # Where a record is missing behind it, that may have been its end.
+    with closing(opened(tmp_path)) as store:
+        steps = [Step(a_peer(1), None)]
+        store.apply(steps)
+        store.commit(steps, part=True)
+        put(store, a_peer(4))
+        put(store, a_peer(5))
+    lines = (tmp_path / "db.journal").read_bytes().splitlines(keepends=True)
+    (tmp_path / "db.journal").write_bytes(b"".join([*lines[:-2], lines[-1]]))
+    state, said = salvaged(tmp_path)
+    assert state == {a_peer(2), a_peer(3), a_peer(5)}
+    assert "1 missing" in said[-1]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: files of another user")
