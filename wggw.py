@@ -6510,11 +6510,16 @@ def ufw_is_active() -> bool:
 def ufw_rules(config: Config, tunnels: Sequence[InterfaceSettings]) -> list[str]:
     """The rules that ufw needs to let through what our table lets through, in its own words."""
     port = config.api_port
-    backends = config.allowed_backends
+    sources = [
+        network.network_address if network.num_addresses == 1 else network
+        for network in config.allowed_backends
+    ]
+    if any(network.prefixlen == 0 for network in config.allowed_backends):
+        sources = []  # everybody is no network to ufw
     return [
         *(f"allow {tunnel.ports[0]}/udp" for tunnel in tunnels),
-        *([f"allow {port}/tcp"] if not backends else []),
-        *(f"allow from {network} to any port {port} proto tcp" for network in backends),
+        *([f"allow {port}/tcp"] if not sources else []),
+        *(f"allow from {source} to any port {port} proto tcp" for source in sources),
         *(f"route allow in on {tunnel.name}" for tunnel in tunnels),
     ]
 
@@ -6530,15 +6535,15 @@ def parse_ufw(shown: str) -> tuple[list[str], list[str]]:
 def align_ufw(wanted: Sequence[str]) -> Iterator[str]:
     """Make our rules in ufw be `wanted`; yields what it did. Raises BackendError."""
     ours, others = parse_ufw(run_tool("ufw", "show", "added"))
+    for rule in wanted:
+        if rule not in ours and rule not in others:  # whose rule it is stays as it is
+            run_tool("ufw", *rule.split(), "comment", UFW_MARK)
+            yield f"ufw: {rule}"
     for rule in ours:
         if rule not in wanted:
             before, _, words = rule.rpartition("allow ")
             run_tool("ufw", *f"{before}delete allow {words}".split())
             yield f"ufw: no longer {rule}"
-    for rule in wanted:
-        if rule not in ours and rule not in others:  # whose rule it is stays as it is
-            run_tool("ufw", *rule.split(), "comment", UFW_MARK)
-            yield f"ufw: {rule}"
 
 
 # --- up and down ----------------------------------------------------------------------------------

@@ -73,6 +73,13 @@ def test_ufw_speaks_the_same_words() -> None:
         "allow from 192.0.2.0/24 to any port 8000 proto tcp",
         "route allow in on wg0",
     ]
+    chosen = config(ALLOWED_BACKENDS="192.0.2.7/32,2001:db8::7/128")
+    assert wggw.ufw_rules(chosen, wggw.interface_settings(chosen))[1:3] == [
+        "allow from 192.0.2.7 to any port 8000 proto tcp",
+        "allow from 2001:db8::7 to any port 8000 proto tcp",
+    ]
+    chosen = config(ALLOWED_BACKENDS="192.0.2.7/32,0.0.0.0/0")
+    assert wggw.ufw_rules(chosen, wggw.interface_settings(chosen))[1:2] == ["allow 8000/tcp"]
     shown = """Added user rules (see 'ufw status' for running firewall):
 ufw allow 51820/udp comment 'wggw'
 ufw allow 22/tcp
@@ -82,6 +89,21 @@ ufw route allow in on wg0 comment 'wggw'
     ours, others = wggw.parse_ufw(shown)
     assert ours == ["allow 51820/udp", "route allow in on wg0"]
     assert others == ["allow 22/tcp", "allow 443/tcp comment 'web'"]
+
+
+def test_ufw_is_never_without_the_rule_that_a_new_one_replaces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def ufw(*command: str) -> str:
+        calls.append(" ".join(command))
+        return "ufw allow 8000/tcp comment 'wggw'\n" if command[1] == "show" else ""
+
+    monkeypatch.setattr(wggw, "run_tool", ufw)
+    wanted = ["allow from 192.0.2.7 to any port 8000 proto tcp"]
+    assert len(list(wggw.align_ufw(wanted))) == 2
+    assert calls[1:] == [f"ufw {wanted[0]} comment wggw", "ufw delete allow 8000/tcp"]
 
 
 # --- what else blocks -----------------------------------------------------------------------------
