@@ -190,6 +190,7 @@ BREATH_SECONDS = 0.0002  # between two holds: without it, nobody else gets the l
 BODY_RATE = 250_000  # bytes a second below which a streamed body is cut off
 BACKEND_TIMEOUT = 10.0  # seconds for one exchange with an interface
 CHECK_TRIES = 20  # readings of files that a running gateway replaces meanwhile
+HUNG_TIMEOUTS = 3  # that many in a row, and a userspace WireGuard of our own is started anew
 DAEMON_START_SECONDS = 5.0  # how long a userspace WireGuard may take to open its socket
 SUPERVISE_SECONDS = 1.0  # between two looks at the interface and the clock of expiry
 DURABILITY_INTERVAL = 1.0  # seconds: DURABILITY=interval loses at most this
@@ -209,7 +210,7 @@ NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
 CTRL_ATTR_VERSION = 3
 # include/uapi/linux/rtnetlink.h, if_link.h, if_addr.h
-RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_NEWADDR = 16, 17, 18, 20
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 17, 18, 20, 22
 IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_INFO_KIND = 3, 4, 18, 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 IFF_UP = 1
@@ -5789,13 +5790,33 @@ class Route:
         return 0, {}
 
     def is_right(self, link: Link, index: int) -> bool:
-        """Whether this is still the link that configure() returned, and up. Raises BackendError."""
+        """Whether this is still the link that configure() returned, up and with its addresses.
+
+        Raises BackendError.
+        """
         try:
-            return self.index(link.name) == index != 0 and self.is_up(index, link.mtu)
+            return (
+                self.index(link.name) == index != 0
+                and self.is_up(index, link.mtu)
+                and self.addresses(index).issuperset(map(ipaddress.ip_interface, link.addresses))
+            )
         except NetlinkError as error:
             if error.errno == errno.ENODEV:
                 return False
             raise
+
+    def addresses(self, index: int) -> set[ipaddress.IPv4Interface | ipaddress.IPv6Interface]:
+        """A link's addresses with their prefix lengths. Raises BackendError."""
+        found = set()
+        for payload in self._netlink.dump(RTM_GETADDR, bytes(8), whole=True):
+            if len(payload) < 8:
+                raise CodecError("netlink: a short address message")
+            _, length, _, _, where = struct.unpack_from("=BBBBI", payload)
+            attributes = dict(parse_nl_attributes(payload[8:]))
+            packed = attributes.get(IFA_LOCAL) or attributes.get(IFA_ADDRESS, b"")
+            if where == index and len(packed) in (4, 16):
+                found.add(ipaddress.ip_interface((packed, length)))
+        return found
 
     def add_address(self, index: int, address: str) -> None:
         """Add "10.0.1.1/24" to a link, unless it has it. IPv6 without duplicate detection."""
@@ -6104,16 +6125,24 @@ class UapiConnection:
         self._path = path
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        self.timeouts = 0  # one after the other
 
     def exchange(self, request: bytes) -> bytes:
         """Send one operation, return its answer without the empty line. Raises BackendError."""
         with self._lock:
             try:
                 try:
-                    return self._exchange(request)
+                    answer = self._exchange(request)
                 except (BrokenPipeError, ConnectionResetError, EOFError):
                     self.close()  # the program was restarted since; operations are idempotent
-                    return self._exchange(request)
+                    answer = self._exchange(request)
+                self.timeouts = 0
+                return answer
+            except TimeoutError:
+                self.close()
+                self.timeouts += 1
+                text = f"{self._path}: no answer within {BACKEND_TIMEOUT:.0f} s"
+                raise BackendError(text) from None
             except (OSError, EOFError) as error:
                 self.close()
                 raise BackendError(f"{self._path}: {_reason(error)}") from None
@@ -6229,6 +6258,12 @@ class UapiBackend:
     def alive(self) -> bool:
         if self._process is not None and self._process.poll() is not None:
             self._process = None
+            return False
+        if self._process is not None and self._control.timeouts >= HUNG_TIMEOUTS:
+            LOG.error("%s: %s hangs: it is ended", self._link.name, self._program)
+            self._process.kill()
+            self._process.wait()
+            self._process, self._control.timeouts = None, 0
             return False
         return self._route.is_right(self._link, self._index) and uapi_answers(self._path)
 

@@ -353,6 +353,17 @@ class InterfaceContract(BackendContract):
         interface.destroy()
         assert not backend.alive()
 
+    def test_is_not_alive_without_each_of_its_addresses(
+        self, backend: wggw.Backend, interface: RealInterface
+    ) -> None:
+        name = interface.link.name
+        for address in interface.link.addresses:
+            subprocess.run(["ip", "address", "delete", address, "dev", name], check=True)
+            assert not backend.alive(), address
+            backend.setup()
+            assert backend.alive()
+            assert_is_set_up(interface.link)
+
     def test_setup_after_the_interface_is_gone_makes_it_anew(
         self, backend: wggw.Backend, interface: RealInterface
     ) -> None:

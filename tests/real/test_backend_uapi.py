@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +51,32 @@ class TestUapiBackend(InterfaceContract):
         assert not second.alive()
         second.setup()
         assert second.alive()
+
+    def test_a_program_that_hangs_is_started_anew_by_who_started_it(
+        self,
+        backend: wggw.Backend,
+        interface: interfaces.Opened,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        second = interface.open(interface.link)
+        second.setup()
+        pid = netns.daemon_pid(interface.link.name)
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        monkeypatch.setattr(wggw, "BACKEND_TIMEOUT", 0.2)
+        for each in (backend, second):
+            for _ in range(wggw.HUNG_TIMEOUTS):
+                assert each.alive()
+                with pytest.raises(wggw.BackendError, match="no answer within"):
+                    each.setup()
+        monkeypatch.undo()
+        assert second.alive()  # another one's
+        assert not backend.alive()
+        backend.setup()
+        assert backend.alive()
+        assert netns.daemon_pid(interface.link.name) != pid
+        put(backend, peer("a", "10.99.0.2/32"))
+        assert held(second) == {peer("a", "10.99.0.2/32")}
 
     def test_deleting_the_link_is_the_end_of_the_interface(
         self, backend: wggw.Backend, interface: interfaces.Opened
