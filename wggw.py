@@ -170,7 +170,7 @@ RECEIVE_BYTES = 16 * 1024  # one TLS record; larger buffers cost page faults in 
 LINGER_SECONDS = 1.0  # how long unread input is drained so that the last answer is not reset away
 PROBE_SECONDS = 5.0  # how long the service may take to answer its own health check
 MANAGER_SECONDS = 1.0  # for systemd to take a message
-STOP_SECONDS = 0.5  # how long it waits for each timer's job
+STOP_SECONDS = 0.5  # how long it waits for the timers' jobs, and for a lock
 LAST_SAMPLE_SECONDS = 1.0  # and for the last reading of the counters
 DRAIN_GRACE = 0.2  # seconds for threads to take up requests that have arrived before SIGTERM
 EXPIRY_WARNING = 14 * 86400  # seconds before the certificate's end
@@ -192,6 +192,7 @@ BACKEND_TIMEOUT = 10.0  # seconds for one exchange with an interface
 CHECK_TRIES = 20  # readings of files that a running gateway replaces meanwhile
 HUNG_TIMEOUTS = 3  # that many in a row, and a userspace WireGuard of our own is started anew
 DAEMON_START_SECONDS = 5.0  # how long a userspace WireGuard may take to open its socket
+MAX_DOUBTS = 6  # samples amid changes with another number of peers than there should be
 SUPERVISE_SECONDS = 1.0  # between two looks at the interface and the clock of expiry
 DURABILITY_INTERVAL = 1.0  # seconds: DURABILITY=interval loses at most this
 DUMP_TRIES = 50  # a change interrupts a kernel's dump; requests go on during reconcile()
@@ -7043,6 +7044,7 @@ class Gateway:
         self._over_quota: set[str] = set()  # public keys to look at
         self._parking_psk = secrets.token_bytes(KEY_BYTES)  # no client has it: no handshake
         self.traffic: dict[str, InterfaceTraffic] = {}
+        self._doubts: collections.Counter[str] = collections.Counter()  # see _looks_wrong
         self._pending: collections.deque[tuple[int, Sequence[Step]]] = collections.deque()
         # Of a desired state: addresses that its peers will let go of, that go to nobody else before
         # it ends; and those that it holds now: whether never used, None where a peer let go.
@@ -7062,7 +7064,6 @@ class Gateway:
         for settings, link, backend in opened:
             state = None if link.obfuscation is None else obfuscation
             self._add_interface(settings, link, backend, state)
-        self.expire()  # or their time would go on until the first tick
         for name in self.store.interfaces():
             if name not in self.interfaces:
                 variables = " or ".join(f"{s.prefix}_INTERFACE {s.name!r}" for s, _, _ in opened)
@@ -7070,6 +7071,7 @@ class Gateway:
                     f"{variables}: the database has peers of interface {name!r}: "
                     "peers never move by themselves"
                 )
+        self.expire()  # or their time would go on until the first tick
         try:
             for interface in self.interfaces.values():
                 result = self._reconcile(interface)
@@ -7145,14 +7147,16 @@ class Gateway:
     def close(self) -> None:
         """Let go of the interfaces, which stay as they are, and write what is left to disk."""
         self._stopping = True
-        sample = threading.Thread(target=self._last_sample, daemon=True)
-        sample.start()
-        sample.join(LAST_SAMPLE_SECONDS)
-        if self.store.snapshot_lock.acquire(timeout=STOP_SECONDS):
-            self.store.snapshot_lock.release()
+        if _comes_free(self.lock):
+            sample = threading.Thread(target=self._last_sample, daemon=True)
+            sample.start()
+            sample.join(LAST_SAMPLE_SECONDS)
+        # A desired state, or a change on an interface that does not answer, may hold them. The
+        # next start reads the journal, and takes back what is there of a desired state.
+        if _comes_free(self.store.snapshot_lock) and _comes_free(self.lock):
             self.snapshot()
-        else:  # the next start takes back what is there of it
-            LOG.warning("stopped within a desired state")
+        else:
+            LOG.warning("stopped within a change: no last snapshot")
         for interface in self.interfaces.values():
             interface.backend.close()
 
@@ -7211,13 +7215,22 @@ class Gateway:
         numbers = [r.number for r in results if isinstance(r, Outcome)]
         with self.lock:  # a refusal may be so because of a change not yet on disk
             numbers.append(self._last_pending())
-        with contextlib.suppress(Unavailable):  # each result is looked at below
+        lost: Unavailable | None = None
+        try:
             self._settle(max(numbers))
+        except Unavailable as error:
+            lost = error
         self._sweep()
-        lost = Unavailable("the disk refused the change: nothing was changed")
-        return [
-            lost if isinstance(r, Outcome) and self.store.is_lost(r.number) else r for r in results
-        ]
+        if lost is None:
+            return results
+
+        def stands(operation: BatchOperation, result: Outcome | GatewayError) -> bool:
+            if isinstance(result, Outcome):
+                return not self.store.is_lost(result.number)
+            return result is operation  # a rule's refusal may rest on what was undone
+
+        pairs = zip(operations, results, strict=True)
+        return [result if stands(given, result) else lost for given, result in pairs]
 
     def _create_many(self, creates: Sequence[BatchOperation]) -> list[Outcome | GatewayError]:
         """Creates of a batch, some in one change; by themselves where that is refused."""
@@ -7299,13 +7312,17 @@ class Gateway:
         """Each family's pools, of one interface or all together: totals, every address held."""
         chosen = [i for i in self.interfaces.values() if interface in (None, i.name)]
         held = [self._held(i.name, self.store) for i in chosen]
-        return {
+        usage = {
             family: {
                 **pool_usage(i.pools.get(family) for i in chosen),
                 "assigned_ips": [address for of_one in held for address in of_one[family]],
             }
             for family in FAMILIES
         }
+        with self.lock:
+            number = self._last_pending()
+        self._settle(number)
+        return usage
 
     def peer_count(self, status: str | None = None, interface: str | None = None) -> int:
         with self.lock:
@@ -7345,15 +7362,11 @@ class Gateway:
             if known is None:
                 raise
         self._check_usable(known.interface)
-        if known.id in self._unfinished:
-            raise Unavailable(
-                "the desired state that makes this peer is not done yet",
-                headers=[("Retry-After", "1")],
-            )
+        self._check_finished(known)
         return Outcome(False, known, self.store.traffic(known.id), self._last_pending())
 
     def _get(self, fields: Mapping[str, Any]) -> Outcome:
-        peer = self._known(fields["public_key"])
+        peer = self._found(fields["public_key"])
         return Outcome(False, peer, self.store.traffic(peer.id), self._last_pending())
 
     def _set_status(self, fields: Mapping[str, Any]) -> Outcome:
@@ -7398,11 +7411,25 @@ class Gateway:
         if self.interfaces[interface].subject in self.failures:
             raise Unavailable(f"the interface {interface} is not usable")
 
-    def _known(self, public_key: str) -> Peer:
+    def _found(self, public_key: str) -> Peer:
         peer = self.store.get(public_key)
         if peer is None:
             raise NotFound("no peer has this public key")
         return peer
+
+    def _known(self, public_key: str) -> Peer:
+        """A peer that may be changed."""
+        peer = self._found(public_key)
+        self._check_finished(peer)
+        return peer
+
+    def _check_finished(self, peer: Peer) -> None:
+        """No promise may be made about a peer that goes when a desired state is taken back."""
+        if peer.id in self._unfinished:
+            raise Unavailable(
+                "the desired state that makes this peer is not done yet",
+                headers=[("Retry-After", "1")],
+            )
 
     def _over(self, peer: Peer) -> str | None:
         """Why the peer may not be active: "expired", "quota", or None."""
@@ -7527,17 +7554,11 @@ class Gateway:
     @staticmethod
     def _families_for(fields: Mapping[str, Any], interface: Interface) -> list[str]:
         protocol, traffic = fields.get("protocol"), fields.get("tunnel_traffic")
-        named = set(traffic or ())
-        named.update(FAMILIES if protocol == "dual" else [protocol] if protocol else [])
+        named = {*(traffic or ()), *_PROTOCOLS[protocol]}
         if not named:
             named.add("ipv4")
         named.update(family for family in FAMILIES if ADDRESS_FIELD[family] in fields)
-        for family in named - interface.pools.keys():
-            blame = "tunnel_traffic" if family in (traffic or ()) else ADDRESS_FIELD[family]
-            if blame not in fields or protocol in ("dual", family):
-                blame = "protocol"
-            raise Invalid(blame, f"{interface.name} has no {family} addresses")
-        return [family for family in FAMILIES if family in named]
+        return _had(named, fields, interface)
 
     @staticmethod
     def _address_for(fields: Mapping[str, Any], interface: Interface, family: str) -> str:
@@ -7800,9 +7821,9 @@ class Gateway:
         """Make the peers those of `desired` (which is consumed), all of it or nothing.
 
         It is done in parts, so that others get the lock in between. What they change meanwhile
-        comes after it: those peers stay as they made them. When a part fails, those before it are
-        taken back; so does recovery when the end is missing in the journal. No snapshot is written
-        meanwhile, because it would hold a part. Raises GatewayError.
+        comes after it: those peers stay as they made them. What they read shows the parts so far.
+        When a part fails, those before it are taken back; so does recovery when the end is missing
+        in the journal. No snapshot is written meanwhile: it would hold a part. Raises GatewayError.
         """
         with collector_off(), self.store.snapshot_lock:
             try:
@@ -7881,9 +7902,7 @@ class Gateway:
         self._check_choices({n: changed[n] for n in ("dns", "port") if n in changed}, interface)
         named = [*fields.get("tunnel_traffic", ()), *_PROTOCOLS[fields.get("protocol")]]
         named += [family for family in FAMILIES if ADDRESS_FIELD[family] in changed]
-        for family in named:
-            if family not in interface.pools:
-                raise Invalid(ADDRESS_FIELD[family], f"{known.interface} has no {family} addresses")
+        _had(named, fields, interface)
         after = known._replace(**changed) if changed else known
         missing = tuple(
             family
@@ -8204,15 +8223,30 @@ class Gateway:
         with self._watching() as touched:
             states, present = self._read(interface, touched)
             with self.lock:
-                expected = self.store.counts[interface.name, "active"]
-                wrong = not touched and present != expected
+                wrong = self._looks_wrong(interface.name, present, bool(touched))
                 self.store.sweep_online(self.online_since())
             self._rate(interface.name)
             if self.config.privacy_scrub:
                 self._scrub(interface, states, touched)
         if wrong:
-            LOG.warning("%s: %d peers, not %d", interface.name, present, expected)
             self._reconcile(interface)
+
+    def _looks_wrong(self, name: str, present: int, changing: bool) -> bool:
+        """Whether an interface has another number of peers than it should. Under the lock.
+
+        While peers were `changing` that says nothing by itself, unless it is so again and again.
+        """
+        expected = self.store.counts[name, "active"]
+        if present == expected:
+            if not changing:
+                self._doubts[name] = 0
+            return False
+        self._doubts[name] += 1
+        if changing and self._doubts[name] < MAX_DOUBTS:
+            return False
+        self._doubts[name] = 0
+        LOG.warning("%s: %d peers, not %d", name, present, expected)
+        return True
 
     def _scrub(
         self, interface: Interface, states: Sequence[PeerState], touched: set[bytes]
@@ -8517,6 +8551,14 @@ def _is_create(operation: BatchOperation) -> TypeGuard[tuple[str, Mapping[str, A
     return not isinstance(operation, GatewayError) and operation[0] == "create"
 
 
+def _comes_free(lock: threading.Lock) -> bool:
+    """Whether a lock can be had within STOP_SECONDS."""
+    free = lock.acquire(timeout=STOP_SECONDS)
+    if free:
+        lock.release()
+    return free
+
+
 class _placed:  # as a function is named, which it is used as
     """Errors say where in a body they are. Three for each element of a desired state."""
 
@@ -8531,6 +8573,19 @@ class _placed:  # as a function is named, which it is used as
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, GatewayError):
             error.detail = f"{self._place}: {error.detail}"
+
+
+def _had(named: Container[str], fields: Mapping[str, Any], interface: Interface) -> list[str]:
+    """The families that are named. Raises Invalid, by the field, when the interface has not one."""
+    protocol, traffic = fields.get("protocol"), fields.get("tunnel_traffic")
+    families = [family for family in FAMILIES if family in named]
+    for family in families:
+        if family not in interface.pools:
+            blame = "tunnel_traffic" if family in (traffic or ()) else ADDRESS_FIELD[family]
+            if blame not in fields or family in _PROTOCOLS[protocol]:
+                blame = "protocol"
+            raise Invalid(blame, f"{interface.name} has no {family} addresses")
+    return families
 
 
 def _real_psk(preshared_key: str | None) -> str | None:
@@ -9886,7 +9941,8 @@ ROUTES: tuple[ApiRoute, ...] = (
         "PUT",
         CONFIGURATIONS_PATH,
         App.sync,
-        "Make the peers these and no others, all of it or nothing.",
+        "Make the peers these and no others, all of it or nothing; "
+        "what is read meanwhile may show a part of it.",
         json_content(
             said_schema("synced", "dry_run", **dict.fromkeys(DesiredResult._fields, COUNT))
         ),
@@ -10719,9 +10775,17 @@ class Timer(threading.Thread):
                         log_defect(error)
 
     def stop(self) -> None:
-        """No further job begins; one that hangs is left behind."""
+        """No further job begins."""
         self._stop_event.set()
-        self.join(STOP_SECONDS)
+
+
+def stop_timers(timers: Sequence[Timer]) -> None:
+    """Jobs that hang are left behind."""
+    for timer in timers:
+        timer.stop()
+    deadline = time.monotonic() + STOP_SECONDS
+    for timer in timers:
+        timer.join(max(0.0, deadline - time.monotonic()))
 
 
 def in_child(job: Callable[[], None]) -> None:
@@ -10947,8 +11011,7 @@ class Service:
         self._manager.tell("STOPPING=1", "STATUS=stopping")
         server.drain()
         server.access_log.flush()
-        for timer in timers:
-            timer.stop()
+        stop_timers(timers)
         gateway.close()
         if app.copier:
             app.copier.finish(STOP_SECONDS)

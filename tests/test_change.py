@@ -214,3 +214,26 @@ def test_creates_of_a_batch_reach_the_interface_together(tmp_path: Path) -> None
     assert all(isinstance(result, wggw.Outcome) and result.changed for result in results)
     assert [size for size in sizes if size] == [wggw.MAX_MERGED, 95 - wggw.MAX_MERGED]
     assert len(box.state()[0]) == 95
+
+
+def test_no_refusal_of_a_batch_rests_on_a_change_that_the_disk_lost(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    for number in (1, 2):
+        box.gateway.create({"public_key": a_key(number)})
+    before = box.state()
+    box.disk.countdown = 0
+    malformed = wggw.Malformed("operations[2]: what?")
+    results = box.gateway.batch(
+        [
+            ("delete", {"public_key": a_key(1)}),
+            ("suspend", {"public_key": a_key(1)}),
+            malformed,
+            ("activate", {"public_key": a_key(2)}),  # it is: nothing to do, nothing to lose
+        ]
+    )
+    refusals = [r.status if isinstance(r, wggw.GatewayError) else None for r in results]
+    assert refusals[:2] == [503, 503] and results[2] is malformed
+    box.disk.countdown = -1
+    box.gateway.heal()
+    assert box.state() == before
+    box.gateway.close()

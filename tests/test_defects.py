@@ -6,8 +6,10 @@ A test for each, even where another module tests the same law in more depth: thi
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -310,6 +312,79 @@ def test_a_defect_in_a_sealed_create_is_answered_sealed(
     content = json.loads(answer.body)
     assert answer.status == 500 and content.keys() == {"encrypted_response"}
     assert json.loads(box.open(content["encrypted_response"]))["status"] == 500
+    rig.gateway.close()
+    rig.store.close()
+
+
+def test_an_interface_that_hangs_does_not_hold_up_the_stop(tmp_path: Path) -> None:
+    backend = FailingBackend(after=False)
+    rig = Rig(tmp_path, backend)
+    hangs, ends = threading.Event(), threading.Event()
+
+    def apply(changes: object) -> None:
+        hangs.set()
+        ends.wait(20)
+
+    backend.apply = apply  # type: ignore[method-assign]
+    thread = threading.Thread(target=rig.gateway.create, args=({"public_key": a_key(1)},))
+    thread.start()
+    hangs.wait(10)
+    started = time.monotonic()
+    rig.gateway.close()
+    assert time.monotonic() - started < 2.5
+    ends.set()
+    thread.join(10)
+    rig.store.close()
+
+
+def test_addresses_shown_as_held_are_so_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, wggw.MemoryBackend())
+    order: list[str] = []
+    writing, written = threading.Event(), threading.Event()
+    fsync = wggw.Disk.fsync
+
+    def slow(disk: wggw.Disk, handle: int) -> None:
+        writing.set()
+        written.wait(0.3)  # time enough to answer before it, which would be wrong
+        order.append("on disk")
+        fsync(disk, handle)
+
+    monkeypatch.setattr(wggw.Disk, "fsync", slow)
+    thread = threading.Thread(target=rig.gateway.create, args=({"public_key": a_key(1)},))
+    thread.start()
+    writing.wait(10)
+    assert rig.gateway.usage()["ipv4"]["used"] == 1
+    order.append("shown")
+    thread.join(10)
+    assert order[:2] == ["on disk", "shown"]
+    rig.gateway.close()
+    rig.store.close()
+
+
+def test_a_peer_that_is_missing_is_put_back_also_under_steady_traffic(tmp_path: Path) -> None:
+    backend = FailingBackend(after=False)
+    rig = Rig(tmp_path, backend)
+    numbers = itertools.count()
+    for _ in range(5):
+        rig.gateway.create({"public_key": a_key(next(numbers))})
+    rig.gateway.sample()
+    lost = wggw.decode_key(a_key(1))
+    backend.apply([wggw.Change(lost, None)])  # somebody else removed it
+    sample = backend.sample
+
+    def busy(known: Any) -> wggw.Reading:
+        reading = sample(known)
+        rig.gateway.create({"public_key": a_key(next(numbers))})
+        return reading
+
+    backend.sample = busy  # type: ignore[method-assign]
+    present: list[bool] = []
+    for _ in range(2 * wggw.MAX_DOUBTS):
+        rig.gateway.sample()
+        present.append(lost in {state.peer.public_key for state in backend.read()})
+    assert not any(present[: wggw.MAX_DOUBTS - 1]) and all(present[wggw.MAX_DOUBTS :])
     rig.gateway.close()
     rig.store.close()
 

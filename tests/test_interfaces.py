@@ -209,6 +209,21 @@ def test_peers_of_an_interface_that_is_not_set_up_stop_the_start(
         Two(tmp_path, SETTINGS[:1])
 
 
+def test_a_start_that_is_refused_changes_nothing(gateway: Two) -> None:
+    create(gateway, "left behind", "wg1", expires_at=int(time.time()) + 50)
+    gateway.snapshot()
+    gateway.store.close()
+    store = wggw.Store(gateway.config.db_path, "none", wggw.Disk())
+    store.recover()
+    number = store.number
+    later = wggw.Gateway(gateway.config, store, lambda: time.time() + 100)
+    link = wggw.make_link(SETTINGS[0], b"k" * 32)
+    with pytest.raises(wggw.ConfigError, match="never move"):
+        later.start([(SETTINGS[0], link, BreakableBackend())])
+    assert store.number == number
+    store.close()
+
+
 def test_a_subnet_that_does_not_hold_its_peers_is_refused_by_its_own_name(
     gateway: Two, tmp_path: Path
 ) -> None:

@@ -597,6 +597,48 @@ def test_what_peers_of_a_failed_desired_state_need_back_goes_to_nobody_else(
     box.gateway.close()
 
 
+def test_no_change_is_promised_to_a_peer_that_may_be_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(tmp_path)
+    key = a_key(0)
+    changes: list[Callable[[], object]] = [
+        lambda: box.gateway.set_status(key, "suspended"),
+        lambda: box.gateway.update(key, {"dns": "d2"}),
+        lambda: box.gateway.rotate(key, a_key("new")),
+        lambda: box.gateway.delete(key),
+        lambda: box.gateway.create({"public_key": key}),
+    ]
+
+    def work() -> None:
+        assert box.gateway.get(key).peer.public_key == key  # readers see parts
+        for change in changes:
+            with pytest.raises(wggw.Unavailable, match="not done yet"):
+                change()
+
+    started = between_parts(box, monkeypatch, 1, work)
+    box.sync([{"public_key": a_key(n)} for n in range(100)])
+    assert started
+    assert changes[0]()
+    box.gateway.close()
+
+
+def test_a_family_that_is_not_there_is_blamed_on_the_field_that_names_it(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.gateway.create({"public_key": a_key(1)})
+    box.gateway.interfaces["wg0"].pools.pop("ipv6")  # type: ignore[attr-defined]
+    named: list[tuple[str, dict[str, Any]]] = [
+        ("protocol", {"protocol": "dual"}),
+        ("tunnel_traffic", {"tunnel_traffic": ["ipv6"]}),
+        ("assigned_ipv6", {"assigned_ipv6": "fd42::7"}),
+    ]
+    for field, fields in named:
+        for key in (a_key(1), a_key("new")):
+            with pytest.raises(wggw.Invalid, match=f"^{field}: wg0 has no ipv6"):
+                box.sync([{"public_key": key, **fields}])
+    box.gateway.close()
+
+
 def test_a_defect_takes_a_desired_state_back_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
