@@ -4610,7 +4610,7 @@ class Store:
 
     def write_copy(self, path: str) -> None:
         """Write the state as a snapshot file of its own. Raises OSError."""
-        self._disk.replace(path, encode_snapshot(self._image()[1], self._vault))
+        self._disk.replace(path, self.seal(self.image()))
 
     def _restart_journal(self, number: int) -> None:
         if self.durability != "none":
@@ -6333,6 +6333,10 @@ class MemoryBackend:
         pass
 
 
+# By the kernel's name of a kind of interface: the program that makes it where the kernel does not.
+PROGRAMS = {WG_GENL_NAME: "wireguard-go", AWG_GENL_NAME: "amneziawg-go"}
+
+
 def open_backend(mode: str, link: Link) -> Backend:
     """The backend that WG_BACKEND names, set up. `auto` takes what is there:
 
@@ -6341,7 +6345,7 @@ def open_backend(mode: str, link: Link) -> Backend:
     """
     if mode == "memory":
         return MemoryBackend()
-    program = shutil.which("wireguard-go" if link.obfuscation is None else "amneziawg-go")
+    program = shutil.which(PROGRAMS[WG_GENL_NAME if link.obfuscation is None else AWG_GENL_NAME])
     candidates: list[Callable[[], Backend]] = []
     if mode in ("auto", "netlink"):
         candidates.append(lambda: NetlinkBackend(link))
@@ -11202,7 +11206,7 @@ def _look_at_kind(tunnel: InterfaceSettings) -> Finding:
         return Finding("kernel module", f"{kind}: {error}", "see the kernel's log", True)
     finally:
         netlink.close()
-    program = {WG_GENL_NAME: "wireguard-go", AWG_GENL_NAME: "amneziawg-go"}[kind]
+    program = PROGRAMS[kind]
     if tool(program):
         return Finding("kernel module", f"{kind} is missing; {program} does its work")
     return Finding("kernel module", f"{kind} is missing", f"load it, or install {program}", True)
