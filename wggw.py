@@ -8182,7 +8182,8 @@ class Gateway:
             self._account(interface, states, touched, whole=True)
             actual = {s.peer.public_key: s.peer for s in states if s.peer.public_key not in parked}
             present = len(actual)
-            plan = list(diff(self._desired(interface.name), actual))
+            projections = (_projection(peer, interface.name) for peer in self._all_peers())
+            plan = list(diff(filter(None, projections), actual))
             plan.sort(key=lambda entry: entry[0] != "removed")  # an address may have moved
             done: collections.Counter[str] = collections.Counter()
             for start in range(0, len(plan), READ_CHUNK // 2):
@@ -8201,18 +8202,6 @@ class Gateway:
             done["removed"],
             present - done["updated"] - done["removed"],
         )
-
-    def _desired(self, name: str) -> Iterator[WirePeer]:
-        after = 0
-        while True:
-            with self.lock:
-                peers = self.store.peers_after(after, READ_CHUNK)
-            for peer in peers:
-                if peer.status == "active" and peer.interface == name:
-                    yield wire_peer(peer)
-            if not peers:
-                return
-            after = peers[-1].id
 
     def sample(self) -> None:
         """Read every interface's counters into the store. Raises BackendError."""
@@ -8763,8 +8752,7 @@ def render_copy(state: CopyState) -> Iterator[str]:
         ("lag_seconds", "Age of the oldest of them.", state.lag_seconds),
         ("failing", "1 when the last upload failed.", int(state.failure is not None)),
     ):
-        yield from _metric_head(f"{name}_{suffix}", "gauge", text)
-        yield f"{name}_{suffix} {value}\n"
+        yield from _family((f"{name}_{suffix}", "gauge", text), [("", value)])
 
 
 def render_gateway(gateway: Gateway) -> Iterator[str]:
@@ -8885,7 +8873,6 @@ class Request(NamedTuple):
     """
 
     route: ApiRoute
-    path: str
     query: Mapping[str, Any]
     body: bytes
     content_type: bytes
@@ -8893,7 +8880,7 @@ class Request(NamedTuple):
     pieces: Iterable[bytes] = ()
 
     def __repr__(self) -> str:  # the body holds preshared keys
-        return f"Request({self.path})"
+        return f"Request({len(self.body)} bytes)"
 
 
 class Response(NamedTuple):
@@ -9093,15 +9080,19 @@ def encode_json(value: Any) -> bytes:
     return _JSON_ENCODER.encode(value).encode("utf-8")
 
 
-def problem(error: GatewayError) -> Response:
-    """RFC 9457 problem details."""
-    content = {
+def problem_details(error: GatewayError) -> dict[str, Any]:
+    """RFC 9457."""
+    return {
         "type": "about:blank",
         "title": HTTPStatus(error.status).phrase,
         "status": error.status,
         "detail": error.detail,
     }
-    return Response(error.status, encode_json(content), "application/problem+json", error.headers)
+
+
+def problem(error: GatewayError) -> Response:
+    content = encode_json(problem_details(error))
+    return Response(error.status, content, "application/problem+json", error.headers)
 
 
 def configuration(
@@ -9281,7 +9272,6 @@ class ApiRoute(NamedTuple):
 class Endpoint(NamedTuple):
     """What a path leads to: the handlers by method."""
 
-    template: str
     pattern: re.Pattern[str]
     methods: dict[str, ApiRoute]
 
@@ -9346,7 +9336,7 @@ class App:
         self._endpoints: dict[str, Endpoint] = {}
         for route in ROUTES:
             pattern = re.compile(re.escape(route.template).replace(r"\{public_key\}", "([^/]+)"))
-            row = self._endpoints.setdefault(route.template, Endpoint(route.template, pattern, {}))
+            row = self._endpoints.setdefault(route.template, Endpoint(pattern, {}))
             row.methods[route.method] = route
         self.reload(config)
 
@@ -9455,7 +9445,6 @@ class App:
             query = parse_query(admitted.head.query) if admitted.head.query else {}
             request = Request(
                 admitted.route,
-                admitted.head.path,
                 parse_fields(query, admitted.route.query),
                 whole,
                 headers.get(b"content-type", b""),
@@ -9539,9 +9528,10 @@ class App:
         result: Outcome | GatewayError,
     ) -> dict[str, Any]:
         """What the single request would have answered; errors are problems with their status."""
-        if isinstance(result, GatewayError) or isinstance(operation, GatewayError):
-            error = result if isinstance(result, GatewayError) else operation
-            return cast(dict[str, Any], json.loads(problem(cast(GatewayError, error)).body))
+        if isinstance(result, GatewayError):
+            return problem_details(result)
+        if isinstance(operation, GatewayError):
+            return problem_details(operation)
         if operation[0] == "create":
             return self._created(result)
         return {"status": OPERATIONS[operation[0]].said, "public_key": result.peer.public_key}

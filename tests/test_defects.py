@@ -292,7 +292,7 @@ def test_a_failing_interface_never_yields_success_and_changes_nothing(
 
 def request(key: str = "") -> wggw.Request:
     route = wggw.ROUTES[0]
-    return wggw.Request(route=route, path="/", query={}, body=b"", content_type=b"", key=key)
+    return wggw.Request(route=route, query={}, body=b"", content_type=b"", key=key)
 
 
 def test_a_defect_in_a_sealed_create_is_answered_sealed(
