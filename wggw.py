@@ -7579,16 +7579,21 @@ class Gateway:
 
     # --- change: interface, store, pools, and back -----------------------------------------------
 
-    def _change(self, steps: Sequence[Step]) -> int:
+    def _change(self, steps: Sequence[Step], part: bool = False) -> int:
         """Make the steps true on interface and in the store; returns the number to settle.
 
-        Under the lock. Raises Unavailable or Conflict, with nothing changed.
+        Under the lock. `part`: of a desired state. Raises Unavailable or Conflict, with nothing
+        changed.
         """
-        number = self._carry_out(steps)
-        while self._pending and self._pending[0][0] <= self.store.durable:
-            self._pending.popleft()
+        number = self._carry_out(steps, part)
+        self._forget_durable()
         self._pending.append((number, steps))
         return number
+
+    def _forget_durable(self) -> None:
+        """What is on disk need not be undone any more. Under the lock."""
+        while self._pending and self._pending[0][0] <= self.store.durable:
+            self._pending.popleft()
 
     def _carry_out(self, steps: Sequence[Step], part: bool = False, undoing: bool = False) -> int:
         """_change() of steps that need not be undone by a disk fault.
@@ -8045,6 +8050,8 @@ class Gateway:
             with self.lock:
                 number = self.store.end_sync()
             self._settle(number)
+            with self.lock:
+                self._forget_durable()
         except BaseException:  # a defect of ours, or no memory: all the more
             self._take_back(done)
             raise
@@ -8074,7 +8081,7 @@ class Gateway:
                 chosen[place] = Step(None, after._replace(id=next(made)))
         entries = self.store.undo_entries(chosen)
         if chosen:
-            self._carry_out(chosen, part=True)
+            self._change(chosen, part=True)
             self._unfinished.update(after.id for before, after in chosen if after and not before)
         return entries
 
@@ -8100,7 +8107,15 @@ class Gateway:
         return Step(now, given) if given != now else None
 
     def _take_back(self, done: Sequence[Sequence[Undo]]) -> None:
-        """Undo parts, the last one first, and say in the journal that it is over."""
+        """Undo parts, the last one first, and say in the journal that it is over.
+
+        A disk fault undoes what did not reach the disk, parts and others' changes in between them;
+        that must come first, because it goes by what they found.
+        """
+        with self.lock:
+            number = self._last_pending()
+        with contextlib.suppress(Unavailable):
+            self._settle(number)
         for entries in reversed(done):
             traffic: list[TrafficRow] = []
             with self.lock:

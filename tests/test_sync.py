@@ -639,6 +639,56 @@ def test_a_family_that_is_not_there_is_blamed_on_the_field_that_names_it(tmp_pat
     box.gateway.close()
 
 
+def test_a_disk_fault_undoes_parts_and_others_changes_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DELETE between parts frees an address, a part gives it away, the disk has neither."""
+    box = Box(tmp_path)
+    first = [{"public_key": a_key(n), "assigned_ip": f"10.1.0.{n + 2}"} for n in range(60)]
+    box.sync(first)
+    before = box.state()
+    turned = [{**e, "assigned_ip": f"10.1.0.{(n + 1) % 60 + 2}"} for n, e in enumerate(first)]
+    entered, broken = threading.Event(), threading.Event()
+    refused: list[str] = []
+
+    def fsync(handle: int) -> None:
+        entered.set()
+        broken.wait(10)
+        raise OSError(5, "Input/output error")
+
+    def delete() -> None:
+        try:
+            box.gateway.delete(a_key(55))  # in the second part of those that let go
+        except wggw.Unavailable as error:
+            refused.append(error.detail)
+
+    def work() -> threading.Thread:
+        monkeypatch.setattr(box.disk, "fsync", fsync)
+        thread = threading.Thread(target=delete)
+        thread.start()
+        assert entered.wait(10)
+        return thread
+
+    end_sync = box.store.end_sync
+
+    def end() -> int:
+        broken.set()
+        return end_sync()
+
+    monkeypatch.setattr(box.store, "end_sync", end)
+    started = between_parts(box, monkeypatch, 1, work)
+    with pytest.raises(wggw.Unavailable):
+        box.sync(turned)
+    (thread,) = started
+    assert isinstance(thread, threading.Thread)
+    thread.join(10)
+    monkeypatch.undo()
+    assert len(refused) == 1
+    box.gateway.heal()
+    assert box.state() == before and not box.gateway.degraded()
+    box.gateway.close()
+
+
 def test_a_defect_takes_a_desired_state_back_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
