@@ -11944,7 +11944,12 @@ def command_awg_rotate(arguments: argparse.Namespace) -> int:
     except GatewayError as error:
         raise StartError(f"--params: {error.detail}") from None
     body = encode_json({"parameters": wanted, "confirm": arguments.yes})
-    answer = answer_of(client, "POST", "/api/v1/obfuscation/rotate", body)
+    try:
+        answer = answer_of(client, "POST", "/api/v1/obfuscation/rotate", body)
+    except StartError as error:
+        if '"confirm"' not in str(error):
+            raise
+        raise StartError(f"{error} (here: --yes)") from None
     print(
         f"{answer['interface']}: parameters version {answer['parameters_version']}, generation "
         f"{answer['generation']}; {answer['cut_off_peers']} peers need new configurations"
@@ -12212,6 +12217,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the process's exit code."""
     arguments = make_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # not every terminal can show an ellipsis
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = cast(int, arguments.run(arguments))
         sys.stdout.flush()

@@ -145,6 +145,12 @@ def test_no_colour_where_none_is_wanted(served: GatewayProcess, variables: dict[
         assert "\x1b" not in screen.text()
 
 
+def test_a_terminal_that_has_no_ellipsis_gets_another_character(served: GatewayProcess) -> None:
+    with terminal(served, 40, "peers", PYTHONIOENCODING="latin-1") as screen:
+        assert screen.end() == 0
+        assert "KEY" in screen.text() and "?" in screen.text()
+
+
 @pytest.mark.parametrize("columns", [80, 140])
 def test_peers_fit_the_terminal(served: GatewayProcess, columns: int) -> None:
     with terminal(served, columns, "peers") as screen:

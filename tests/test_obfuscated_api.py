@@ -389,7 +389,7 @@ def test_awg_generate_show_and_rotate(both: GatewayProcess) -> None:
     (both.directory / "new.json").write_text(made)
     refused = run(both, "awg", "rotate", "--params", "@new.json", code=1)
     assert "status 409" in refused
-    assert "1 peers will have no connection" in refused
+    assert "1 peers will have no connection" in refused and "(here: --yes)" in refused
     done = run(both, "awg", "rotate", "--params", "@new.json", "--yes")
     assert re.fullmatch(
         r"awg0: parameters version 2, generation 1\.0; 1 peers need new configurations\n", done
