@@ -9143,6 +9143,76 @@ def configuration(
     }
 
 
+# Of a configuration, what is the same for all peers that agree in _kind_of().
+_SHARED = (
+    "tunnel_traffic",
+    "allowed_ips",
+    "dns",
+    "dns_servers",
+    "port",
+    "interface",
+    "server_public_key",
+    "endpoint",
+    "mtu",
+    "persistent_keepalive",
+    "obfuscation",
+)
+
+
+def _kind_of(peer: Peer) -> tuple[Any, ...]:
+    return (
+        peer.interface,
+        peer.tunnel_traffic,
+        peer.dns,
+        peer.port,
+        peer.persistent_keepalive,
+        peer.obfuscation,
+    )
+
+
+def encode_configurations(
+    rows: Iterable[tuple[Peer, Traffic]],
+    show: Callable[[Peer, Traffic], dict[str, Any]],
+    online_since: int,
+) -> str:
+    """A JSON array of what `show`, configuration(), says of each row: in half the time.
+
+    What peers have in common is encoded once; of the rest only request_id may need escapes.
+    """
+    kinds: dict[tuple[Any, ...], str] = {}
+    texts: list[str] = []
+    for peer, traffic in rows:
+        kind = _kind_of(peer)
+        if kind not in kinds:
+            shown = show(peer, traffic)
+            kinds[kind] = _JSON_ENCODER.encode({name: shown[name] for name in _SHARED})[1:]
+        handshake = traffic.last_handshake
+        online = "true" if handshake > online_since else "false"
+        request_id = peer.request_id
+        texts.append(
+            f'{{"public_key":"{peer.public_key}","status":"{peer.status}",'
+            f'"status_reason":{_quoted(peer.status_reason)},'
+            f'"assigned_ip":{_quoted(peer.assigned_ip)},'
+            f'"assigned_ipv6":{_quoted(peer.assigned_ipv6)},'
+            f'"expires_at":{_quoted_time(peer.expires_at)},'
+            f'"quota_bytes":{"null" if peer.quota_bytes is None else peer.quota_bytes},'
+            f'"created_at":"{rfc3339(peer.created_at)}",'
+            f'"request_id":{"null" if request_id is None else _JSON_ENCODER.encode(request_id)},'
+            f'"online":{online},"last_handshake":{_quoted_time(handshake or None)},'
+            f'"rx_bytes":{traffic.rx_bytes},"tx_bytes":{traffic.tx_bytes},{kinds[kind]}'
+        )
+    return f"[{','.join(texts)}]"
+
+
+def _quoted(text: str | None) -> str:
+    """JSON of a text without anything to escape."""
+    return "null" if text is None else f'"{text}"'
+
+
+def _quoted_time(seconds: int | None) -> str:
+    return "null" if seconds is None else f'"{rfc3339(seconds)}"'
+
+
 @functools.lru_cache(maxsize=1024)
 def shown_obfuscation(state: ObfuscationState | None, own: str | None) -> dict[str, Any] | None:
     """All that a client of an obfuscated interface needs: what both sides share, its own values,
@@ -9592,9 +9662,10 @@ class App:
             self.gateway.online_since(),
         )
         rows = self.gateway.page(query.get("cursor", 0), limit + 1, chosen)
-        shown = [self._shown(peer, traffic) for peer, traffic in rows[:limit]]
+        shown = encode_configurations(rows[:limit], self._shown, chosen.online_since)
         cursor = _encode_cursor(rows[limit - 1][0].id) if len(rows) > limit else None
-        return Response(200, encode_json({"configurations": shown, "next_cursor": cursor}))
+        text = f'{{"configurations":{shown},"next_cursor":{_quoted(cursor)}}}'
+        return Response(200, text.encode("utf-8"))
 
     def get(self, request: Request) -> Response:
         outcome = self.gateway.get(request.key)

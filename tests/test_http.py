@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from harness import a_key
+from harness import API_KEY, a_key
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -367,6 +367,57 @@ def test_depth_is_refused_before_it_is_parsed(parse: Callable[[str], Any]) -> No
     """Parsing it would end the process on Python 3.13, where C calls have no limit of their own."""
     with pytest.raises((ValueError, wggw.Malformed)):
         parse(DEEP)
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+TIMES = st.integers(1, wggw.MAX_TIME)
+ROWS = st.tuples(
+    st.builds(
+        wggw.Peer,
+        id=st.integers(1, 9),
+        public_key=st.integers().map(a_key),
+        interface=st.sampled_from(["wg0", "awg0"]),
+        status=st.sampled_from(["active", "suspended"]),
+        status_reason=st.sampled_from([None, "expired", "quota"]),
+        assigned_ip=st.sampled_from([None, "10.0.1.2"]),
+        assigned_ipv6=st.sampled_from([None, "fd42::2"]),
+        tunnel_traffic=st.sampled_from(["ipv4", "ipv6", "ipv4,ipv6"]),
+        dns=st.text(max_size=5),
+        port=st.sampled_from([51820, 53]),
+        preshared_key=st.none(),
+        persistent_keepalive=st.integers(0, 2),
+        expires_at=st.none() | TIMES,
+        quota_bytes=st.none() | st.integers(0, 2**53),
+        created_at=TIMES,
+        request_id=st.none() | st.text(),
+        obfuscation=st.sampled_from([None, '{"jc": 3}']),
+    ),
+    st.builds(
+        wggw.Traffic,
+        rx_bytes=st.integers(0, 2**63),
+        tx_bytes=st.integers(0, 2**63),
+        last_handshake=st.just(0) | TIMES,
+    ),
+)
+
+
+@given(rows=st.lists(ROWS, max_size=6), online_since=TIMES)
+def test_a_page_says_what_single_answers_say(
+    rows: list[tuple[wggw.Peer, wggw.Traffic]], online_since: int
+) -> None:
+    config = wggw.load_config({"GATEWAY_API_KEY": API_KEY, "WG_ENDPOINT": "vpn.example.org"})
+    (settings,) = wggw.interface_settings(config)
+    state = wggw.generate_obfuscation("2.0", "default")
+
+    def show(peer: wggw.Peer, traffic: wggw.Traffic) -> dict[str, Any]:
+        obfuscation = state if peer.interface == "awg0" else None
+        link = wggw.make_link(settings, wggw.make_private_key())
+        interface = wggw.Interface(settings, link, Any, {}, "own key", obfuscation)  # type: ignore[arg-type]
+        return wggw.configuration(peer, traffic, interface, config, online_since)
+
+    page = json.loads(wggw.encode_configurations(rows, show, online_since))
+    assert page == [show(*row) for row in rows]
 
 
 # --- keys in paths --------------------------------------------------------------------------------
