@@ -44,7 +44,8 @@ The files on disk
     DB_PATH.journal.previous   the journal before the last snapshot; with DB_PATH.previous and
                        DB_PATH.journal it still holds everything.
     DB_PATH.nonces     of signatures whose time was ahead of this clock: see NonceGuard.keep.
-    DB_PATH.writers    who wrote the remote copy that these files go on from, and who writes it now.
+    DB_PATH.writers    who wrote the remote copy that these files go on from, and up to which
+                       manifest (NAME:SEQUENCE), and the name of who writes it now.
     DB_PATH.superseded a snapshot of what was not used at a start: of the files or of the copy.
     With SNAPSHOT_KEY set (AES-256-GCM, a key for each file by HKDF from a random salt):
                        the journal's first line has SALT and KEY-CHECK (hex) behind AFTER, and JSON
@@ -4597,16 +4598,23 @@ class Store:
         """Write a state that is not used to DB_PATH.superseded. Raises OSError."""
         state.write_copy(self.path + ".superseded")
 
-    def writers(self) -> list[str]:
-        """What remember_writers() was told, by this process or one before; [] for never."""
+    def writers(self) -> dict[str, int | None]:
+        """What remember_writers() was told, by this process or one before; {} for never."""
         try:
-            return Path(self.path + ".writers").read_text("ascii").split()
+            words = Path(self.path + ".writers").read_text("ascii").split()
+            pairs = [word.partition(":") for word in words]
+            return {name: int(sequence) if colon else None for name, colon, sequence in pairs}
         except (OSError, ValueError):
-            return []
+            return {}
 
-    def remember_writers(self, *names: str) -> None:
-        """Keep who wrote the states of the copy that the files here contain. Raises OSError."""
-        self._disk.replace(self.path + ".writers", " ".join(names).encode("ascii") + b"\n")
+    def remember_writers(self, writers: Mapping[str, int | None]) -> None:
+        """Keep who wrote the states of the copy that the files here contain.
+
+        With the last manifest that they contain; None: all, for these files wrote them. Raises
+        OSError.
+        """
+        words = [name if last is None else f"{name}:{last}" for name, last in writers.items()]
+        self._disk.replace(self.path + ".writers", " ".join(words).encode("ascii") + b"\n")
 
     def write_copy(self, path: str) -> None:
         """Write the state as a snapshot file of its own. Raises OSError."""
@@ -4849,7 +4857,9 @@ def parse_manifest(data: bytes) -> Manifest:
     sequence, writer = given["sequence"], given["writer"]
     snapshots = tuple(_parse_part(row) for row in given["snapshots"])
     segments = tuple(_parse_part(row) for row in given["segments"])
-    if type(sequence) is not int or not isinstance(writer, str) or not 1 <= len(snapshots) <= 2:
+    if type(sequence) is not int or not 1 <= sequence <= MAX_INTEGER:
+        raise ValueError("damaged")
+    if not re.fullmatch("[0-9a-f]{16}", writer) or not 1 <= len(snapshots) <= 2:
         raise ValueError("damaged")
     return Manifest(sequence, writer, snapshots, segments)
 
@@ -5018,11 +5028,18 @@ class Copier:
             )
             if self._is_of_another(manifests[0]):
                 self._keep(manifests[0])
+            elif manifests[0].number == self._store.number and self._is_own(manifests[0]):
+                self._chain = manifests[0].chain
 
     def _is_of_another(self, manifest: Manifest) -> bool:
         """Whether somebody wrote to the copy whose changes the files here do not have."""
         known = self._store.writers()
-        return bool(known) and manifest.writer not in known
+        last = known.get(manifest.writer, 0)
+        return bool(known) and last is not None and manifest.sequence > last
+
+    def _is_own(self, manifest: Manifest) -> bool:
+        """Whether the process before, on these very files, wrote it."""
+        return self._store.writers().get(manifest.writer, 0) is None
 
     def _keep(self, manifest: Manifest) -> None:
         """What the copy holds will be overwritten: keep it. Raises CopyError, OSError."""
@@ -5039,8 +5056,9 @@ class Copier:
             LOG.error("remote copy: it is not kept: %s", error)
 
     def _attach(self, manifests: Sequence[Manifest]) -> None:
-        before = [manifests[0].writer] if manifests else []
-        self._store.remember_writers(*before, self._writer)
+        # Its name alone would not do: it may still be running, and go on.
+        before = {manifests[0].writer: manifests[0].sequence} if manifests else {}
+        self._store.remember_writers({**before, self._writer: None})
         if manifests:
             self._manifest = manifests[0]
             self._previous = manifests[1] if len(manifests) > 1 else None

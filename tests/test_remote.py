@@ -453,6 +453,56 @@ def test_a_machine_that_comes_back_keeps_what_its_successor_did(
     assert "another gateway" not in caplog.text
 
 
+def test_what_a_successor_writes_after_that_is_kept_too(tmp_path: Path) -> None:
+    """Both run: the one that came back is refused by the copy, restarts and is ahead again."""
+    objects = MemoryObjects()
+    path = tmp_path_of(tmp_path, "a")
+    with closing(booted(path, objects)) as store:
+        copier = copier_of(store, objects)
+        put(store, a_peer(1))
+        copier.tick()
+    with closing(booted(tmp_path_of(tmp_path, "b"), objects)) as two:
+        second = copier_of(two, objects)
+        put(two, a_peer(50))
+        second.tick()
+        with closing(opened(path)) as store:
+            for number in range(2, 9):
+                put(store, a_peer(number))
+        with closing(booted(path, objects)):
+            put(two, a_peer(51))
+            second.tick()
+            assert second.state().failure is None
+        successor = state_of(two)
+    with closing(booted(path, objects)) as store:
+        assert state_of(store) == {a_peer(number) for number in range(1, 9)}
+    with closing(Store(str(path / "db.superseded"), "commit", Disk())) as store:
+        store.load()
+        assert state_of(store) == successor
+
+
+def test_a_restart_puts_its_snapshot_once(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    for life in range(3):
+        store = Store(str(tmp_path / "db"), "commit", Disk())
+        with closing(store):
+            current = store.load()
+            copier = Copier(objects, store, time.time, lambda s=store: save(s))  # type: ignore
+            copier.boot()
+            store.begin(current)
+            copier.begin()
+            objects.puts.clear()
+            copier.tick()
+            if life:
+                assert sorted(name[:4] for name in objects.puts) == ["mani", "part"]
+            put(store, a_peer(life + 1))
+            copier.tick()
+            assert copied(objects, tmp_path) == state_of(store)
+            newest = read_manifests(objects)[0].snapshots[0]  # type: ignore[arg-type]
+            content = objects.objects.pop(f"part-{newest.slot:03d}")
+            assert copied(objects, tmp_path) == state_of(store)  # by the one before
+            objects.objects[f"part-{newest.slot:03d}"] = content
+
+
 def test_the_later_of_two_gateways_goes_on(tmp_path: Path) -> None:
     objects = MemoryObjects()
     with closing(opened(tmp_path_of(tmp_path, "a"))) as one:
@@ -574,6 +624,8 @@ def test_a_manifest_is_read_as_written_and_nothing_else() -> None:
     wrong = [data[:end] for end in range(len(data))]
     for position in range(len(data)):
         wrong.append(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+    foreign = (MANIFEST._replace(writer=name) for name in ("", "é" * 16, "two words", "A" * 16))
+    wrong += map(encode_manifest, (*foreign, MANIFEST._replace(sequence=0)))
     for text in wrong:
         with pytest.raises((ValueError, KeyError, TypeError)):
             parse_manifest(text)
