@@ -5947,7 +5947,11 @@ class NetlinkBackend:
 
     def _device(self) -> Device:
         """The interface without its peers: it comes first, and the rest ends with the socket."""
-        with contextlib.closing(NetlinkSocket(NETLINK_GENERIC)) as netlink:
+        try:
+            netlink = NetlinkSocket(NETLINK_GENERIC)
+        except OSError as error:
+            raise BackendError(f"{self._link.name}: {_reason(error)}") from None
+        with contextlib.closing(netlink):
             first = self._ask(
                 lambda command: netlink.request(
                     self._family.id,
@@ -6275,6 +6279,7 @@ class UapiBackend:
             time.sleep(0.01)
 
     def alive(self) -> bool:
+        """As Backend.alive(). A program that hangs is ended when this process has started it."""
         if self._process is not None and self._process.poll() is not None:
             self._process = None
             return False
@@ -7333,6 +7338,8 @@ class Gateway:
     def usage(self, interface: str | None = None) -> dict[str, dict[str, Any]]:
         """Each family's pools, of one interface or all together: totals, every address held."""
         chosen = [i for i in self.interfaces.values() if interface in (None, i.name)]
+        with self.lock:
+            number = self._last_pending()
         held = [self._held(i.name, self.store) for i in chosen]
         usage = {
             family: {
@@ -7341,8 +7348,8 @@ class Gateway:
             }
             for family in FAMILIES
         }
-        with self.lock:
-            number = self._last_pending()
+        with self.lock:  # the former one, too: a disk fault may have undone it by now
+            number = max(number, self._last_pending())
         self._settle(number)
         return usage
 
@@ -7675,7 +7682,12 @@ class Gateway:
         if changes:
             if self._touched is not None:
                 self._touched.update(change.public_key for change in changes)
-            interface.backend.apply(changes)
+            try:
+                interface.backend.apply(changes)
+            except BackendError:  # what cannot be put back now is taken away by the next reading
+                for _, key in parked:
+                    self._parked[name][key] = self._parked[name][key]._replace(number=0)
+                raise
         return parked
 
     def _rows(self, steps: Sequence[Step]) -> dict[int, TrafficRow]:
@@ -7864,10 +7876,11 @@ class Gateway:
                 if not dry_run and (plan.leaving or plan.coming):
                     self._perform(plan)
             finally:
-                self._pledged = ()
-                left = [address for address, unused in self._reserved.items() if unused is None]
+                with self.lock:
+                    self._pledged = ()
+                    left = [address for address, unused in self._reserved.items() if unused is None]
+                    left += reversed(self._reserved)
                 self._in_parts(left, self._give_back)
-                self._in_parts([*reversed(self._reserved)], self._give_back)
                 self._unfinished.clear()
         if any(self._parked.values()):  # what is gone is gone from the interface, too
             with contextlib.suppress(BackendError):  # nothing passes; the next sample tries again
@@ -10512,7 +10525,7 @@ class Connection(BaseHTTPRequestHandler):
             self._unread = head.length > 0
             admitted = self.server.app.admit(head, self._source)
             route = admitted.route.template
-            self.trusted = self.trusted or admitted.route.guard == "signed"
+            self.trusted = self.trusted or admitted.route.guard in ("signed", "metrics")
             body: bytes | Iterator[bytes]
             if admitted.route.streamed:
                 body = self._read_pieces(head)

@@ -874,3 +874,30 @@ def test_what_a_desired_state_took_away_is_gone_from_a_large_interface_at_its_an
     assert {wggw.encode_key(s.peer.public_key) for s in box.backend.read()} == {
         a_key(n) for n in range(5)
     }
+
+
+def test_what_an_interface_kept_when_its_disk_failed_too_is_taken_away(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.disk.countdown, box.backend.countdown = 0, 1
+    with pytest.raises(wggw.Unavailable):
+        box.gateway.create({"public_key": a_key(1)})
+    assert box.backend.read()
+    box.disk.countdown = box.backend.countdown = -1
+    box.gateway.supervise()
+    box.gateway.heal()
+    assert box.state() == ([], set(), 0)
+    assert not box.gateway.degraded()
+
+
+def test_parts_that_an_interface_kept_are_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw, "MAX_PART", 50)
+    box = Box(tmp_path)
+    box.backend.countdown, box.backend.for_good = 2, True
+    with pytest.raises(wggw.Unavailable):
+        box.sync([{"public_key": a_key(number)} for number in range(200)])
+    assert box.backend.read()
+    box.backend.countdown, box.backend.for_good = -1, False
+    box.gateway.supervise()
+    assert box.state() == ([], set(), 0)
