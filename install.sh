@@ -503,14 +503,16 @@ print(getattr(wggw.load_config({}, sys.argv[1]), sys.argv[2].lower()))' "$ENV_FI
 }
 
 start_service() {
-  if [[ ! $changed ]] && systemctl is-active -q wggw 2>/dev/null; then
+  # Without a reload: a run that was killed may have placed a file that was not there before.
+  if [[ ! $changed ]] && systemctl is-active -q wggw 2>/dev/null &&
+    [[ $(systemctl show -P NeedDaemonReload wggw) != yes ]]; then
     say "program and unit are up to date, and the service runs"
     return
   fi
   if [[ $existed ]]; then
     undo=("systemctl restart --no-block wggw" "${undo[@]}")  # once all of the former version is back
     # Up to systemd 255 a restart by hand does not begin NRestarts anew, which verify looks at.
-    systemctl reset-failed wggw 2>/dev/null || true
+    run systemctl reset-failed wggw 2>/dev/null || true
   else
     undo+=("take_down" "systemctl disable -q --now wggw")
   fi
@@ -638,7 +640,7 @@ uninstall() {
   if [[ -e $UNIT || -e $LIB || -e $ENV_FILE ]]; then
     run take_down || say "interface, nftables table inet wggw or ufw's rules may be left: see above"
   fi
-  run rm -rf "$UNIT" "$DROP_INS" "$LIB" "$LAUNCHER"
+  run rm -rf "$UNIT" "$UNIT.before" "$DROP_INS" "$LIB" "$LAUNCHER" "$LAUNCHER.before"
   [[ ! -d /run/systemd/system ]] || run systemctl daemon-reload
   if getent passwd wggw >/dev/null; then
     run remove_user

@@ -306,7 +306,13 @@ here=${0%/*}
 echo "$*" >>"$here/systemctl.calls"
 case $1 in
   is-active) cat "$here/state"; [[ $(cat "$here/state") == active ]] ;;
-  show) cat "$here/restarts" ;;
+  show)
+    case $3 in
+      NeedDaemonReload)
+        [[ ! $(find /etc/systemd/system/wggw.service* -newer "$here/loaded") ]] || echo yes ;;
+      *) cat "$here/restarts" ;;
+    esac ;;
+  daemon-reload) . "$here/at-reload" ;;
   reset-failed) echo 0 >"$here/restarts" ;;  # and nothing else does, up to systemd 255
   restart) . "$here/at-restart" ;;
 esac
@@ -326,6 +332,7 @@ def service(host: Machine) -> Machine:
     (host.bin / "systemctl").write_text(SYSTEMCTL)
     (host.bin / "systemctl").chmod(0o755)
     (host.bin / "at-restart").write_text("echo active >$here/state")
+    (host.bin / "at-reload").write_text("touch $here/loaded")
     (host.bin / "state").write_text("inactive")
     (host.bin / "restarts").write_text("0")
     program = host.tree / "wggw.py"
@@ -365,6 +372,48 @@ def test_run_after_one_that_was_killed_finishes_its_work(service: Machine) -> No
     assert service.output(f"cat {PROGRAM}").endswith("# a later version\n")
     assert service.output("find /usr/local /etc/systemd/system -name '*.before'") == ""
     assert "up to date" in service.output("./install.sh --yes")
+
+
+@pytest.mark.real
+def test_run_after_one_that_was_killed_with_a_new_file_in_place_finishes_its_work(
+    service: Machine,
+) -> None:
+    service.output("./install.sh --yes")
+    assert "up to date" in service.output("./install.sh --yes")
+    settings = "/etc/wggw/wggw.env"
+    service.output(f"sed -i /^API_PORT=/d {settings} && echo API_PORT=443 >>{settings}")
+    (service.bin / "at-reload").write_text("kill -KILL $PPID")
+    assert service.run("./install.sh --yes").returncode == -9
+    assert service.run("test -e /etc/systemd/system/wggw.service.d/50-port.conf").returncode == 0
+
+    (service.bin / "at-reload").write_text("touch $here/loaded")
+    (service.bin / "systemctl.calls").unlink()
+    service.output("./install.sh --yes")
+    calls = (service.bin / "systemctl.calls").read_text()
+    assert "daemon-reload" in calls and "restart --no-block wggw" in calls
+    assert "up to date" in service.output("./install.sh --yes")
+
+
+@pytest.mark.real
+def test_dry_run_of_an_upgrade_only_asks_systemctl(service: Machine) -> None:
+    service.output("./install.sh --yes")
+    with (service.tree / "wggw.py").open("a") as program:
+        program.write("# a later version\n")
+    (service.bin / "systemctl.calls").unlink(missing_ok=True)
+    shown = service.output("./install.sh --dry-run")
+    assert "+ systemctl restart --no-block wggw" in shown
+    calls = service.bin / "systemctl.calls"
+    asked = calls.read_text().splitlines() if calls.exists() else []
+    assert {line.split()[0] for line in asked} <= {"is-active", "show"}, asked
+
+
+@pytest.mark.real
+def test_uninstall_removes_what_a_killed_run_kept(service: Machine) -> None:
+    service.output("./install.sh --yes")
+    kept = "/etc/systemd/system/wggw.service.before /usr/local/sbin/wggw.before"
+    service.output(f"touch {kept}")
+    service.output("./install.sh --uninstall --yes")
+    assert service.output("find /usr/local /etc/systemd/system -name '*wggw*'") == ""
 
 
 @pytest.mark.real
