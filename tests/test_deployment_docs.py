@@ -90,7 +90,7 @@ def test_what_the_table_closes_whatever_the_settings_is_said() -> None:
     config = wggw.load_config({"GATEWAY_API_KEY": API_KEY, "WG_ISOLATE": "false"}, os.devnull)
     table = wggw.render_ruleset(config, wggw.interface_settings(config))
     assert "ct state new drop" in table
-    said = " ".join(TEXT.split())
+    said = " ".join(TEXT.split("\n## What the service may do\n")[1].split("\n## ")[0].split())
     assert "A port that the host forwards to a client" in said
     assert "routed global subnet cannot be reached from outside" in said
 
