@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def latencies(
 ) -> list[float]:
     """Of requests one after the other on so many connections, in seconds, sorted."""
     found: list[list[float]] = [[] for _ in range(connections)]
-    together = threading.Barrier(connections)
+    together = threading.Barrier(connections, timeout=60)
 
     def work(mine: list[float]) -> None:
         connection = Connection(port)
@@ -102,11 +103,10 @@ def rate(port: int, connections: int, seconds: float) -> float:
 
 
 def in_threads(jobs: Iterable[Callable[[], Any]]) -> None:
-    threads = [threading.Thread(target=job) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    chosen = list(jobs)
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        for done in [pool.submit(job) for job in chosen]:
+            done.result()  # raises what the job raised
 
 
 def in_turns(jobs: Mapping[str, Callable[[], float]]) -> dict[str, float]:
