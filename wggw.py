@@ -10540,10 +10540,10 @@ class Connection(BaseHTTPRequestHandler):
             keep_alive = method != "-" and not self._unread and head.keep_alive
             self._unread = not keep_alive
         keep_alive = keep_alive and not self.server.closing
+        self.server.touch(self)  # before: who has the answer may count on it
         self._send(render_response(response, keep_alive, head_only, self.server.date()))
         self.busy = False
         self.server.report(method, route, response.status, time.perf_counter() - started)
-        self.server.touch(self)
         return keep_alive
 
     def _read_head(self) -> bytes | None:
