@@ -478,23 +478,28 @@ def test_repaired_peers_keep_their_addresses_and_order(kept: Kept) -> None:
 # --- beside a running gateway, and as root --------------------------------------------------------
 
 
+def rotate_meanwhile(store: wggw.Store, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Two snapshots between somebody's reading of snapshot and journal, once; returns the calls."""
+    read_journal, calls = wggw.read_journal, []
+
+    def rotating(*arguments: Any) -> Any:
+        calls.append(arguments)
+        for number in (2, 3) if len(calls) == 1 else ():
+            put(store, a_peer(number))
+            save(store)
+        return read_journal(*arguments)
+
+    monkeypatch.setattr(wggw, "read_journal", rotating)
+    return calls
+
+
 def test_files_that_are_replaced_meanwhile_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "db"
     with closing(opened(tmp_path)) as store:
         put(store, a_peer(1))
-        read_journal, calls = wggw.read_journal, []
-
-        def rotating(*arguments: Any) -> Any:
-            """Two snapshots between the reading of snapshot and journal, once."""
-            calls.append(arguments)
-            for number in (2, 3) if len(calls) == 1 else ():
-                put(store, a_peer(number))
-                save(store)
-            return read_journal(*arguments)
-
-        monkeypatch.setattr(wggw, "read_journal", rotating)
+        calls = rotate_meanwhile(store, monkeypatch)
         monkeypatch.setenv("GATEWAY_API_KEY", API_KEY)
         monkeypatch.setenv("DB_PATH", str(path))
         monkeypatch.chdir(tmp_path)

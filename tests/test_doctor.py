@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from harness import PROGRAM, GatewayProcess
-from test_store import a_peer, closing, opened, put, save
+from test_check import rotate_meanwhile
+from test_store import a_peer, closing, opened, put
 
 import wggw
 
@@ -120,17 +121,7 @@ def test_database_whose_files_are_replaced_meanwhile_is_good(
     assert wggw._look_at_database(config).todo == "start the gateway"
     with closing(opened(tmp_path)) as store:
         put(store, a_peer(1))
-        read_journal, calls = wggw.read_journal, []
-
-        def rotating(*arguments: Any) -> Any:
-            """Two snapshots between the reading of snapshot and journal, once."""
-            calls.append(arguments)
-            for number in (2, 3) if len(calls) == 1 else ():
-                put(store, a_peer(number))
-                save(store)
-            return read_journal(*arguments)
-
-        monkeypatch.setattr(wggw, "read_journal", rotating)
+        rotate_meanwhile(store, monkeypatch)
         finding = wggw._look_at_database(config)
         assert (finding.failed, finding.found) == (False, f"{tmp_path}/db: good, 3 peers, record 3")
 

@@ -164,6 +164,18 @@ def test_sample_decodes_only_what_changed() -> None:
     assert (state.peer.public_key, state.last_handshake) == (KEY_B, 1)
 
 
+# STATES[0] as the kernel puts it, up to the endpoint.
+FRONT = [
+    nl_attribute(1, KEY_A),
+    nl_attribute(2, PSK),
+    nl_attribute(6, struct.pack("=qq", 0x69372600, 5)),
+    nl_attribute(5, struct.pack("=H", 25)),
+    nl_attribute(8, struct.pack("=Q", 512)),
+    nl_attribute(7, struct.pack("=Q", 256)),
+    nl_attribute(10, struct.pack("=I", 1)),
+]
+
+
 def test_usual_layout_and_any_other_order_say_the_same() -> None:
     """The kernel's own order is decoded at once, any other one attribute by attribute."""
     networks = []
@@ -174,16 +186,7 @@ def test_usual_layout_and_any_other_order_say_the_same() -> None:
             nl_attribute(2, network[:-1]),
         ]
         networks.append(parts)
-    parts = [
-        nl_attribute(1, KEY_A),
-        nl_attribute(2, PSK),
-        nl_attribute(6, struct.pack("=qq", 0x69372600, 5)),
-        nl_attribute(5, struct.pack("=H", 25)),
-        nl_attribute(8, struct.pack("=Q", 512)),
-        nl_attribute(7, struct.pack("=Q", 256)),
-        nl_attribute(10, struct.pack("=I", 1)),
-        nl_attribute(4, bytes(16)),
-    ]
+    parts = [*FRONT, nl_attribute(4, bytes(16))]
     for order in (lambda items: items, lambda items: items[::-1]):
         allowed = b"".join(nl_attribute(0x8000, b"".join(order(entry))) for entry in networks)
         data = b"".join(order([*parts, nl_attribute(0x8009, allowed)]))
@@ -192,15 +195,7 @@ def test_usual_layout_and_any_other_order_say_the_same() -> None:
 
 def kernel_peer(endpoint: int, networks: tuple[bytes, ...]) -> bytes:
     """A peer as the kernel of Linux 6.12 puts it, with an endpoint of so many bytes."""
-    parts = [
-        nl_attribute(1, KEY_A),
-        nl_attribute(2, PSK),
-        nl_attribute(6, struct.pack("=qq", 0x69372600, 5)),
-        nl_attribute(5, struct.pack("=H", 25)),
-        nl_attribute(8, struct.pack("=Q", 512)),
-        nl_attribute(7, struct.pack("=Q", 256)),
-        nl_attribute(10, struct.pack("=I", 1)),
-    ]
+    parts = [*FRONT]
     if endpoint:
         parts.append(nl_attribute(4, bytes(endpoint)))
     entries = [
