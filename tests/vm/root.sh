@@ -1,13 +1,14 @@
 #!/bin/bash
 # Copyright (c) the wggw authors. Proprietary, all rights reserved: see LICENSE.
-# Makes the guest's disk: Debian with systemd and what the tests use, as an ext4 image.
+# Makes the guest's disk: Debian or Ubuntu with systemd and what the tests use, as an ext4 image.
 #
 #   root.sh [SUITE]           make it unless it is there (about 2 minutes); print its path
 #   root.sh --path [SUITE]    only print the path, whether it is there or not
 #
-# SUITE is bookworm (the default) or trixie. A change of the package list or of the guest's job
-# changes the path. The cache is ${WGGW_VM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/wggw-vm}.
-# Needs root. The archive and its options are those of this machine's apt; none stays in the image.
+# SUITE is bookworm (the default), trixie, or noble (Ubuntu 24.04). A change of the package list or of
+# the guest's job changes the path. The cache is ${WGGW_VM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/wggw-vm}.
+# Needs root, and Debian. The archive and its options are those of this machine's apt, for Ubuntu the
+# archive that debootstrap knows; none stays in the image.
 set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")
@@ -45,9 +46,18 @@ image=$cache/$suite-$key.img
 
 [[ $EUID == 0 ]] || { echo "root.sh: needs root" >&2; exit 1; }
 dpkg -s debootstrap e2fsprogs >/dev/null 2>&1 || apt-get install -qy debootstrap e2fsprogs >&2
-# shellcheck disable=SC2016  # apt's own format
-mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -v security | head -1)
-[[ -n $mirror ]] || { echo "root.sh: apt has no archive here" >&2; exit 1; }
+options=(--variant=minbase)
+if [[ $suite == noble ]]; then
+  script=/usr/share/debootstrap/scripts/gutsy  # what the scripts of all later suites are links to
+  mirror=$(sed -n '/old-releases/!s/.*default_mirror //p' "$script" | head -1)
+  keys=pool/main/u/ubuntu-keyring/ubuntu-keyring_2023.11.28.1_all.deb
+  keys_sum=36de43b15853ccae0028e9a767613770c704833f82586f28eb262f0311adb8a8
+else
+  script=/usr/share/debootstrap/scripts/$suite
+  # shellcheck disable=SC2016  # apt's own format
+  mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -v security | head -1)
+fi
+[[ -n $mirror ]] || { echo "root.sh: no archive is known here" >&2; exit 1; }
 
 work=$(mktemp -d)
 root=$work/root
@@ -64,8 +74,14 @@ in_root() {
   chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root DEBIAN_FRONTEND=noninteractive "$@"
 }
 
-install_debian() {
-  debootstrap --variant=minbase "$suite" "$root" "$mirror"
+install_system() {
+  if [[ $suite == noble ]]; then
+    /usr/lib/apt/apt-helper download-file "$mirror/$keys" "$work/keys.deb" "SHA256:$keys_sum"
+    dpkg-deb -x "$work/keys.deb" "$work/keys"
+    options+=("--keyring=$work/keys/usr/share/keyrings/ubuntu-archive-keyring.gpg")
+    options+=("--components=main,universe")
+  fi
+  debootstrap "${options[@]}" "$suite" "$root" "$mirror" "$script"
   mount --bind /proc "$root/proc"
   apt-config dump | grep -E '^Acquire::(http|https|Check-)' >"$root/etc/apt/apt.conf.d/99build" || true
   printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"  # nothing starts in the chroot
@@ -96,7 +112,7 @@ configure() {
   : >"$root/etc/machine-id"
 }
 
-install_debian >"$work/log" 2>&1
+install_system >"$work/log" 2>&1
 clean
 configure
 mkdir -p "$cache"

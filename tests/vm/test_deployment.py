@@ -1,4 +1,4 @@
-"""install.sh, the service and the host's network in guests of Debian 12 and Debian 13."""
+"""install.sh, the service and the host's network in guests of Debian 12 and 13, Ubuntu 24.04."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def boot(tmp_path: Path) -> Iterator[Callable[[str], Guest]]:
 
 @pytest.mark.parametrize(
     ("suite", "settings"),
-    [("bookworm", {}), ("trixie", {}), ("bookworm", {"UFW": "1"})],
-    ids=["bookworm", "trixie", "bookworm-ufw"],
+    [("bookworm", {}), ("trixie", {}), ("noble", {}), ("bookworm", {"UFW": "1"})],
+    ids=["bookworm", "trixie", "noble", "bookworm-ufw"],
 )
 def test_from_a_clean_machine_to_a_clean_machine(
     boot: Callable[[str], Guest], suite: str, settings: dict[str, str]
