@@ -232,14 +232,27 @@ class Tunnel:
         with self.namespace.inside():
             output("wg", "setconf", self.name, "/dev/stdin", given=self._text)
 
-    def ping(self, *targets: str, count: int = 3) -> dict[str, int]:
-        """How many of `count` pings each target answered."""
-        return {target: self._ping(target, count) for target in targets}
-
-    def _ping(self, target: str, count: int) -> int:
-        command = ["ping", "-n", "-q", "-c", str(count), "-i", "0.05", "-W", "2", target]
+    def transfer(self) -> tuple[int, int]:
+        """Bytes that this interface counts as (sent, received)."""
         with self.namespace.inside():
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+            _, received, sent = output("wg", "show", self.name, "transfer").split()
+        return int(sent), int(received)
+
+    def ping(self, *targets: str, count: int = 3, wait: int = 10) -> dict[str, int]:
+        """How many of `count` pings, sent at once, each target answered within `wait` seconds."""
+        return {target: self._ping(target, count, wait) for target in targets}
+
+    def _ping(self, target: str, count: int, wait: int) -> int:
+        # ping(8) waits `-W` for a first answer, and after that an interval for the others.
+        times = ["-l", str(count), "-c", str(count), "-W", str(wait), "-i", str(wait)]
+        with self.namespace.inside():
+            done = subprocess.run(
+                ["ping", "-n", "-q", *times, target],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
         match = re.search(r"(\d+) received", done.stdout)
         assert match, done.stdout + done.stderr
         return int(match[1])
