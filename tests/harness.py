@@ -44,21 +44,40 @@ def some(cases: Sequence[T], number: int) -> Sequence[T]:
     return [cases[n * (len(cases) - 1) // (number - 1)] for n in range(number)]
 
 
+def reserve_port() -> socket.socket:
+    """A port that is nobody else's until the socket is closed.
+
+    It is bound and does not listen: the kernel gives its port to nobody who asks for any port, and
+    one who asks for this port gets it with SO_REUSEADDR.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
+
+
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is nobody else's as long as this process lives."""
+    _reserved.append(reserve_port())
+    return int(_reserved[-1].getsockname()[1])
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 10.0, what: str = "") -> Any:
-    """Return the condition's first true value; AssertionError when it does not come in time."""
+def wait_for(condition: Callable[[], Any], seconds: float = 30.0, what: str = "") -> Any:
+    """Return the condition's first true value; AssertionError when it does not come in time.
+
+    The time is for a machine that is busy with other things: what comes late is no failure.
+    """
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
+    while True:
+        late = time.monotonic() >= deadline
+        if value := condition():
             return value
+        if late:
+            raise AssertionError(f"did not happen within {seconds} s: {what or condition}")
         time.sleep(0.01)
-    raise AssertionError(f"did not happen within {seconds} s: {what or condition}")
 
 
 def a_key(seed: object) -> str:
@@ -162,7 +181,8 @@ class GatewayProcess:
 
     def __init__(self, directory: Path, prefix: list[str] | None = None, **settings: str) -> None:
         self.directory = directory
-        self.port = int(settings.get("API_PORT", 0)) or free_port()
+        self._reserved = None if settings.get("API_PORT") else reserve_port()
+        self.port = self._reserved.getsockname()[1] if self._reserved else int(settings["API_PORT"])
         self.host = settings.pop("CLIENT_HOST", "127.0.0.1")
         self.prefix = prefix or []  # such as ["ip", "netns", "exec", NAME]
         self.settings = {
@@ -193,7 +213,7 @@ class GatewayProcess:
             )
         return self.process
 
-    def start(self, seconds: float = 20.0) -> GatewayProcess:
+    def start(self, seconds: float = 60.0) -> GatewayProcess:
         """Start and wait for readiness."""
         process = self.spawn()
 
@@ -223,7 +243,7 @@ class GatewayProcess:
     def _end(self, number: int) -> int:
         assert self.process is not None
         self.process.send_signal(number)
-        code = self.process.wait(10)
+        code = self.process.wait(30)
         self.process = None
         return code
 
@@ -238,6 +258,8 @@ class GatewayProcess:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        if self._reserved is not None:
+            self._reserved.close()
 
 
 @contextlib.contextmanager

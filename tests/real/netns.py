@@ -57,7 +57,7 @@ def unique() -> str:
 
 def output(*command: str, given: str | None = None) -> str:
     done = subprocess.run(
-        command, input=given, capture_output=True, text=True, check=False, timeout=20
+        command, input=given, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
     return done.stdout
@@ -86,7 +86,7 @@ class Namespace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        wait_for(self._empty, 5, f"no process left in {self.name}")
+        wait_for(self._empty, what=f"no process left in {self.name}")
         output("ip", "netns", "delete", self.name)
 
     def _empty(self) -> bool:
@@ -156,9 +156,20 @@ def end_daemon(name: str) -> None:
     try:
         signal.pidfd_send_signal(process, signal.SIGKILL)
         # Readable when all threads have ended: until then the interface may still be there.
-        assert select.select([process], [], [], 5)[0], f"{pid} does not end"
+        assert select.select([process], [], [], 30)[0], f"{pid} does not end"
     finally:
         os.close(process)
+
+
+def freeze(pid: int) -> None:
+    """STOP a process; wait until each of its threads has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stopped() -> bool:
+        states = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
+
+    wait_for(stopped, what=f"{pid} to stop")
 
 
 def forget_socket(name: str) -> None:
@@ -184,7 +195,7 @@ def start_daemon(namespace: Namespace, name: str) -> None:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    wait_for(lambda: daemon_pid(name), 5, f"wireguard-go for {name}")
+    wait_for(lambda: daemon_pid(name), what=f"wireguard-go for {name}")
 
 
 class Tunnel:
@@ -315,7 +326,7 @@ class Stream:
     def sent_and_arrived_after(self, moment: float) -> int:
         return sum(sent > moment for sent in tuple(self.arrived))
 
-    def flows(self, seconds: float = 10.0) -> None:
+    def flows(self, seconds: float = 30.0) -> None:
         """Wait until datagrams that are sent from now on arrive."""
         now = time.monotonic()
         wait_for(lambda: self.sent_and_arrived_after(now) > 10, seconds, f"traffic {self}")
@@ -323,7 +334,7 @@ class Stream:
     def send_more(self, count: int = 150) -> None:
         """Wait until this many more were sent."""
         until = self.sent + count
-        wait_for(lambda: self.sent >= until, 20, f"{count} datagrams sent {self}")
+        wait_for(lambda: self.sent >= until, what=f"{count} datagrams sent {self}")
 
     def __repr__(self) -> str:
         return self.description
@@ -366,13 +377,13 @@ class RunningPing:
     def go_on(self, count: int = 20) -> None:
         """Wait for this many more answers."""
         until = len(self.answered()) + count
-        wait_for(lambda: len(self.answered()) >= until, 20, f"{count} more answers to ping")
+        wait_for(lambda: len(self.answered()) >= until, what=f"{count} more answers to ping")
 
     def stop(self) -> list[int]:
         """The numbers of the lost pings, after 20 more answers."""
         self.go_on()
         self._process.send_signal(signal.SIGINT)
-        self._process.wait(5)
+        self._process.wait(30)
         self._reader.join()
         answered = self.answered()
         assert len(set(answered)) == len(answered)

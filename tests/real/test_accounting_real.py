@@ -1,7 +1,8 @@
 """Totals against the clients' own counters, to the byte; expiry is in test_tunnel.py, quota here.
 
 What the gateway's interface receives is what the client's sent, as long as nothing is lost on the
-way: on a veth pair with a few packets nothing is.
+way: on a veth pair with a few packets nothing is. Nothing but the tests' pings is sent by itself:
+no keepalive before 10 s without an answer.
 """
 
 from __future__ import annotations
@@ -14,62 +15,62 @@ import netns
 import pytest
 from backend_contract import output
 from harness import Answer, GatewayProcess, path_key, wait_for
-from netns import Topology, Tunnel
+from netns import Topology
 
 pytestmark = pytest.mark.real
 
 PEERS = "/api/v1/configurations"
-
-
-def counters(tunnel: Tunnel) -> tuple[int, int]:
-    """(sent, received) by the client's interface."""
-    with tunnel.namespace.inside():
-        fields = output("wg", "show", tunnel.name, "transfer").split()
-    return int(fields[2]), int(fields[1])
-
-
-def ping(tunnel: Tunnel, count: int = 20) -> None:
-    """Some packets of 1,000 bytes; then nothing more is under way. ping(8) misses late answers."""
-    with tunnel.namespace.inside():
-        target = Topology.GATEWAY[0]
-        done = output("ping", "-n", "-q", "-s", "1000", "-i", "0.01", "-c", str(count), target)
-    assert " 0 received" not in done
-
-    def quiet() -> bool:
-        before = counters(tunnel)
-        time.sleep(0.3)
-        return counters(tunnel) == before
-
-    wait_for(quiet, 20, "an end of the answers")
+GATEWAY = Topology.GATEWAY[0]
 
 
 class Account:
     """What a client sent and received, over all of its sessions, and what the gateway says."""
 
     def __init__(self, gateway: GatewayProcess, topology: Topology) -> None:
-        self.gateway = gateway
+        self.gateway, self.topology = gateway, topology
         self.client = gateway.client()
         self.tunnel = topology.tunnel(0)
         self.key = self.tunnel.public_key
         self.ended = (0, 0)  # of sessions before this one
+        self.base = (0, 0)  # what the gateway's interface had counted when this one began
         answer = self.client.create(self.key, protocol="dual", persistent_keepalive=0)
         self.answer: dict[str, Any] = answer.json
         self.tunnel.connect(self.answer)
         self.move()
 
     def move(self) -> None:
-        ping(self.tunnel)
+        """Some packets of 1,000 bytes; then nothing more is under way."""
+        with self.tunnel.namespace.inside():
+            # All at once, as netns.Tunnel.ping does.
+            times = ("-l", "20", "-c", "20", "-i", "10", "-W", "10")
+            done = output("ping", "-n", "-q", "-s", "1000", *times, GATEWAY)
+        assert " 20 received" in done, done
+
+        def settled() -> bool:
+            """wireguard-go counts a packet after it was sent: its answer may be there before."""
+            here, base = self.counted(), self.base
+            return self.tunnel.transfer() == (here[0] - base[0], here[1] - base[1])
+
+        wait_for(settled, what="the same counts on both sides")
+
+    def counted(self) -> tuple[int, int]:
+        """(received, sent) by the gateway's interface from and to this peer."""
+        for line in output("wg", "show", self.topology.interface, "transfer").splitlines():
+            key, received, sent = line.split()
+            if key == self.key:
+                return int(received), int(sent)
+        return 0, 0
 
     def said(self) -> tuple[int, int]:
         shown = self.client.get(self.key).json
         return shown["rx_bytes"], shown["tx_bytes"]
 
     def truth(self) -> tuple[int, int]:
-        sent, received = counters(self.tunnel)
+        sent, received = self.tunnel.transfer()
         return self.ended[0] + sent, self.ended[1] + received
 
     def becomes_true(self) -> None:
-        wait_for(lambda: self.said() == self.truth(), 20, f"{self.truth()}, not {self.said()}")
+        wait_for(lambda: self.said() == self.truth(), what=f"{self.truth()}, not {self.said()}")
 
     def cut_off(self, change: Callable[[], Answer]) -> None:
         """A change that ends the session: what was counted until then is in the totals at once."""
@@ -92,6 +93,7 @@ class Account:
             lines.append(f"PresharedKey = {preshared_key}")
         self.tunnel._text = "\n".join(lines) + "\n"
         self.tunnel.reconnect()
+        self.base = self.counted()
         self.move()
 
     def new_keys(self) -> str:
@@ -157,8 +159,8 @@ def test_an_interface_made_anew_is_counted_from_zero(
     account.ended = account.truth()
     first = netns.daemon_pid(topology.interface)
     netns.end_daemon(topology.interface)
-    wait_for(lambda: netns.daemon_pid(topology.interface) not in (None, first), 20, "a new one")
-    wait_for(account.gateway.is_ready, 20, "readiness")
+    wait_for(lambda: netns.daemon_pid(topology.interface) not in (None, first), what="a new one")
+    wait_for(account.gateway.is_ready, what="readiness")
     assert account.said() == account.ended
     account.reconnect()
     account.becomes_true()
@@ -189,5 +191,4 @@ def test_quota_lets_pass_what_is_paid_for_and_then_nothing(
     assert account.client.status(account.key, "active").status == 409
     more = account.client.send("PATCH", path, {"quota_bytes": 10**9}).json
     assert (more["status"], more["status_reason"]) == ("active", None)
-    account.tunnel.reconnect()
-    account.move()
+    account.reconnect()

@@ -79,7 +79,7 @@ def gateway(
 
 def uapi(name: str, request: str, directory: Path = SOCKETS) -> str:
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10)
+        connection.settimeout(30)
         connection.connect(str(directory / f"{name}.sock"))
         connection.sendall(request.encode())
         answer = b""
@@ -134,8 +134,8 @@ class HiddenClient:
                 start_new_session=True,
             )
         path = SOCKETS / f"{self.name}.sock"
-        wait_for(path.exists, 10, "amneziawg-go of the client")
-        wait_for(self._listens, 10, "its socket")
+        wait_for(path.exists, what="amneziawg-go of the client")
+        wait_for(self._listens, what="its socket")
         found = dict(re.findall(r"^(Address|MTU) = (.+)$", text, re.MULTILINE))
         lines = uapi_lines(text, self.private_key, changes)
         answer = uapi(self.name, "\n".join(["set=1", *lines, "", ""]))
@@ -152,11 +152,11 @@ class HiddenClient:
             return uapi(self.name, "get=1\n\n").endswith("errno=0\n\n")
         return False
 
-    def ping(self, target: str, count: int = 3, wait: int = 10) -> int:
+    def ping(self, target: str, count: int = 3, wait: int = 60) -> int:
         """How many of `count` pings are answered within `wait` seconds."""
         command = ["ping", "-n", "-q", "-c", str(count), "-i", "0.1", "-w", str(wait), target]
         with self.namespace.inside():
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         match = re.search(r"(\d+) received", done.stdout)
         assert match, done.stdout + done.stderr
         return int(match[1])
@@ -217,16 +217,21 @@ class Capture:
         self._socket.close()
 
     def _read(self) -> None:
-        while not self._ended.is_set():
-            with contextlib.suppress(TimeoutError):
+        while True:
+            ended = self._ended.is_set()
+            try:
                 packet = self._socket.recv(65535)
-                if packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_UDP:
-                    start = (packet[0] & 15) * 4
-                    source, target = struct.unpack_from(">HH", packet, start)
-                    if target == PORT:
-                        self.sent.append(packet[start + 8 :])
-                    elif source == PORT:
-                        self.received.append(packet[start + 8 :])
+            except TimeoutError:
+                if ended:  # and nothing of what came before is left
+                    return
+                continue
+            if packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_UDP:
+                start = (packet[0] & 15) * 4
+                source, target = struct.unpack_from(">HH", packet, start)
+                if target == PORT:
+                    self.sent.append(packet[start + 8 :])
+                elif source == PORT:
+                    self.received.append(packet[start + 8 :])
 
 
 def headers(payload: bytes, padding: int) -> int:
@@ -283,7 +288,7 @@ def test_a_plain_client_gets_nothing_at_the_obfuscated_port(
     with Capture(tunnel.namespace) as capture:
         tunnel.connect(answer.json)
         tunnel.namespace.ip(f"route add 10.78.0.0/24 dev {tunnel.name}")
-        assert tunnel.ping(AWG_GATEWAY[0], count=2) == {AWG_GATEWAY[0]: 0}
+        assert tunnel.ping(AWG_GATEWAY[0], count=2, wait=2) == {AWG_GATEWAY[0]: 0}
     assert capture.sent
     assert capture.received == []
 
@@ -353,9 +358,9 @@ def test_plain_and_obfuscated_at_once_through_suspend_and_restart(
     assert hidden.ping(AWG_GATEWAY[0], count=2, wait=2) == 0
     assert client.status(hidden.public_key, "active").status == 200
     assert client.status(tunnel.public_key, "suspended").status == 200
-    assert hidden.ping(AWG_GATEWAY[0], count=3, wait=30) == 3
-    assert tunnel.ping(Topology.GATEWAY[0], count=2) == {Topology.GATEWAY[0]: 0}
-    wait_for(lambda: client.get(hidden.public_key).json["online"], 20, "a sample")
+    assert hidden.ping(AWG_GATEWAY[0]) == 3
+    assert tunnel.ping(Topology.GATEWAY[0], count=2, wait=2) == {Topology.GATEWAY[0]: 0}
+    wait_for(lambda: client.get(hidden.public_key).json["online"], what="a sample")
     assert client.get(hidden.public_key).json["rx_bytes"] > 0
 
 
@@ -378,8 +383,8 @@ def test_a_killed_amneziawg_go_comes_back_and_a_rotation_cuts_old_clients_off(
             return sorted(found) == before
         return False
 
-    wait_for(is_back, 30, "amneziawg-go with all its peers and parameters")
-    assert hidden.ping(AWG_GATEWAY[0], count=3, wait=30) == 3
+    wait_for(is_back, what="amneziawg-go with all its peers and parameters")
+    assert hidden.ping(AWG_GATEWAY[0]) == 3
     body = {"generation": "2.0", "preset": "light", "confirm": True}
     answer = client.send("POST", "/api/v1/obfuscation/rotate", body)
     assert (answer.status, answer.json["cut_off_peers"]) == (200, 6), answer
@@ -388,7 +393,7 @@ def test_a_killed_amneziawg_go_comes_back_and_a_rotation_cuts_old_clients_off(
     lines = uapi_lines(text, hidden.private_key, {})
     device = lines[: next(i for i, x in enumerate(lines) if x.startswith("public_key="))]
     assert uapi(hidden.name, "\n".join(["set=1", *device, "", ""])) == "errno=0\n\n"
-    assert hidden.ping(AWG_GATEWAY[0], count=3, wait=40) == 3
+    assert hidden.ping(AWG_GATEWAY[0]) == 3
 
 
 def end_program(name: str) -> None:
@@ -404,7 +409,7 @@ def test_real_amneziawg_go_accepts_generated_parameters_and_prints_what_was_set(
 ) -> None:
     with topology.clients[0].inside():
         subprocess.Popen(["amneziawg-go", "-f", hidden.name], start_new_session=True)
-    wait_for(hidden._listens, 10, "amneziawg-go")
+    wait_for(hidden._listens, what="amneziawg-go")
     actual = wggw.PLAIN
     for number in range(50 * len(SETS)):
         wanted = wggw.generate_obfuscation(*SETS[number % len(SETS)]).parameters

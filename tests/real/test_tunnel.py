@@ -22,7 +22,7 @@ from typing import Any
 import netns
 import pytest
 from backend_contract import Dump, output, wg_dump
-from harness import API_KEY, Client, GatewayProcess, a_key, wait_for
+from harness import API_KEY, Client, GatewayProcess, a_key, path_key, wait_for
 from netns import RunningPing, Stream, Topology, Tunnel
 
 pytestmark = pytest.mark.real
@@ -130,7 +130,7 @@ def test_suspend_stops_every_packet_and_activate_lets_them_pass_again(
         assert_nothing_passes_after(streams, time.monotonic())
         assert client.status(tunnel.public_key, "active").json == {"status": "updated"}
         for stream in streams:
-            stream.flows(30)
+            stream.flows(60)
     after = shown(client, tunnel)
     for field in ("status", "assigned_ip", "assigned_ipv6"):
         assert after[field] == before[field]
@@ -142,7 +142,7 @@ def test_a_suspended_client_that_reconnects_gets_nothing_until_it_is_active(
     tunnel = connect(topology, client)
     client.status(tunnel.public_key, "suspended")
     tunnel.reconnect()
-    assert tunnel.ping(Topology.HOST[0], count=1) == {Topology.HOST[0]: 0}
+    assert tunnel.ping(Topology.HOST[0], count=1, wait=2) == {Topology.HOST[0]: 0}
     client.status(tunnel.public_key, "active")
     tunnel.reconnect()
     assert tunnel.ping(*EVERYWHERE) == dict.fromkeys(EVERYWHERE, 3)
@@ -178,22 +178,33 @@ def test_two_clients_reach_each_other_and_only_with_their_own_preshared_keys(
     answer = client.create(wrong.public_key, protocol="dual", preshared_key=psks[0])
     wrong.namespace.ip(f"link set {tunnels[0].name} down")
     wrong.connect(answer.json, psks[1])
-    assert wrong.ping(Topology.GATEWAY[0], count=1) == {Topology.GATEWAY[0]: 0}
+    assert wrong.ping(Topology.GATEWAY[0], count=1, wait=2) == {Topology.GATEWAY[0]: 0}
 
 
-def test_expires_at_suspends_within_about_a_second(topology: Topology, client: Client) -> None:
-    expires_at = int(time.time()) + 3
-    text = datetime.fromtimestamp(expires_at, timezone.utc).isoformat()
-    tunnel = connect(topology, client, expires_at=text)
+def test_expires_at_suspends_when_its_time_has_come_and_not_before(
+    topology: Topology, client: Client
+) -> None:
+    """That it is within about a second only an idle machine shows: test_clock.py has the rule."""
+    tunnel = connect(topology, client)
     with topology.streams(tunnel, shown(client, tunnel)) as streams:
         for stream in streams:
             stream.flows()
-        late = time.monotonic() + (expires_at - time.time()) + 1.5
-        wait_for(lambda: time.monotonic() > late, 10)
-        assert_nothing_passes_after(streams, late)
-        for stream in streams:  # and not before its time
-            assert stream.sent_and_arrived_after(late - 1.7) > 0
-    assert shown(client, tunnel)["status"] == "suspended"
+        expires_at = int(time.time()) + 5
+        text = datetime.fromtimestamp(expires_at, timezone.utc).isoformat()
+        path = f"/api/v1/configurations/{path_key(tunnel.public_key)}"
+        assert client.send("PATCH", path, {"expires_at": text}).json["status"] == "active"
+        for stream in streams:
+            stream.flows()
+
+        def expired() -> bool:
+            if shown(client, tunnel)["status"] == "active":
+                return False
+            assert time.time() >= expires_at, "too early"
+            return True
+
+        wait_for(expired, what="the end of the peer")
+        assert_nothing_passes_after(streams, time.monotonic())
+    assert shown(client, tunnel)["status_reason"] == "expired"
     assert peers_of(topology) == set()
 
 
@@ -205,7 +216,7 @@ def test_live_state_becomes_true(topology: Topology, client: Client) -> None:
     started = int(time.time())
     tunnel.connect(answer)
     tunnel.ping(*EVERYWHERE, count=5)
-    seen = wait_for(lambda: (s := shown(client, tunnel))["rx_bytes"] > 2000 and s, 5)
+    seen = wait_for(lambda: (s := shown(client, tunnel))["rx_bytes"] > 2000 and s)
     assert seen["online"] is True
     handshake = datetime.fromisoformat(seen["last_handshake"].replace("Z", "+00:00"))
     assert started <= handshake.timestamp() <= time.time()
@@ -215,7 +226,7 @@ def test_live_state_becomes_true(topology: Topology, client: Client) -> None:
         now = shown(client, tunnel)
         return transfer == [tunnel.public_key, str(now["rx_bytes"]), str(now["tx_bytes"])]
 
-    wait_for(agrees_with_wg, 5, "the counters of wg")
+    wait_for(agrees_with_wg, what="the counters of wg")
 
 
 # --- restarts -------------------------------------------------------------------------------------
@@ -301,13 +312,13 @@ def test_a_killed_wireguard_go_comes_back_with_all_peers(
     before = wg_dump(topology.interface)
     assert len(before.peers) == 20
     netns.end_daemon(topology.interface)
-    wait_for(lambda: netns.daemon_pid(topology.interface), 5, "wireguard-go is back")
-    wait_for(lambda: wg_dump(topology.interface) == before, 5, "all peers are back")
+    wait_for(lambda: netns.daemon_pid(topology.interface), what="wireguard-go is back")
+    wait_for(lambda: wg_dump(topology.interface) == before, what="all peers are back")
     tunnel.reconnect()
     assert tunnel.ping(*EVERYWHERE) == dict.fromkeys(EVERYWHERE, 3)
     seen = shown(client, tunnel)
     assert client.send("GET", "/api/v1/server/status").json["status"] == "healthy"
-    wait_for(lambda: shown(client, tunnel)["rx_bytes"] > seen["rx_bytes"], 5, "counters go on")
+    wait_for(lambda: shown(client, tunnel)["rx_bytes"] > seen["rx_bytes"], what="counters go on")
 
 
 def test_a_start_after_gateway_and_wireguard_go_were_killed_puts_all_back(
@@ -362,9 +373,9 @@ def test_a_failing_interface_never_yields_a_200(
             answer = change()
             assert (answer.status, answer.json["status"]) == (503, 503), answer
         assert everything(client) == state
-        wait_for(lambda: status(client) == "degraded", 5, "the gateway says so")
+        wait_for(lambda: status(client) == "degraded", what="the gateway says so")
     program.symlink_to(real)
-    wait_for(lambda: status(client) == "healthy", 10, "the interface is back")
+    wait_for(lambda: status(client) == "healthy", what="the interface is back")
     assert wg_dump(topology.interface) == wanted
     assert client.create(a_key("new")).json["status"] == "created"
     assert a_key("new") in peers_of(topology)
@@ -395,8 +406,8 @@ def test_every_200_is_on_the_interface_while_wireguard_go_dies_again_and_again(
             assert answer.status == 200 or (answer.status == 503 and number >= 15), answer
             if answer.status == 200:
                 answered.add(public_key)
-        wait_for(lambda: netns.daemon_pid(topology.interface), 5, "wireguard-go is back")
-        wait_for(lambda: status(client) == "healthy", 5, "the gateway says so")
+        wait_for(lambda: netns.daemon_pid(topology.interface), what="wireguard-go is back")
+        wait_for(lambda: status(client) == "healthy", what="the gateway says so")
         assert peers_of(topology) == answered
 
 
@@ -407,7 +418,7 @@ def test_without_any_wireguard_the_start_fails_and_says_why(
         pytest.skip("the kernel's WireGuard cannot be taken away")
     stopped.settings["PATH"] = str(tmp_path)
     process = stopped.spawn()
-    assert process.wait(20) == 1
+    assert process.wait(60) == 1
     assert "no WireGuard" in stopped.text()
     with pytest.raises((OSError, http.client.HTTPException)):
         stopped.client().get(a_key(1))
