@@ -35,7 +35,9 @@ from harness import (
 import wggw
 
 PEERS = "/api/v1/configurations/"
-MEDIAN_LIMIT = 0.05  # seconds; a request takes about 1 ms on an idle machine
+# Seconds that a request may take beside slow clients, where it takes about 1 ms on an idle machine:
+# this, or ten times what it took before them. Who is held up waits for their deadlines, 10 s.
+MEDIAN_LIMIT = 0.05
 ANSWER = re.compile(rb"HTTP/1\.1 (\d{3}) [^\r]*\r\n((?:[^\r]+\r\n)*)\r\n")
 
 
@@ -121,16 +123,21 @@ def median(client: Client, requests: int = 40) -> float:
     return statistics.median(taken)
 
 
-def check_quick(gateway: GatewayProcess) -> None:
-    """A connection that is already there and a new one are both served at once."""
-    client = gateway.client()
+def check_quick(gateway: GatewayProcess, client: Client, before: float) -> None:
+    """A connection that is already there and a new one are both served at once.
+
+    `before`: the median without those who could be in the way. What slows requests down does so
+    all the time; another process that has the processor does not.
+    """
+    limit, new = max(MEDIAN_LIMIT, 10 * before), gateway.client()
+    started = time.monotonic()
     try:
-        started = time.perf_counter()
-        assert client.raw("GET", "/readyz", b"", {}).status == 200
-        assert time.perf_counter() - started < 1.0
-        assert median(client) < MEDIAN_LIMIT
+        assert new.raw("GET", "/readyz", b"", {}).status == 200
+        for each in (client, new):
+            wait_for(lambda c=each: median(c) < limit, 4, f"a median below {limit:.3f} s")
+        assert time.monotonic() - started < 9
     finally:
-        client.close()
+        new.close()
 
 
 # --- slow, silent, many --------------------------------------------------------------------------
@@ -163,15 +170,14 @@ def test_slow_clients_delay_nobody_and_are_ended_by_their_deadlines(
     started = time.monotonic()
     thread.start()
     try:
-        check_quick(shared)
-        assert median(client) < max(MEDIAN_LIMIT, 10 * before)
+        check_quick(shared, client, before)
         for what, peer in (("silent", silent), ("dribbler", dribbler)):
             with contextlib.suppress(ConnectionError):
                 assert peer.recv(1) == b"", what
-            assert 9 < time.monotonic() - started < 15, what
+            assert 9 < time.monotonic() - started < 25, what
         assert slow.answer()[0] == 408
         assert slow.is_closed()
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 25
         # The one who announced a body has a longer deadline; when it comes, it is served.
         promising.send(body)
         assert promising.answer()[0] == 200
@@ -190,8 +196,7 @@ def test_500_idle_connections_delay_nobody(shared: GatewayProcess) -> None:
             stack.callback(Wire(shared.port).close)
             raw = socket.create_connection(("127.0.0.1", shared.port), timeout=30)
             stack.callback(raw.close)
-        assert median(client) < max(MEDIAN_LIMIT, 10 * before)
-        check_quick(shared)
+        check_quick(shared, client, before)
 
 
 def open_files(gateway: GatewayProcess) -> int:
@@ -273,7 +278,7 @@ def test_connections_up_to_the_cap_need_no_more_files_than_there_are(tmp_path: P
             stack.callback(client.close)
             started = time.monotonic()
             assert client.create(a_key(1)).status == 200
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 9  # without waiting for a deadline
     finally:
         gateway.close()
 
@@ -452,7 +457,7 @@ def test_http_1_0_gets_no_100_continue(wire: Wire) -> None:
     wire.socket.settimeout(0.3)
     with pytest.raises(TimeoutError):
         wire.answer()
-    wire.socket.settimeout(10)
+    wire.socket.settimeout(30)
     wire.send(body)
     assert wire.answer()[0] == 200
 
@@ -470,14 +475,14 @@ def test_nobody_is_asked_for_a_body_that_is_there(wire: Wire, method: str, body:
 def test_curl_waits_for_100_continue_and_is_served(shared: GatewayProcess) -> None:
     body = encode({"public_key": a_key("curl"), "request_id": "x" * 200})
     headers = {**sign(body), "Expect": "100-continue", "Content-Type": "application/json"}
-    command = ["curl", "--silent", "--show-error", "--insecure", "--include", "--max-time", "20"]
+    command = ["curl", "--silent", "--show-error", "--insecure", "--include", "--max-time", "60"]
     for name, value in headers.items():
         command += ["--header", f"{name}: {value}"]
-    command += ["--http1.1", "--expect100-timeout", "15", "--data-binary", "@-"]
+    command += ["--http1.1", "--expect100-timeout", "45", "--data-binary", "@-"]
     command.append(f"https://127.0.0.1:{shared.port}{PEERS}")
     started = time.monotonic()
-    done = subprocess.run(command, input=body, capture_output=True, check=True, timeout=30)
-    assert time.monotonic() - started < 5
+    done = subprocess.run(command, input=body, capture_output=True, check=True, timeout=90)
+    assert time.monotonic() - started < 30
     assert done.stdout.startswith(b"HTTP/1.1 100 Continue")
     assert b'"status":"created"' in done.stdout
 
@@ -504,17 +509,52 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[wggw.Ser
     server.server_close()
 
 
+def test_newcomers_whose_threads_have_not_begun_go_before_the_backend(
+    server: wggw.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine many of them are accepted before the first of their threads runs."""
+    monkeypatch.setattr(wggw, "IDLE_DEADLINE", 60.0)
+    server._limit, gateway = 4, server.app.gateway
+    gateway.store.recover()
+    gateway.ready = True
+    backend = Wire(server.server_address[1])
+
+    def is_served() -> bool:
+        backend.send(head("GET", "/metrics", {}))
+        return backend.answer()[0] == 200
+
+    assert is_served()
+    handle, begin = wggw.Connection.handle, threading.Event()
+
+    def late(connection: wggw.Connection) -> None:
+        assert begin.wait(30)
+        handle(connection)
+
+    monkeypatch.setattr(wggw.Connection, "handle", late)
+    with contextlib.ExitStack() as stack:
+        stack.callback(begin.set)
+        for _ in range(10):
+            address = ("127.0.0.1", server.server_address[1])
+            stack.callback(socket.create_connection(address, timeout=30).close)
+        wait_for(lambda: server._open == 11, what="all to be accepted")
+        assert is_served()
+        begin.set()
+        wait_for(lambda: server._open <= 4, what="those beyond the cap to go")
+        assert is_served()
+    backend.close()
+
+
 def test_empty_lines_are_no_sign_of_life(server: wggw.Server) -> None:
     wire = Wire(server.server_address[1])
     wire.socket.settimeout(0.1)
     started = time.monotonic()
     with contextlib.suppress(ConnectionError, ssl.SSLError):
-        while time.monotonic() < started + 5:
+        while time.monotonic() < started + 30:
             wire.send(b"\r\n")
             with contextlib.suppress(TimeoutError):
                 if wire.socket.recv(1) == b"":
                     break
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
     wire.close()
 
 

@@ -30,9 +30,9 @@ FLOOD = 20_000  # requests with a wrong signature
 CROWD = 2_000  # connections from one address
 GROWTH = 12 * 2**20  # bytes of memory; what is kept for each request would be far more
 # A valid request's 99th percentile, seconds: the 50 ms, or on a machine that others load,
-# ten times what it takes there without an attack.
+# ten times what it takes there without an attack, before it or after it.
 LIMIT = 0.05
-TRIES = 3
+TRIES = 5
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,7 @@ def hostile_socket(port: int, address: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=30, source_address=(address, 0))
 
 
+@pytest.mark.timeout(600)
 def test_a_crowd_from_one_address_does_not_slow_the_backend_on_another(
     shared: GatewayProcess,
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_crowd_from_one_address_does_not_slow_the_backend_on_another(
         quiet = p99(backend)
         with many_files(CROWD), contextlib.ExitStack() as stack:
             during, after = p99_in_a_crowd(shared, backend, stack)
+        quiet = max(quiet, p99(backend))
         print(f"measured: p99 {quiet * 1e3:.1f} ms alone, {during * 1e3:.1f} ms while", end=" ")
         print(f"{CROWD} connections come, {after * 1e3:.1f} ms with them")
         if max(during, after) < max(LIMIT, 10 * quiet):
@@ -121,7 +123,7 @@ def p99_in_a_crowd(
     thread.start()
     try:
         during = p99(backend)
-        thread.join(60)
+        thread.join(200)
         assert len(crowd) > CROWD * 0.9
         after = p99(backend)
     finally:
@@ -131,7 +133,7 @@ def p99_in_a_crowd(
     fresh = gateway.client()
     assert fresh.create(a_key("fresh")).status == 200
     fresh.close()
-    wait_for(lambda: len(alive(crowd)) <= 256, 20, "the cap for each address")
+    wait_for(lambda: len(alive(crowd)) <= 256, what="the cap for each address")
     return during, after
 
 
@@ -177,8 +179,6 @@ def test_a_crowd_from_many_addresses_takes_the_backends_connection_last(tmp_path
             for number in range(100):
                 crowd = hostile_socket(gateway.port, f"127.0.1.{number + 1}")
                 stack.callback(crowd.close)
-                if number % 20 == 19:
-                    time.sleep(0.2)  # so that their threads begin, and they count as idle
             assert backend.get(a_key(1)).status == 200
             assert backend._connection.sock.fileno() == mark
         backend.close()
