@@ -10468,7 +10468,8 @@ class Connection(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         try:
-            self.server.enter(self)
+            if not self.server.enter(self):
+                return
             self._handshake()
             while not self.server.closing and self._serve():
                 pass
@@ -10687,6 +10688,19 @@ class AccessLog(threading.Thread):
                 sys.stderr.flush()
 
 
+class Newcomer:
+    """A connection whose thread has not begun yet: it is in line like one that does nothing."""
+
+    busy = trusted = False
+
+    def __init__(self, request: socket.socket, group: str) -> None:
+        self._request, self.group = request, group
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self._request.shutdown(socket.SHUT_RDWR)
+
+
 class Server(ThreadingHTTPServer):
     """Accepts connections, a thread each; when there are too many one goes: see _idlest()."""
 
@@ -10704,7 +10718,8 @@ class Server(ThreadingHTTPServer):
         self._limit = min(config.max_connections, raise_file_limit(config.max_connections))
         self._address_limit = config.max_connections_per_address
         self._lock = threading.Lock()
-        self._connections: dict[Connection, None] = {}  # least recently active first
+        # Least recently active first. By the accepted socket: it is there before the thread is.
+        self._connections: dict[socket.socket, Connection | Newcomer] = {}
         self._open = 0
         self._open_from: collections.Counter[str] = collections.Counter()  # by address group
         self._date = (0, "")
@@ -10758,32 +10773,33 @@ class Server(ThreadingHTTPServer):
             greedy = self._open_from[group] > self._address_limit
             crowded = greedy or self._open > self._limit
             idle = self._idlest(group if greedy else None) if crowded else None
-            if idle is not None:
-                del self._connections[idle]
-        if idle is not None:
-            idle.cut()
+            gone = self._connections.pop(idle) if idle else None
+            self._connections[request] = Newcomer(request, group)
+        if gone is not None:
+            gone.cut()
         try:
-            if crowded and idle is None:
+            if crowded and gone is None:
                 raise RuntimeError("too many connections, and none of them idle")
             super().process_request(request, client_address)
         except RuntimeError as error:  # also: no thread can be started
             LOG.warning("a connection was refused: %s", error)
             with self._lock:
+                self._connections.pop(request, None)
                 self._closed(group)
             self.shutdown_request(request)
 
-    def _idlest(self, group: str | None) -> Connection | None:
+    def _idlest(self, group: str | None) -> socket.socket | None:
         """The least recently active connection (of an address), one without a signature first.
 
         Only an authentic request in work protects its connection.
         """
         found = None
-        for connection in self._connections:
+        for request, connection in self._connections.items():
             if group in (None, connection.group):
                 if not connection.trusted:
-                    return connection
+                    return request
                 if not connection.busy:
-                    found = found or connection
+                    found = found or request
         return found
 
     def _closed(self, group: str) -> None:
@@ -10795,19 +10811,23 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log_defect(sys.exc_info()[1] or RuntimeError())
 
-    def enter(self, connection: Connection) -> None:
+    def enter(self, connection: Connection) -> bool:
+        """Take the newcomer's place; False when another one has it already."""
         with self._lock:
-            self._connections[connection] = None
+            waiting = connection.request in self._connections
+            if waiting:
+                self._connections[connection.request] = connection
+        return waiting
 
     def touch(self, connection: Connection) -> None:
         """Move a connection to the end of the line of idle ones."""
         with self._lock:
-            if self._connections.pop(connection, connection) is None:
-                self._connections[connection] = None
+            if self._connections.pop(connection.request, None):
+                self._connections[connection.request] = connection
 
     def leave(self, connection: Connection) -> None:
         with self._lock:
-            self._connections.pop(connection, None)
+            self._connections.pop(connection.request, None)
             self._closed(connection.group)
 
     def date(self) -> str:
@@ -10831,7 +10851,7 @@ class Server(ThreadingHTTPServer):
         started = time.monotonic()
         while time.monotonic() < started + DRAIN_SECONDS:
             with self._lock:
-                connections = list(self._connections)
+                connections = list(self._connections.values())
             if not connections:
                 return
             for connection in connections:

@@ -83,7 +83,7 @@ class _Objects(BaseHTTPRequestHandler):
             self._answer(200, content, len(content) // 2)
         elif fault == "announce more":
             self._answer(200, content, len(content) + 100)
-            self.server.ended.wait(20)
+            self.server.ended.wait(60)
         else:
             self._answer(200, content)
 
@@ -102,7 +102,7 @@ class _Objects(BaseHTTPRequestHandler):
         name = self.path.removeprefix("/copy/")
         fault = self.server.fault(self.command, name)
         if fault == "stall":
-            self.server.ended.wait(20)
+            self.server.ended.wait(60)
         if fault == "garbage":
             self.wfile.write(b"this is no HTTP\r\n\r\n")
         if fault in ("stall", "hang up", "garbage"):
@@ -183,7 +183,7 @@ def real_s3(directory: Path) -> Iterator[S3]:
                 return True
             return False
 
-        wait_for(listens, 30, "versitygw")
+        wait_for(listens, 60, "versitygw")
         yield store
     finally:
         process.kill()

@@ -33,7 +33,7 @@ def at_once(clients: list[Client], work: Callable[[Client, int], Any]) -> list[A
     barrier = threading.Barrier(len(clients))
 
     def run(number: int) -> Any:
-        barrier.wait(20)
+        barrier.wait(60)
         return work(clients[number], number)
 
     with ThreadPoolExecutor(len(clients)) as pool:
@@ -196,7 +196,7 @@ def test_a_kill_amid_the_crowd_leaves_no_address_twice(
             wait_for(lambda: len(acknowledged) > 60)
             gateway.kill()
             for future in futures:
-                future.result(20)
+                future.result(60)
         gateway.start()
         client = gateway.client()
         stored = {row["public_key"]: row["assigned_ip"] for row in peers(client)}

@@ -154,6 +154,7 @@ def test_every_field_of_server_metrics_is_filled_with_true_values(
     for number in range(3):
         api.create(a_key(number), protocol="dual")
     api.status(a_key(0), "suspended")
+    started = time.time()
     answer = api.send("GET", "/api/v1/server/metrics").json
     memory, disk = answer["system"]["memory"], answer["system"]["disk"]
     assert memory["total"] == meminfo("MemTotal")
@@ -162,14 +163,24 @@ def test_every_field_of_server_metrics_is_filled_with_true_values(
     found = os.statvfs(shared.directory)
     assert disk["total"] == found.f_blocks * found.f_frsize
     assert disk["percent"] == pytest.approx(100 * disk["used"] / disk["total"], abs=0.1)
-    load = answer["system"]["load_average"]
-    assert load == pytest.approx(list(os.getloadavg()), abs=2)
     wireguard = answer["wireguard"]
     assert (wireguard["active_peers"], wireguard["total_peers"]) == (2, 3)
     for family, total in (("ipv4", 5), ("ipv6", 2**64 - 2)):
         row = wireguard["ip_usage"][family]
         assert (row["total"], row["used"], row["available"]) == (total, 3, total - 3)
-    assert abs(datetime.fromisoformat(answer["timestamp"]).timestamp() - time.time()) < 5
+    said = datetime.fromisoformat(answer["timestamp"]).timestamp()
+    assert int(started) <= said <= time.time()
+
+    def load_is_true() -> bool:
+        """Between two equal readings: the kernel counts anew every five seconds."""
+        before = list(os.getloadavg())
+        load = api.send("GET", "/api/v1/server/metrics").json["system"]["load_average"]
+        if before != list(os.getloadavg()):
+            return False
+        assert load == pytest.approx(before, abs=0.01)
+        return True
+
+    wait_for(load_is_true)
 
 
 def test_cpu_percent_follows_the_load(shared: GatewayProcess) -> None:
@@ -184,7 +195,7 @@ def test_cpu_percent_follows_the_load(shared: GatewayProcess) -> None:
             pass
         return 5 < percent() <= 100
 
-    wait_for(busy, 15, "cpu_percent to show this test's own work")
+    wait_for(busy, what="cpu_percent to show this test's own work")
 
 
 # --- a failing interface -------------------------------------------------------------------------
@@ -323,15 +334,15 @@ def test_an_interface_that_hangs_does_not_hold_up_the_stop(tmp_path: Path) -> No
 
     def apply(changes: object) -> None:
         hangs.set()
-        ends.wait(20)
+        ends.wait(60)
 
     backend.apply = apply  # type: ignore[method-assign]
     thread = threading.Thread(target=rig.gateway.create, args=({"public_key": a_key(1)},))
     thread.start()
-    hangs.wait(10)
+    assert hangs.wait(30)
     started = time.monotonic()
     rig.gateway.close()
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 30
     ends.set()
     thread.join(10)
     rig.store.close()
@@ -354,7 +365,7 @@ def test_addresses_shown_as_held_are_so_on_disk(
     monkeypatch.setattr(wggw.Disk, "fsync", slow)
     thread = threading.Thread(target=rig.gateway.create, args=({"public_key": a_key(1)},))
     thread.start()
-    writing.wait(10)
+    assert writing.wait(30)
     assert rig.gateway.usage()["ipv4"]["used"] == 1
     order.append("shown")
     thread.join(10)

@@ -297,7 +297,7 @@ def test_a_full_disk_refuses_changes_and_heals_by_itself(
             small_disk.fill()
             check_full(client, known, create_until_refused(client, known, f"full {life}"))
             small_disk.free()
-            wait_for(lambda c=client: readiness(c).status == 200, 15, "health by itself")
+            wait_for(lambda c=client: readiness(c).status == 200, what="health by itself")
             assert client.send("GET", "/api/v1/server/status").json["status"] == "healthy"
             assert all_peers(client) == known
             answer = client.create(a_key(("after", life)))

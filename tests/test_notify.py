@@ -34,7 +34,7 @@ class Ear:
         return [line for message in tuple(self.messages) for line in message]
 
     def hears(self, line: str, times: int = 1) -> None:
-        wait_for(lambda: self.lines().count(line) >= times, 20, f"{line} ({times} times)")
+        wait_for(lambda: self.lines().count(line) >= times, 60, f"{line} ({times} times)")
 
     def close(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
@@ -75,7 +75,7 @@ def test_life_of_a_service_is_told_in_order(ear: tuple[Ear, str], tmp_path: Path
 def test_reason_of_a_failing_start_is_told(ear: tuple[Ear, str], tmp_path: Path) -> None:
     heard, name = ear
     gateway = GatewayProcess(tmp_path, NOTIFY_SOCKET=name, WG_MTU="1")
-    assert gateway.spawn().wait(20) == 2
+    assert gateway.spawn().wait(60) == 2
     heard.hears("STATUS=WG_MTU: '1' is not bytes, 1280 to 65535")
     assert "READY=1" not in heard.lines()
 
@@ -97,8 +97,7 @@ def test_refused_reload_is_told_and_the_service_goes_on(tmp_path: Path) -> None:
         gateway.process.send_signal(signal.SIGHUP)
         wait_for(
             lambda: any(line.startswith("STATUS=reload refused") for line in heard.lines()),
-            20,
-            "the refusal of the reload",
+            what="the refusal of the reload",
         )
         before = heard.lines().count("WATCHDOG=1")
         heard.hears("WATCHDOG=1", before + 2)
@@ -130,8 +129,11 @@ class Stub:
 def test_probe_fails_where_nobody_answers_and_where_the_lock_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wggw, "PROBE_SECONDS", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,  # accepts, and says nothing
+        monkeypatch.context() as patched,
+    ):
+        patched.setattr(wggw, "PROBE_SECONDS", 0.3)
         stub = Stub(silent.getsockname(), True)
         with pytest.raises(OSError):
             wggw.check_answers(stub, stub)  # type: ignore[arg-type]
@@ -166,6 +168,6 @@ def test_watchdog_is_for_the_process_that_it_names(
 def test_status_with_line_breaks_stays_one_assignment(tmp_path: Path) -> None:
     heard = Ear(str(tmp_path / "notify"))
     wggw.Manager({"NOTIFY_SOCKET": str(tmp_path / "notify")}).tell("STATUS=a\nREADY=1", "X=1")
-    wait_for(lambda: heard.messages, 5)
+    wait_for(lambda: heard.messages)
     heard.close()
     assert heard.messages == [["STATUS=a READY=1", "X=1"]]

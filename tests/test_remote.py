@@ -822,7 +822,7 @@ def test_whatever_the_store_does_is_an_error_in_time(
         else:
             objects.put("a", b"y" * 1000)
     assert TOKEN not in str(caught.value)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 40  # the store's own time is 60
 
 
 def test_an_answer_that_announces_less_than_it_has_is_noticed(server: TlsStore) -> None:
@@ -847,23 +847,20 @@ def test_a_drip_of_bytes_does_not_get_around_the_deadline(
     started = time.monotonic()
     with pytest.raises(CopyError):
         objects.get("a", 1000)
-    assert time.monotonic() - started < 15  # all of it takes 20
+    assert time.monotonic() - started < 60  # all of it takes 100
 
 
 def _drip(handler: Any) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
-    for _ in range(200):
+    for _ in range(1000):
         handler.wfile.write(b"x")
         time.sleep(0.1)
 
 
-def test_a_copy_over_tls_survives_all_of_it(
-    tmp_path: Path, server: TlsStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_over_tls_survives_all_of_it(tmp_path: Path, server: TlsStore) -> None:
     """Random faults while the store changes; at the end, and whenever asked, the copy is right."""
-    monkeypatch.setattr(wggw, "COPY_TIMEOUT", 0.5)
     chance = random.Random(3)
     faults = ["refuse", "hang up", "truncate", "keep half", "lose the answer", "announce less"]
     objects = connect(server)

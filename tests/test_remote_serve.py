@@ -56,7 +56,7 @@ def wait_for_copy(gateway: GatewayProcess) -> Any:
         copy = status(gateway)["remote_copy"]
         return copy if copy["lag_records"] == 0 and copy["number"] else None
 
-    return wait_for(even, 40, "the copy to be even")
+    return wait_for(even, 60, "the copy to be even")
 
 
 def create(gateway: GatewayProcess, *seeds: object) -> dict[str, str]:
@@ -120,7 +120,7 @@ def test_the_first_snapshot_has_the_private_key(tmp_path: Path, server: TlsStore
     try:
         gateway.start()
         public_key = status(gateway)["interfaces"][0]["public_key"]
-        wait_for(lambda: "manifest-1" in server.objects, 20, "the first copy")
+        wait_for(lambda: "manifest-1" in server.objects, 60, "the first copy")
         expected = create(gateway, 1)  # comes as a segment, no later snapshot
         wait_for_copy(gateway)
         lose_everything(gateway)
@@ -169,7 +169,7 @@ def test_a_store_that_does_not_answer_at_the_start_is_waited_for(
                 return answer.status == 503 and "waiting for the remote" in answer.json["detail"]
             return False
 
-        wait_for(waiting, 30, "readiness to say what it waits for")
+        wait_for(waiting, 60, "readiness to say what it waits for")
         assert client.send("GET", "/api/v1/configurations/").status == 503
         client.close()
         assert list(gateway.directory.glob("wireguard.db")) == []  # nothing was begun
@@ -198,12 +198,12 @@ def test_sigterm_ends_the_wait(tmp_path: Path, server: TlsStore, fault: str) -> 
     gateway = node(tmp_path, "a", settings_of(server, tmp_path))
     try:
         process = gateway.spawn()
-        wait_for(lambda: "fingerprint" in gateway.text(), 30, "the start")
+        wait_for(lambda: "fingerprint" in gateway.text(), 60, "the start")
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
-        assert process.wait(20) == 0
-        assert time.monotonic() - started < 5
+        assert process.wait(60) == 0
+        assert time.monotonic() - started < 30  # the store stalls for 60
     finally:
         gateway.close()
 
@@ -225,7 +225,7 @@ def test_not_required_starts_without_and_puts_nothing_over_the_copy(
         server.fault = lambda method, name: ""
         wait_for(
             lambda: "put over it" in (status(gateway)["remote_copy"]["failure"] or ""),
-            40,
+            60,
             "the refusal",
         )
         assert server.objects == kept
@@ -257,7 +257,7 @@ def test_a_stalling_store_is_in_nobodys_way(tmp_path: Path, server: TlsStore) ->
         assert len(lag) == 2 and all(float(line.split()[1]) > 0 for line in lag)
         started = time.monotonic()
         assert gateway.stop() == 0
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
 
 
 def test_without_a_copy_nothing_is_said_of_one(gateway: GatewayProcess) -> None:
@@ -344,7 +344,7 @@ def test_the_port_of_nobody_is_named(tmp_path: Path) -> None:
     gateway = node(tmp_path, "a", store.settings)
     try:
         gateway.spawn()
-        wait_for(lambda: "Connection refused" in gateway.text(), 30, "the reason in the log")
+        wait_for(lambda: "Connection refused" in gateway.text(), 60, "the reason in the log")
         assert os.listdir(gateway.directory)
     finally:
         gateway.close()

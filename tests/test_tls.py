@@ -51,7 +51,7 @@ def shake_hands(
     if client_pair is not None:
         context.load_cert_chain(*client_pair)
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=10) as raw,
+        socket.create_connection(("127.0.0.1", port), timeout=30) as raw,
         context.wrap_socket(raw, server_hostname="127.0.0.1") as tls,
     ):
         # With TLS 1.3 a client learns only here that its certificate was not accepted.
@@ -77,7 +77,7 @@ def test_current_versions_are_accepted(shared: GatewayProcess, version: str, nam
 
 
 def test_plain_http_is_no_way_in(shared: GatewayProcess) -> None:
-    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as raw:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=30) as raw:
         raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: gateway\r\n\r\n")
         with contextlib.suppress(ConnectionError):
             assert b"HTTP/1.1 200" not in raw.recv(65536)
@@ -165,7 +165,7 @@ def test_files_that_do_not_fit_are_exit_2(tmp_path: Path, damage: str) -> None:
         key.write_bytes(write_pair(tmp_path, "other")[1].read_bytes())
     gateway = GatewayProcess(tmp_path, TLS_CERT=str(cert), TLS_KEY=str(key))
     try:
-        assert gateway.spawn().wait(20) == 2
+        assert gateway.spawn().wait(60) == 2
         assert "TLS_CERT" in gateway.text() and "PRIVATE" not in gateway.text()
     finally:
         gateway.close()
@@ -227,7 +227,7 @@ def test_ciphers_are_current_with_both_versions(shared: GatewayProcess) -> None:
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         context.set_ciphers(f"{ciphers}:@SECLEVEL=0")
         with (
-            socket.create_connection(("127.0.0.1", shared.port), timeout=10) as raw,
+            socket.create_connection(("127.0.0.1", shared.port), timeout=30) as raw,
             pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"),
         ):
             context.wrap_socket(raw)
@@ -240,7 +240,7 @@ def test_with_a_client_ca_only_its_certificates_get_in(tmp_path: Path) -> None:
     gateway = GatewayProcess(tmp_path, None, **settings)
     try:
         gateway.spawn()
-        wait_for(lambda: "ready on" in gateway.text(), 20, "readiness")
+        wait_for(lambda: "ready on" in gateway.text(), what="readiness")
         for pair in (None, stranger):
             with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
                 shake_hands(gateway.port, client_pair=pair)
@@ -285,7 +285,7 @@ def test_loopback_is_never_cut_off(tmp_path: Path) -> None:
 
 
 def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=10)
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def namespaces(tmp_path: Path) -> Iterator[tuple[str, str]]:
 
 PROBE = """
 import socket, ssl, sys
-raw = socket.create_connection(("192.0.2.1", int(sys.argv[2])), 10, (sys.argv[1], 0))
+raw = socket.create_connection(("192.0.2.1", int(sys.argv[2])), 30, (sys.argv[1], 0))
 context = ssl._create_unverified_context()
 try:
     context.wrap_socket(raw)
@@ -338,11 +338,11 @@ def test_a_source_that_is_not_allowed_is_cut_off_before_tls(
     )
     try:
         gateway.spawn()
-        wait_for(lambda: "ready on" in gateway.text(), 20, "readiness")
+        wait_for(lambda: "ready on" in gateway.text(), what="readiness")
         for source, expected in (("192.0.2.2", "in"), ("192.0.2.130", "out")):
             probe = ["ip", "netns", "exec", outside, sys.executable, "-c", PROBE, source]
             done = subprocess.run(
-                [*probe, str(gateway.port)], capture_output=True, text=True, timeout=20, check=True
+                [*probe, str(gateway.port)], capture_output=True, text=True, timeout=60, check=True
             )
             assert done.stdout.strip() == expected
     finally:
@@ -389,7 +389,7 @@ def test_what_needs_cryptography_says_so_and_exits_2(
         setting = {**setting, "TLS_CERT": str(cert), "TLS_KEY": str(key)}
     gateway = GatewayProcess(tmp_path, None, PYTHONPATH=without, **setting)
     try:
-        assert gateway.spawn().wait(20) == 2
+        assert gateway.spawn().wait(60) == 2
         last = gateway.text().splitlines()[-1]
         assert named in last and "cryptography" in last
     finally:
