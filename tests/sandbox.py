@@ -69,7 +69,7 @@ class Machine:
             (self.bin / name).write_text(text)
             (self.bin / name).chmod(0o755)
 
-    def run(self, script: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a bash script in the tree; both streams are its stdout."""
         return subprocess.run(
             [*self._enter, "bash", "-c", GUARD + script],
@@ -117,7 +117,7 @@ class Background:
     def text(self) -> str:
         return self._log.read_text()
 
-    def wait_text(self, text: str, seconds: float = 60) -> str:
+    def wait_text(self, text: str, seconds: float = 120) -> str:
         def there() -> bool:
             assert text in self.text() or self._process.poll() is None, self.text()
             return text in self.text()
@@ -128,7 +128,7 @@ class Background:
     def signal(self, name: str) -> None:
         self._machine.output(f"kill -{name} $(cat ../background.pid)")
 
-    def wait(self, seconds: float = 30) -> int:
+    def wait(self, seconds: float = 60) -> int:
         return self._process.wait(seconds)
 
 

@@ -24,7 +24,18 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from harness import API_KEY, Answer, Client, GatewayProcess, a_key, encode, path_key, running, sign
+from harness import (
+    API_KEY,
+    Answer,
+    Client,
+    GatewayProcess,
+    a_key,
+    encode,
+    path_key,
+    running,
+    sign,
+    wait_for,
+)
 
 PEERS = "/api/v1/configurations/"
 SHARED_SECRET = "tqgwn3SOq4m1mS0xk1Vf3u0Zb5mY8i0h3nq7m1T2d0A="
@@ -626,7 +637,7 @@ def test_wg_quick_itself_accepts_the_text(api: Client, tmp_path: Path) -> None:
     file.write_bytes(api.get(key, "?format=wg-quick").body)
     file.chmod(0o600)
     stripped = subprocess.run(
-        ["wg-quick", "strip", str(file)], capture_output=True, text=True, check=True, timeout=10
+        ["wg-quick", "strip", str(file)], capture_output=True, text=True, check=True, timeout=60
     )
     left = parse_wg_quick(stripped.stdout)
     assert set(left["Interface"]) == {"PrivateKey"}  # all the rest is wg-quick's own and known
@@ -678,12 +689,11 @@ def test_delete_frees_the_key_and_a_second_one_is_a_404(api: Client) -> None:
 
 def test_an_expired_peer_is_suspended_by_itself_and_cannot_be_activated(api: Client) -> None:
     key = fresh()
-    when = datetime.fromtimestamp(int(time.time()) + 1).astimezone().isoformat()
+    expires_at = int(time.time()) + 4
+    when = datetime.fromtimestamp(expires_at).astimezone().isoformat()
     assert api.create(key, expires_at=when).json["peer_status"] == "active"
-    deadline = time.monotonic() + 8
-    while api.get(key).json["status"] == "active":
-        assert time.monotonic() < deadline, "the peer did not expire"
-        time.sleep(0.05)
+    wait_for(lambda: api.get(key).json["status"] != "active", what="the end of the peer")
+    assert time.time() >= expires_at
     assert "expires_at" in check_problem(api.status(key, "active"), 409)
     assert api.get(key).json["status"] == "suspended"
 
@@ -716,13 +726,14 @@ def test_sync_finds_nothing_to_repair(api: Client) -> None:
 
 
 def test_server_status(api: Client) -> None:
+    started = int(time.time())
     answer = api.send("GET", "/api/v1/server/status").json
     assert answer["status"] == "healthy"
     assert answer["wireguard_peers"] == 0  # online: none without an interface
     assert answer["total_peers"] == len(known_keys(api))
     assert 0 < answer["memory_usage"] < 100
     assert isinstance(answer["load_average"], (int, float))
-    assert abs(datetime.fromisoformat(answer["timestamp"]).timestamp() - time.time()) < 5
+    assert started <= datetime.fromisoformat(answer["timestamp"]).timestamp() <= time.time()
 
 
 def test_server_metrics(api: Client) -> None:
@@ -903,19 +914,21 @@ def test_wrong_signatures_get_one_and_the_same_401(api: Client) -> None:
     assert len(details) == 1
 
 
-@pytest.mark.parametrize("offset", [-3600, -62, 62, 3600])
+# Here with room for a busy machine; to the second: test_crypto.py.
+@pytest.mark.parametrize("offset", [-3600, -62, 90, 3600])
 def test_only_a_right_signature_learns_the_servers_time(api: Client, offset: int) -> None:
-    late = sign(at=int(time.time()) + offset)
+    started = int(time.time())
+    late = sign(at=started + offset)
     detail = check_problem(api.raw("GET", "/api/v1/ip-usage", b"", late), 401)
     told = [int(word) for word in re.findall(r"\b\d{10}\b", detail)]
-    assert told and abs(told[0] - time.time()) < 5
+    assert told and started <= told[0] <= time.time()
     forged = {**late, "signature": "0" * 64}
     assert str(told[0])[:6] not in check_problem(
         api.raw("GET", "/api/v1/ip-usage", b"", forged), 401
     )
 
 
-@pytest.mark.parametrize("offset", [-55, 0, 55])
+@pytest.mark.parametrize("offset", [-30, 0, 55])
 def test_a_clock_within_the_window_is_accepted(api: Client, offset: int) -> None:
     headers = sign(at=int(time.time()) + offset)
     assert api.raw("GET", "/api/v1/ip-usage", b"", headers).status == 200

@@ -231,7 +231,7 @@ def test_damage_is_exit_3_that_names_file_and_offset(kept: Kept, damage: Damage)
     assert "--repair" in last
     assert changed(kept.directory, before) == set()
     with stopped(kept.directory, **kept.settings) as gateway:  # a start says the same
-        assert gateway.spawn().wait(20) == 3
+        assert gateway.spawn().wait(60) == 3
         assert str(path) in gateway.text().splitlines()[-1]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,18 @@ from test_accounting import PRIVATE_KEY, CountingBackend, FaultyDisk
 import wggw
 
 START = 1_800_000_000
+
+
+class Looks:
+    """Stands for the timers: what is done, and how often."""
+
+    every: dict[Callable[[], None], float]
+
+    def __init__(self, name: str, jobs: list[tuple[float, Callable[[], None]]]) -> None:
+        self.every.update((job, interval) for interval, job in jobs)
+
+    def start(self) -> None:
+        pass
 
 
 class Rig:
@@ -65,6 +78,17 @@ def test_expiry_is_at_its_second_and_not_before(rig: Rig) -> None:
     for seconds, state in ((0, ACTIVE), (99.9, ACTIVE), (100, EXPIRED), (101, EXPIRED)):
         rig.at(seconds)
         assert rig.state() == state
+
+
+def test_expiry_and_what_is_not_on_disk_are_looked_at_every_second(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Looks, "every", {}, raising=False)
+    monkeypatch.setattr(wggw, "Timer", Looks)
+    config = dataclasses.replace(rig.config, durability="interval")
+    wggw.Service._start_timers(config, rig.gateway, wggw.HostMetrics(str(tmp_path)))
+    for job in (rig.gateway.expire, rig.gateway.supervise, rig.gateway.heal, rig.gateway.flush):
+        assert Looks.every[job] <= 1
 
 
 def test_a_clock_that_jumps_ahead_and_is_set_back_takes_nothing_away(rig: Rig) -> None:

@@ -66,7 +66,7 @@ def test_block_runs_as_written(gateway: GatewayProcess, tmp_path: Path, number: 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr

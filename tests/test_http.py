@@ -276,10 +276,10 @@ BAD_JSON: dict[str, bytes] = {
 
 @pytest.mark.parametrize("body", BAD_JSON.values(), ids=BAD_JSON.keys())
 def test_bad_json_is_malformed(body: bytes) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(Malformed):
         decode_json(body)
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
 
 
 @pytest.mark.parametrize(

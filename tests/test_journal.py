@@ -226,7 +226,7 @@ def test_journal_goes_on_behind_a_torn_tail(tmp_path: Path) -> None:
 
 def test_many_waiters_share_fsyncs(tmp_path: Path) -> None:
     """16 threads with 20 records each and a slow disk: far fewer fsyncs than waits."""
-    disk = CountingDisk(delay=0.003)
+    disk = CountingDisk(delay=0.01)
     journal = started(tmp_path / "j", disk)
     before, lock, last = disk.fsyncs, threading.Lock(), 0
     errors: list[str] = []
@@ -305,7 +305,7 @@ def test_every_waiter_of_a_failed_group_learns_it(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
     assert outcomes == ["refused"] * 8
     journal.close()
 

@@ -161,7 +161,7 @@ def kill_round(
     return started
 
 
-@pytest.mark.timeout(120 + 5 * ROUNDS)
+@pytest.mark.timeout(300 + 5 * ROUNDS)
 @pytest.mark.parametrize("sealed", [False, True], ids=["plain", "sealed"])
 def test_a_kill_under_load_loses_nothing_acknowledged(tmp_path: Path, sealed: bool) -> None:
     seed = os.environ.get("WGGW_KILL_SEED") or str(random.randrange(10**6))

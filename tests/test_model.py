@@ -313,7 +313,7 @@ class Histories(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
-@pytest.mark.timeout(1200 if LONG else 120)
+@pytest.mark.timeout(1200 if LONG else 300)
 @pytest.mark.parametrize("subnets", SUBNETS)
 def test_every_history_agrees_with_the_model(subnets: str) -> None:
     machine = type("Histories", (Histories,), {"subnets": subnets})

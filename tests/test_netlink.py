@@ -35,10 +35,9 @@ from wggw import (
     sample_wg_device,
 )
 
-pytestmark = [
-    pytest.mark.skipif(sys.byteorder != "little", reason="the golden bytes are little-endian"),
-    pytest.mark.timeout(60),
-]
+pytestmark = pytest.mark.skipif(
+    sys.byteorder != "little", reason="the golden bytes are little-endian"
+)
 
 KEY_A, KEY_B, PSK, PRIVATE = b"\xaa" * 32, b"\xbb" * 32, b"\xcc" * 32, b"\xdd" * 32
 V4 = bytes([10, 0, 1, 2, 32])

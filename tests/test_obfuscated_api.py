@@ -239,7 +239,7 @@ def test_bad_parameters_are_refused_by_name(params: str, words: str) -> None:
 
 def test_bad_parameters_stop_the_start(tmp_path: Path) -> None:
     gateway = GatewayProcess(tmp_path, **{**BOTH, "AWG_PARAMS": '{"s4": 200}'})
-    assert gateway.spawn().wait(20) == 2
+    assert gateway.spawn().wait(60) == 2
     assert "AWG_PARAMS: S4: WG_MTU 1420 less S4" in gateway.text()
     assert "Traceback" not in gateway.text()
 
@@ -249,7 +249,7 @@ def test_parameters_from_a_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(PARAMS))
     path.chmod(0o644)
     gateway = GatewayProcess(tmp_path, **{**BOTH, "AWG_PARAMS": str(path)})
-    assert gateway.spawn().wait(20) == 2
+    assert gateway.spawn().wait(60) == 2
     assert "AWG_PARAMS" in gateway.text()
     path.chmod(0o600)
     try:

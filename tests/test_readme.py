@@ -117,11 +117,10 @@ def test_every_command_is_in_the_list() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.timeout(180)
 def test_every_block_runs_as_written(tmp_path: Path) -> None:
     with machine(tmp_path) as host:
         install = host.start(INSTALL.strip())
-        install.wait_text("\nEND\n", 60)
+        install.wait_text("\nEND\n")
         marked = [f"{block}\necho '@@@'" for block in FIRST_PEER]
         done = host.run("set -e\n" + "\n".join(marked), 120)
         assert done.returncode == 0, done.stdout + install.text()

@@ -497,7 +497,6 @@ def test_no_nonce_is_used_twice_over_restarts_and_torn_tails(
     check_unique(used, 30)
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("fault", ["once", "forever", "crash"])
 def test_no_nonce_is_used_twice_over_faults(
     tmp_path: Path, used: Counter[tuple[bytes, int]], fault: str

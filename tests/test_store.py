@@ -724,26 +724,22 @@ def test_history_without_faults_is_acknowledged_to_its_end(tmp_path: Path) -> No
         assert {peer.id for peer in recovered(remains)} == ids
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "from-then-on"])
 def test_failing_call_loses_nothing_acknowledged(tmp_path: Path, forever: bool) -> None:
     check_faults(lambda path, nth: FailingDisk(path, nth, forever), tmp_path, 20)
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("where", ["before", "middle", "after"])
 def test_crash_at_every_call_loses_nothing_acknowledged(tmp_path: Path, where: str) -> None:
     check_faults(lambda path, nth: CrashingDisk(path, nth, where), tmp_path, 20)
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("where", ["before", "middle"])
 def test_crash_with_sealed_files_loses_nothing_acknowledged(tmp_path: Path, where: str) -> None:
     vault = Vault("a secret for the snapshots")
     check_faults(lambda path, nth: CrashingDisk(path, nth, where), tmp_path, 10, vault)
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("later", range(1, 14))
 def test_crash_while_a_fault_is_mended_loses_nothing_acknowledged(
     tmp_path: Path, later: int
