@@ -4198,12 +4198,12 @@ class Store:
     def sample_parked(self, entries: Sequence[tuple[bytes, Parked, PeerState | None]]) -> Sampled:
         """Add the last counters of keys that the interface has dropped; None: they are lost."""
         rx = tx = 0
-        changed: list[TrafficRow] = []
+        changed: dict[int, TrafficRow] = {}  # a peer may have left two keys
         for key, parked, state in entries:
             row = self._db.execute(f"{_COUNTED} p.id = ?", (parked.peer_id,)).fetchone()
             if row is None:
                 continue
-            before = TrafficRow._make(row[3:])
+            before = changed.get(parked.peer_id) or TrafficRow._make(row[3:])
             after = before._replace(rx_seen=parked.rx_seen, tx_seen=parked.tx_seen)
             if state is not None:
                 handshake = max(state.last_handshake, before.last_handshake)
@@ -4213,10 +4213,10 @@ class Store:
                 rx_seen=0 if own else before.rx_seen, tx_seen=0 if own else before.tx_seen
             )
             if after != before:
-                changed.append(after)
+                changed[parked.peer_id] = after
             rx += after.rx_bytes - before.rx_bytes
             tx += after.tx_bytes - before.tx_bytes
-        self.write_traffic(changed)
+        self.write_traffic(list(changed.values()))
         return Sampled(rx, tx)
 
     def write_traffic(self, rows: Sequence[TrafficRow]) -> None:

@@ -293,3 +293,16 @@ def test_totals_are_the_truth(sweep: int, monkeypatch: pytest.MonkeyPatch) -> No
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_a_peer_that_left_two_keys_since_the_last_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wggw, "SWEEP_PEERS", 0)  # so that both are read in the same sample
+    history = Histories()
+    history.begin()
+    for to in (3, 4):
+        history.traffic(0, 7)
+        history.rotate(0, to)
+    assert len(history.left(0)) == 2
+    history.finish()
+    assert history.truth[0] == 14
+    history.teardown()

@@ -387,13 +387,13 @@ def test_failed_rotate_loses_nothing_and_refuses_changes(tmp_path: Path, call: s
 
 def test_replaced_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     disk, path = CountingDisk(), tmp_path / "file"
-    disk.replace(str(path), b"old")
+    disk.replace(str(path), [b"old"])
     for call in ("write", "fsync", "rename"):
         disk.fail = call
         with pytest.raises(OSError, match=r"space|Input|Read-only"):
-            disk.replace(str(path), b"new")
+            disk.replace(str(path), [b"n", b"ew"])
         assert path.read_bytes() == b"old"
     disk.fail = None
-    disk.replace(str(path), memoryview(b"new"))
+    disk.replace(str(path), [memoryview(b"n"), b"ew"])
     assert path.read_bytes() == b"new"
     assert path.stat().st_mode & 0o777 == 0o600

@@ -945,7 +945,7 @@ def test_file_that_could_not_be_replaced_takes_no_room(tmp_path: Path, nth: int)
     disk = FailingDisk(tmp_path, nth, False)
     (disk.path / "db").write_bytes(b"before")
     with pytest.raises(OSError, match="Input/output"):
-        disk.replace(str(disk.path / "db"), b"behind")
+        disk.replace(str(disk.path / "db"), [b"behind"])
     assert contents(disk.path) == {"db": b"before"}
 
 
