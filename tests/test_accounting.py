@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import API_KEY, a_key
+from harness import API_KEY, LONG, a_key
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -281,13 +281,14 @@ class Histories(RuleBasedStateMachine):
                 self.check(number, key, exact=False)
 
 
+@pytest.mark.timeout(1200 if LONG else 300)
 @pytest.mark.parametrize("sweep", [0, 512], ids=["large interface", "small interface"])
 def test_totals_are_the_truth(sweep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wggw, "SWEEP_PEERS", sweep)
     run_state_machine_as_test(
         Histories,
         settings=settings(
-            max_examples=25,
+            max_examples=300 if LONG else 25,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -96,7 +96,7 @@ def session() -> Iterator[requests.Session]:
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
-    derandomize=not LONG,  # the same ones in every quick run
+    derandomize=not LONG or settings.default.derandomize,  # the same ones in every quick run
     database=None,
     suppress_health_check=list(HealthCheck),
 )
