@@ -61,7 +61,7 @@ wc -l </root/before
 # A boot is from the disk and nothing else: no command brings the service up.
 COMPARE = """
 set -eu
-for try in $(seq 100); do systemctl is-active -q wggw && break; sleep 0.2; done
+for try in $(seq 300); do systemctl is-active -q wggw && break; sleep 0.2; done
 systemctl is-active wggw
 { wg show wg0 allowed-ips | sort; wg show wg0 public-key; } >/root/after
 diff /root/before /root/after
@@ -83,7 +83,7 @@ serve() {
   export GATEWAY_API_KEY=0123456789abcdef0123456789abcdef DB_PATH=$1/wireguard.db
   export WG_PRIVATE_KEY_FILE=$1/privatekey
   { START; } >log 2>&1 &
-  for try in $(seq 100); do
+  for try in $(seq 300); do
     curl -skf --max-time 5 https://127.0.0.1:8000/readyz >/dev/null && return
     sleep 0.2
   done
@@ -108,10 +108,10 @@ python3 wggw.py net down
 
 def test_reboot_and_node_in_memory_bring_every_peer_back(boot: Callable[[str], Guest]) -> None:
     guest = boot("bookworm")
-    first = guest.run(CREATE, 300)
+    first = guest.run(CREATE, 600)
     assert (first.status, first.output.split()) == (0, [str(PEERS + 1)]), first.output
     remote = pytest_inside("vm/inside/check_memory.py")
-    second = guest.run(COMPARE + IN_MEMORY + remote, 400)
+    second = guest.run(COMPARE + IN_MEMORY + remote, 900)
     assert second.status == 0, second.output
     assert second.output.split()[:4] == ["active", "2", "1", "1"], second.output
     assert '"status":"created"' in second.output.replace(" ", ""), second.output

@@ -58,6 +58,7 @@ def status(gateway: GatewayProcess, key: str, value: str) -> Any:
 
 
 def pings(address: str, prefix: list[str] = IN_CLIENT) -> bool:
+    """Within a second: where an answer is expected, this is waited for."""
     command = [*prefix, "ping", "-q", "-c", "1", "-W", "1", address]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
@@ -130,7 +131,7 @@ def both_ping() -> bool:
 def test_created_peer_pings_over_both_families(gateway: GatewayProcess, peer: Any) -> None:
     assert "netlink" in gateway.text(), "auto did not choose the kernel"
     start = time.monotonic()
-    wait_for(both_ping, 30, "ping over IPv4 and IPv6")
+    wait_for(both_ping, 60, "ping over IPv4 and IPv6")
     print(f"measured: first handshake and ping: {time.monotonic() - start:.2f} s")
     assert allowed_ips()[peer["public_key"]].split() == [
         f"{peer['assigned_ip']}/32",
@@ -139,7 +140,7 @@ def test_created_peer_pings_over_both_families(gateway: GatewayProcess, peer: An
     live = call(gateway, "GET", path_key(peer["public_key"]))
     assert live["status"] == "active"
     wait_for(
-        lambda: call(gateway, "GET", path_key(peer["public_key"]))["online"], 30, "peer online"
+        lambda: call(gateway, "GET", path_key(peer["public_key"]))["online"], 60, "peer online"
     )
 
 
@@ -147,7 +148,7 @@ def test_suspend_stops_both_directions_and_activate_resumes(
     gateway: GatewayProcess, peer: Any
 ) -> None:
     key = peer["public_key"]
-    wait_for(both_ping, 30, "ping before suspend")
+    wait_for(both_ping, 60, "ping before suspend")
     assert status(gateway, key, "suspended") == {"status": "suspended"}
     for target, prefix in (
         ("10.0.1.1", IN_CLIENT),
@@ -172,7 +173,7 @@ def test_restart_under_a_running_ping_loses_nothing(
     gateway: GatewayProcess, peer: Any, target: str, number: signal.Signals
 ) -> None:
     wait_for(lambda: pings(target), 60, "ping before the restart")
-    command = [*IN_CLIENT, "ping", "-q", "-i", "0.05", "-c", "200", target]
+    command = [*IN_CLIENT, "ping", "-q", "-i", "0.05", target]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         time.sleep(0.5)  # some echoes before the restart, too
@@ -180,12 +181,17 @@ def test_restart_under_a_running_ping_loses_nothing(
         gateway.stop() if number == signal.SIGTERM else gateway.kill()
         gateway.start(60)
         print(f"measured: {number.name} to ready again: {time.monotonic() - start:.2f} s")
-        assert running.poll() is None, "the ping ended before the gateway was back"
+        time.sleep(1)
+        running.send_signal(signal.SIGINT)
         output = running.communicate(timeout=60)[0]
     finally:
         running.kill()
         running.wait()
-    assert "200 packets transmitted, 200 received" in output, output
+    found = re.search(r"(\d+) packets transmitted, (\d+) received", output)
+    assert found, output
+    sent, received = int(found[1]), int(found[2])
+    # One may be on its way when ping is stopped: that one is not lost.
+    assert received >= 15 and sent - received <= 1, output
 
 
 def test_deleted_interface_comes_back_with_all_its_peers(

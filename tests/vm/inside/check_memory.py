@@ -91,7 +91,7 @@ def test_nothing_but_a_remote_copy_brings_every_peer_back(tmp_path: Path) -> Non
             assert api.status(a_key(1), "suspended").status == 200
             sh("ip", "netns", "add", "client")
             wire_client(created, secret)
-            wait_for(both_ping, 30, "ping before the power cut")
+            wait_for(both_ping, 60, "ping before the power cut")
             wait_for(lambda: copy_is_even(api), 60, "the copy")
             before = allowed_ips()
         assert len(before) == PEERS - 1

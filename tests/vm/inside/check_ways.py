@@ -87,4 +87,4 @@ def test_low_port_and_userspace_amneziawg_get_their_drop_ins() -> None:
     assert remains() == CLEAN
     assert run("ip", "link", "show", "awg0").returncode == 1
     assert "wggw" not in sh("ufw", "show", "added")
-    wait_for(lambda: run("pgrep", "-f", str(program)).returncode == 1, 20, "amneziawg-go's end")
+    wait_for(lambda: run("pgrep", "-f", str(program)).returncode == 1, 60, "amneziawg-go's end")
