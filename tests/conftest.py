@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,13 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from harness import Client, GatewayProcess, running  # noqa: E402
+
+with contextlib.suppress(ImportError):  # guests do without
+    from hypothesis import HealthCheck, settings
+
+    # An example that takes long says that the machine is busy, and nothing of the program.
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
 
 # The files that wait longest. They begin first: begun last, one would have the others wait for it.
 FIRST = (
