@@ -129,7 +129,7 @@ class Client:
 
     def __init__(self, port: int, host: str = "127.0.0.1", key: str = API_KEY) -> None:
         self.port, self.host, self.key = port, host, key
-        self._connection = http.client.HTTPSConnection(host, port, timeout=30, context=ANY_PEER)
+        self._connection = http.client.HTTPSConnection(host, port, timeout=60, context=ANY_PEER)
 
     def send(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         """Sign and send; `body` is bytes, or a value that becomes JSON."""

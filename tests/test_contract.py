@@ -97,7 +97,7 @@ def test_an_import_is_told_what_is_wrong_and_nothing_of_a_start(gateway: Gateway
 def test_a_bad_client_ca_is_named_alone(tmp_path: Path) -> None:
     process = GatewayProcess(tmp_path, TLS_CLIENT_CA=str(tmp_path / "ca.pem"))
     try:
-        assert process.spawn().wait(20) == 2
+        assert process.spawn().wait(60) == 2
     finally:
         process.close()
     last = process.text().splitlines()[-1]

@@ -199,4 +199,4 @@ def test_a_sample_fills_the_age_in_status(watched: GatewayProcess) -> None:
         (interface,) = client.send("GET", "/api/v1/server/status").json["interfaces"]
         return 0 <= float(interface["sample_age_seconds"]) < 5
 
-    wait_for(fresh, 20, "a sample")
+    wait_for(fresh, what="a sample")

@@ -667,7 +667,7 @@ def test_a_disk_fault_undoes_parts_and_others_changes_in_their_order(
         monkeypatch.setattr(box.disk, "fsync", fsync)
         thread = threading.Thread(target=delete)
         thread.start()
-        assert entered.wait(10)
+        assert entered.wait(30)
         return thread
 
     end_sync = box.store.end_sync
