@@ -1040,12 +1040,16 @@ def encode_key(raw: bytes) -> str:
     return binascii.b2a_base64(raw, newline=False).decode("ascii")
 
 
+# The last of 43 digits carries four bits: its two others are zero.
+_KEY = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
+NO_KEY = "A" * 43 + "="  # WireGuard takes 32 zero bytes for none
+
+
 def decode_key(text: str) -> bytes:
     """44 characters of canonical base64 -> 32 bytes. Raises ValueError."""
-    raw = binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
-    if len(raw) != KEY_BYTES or encode_key(raw) != text:
+    if not _KEY.fullmatch(text):
         raise ValueError("not a key")
-    return raw
+    return binascii.a2b_base64(text)
 
 
 def key_from_path(segment: str) -> str | None:
@@ -1654,12 +1658,13 @@ def _field_long_text(value: Any) -> str:
 def _field_key(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError
-    return encode_key(decode_key(value))
+    decode_key(value)
+    return value
 
 
 def _field_public_key(value: Any) -> str:
     text = _field_key(value)
-    if decode_key(text) == bytes(KEY_BYTES):  # no peer has it, and interfaces drop it silently
+    if text == NO_KEY:  # no peer has it, and interfaces drop it silently
         raise ValueError
     return text
 
@@ -1888,16 +1893,17 @@ SYNC_FIELDS: dict[str, Field] = {
 def parse_fields(given: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
     """Decode the fields of a table; what it does not know is ignored. Raises Invalid."""
     parsed: dict[str, Any] = {}
-    for name, row in table.items():
-        value = given.get(name)
-        if value is None and not (row.null and name in given):
-            if row.required:
-                raise Invalid(name, f"is required: {row.accepts}")
+    for name, value in given.items():
+        row = table.get(name)
+        if row is None or (value is None and not row.null):
             continue
         try:
             parsed[name] = row.parse(value)
         except (ValueError, TypeError):
             raise Invalid(name, f"must be {row.accepts}") from None
+    for name, row in table.items():
+        if row.required and name not in parsed:
+            raise Invalid(name, f"is required: {row.accepts}")
     return parsed
 
 
@@ -4164,20 +4170,24 @@ class Store:
                 kind = self._db.execute(_SELECT_KIND, (peer.id,)).fetchone()
                 if kind is not None:
                     kinds[peer.id] = kind
-        for statement, rows in itertools.groupby(peers, self._statement_for):
+        newest = self._next_id
+
+        def statement_for(peer: Peer) -> str:
+            nonlocal newest
+            if peer.id < newest:
+                return _PUT
+            newest = peer.id + 1
+            return _INSERT
+
+        for statement, rows in itertools.groupby(peers, statement_for):
             self._db.executemany(statement, rows)
+        self._next_id = newest
         for peer in peers:
             old = kinds.get(peer.id)
             if old is not None:
                 self.counts[old] -= 1
             kinds[peer.id] = kind = (peer.interface, peer.status)
             self.counts[kind] += 1
-
-    def _statement_for(self, peer: Peer) -> str:
-        if peer.id < self._next_id:
-            return _PUT
-        self._next_id = peer.id + 1
-        return _INSERT
 
     def _delete(self, peer_id: int) -> None:
         old = self._db.execute(
@@ -5405,30 +5415,49 @@ def encode_wg_peer(change: Change) -> bytes:
 
     No endpoint and no keepalive: those are the client's.
     """
-    key = nl_attribute(WGPEER_A_PUBLIC_KEY, change.public_key)
     if change.peer is None:
-        return key + nl_attribute(WGPEER_A_FLAGS, struct.pack("=I", WGPEER_F_REMOVE_ME))
-    networks = b"".join(
-        nl_attribute(NLA_F_NESTED, _encode_allowed_ip(network))
-        for network in change.peer.allowed_ips
-    )
+        return _KEY_HEAD + change.public_key + _REMOVE
+    networks = b"".join(map(_encode_allowed_ip, change.peer.allowed_ips))
     return b"".join(
         (
-            key,
-            nl_attribute(WGPEER_A_FLAGS, struct.pack("=I", WGPEER_F_REPLACE_ALLOWEDIPS)),
-            nl_attribute(WGPEER_A_PRESHARED_KEY, change.peer.preshared_key or bytes(KEY_BYTES)),
+            _KEY_HEAD,
+            change.public_key,
+            _REPLACE_NETWORKS,
+            _PSK_HEAD,
+            change.peer.preshared_key or bytes(KEY_BYTES),
             nl_attribute(NLA_F_NESTED | WGPEER_A_ALLOWEDIPS, networks),
         )
     )
 
 
+def _nl_head(kind: int, length: int) -> bytes:
+    """What stands before a payload of so many bytes."""
+    return struct.pack("=HH", 4 + length, kind)
+
+
+_KEY_HEAD = _nl_head(WGPEER_A_PUBLIC_KEY, KEY_BYTES)
+_PSK_HEAD = _nl_head(WGPEER_A_PRESHARED_KEY, KEY_BYTES)
+_REMOVE = nl_attribute(WGPEER_A_FLAGS, struct.pack("=I", WGPEER_F_REMOVE_ME))
+_REPLACE_NETWORKS = nl_attribute(WGPEER_A_FLAGS, struct.pack("=I", WGPEER_F_REPLACE_ALLOWEDIPS))
+_MASK_HEAD = _nl_head(WGALLOWEDIP_A_CIDR_MASK, 1)
+
+
+def _allowed_ip_head(family: int, size: int) -> bytes:
+    """All of an allowed IP before its address of `size` bytes."""
+    head = nl_attribute(WGALLOWEDIP_A_FAMILY, struct.pack("=H", family))
+    head += _nl_head(WGALLOWEDIP_A_IPADDR, size)
+    return _nl_head(NLA_F_NESTED, len(head) + size + len(_MASK_HEAD) + 4) + head
+
+
+_ALLOWED_IP_HEADS = {  # by the length of a packed network
+    5: _allowed_ip_head(socket.AF_INET, 4),
+    17: _allowed_ip_head(socket.AF_INET6, 16),
+}
+
+
 def _encode_allowed_ip(network: bytes) -> bytes:
-    family = socket.AF_INET if len(network) == 5 else socket.AF_INET6
-    return (
-        nl_attribute(WGALLOWEDIP_A_FAMILY, struct.pack("=H", family))
-        + nl_attribute(WGALLOWEDIP_A_IPADDR, network[:-1])
-        + nl_attribute(WGALLOWEDIP_A_CIDR_MASK, network[-1:])
-    )
+    head = _ALLOWED_IP_HEADS[len(network)]
+    return head + network[:-1] + _MASK_HEAD + network[-1:] + bytes(3)
 
 
 AWG_BY_ATTRIBUTE = {row.attribute: name for name, row in AWG_PARAMETERS.items()}
@@ -7989,13 +8018,18 @@ class Gateway:
         if name is not None and name not in self.interfaces:
             raise Invalid("interface", f"must be one of {', '.join(self.interfaces)}")
         timeless = {name: value for name, value in fields.items() if name != "expires_at"}
-        peer = self._new_peer(timeless, lambda given, _, family: given.get(ADDRESS_FIELD[family]))
+        missing: list[str] = []
+
+        def choose(given: Mapping[str, Any], _: Interface, family: str) -> Any:
+            if ADDRESS_FIELD[family] not in given:
+                missing.append(family)
+            return given.get(ADDRESS_FIELD[family])
+
+        peer = self._new_peer(timeless, choose)
         if name not in (None, peer.interface):
             raise Conflict(f"interface: such a peer goes to {peer.interface}")
         peer = peer._replace(id=0, expires_at=fields.get("expires_at"))
-        families = self._families_for(fields, self.interfaces[peer.interface])
-        missing = tuple(f for f in families if ADDRESS_FIELD[f] not in fields)
-        return self._with_status(peer, fields.get("status")), missing
+        return self._with_status(peer, fields.get("status")), tuple(missing)
 
     def _with_status(self, peer: Peer, status: str | None) -> Peer:
         """The peer as an element, expiry and quota want it."""
@@ -8072,10 +8106,10 @@ class Gateway:
 
     def _reserve(self, address: HeldAddress) -> None:
         _, family, text = address
-        pool = self._pool(address)
-        if not pool.is_free(text):
-            raise Conflict(f"{ADDRESS_FIELD[family]}: {text} is not free")
-        self._reserved[address] = pool.claim(text)
+        try:
+            self._reserved[address] = self._pool(address).claim(text)
+        except ValueError:
+            raise Conflict(f"{ADDRESS_FIELD[family]}: {text} is not free") from None
 
     def _give_back(self, addresses: Sequence[HeldAddress]) -> None:
         """Free what is still reserved of these: what no peer had is the next one again."""
@@ -8660,8 +8694,7 @@ def _had(named: Container[str], fields: Mapping[str, Any], interface: Interface)
 
 
 def _real_psk(preshared_key: str | None) -> str | None:
-    """WireGuard takes a preshared key of zeros for none."""
-    return preshared_key if preshared_key and any(decode_key(preshared_key)) else None
+    return None if preshared_key == NO_KEY else preshared_key
 
 
 def _interface_changes(step: Step, interface: str) -> Iterator[Change]:
