@@ -273,18 +273,25 @@ class Tunnel:
 
 
 class Stream:
-    """UDP datagrams every 2 ms, each with the time it was sent; counted where they arrive.
+    """UDP datagrams, each with the time it was sent; counted where they arrive.
 
     The clock is the machine's, so that "sent after the answer was there" has one meaning on both
     sides and no datagram under way can blur it.
     """
 
-    INTERVAL = 0.002
-
     def __init__(
-        self, source: Namespace, target: Namespace, address: str, sender: str | None = None
+        self,
+        source: Namespace,
+        target: Namespace,
+        address: str,
+        sender: str | None = None,
+        interval: float = 0.002,
     ) -> None:
-        """From any address of `source`, or from `sender`, to an address of `target`."""
+        """From any address of `source`, or from `sender`, to an address of `target`.
+
+        `interval`: seconds between two datagrams.
+        """
+        self._interval = interval
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.description = f"to {address}"
         self.sent = 0
@@ -311,7 +318,7 @@ class Stream:
         self._receiver.close()
 
     def _send(self) -> None:
-        while not self._ended.wait(self.INTERVAL):
+        while not self._ended.wait(self._interval):
             # Refused, unreachable, no key: a datagram that does not arrive is what is counted.
             with contextlib.suppress(OSError):
                 self._sender.sendto(struct.pack("d", time.monotonic()), self._to)
@@ -462,7 +469,9 @@ class Topology:
         return tunnel
 
     @contextlib.contextmanager
-    def streams(self, tunnel: Tunnel, answer: dict[str, Any]) -> Iterator[list[Stream]]:
+    def streams(
+        self, tunnel: Tunnel, answer: dict[str, Any], interval: float = 0.002
+    ) -> Iterator[list[Stream]]:
         """Traffic between client and host: both directions, both families."""
         pairs = [
             *((tunnel.namespace, self.host, address) for address in self.HOST),
@@ -472,7 +481,7 @@ class Topology:
             ),
         ]
         with contextlib.ExitStack() as stack:
-            yield [stack.enter_context(Stream(*pair)) for pair in pairs]
+            yield [stack.enter_context(Stream(*pair, interval=interval)) for pair in pairs]
 
     def forget(self) -> None:
         for name in (self.interface, *(tunnel.name for tunnel in self.tunnels)):
