@@ -1070,12 +1070,14 @@ def pack_network(address: str) -> bytes:
 
 def wire_peer(peer: Peer) -> WirePeer:
     """What the interface must hold for this peer while it is active."""
-    psk = peer.preshared_key
-    networks = sorted(pack_network(a) for a in (peer.assigned_ip, peer.assigned_ipv6) if a)
+    return encode_wire(peer.public_key, peer.preshared_key, peer.assigned_ip, peer.assigned_ipv6)
+
+
+def encode_wire(public_key: str, preshared_key: str | None, *addresses: str | None) -> WirePeer:
     return WirePeer(
-        binascii.a2b_base64(peer.public_key),
-        binascii.a2b_base64(psk) if psk else b"",
-        tuple(networks),
+        binascii.a2b_base64(public_key),
+        binascii.a2b_base64(preshared_key) if preshared_key else b"",
+        tuple(sorted([pack_network(address) for address in addresses if address])),
     )
 
 
@@ -2785,17 +2787,11 @@ class AddressPool:
         Raises ValueError with the address when one that is held cannot be a peer's here.
         """
         for address in held:
-            offset = self._offset(address)
-            if offset is None or offset in self._ahead:
-                raise ValueError(address)
-            self._ahead.add(offset)
-            self.used += 1
+            self.claim(address)
         for address in released:  # those outside a changed subnet are of no interest any more
-            offset = self._offset(address)
-            if offset is not None and offset not in self._ahead:
-                self._ahead.add(offset)
-                self._released[offset] = None
-        self._close_gap()
+            if self.is_free(address):
+                self.claim(address)
+                self.release(address)
         self._ahead = set(self._ahead)  # a set that was large stays large
 
     def peek(self) -> str | None:
@@ -3977,12 +3973,23 @@ class Store:
         rows = self._db.execute(f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
         return [Peer._make(row) for row in rows]
 
-    def address_rows(self, after: int, limit: int) -> list[tuple[int, str, str | None, str | None]]:
-        """(id, interface, IPv4, IPv6) of peers with an id above `after`."""
+    def wire_rows(self, interface: str, after: int, limit: int) -> list[Sequence[Any]]:
+        """An id above `after` and what encode_wire() takes, of an interface's active peers."""
         return self._db.execute(
-            "SELECT id, interface, assigned_ip, assigned_ipv6 FROM peers "
-            "WHERE id > ? ORDER BY id LIMIT ?",
-            (after, limit),
+            "SELECT id, public_key, preshared_key, assigned_ip, assigned_ipv6 FROM peers "
+            "WHERE id > ? AND +interface = ? AND +status = 'active' ORDER BY id LIMIT ?",
+            (after, interface, limit),
+        ).fetchall()
+
+    def held_rows(
+        self, interface: str, family: str, after: int, limit: int
+    ) -> list[tuple[int, str]]:
+        """(id, address) of an interface's peers with an id above `after`."""
+        column = ADDRESS_FIELD[family]
+        return self._db.execute(
+            f"SELECT id, {column} FROM peers WHERE id > ? AND +interface = ? "  # noqa: S608  names of this file
+            f"AND {column} IS NOT NULL ORDER BY id LIMIT ?",
+            (after, interface, limit),
         ).fetchall()
 
     def released(self, family: str) -> Iterator[str]:
@@ -5605,17 +5612,30 @@ _USUAL_HEADS = tuple(
 )
 # The header of an endpoint, a sockaddr_in or sockaddr_in6 -> the attribute's length.
 _USUAL_ENDPOINTS = {struct.pack("=HH", 4 + size, WGPEER_A_ENDPOINT): 4 + size for size in (16, 28)}
-_ADDRESS_HEADS = {
-    size: struct.pack("=HHH2xHH", 6, WGALLOWEDIP_A_FAMILY, family, 4 + size, WGALLOWEDIP_A_IPADDR)
+# An allowed IP of one host before its address: mask, family, the address's header. By its size.
+_HOST_HEADS = {
+    size: struct.pack("=HHHHB3x", 24 + size, NLA_F_NESTED, 5, WGALLOWEDIP_A_CIDR_MASK, 8 * size)
+    + struct.pack("=HHH2xHH", 6, WGALLOWEDIP_A_FAMILY, family, 4 + size, WGALLOWEDIP_A_IPADDR)
     for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16))
 }
-_ENTRY_HEADS = {
-    size: struct.pack("=HHHH", 24 + size, NLA_F_NESTED, 5, WGALLOWEDIP_A_CIDR_MASK)
-    for size in _ADDRESS_HEADS
-}
-# The header of allowed IPs that are one of each family at most -> the sizes of their addresses.
+
+
+class _UsualNetworks(NamedTuple):
+    """Allowed IPs behind their header: one host of some families."""
+
+    layout: struct.Struct  # head and address of each
+    heads: tuple[bytes, ...]
+    masks: tuple[bytes, ...]
+
+
 _USUAL_NETWORKS = {
-    struct.pack("=HH", 4 + sum(24 + n for n in sizes), NLA_F_NESTED | WGPEER_A_ALLOWEDIPS): sizes
+    struct.pack("=HH", 4 + sum(24 + n for n in sizes), NLA_F_NESTED | WGPEER_A_ALLOWEDIPS): (
+        _UsualNetworks(
+            struct.Struct("=" + "".join(f"24s{size}s" for size in sizes)),
+            tuple(_HOST_HEADS[size] for size in sizes),
+            tuple(bytes([8 * size]) for size in sizes),
+        )
+    )
     for sizes in ((), (4,), (16,), (4, 16))
 }
 
@@ -5638,23 +5658,14 @@ def _decode_usual_peer(data: bytes) -> PeerState | None:
     _, key, _, psk, _, seconds, nanoseconds, _, _, sent, _, received, _ = front
     endpoint = _USUAL_ENDPOINTS.get(data[at : at + 4], 0)
     at += endpoint
-    sizes = _USUAL_NETWORKS.get(data[at : at + 4])
-    if sizes is None:
+    usual = _USUAL_NETWORKS.get(data[at : at + 4])
+    if usual is None or at + 4 + usual.layout.size != len(data):
         return None
-    at += 4
-    networks = []
-    for size in sizes:
-        end = at + 24 + size
-        mask = data[at + 8 : at + 9]
-        if data[at : at + 8] != _ENTRY_HEADS[size] or mask > bytes([8 * size]):
-            return None
-        if data[at + 12 : at + 24] != _ADDRESS_HEADS[size]:
-            return None
-        networks.append(data[at + 24 : end] + mask)
-        at = end
-    if at != len(data):
+    found = usual.layout.unpack_from(data, at + 4)
+    if found[::2] != usual.heads:
         return None
-    peer = WirePeer(key, b"" if psk == _NO_KEY else psk, tuple(sorted(networks)))
+    networks = sorted([a + mask for a, mask in zip(found[1::2], usual.masks, strict=True)])
+    peer = WirePeer(key, b"" if psk == _NO_KEY else psk, tuple(networks))
     return PeerState(
         peer,
         _in_range(seconds or int(nanoseconds != 0), MAX_TIME),
@@ -6915,6 +6926,7 @@ def _look_at_firewalls(config: Config, tunnels: Sequence[InterfaceSettings]) -> 
 
 
 _T = TypeVar("_T")
+_Row = TypeVar("_Row", bound=Sequence[Any])
 
 
 class Interface(NamedTuple):
@@ -7197,13 +7209,13 @@ class Gateway:
         """The pools of an interface as a store has them. Raises Conflict."""
         subnets = interface.settings.subnets
         pools = {family: AddressPool(subnet) for family, subnet in subnets.items()}
-        held = self._held(interface.name, store)
         for family in FAMILIES:
+            held = self._held(interface.name, store, family)
             try:
                 if family in pools:
-                    pools[family].restore(held[family], store.released(family))
-                elif held[family]:
-                    raise ValueError(held[family][0])
+                    pools[family].restore(held, store.released(family))
+                elif any(held):
+                    raise ValueError
             except ValueError:  # the address itself is a VPN client's: it stays out of logs
                 raise Conflict(
                     f"there is a peer whose {family} address is outside of {subnets.get(family)}, "
@@ -7211,22 +7223,17 @@ class Gateway:
                 ) from None
         return pools
 
-    def _held(self, interface: str, store: Store) -> dict[str, list[str]]:
-        """Each family's addresses that peers of an interface hold."""
-        held: dict[str, list[str]] = {family: [] for family in FAMILIES}
-        for _, name, *addresses in self._all_addresses(store):
-            if name == interface:
-                for family, address in zip(FAMILIES, addresses, strict=True):
-                    if address is not None:
-                        held[family].append(address)
-        return held
+    def _held(self, interface: str, store: Store, family: str) -> Iterator[str]:
+        """A family's addresses that peers of an interface hold."""
+        rows = self._chunks(lambda at: store.held_rows(interface, family, at, READ_CHUNK * 10))
+        return (address for _, address in rows)
 
-    def _all_addresses(self, store: Store) -> Iterator[tuple[int, str, str | None, str | None]]:
-        """(id, interface, IPv4, IPv6) of every peer; the lock is held for a chunk at a time."""
+    def _chunks(self, read: Callable[[int], Sequence[_Row]]) -> Iterator[_Row]:
+        """All rows of read(id of the last one); the lock is held for a chunk at a time."""
         after = 0
         while True:
             with self.lock:
-                rows = store.address_rows(after, READ_CHUNK * 10)
+                rows = read(after)
             yield from rows
             if not rows:
                 return
@@ -7401,11 +7408,10 @@ class Gateway:
         chosen = [i for i in self.interfaces.values() if interface in (None, i.name)]
         with self.lock:
             number = self._last_pending()
-        held = [self._held(i.name, self.store) for i in chosen]
         usage = {
             family: {
                 **pool_usage(i.pools.get(family) for i in chosen),
-                "assigned_ips": [address for of_one in held for address in of_one[family]],
+                "assigned_ips": [a for i in chosen for a in self._held(i.name, self.store, family)],
             }
             for family in FAMILIES
         }
@@ -7979,15 +7985,7 @@ class Gateway:
         return Plan(leaving, coming, DesiredResult(created, updated, deleted, unchanged))
 
     def _all_peers(self) -> Iterator[Peer]:
-        """Every peer; the lock is held for a chunk at a time."""
-        after = 0
-        while True:
-            with self.lock:
-                peers = self.store.peers_after(after, READ_CHUNK)
-            yield from peers
-            if not peers:
-                return
-            after = peers[-1].id
+        return self._chunks(lambda after: self.store.peers_after(after, READ_CHUNK))
 
     def _wished(self, known: Peer, fields: Mapping[str, Any]) -> tuple[Peer, tuple[str, ...]]:
         """A known peer as an element wants it; what the element does not name stays."""
@@ -8294,8 +8292,10 @@ class Gateway:
             self._account(interface, states, touched, whole=True)
             actual = {s.peer.public_key: s.peer for s in states if s.peer.public_key not in parked}
             present = len(actual)
-            projections = (_projection(peer, interface.name) for peer in self._all_peers())
-            plan = list(diff(filter(None, projections), actual))
+            rows = self._chunks(
+                lambda after: self.store.wire_rows(interface.name, after, READ_CHUNK)
+            )
+            plan = list(diff((encode_wire(*row[1:]) for row in rows), actual))
             plan.sort(key=lambda entry: entry[0] != "removed")  # an address may have moved
             done: collections.Counter[str] = collections.Counter()
             for start in range(0, len(plan), READ_CHUNK // 2):

@@ -1046,8 +1046,8 @@ def test_the_log_holds_no_secret_signature_key_or_address(shared: GatewayProcess
     made = client.create(key, protocol="dual", preshared_key=psk, request_id="do-not-log-me").json
     headers = sign()
     assert client.raw("GET", PEERS + path_key(key), b"", headers).status == 200
-    log = shared.text()
-    assert "GET /api/v1/configurations/{public_key} 200" in log
+    line = "GET /api/v1/configurations/{public_key} 200"
+    log = wait_for(lambda: line in (text := shared.text()) and text, what=line)
     for secret in (
         API_KEY, SHARED_SECRET, METRICS_TOKEN, headers["signature"], psk, "do-not-log-me",
         made["assigned_ip"] + " ", made["assigned_ipv6"] + " ", key,
