@@ -4285,19 +4285,20 @@ class Store:
         """A transaction for replay: what fails there is not used any more, so that the copies
         need not be made (a third of the time) which SQLite would go back to. What the trigger
         `address_taken` does for each row (a sixth) is done once at the end."""
-        (trigger,) = self._db.execute(
-            "SELECT sql FROM sqlite_schema WHERE name = 'address_taken'"
-        ).fetchone()
+        triggers = self._db.execute(
+            "SELECT sql FROM sqlite_schema WHERE type = 'trigger' AND name = 'address_taken'"
+        ).fetchall()
         self._db.execute("PRAGMA journal_mode = OFF")
         self._db.execute("BEGIN")
         try:
-            self._db.execute("DROP TRIGGER address_taken")
+            self._db.execute("DROP TRIGGER IF EXISTS address_taken")
             yield
             self._db.execute(
                 "DELETE FROM released WHERE EXISTS (SELECT 1 FROM peers "
                 "WHERE assigned_ip = released.address OR assigned_ipv6 = released.address)"
             )
-            self._db.execute(trigger)
+            for (trigger,) in triggers:
+                self._db.execute(trigger)
         except BaseException:
             self._db.close()
             self._db = open_memory()
