@@ -2572,7 +2572,7 @@ class Seal:
             raise ConfigError(f"SNAPSHOT_KEY: its value (not shown) is not the key of {name}")
         return seal
 
-    def seal(self, number: int, bound: bytes, plaintext: bytes | memoryview) -> bytes:
+    def seal(self, number: int, bound: bytes, plaintext: bytes) -> bytes:
         """Encrypt; opens only with the same number and the same `bound` bytes."""
         return self._aead.encrypt(number.to_bytes(12, "big"), plaintext, bound)
 
@@ -3107,7 +3107,7 @@ def snapshot_parts(image: bytes, vault: Vault | None) -> Iterator[bytes | memory
     head = SNAPSHOT_MAGIC + seal.header
     yield b"%b %08x\n" % (head, zlib.crc32(head))
     for index, start in enumerate(range(0, len(view), SNAPSHOT_CHUNK)):
-        chunk = view[start : start + SNAPSHOT_CHUNK] if start else first
+        chunk = bytes(view[start : start + SNAPSHOT_CHUNK]) if start else first
         last = start + SNAPSHOT_CHUNK >= len(view)
         yield seal.seal(index, b"last" if last else b"more", chunk)
 

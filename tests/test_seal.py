@@ -424,6 +424,21 @@ def test_every_moved_chunk_is_noticed(length: int) -> None:
             decode_snapshot(b"".join([head, *changed]), VAULT, "name")
 
 
+def test_cipher_is_given_bytes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cryptography package of Debian 12 (38.0.4) takes nothing else."""
+    given: list[Any] = []
+
+    def seal(self: wggw.Seal, number: int, bound: bytes, plaintext: bytes) -> bytes:
+        given.append(plaintext)
+        return genuine(self, number, bound, plaintext)
+
+    genuine = wggw.Seal.seal
+    monkeypatch.setattr(wggw.Seal, "seal", seal)
+    encode_snapshot(LARGE, VAULT)
+    assert len(given) == 4
+    assert {type(plaintext) for plaintext in given} == {bytes}
+
+
 def test_every_truncated_chunk_is_noticed() -> None:
     data = encode_snapshot(LARGE, VAULT)
     head, parts = chunks(data)
