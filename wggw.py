@@ -3448,7 +3448,7 @@ MIGRATIONS: tuple[str, ...] = (
     END;
     """,
     # 2: Store._put() does it, at a fifth of the cost
-    "DROP TRIGGER address_taken;",
+    "DROP TRIGGER IF EXISTS address_taken;",
 )
 
 _COLUMNS = ", ".join(Peer._fields)
@@ -3754,8 +3754,11 @@ class Store:
                 "no new installation: restore the snapshot, or let `wggw check --repair` make "
                 "one, or move the other files away to begin empty"
             )
-        migrate(self._db)
-        self._load_counts()
+        try:
+            migrate(self._db)
+            self._load_counts()
+        except sqlite3.Error as error:  # by other hands: its tables are not those of its version
+            raise _damaged(self.path, 0, f"not a good snapshot: {error}") from None
         current = self._replay()
         if self._open_sync:
             self._take_back_open_sync()

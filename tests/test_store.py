@@ -924,6 +924,26 @@ def test_snapshot_changed_by_other_hands_on_purpose_is_read(tmp_path: Path) -> N
     assert recovered(tmp_path) == {a_peer(1, dns="d2"), a_peer(2), a_peer(3)}
 
 
+def by_other_hands(path: Path, *statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(path / "db")) as db:
+        for statement in (*statements, "PRAGMA application_id = 0"):
+            db.execute(statement)
+
+
+def test_snapshot_of_the_first_version_is_read_with_and_without_its_trigger(tmp_path: Path) -> None:
+    expected = furnished(tmp_path)
+    trigger = "CREATE TRIGGER address_taken AFTER INSERT ON peers BEGIN SELECT 1; END"
+    for before in ([], [trigger]):
+        by_other_hands(tmp_path, *before, "PRAGMA user_version = 1")
+        assert recovered(tmp_path) == expected
+
+
+def test_snapshot_without_the_tables_of_its_version_is_refused(tmp_path: Path) -> None:
+    furnished(tmp_path)
+    by_other_hands(tmp_path, "DROP TABLE released")
+    assert "no such table: released" in refused(tmp_path)
+
+
 def test_snapshot_is_an_ordinary_database(tmp_path: Path) -> None:
     furnished(tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db:
