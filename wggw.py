@@ -7995,14 +7995,16 @@ class Gateway:
         interface = self.interfaces[known.interface]
         if fields.get("interface", known.interface) != known.interface:
             raise Conflict(f"interface: the peer is on {known.interface}, and peers never move")
-        values = {name: fields[name] for name in _SYNC_PLAIN if name in fields}
+        values = {name: value for name, value in fields.items() if name in _SYNC_PLAIN}
         if fields.get("tunnel_traffic"):
             values["tunnel_traffic"] = ",".join(fields["tunnel_traffic"])
         if "preshared_key" in fields:
             values["preshared_key"] = _real_psk(fields["preshared_key"])
         changed = {name: v for name, v in values.items() if v != getattr(known, name)}
-        self._check_choices({n: changed[n] for n in ("dns", "port") if n in changed}, interface)
         named = [*fields.get("tunnel_traffic", ()), *_PROTOCOLS[fields.get("protocol")]]
+        if not changed and not named:  # most of them, most of the time
+            return self._with_status(known, fields.get("status")), ()
+        self._check_choices({n: changed[n] for n in ("dns", "port") if n in changed}, interface)
         named += [family for family in FAMILIES if ADDRESS_FIELD[family] in changed]
         _had(named, fields, interface)
         after = known._replace(**changed) if changed else known
@@ -9136,14 +9138,15 @@ def decode_lines(pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]
             if len(buffer) > MAX_BODY:
                 raise TooLarge(f"line {number + 1}: more than {MAX_BODY} bytes")
             continue
-        *lines, rest = buffer.split(b"\n")
-        buffer = rest
+        *lines, rest = bytes(buffer).split(b"\n")
+        buffer = bytearray(rest)
         for line in lines:
             number += 1
             if line.strip():
-                with _placed(f"line {number}"):
-                    value = decode_json(bytes(line))
-                yield f"line {number}", value
+                place = f"line {number}"
+                with _placed(place):
+                    value = decode_json(line)
+                yield place, value
 
 
 def decode_array(pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
