@@ -3981,22 +3981,26 @@ class Store:
         return [Peer._make(row) for row in rows]
 
     def wire_rows(self, interface: str, after: int, limit: int) -> list[Sequence[Any]]:
-        """An id above `after` and what encode_wire() takes, of an interface's active peers."""
+        """An id above `after` and what encode_wire() takes, of an interface's active peers.
+
+        Others have no key there: who looked for the next of a few would read the whole table.
+        """
         return self._db.execute(
-            "SELECT id, public_key, preshared_key, assigned_ip, assigned_ipv6 FROM peers "
-            "WHERE id > ? AND +interface = ? AND +status = 'active' ORDER BY id LIMIT ?",
-            (after, interface, limit),
+            "SELECT id, CASE WHEN interface = ? AND status = 'active' THEN public_key END, "
+            "preshared_key, assigned_ip, assigned_ipv6 FROM peers "
+            "WHERE id > ? ORDER BY id LIMIT ?",
+            (interface, after, limit),
         ).fetchall()
 
     def held_rows(
         self, interface: str, family: str, after: int, limit: int
-    ) -> list[tuple[int, str]]:
-        """(id, address) of an interface's peers with an id above `after`."""
+    ) -> list[tuple[int, str | None]]:
+        """(id, address) of an interface's peers; others above `after` have none there."""
         column = ADDRESS_FIELD[family]
         return self._db.execute(
-            f"SELECT id, {column} FROM peers WHERE id > ? AND +interface = ? "  # noqa: S608  names of this file
-            f"AND {column} IS NOT NULL ORDER BY id LIMIT ?",
-            (after, interface, limit),
+            f"SELECT id, CASE WHEN interface = ? THEN {column} END FROM peers "  # noqa: S608  names of this file
+            "WHERE id > ? ORDER BY id LIMIT ?",
+            (interface, after, limit),
         ).fetchall()
 
     def released(self, family: str) -> Iterator[str]:
@@ -7229,7 +7233,7 @@ class Gateway:
     def _held(self, interface: str, store: Store, family: str) -> Iterator[str]:
         """A family's addresses that peers of an interface hold."""
         rows = self._chunks(lambda at: store.held_rows(interface, family, at, READ_CHUNK * 10))
-        return (address for _, address in rows)
+        return (address for _, address in rows if address)
 
     def _chunks(self, read: Callable[[int], Sequence[_Row]]) -> Iterator[_Row]:
         """All rows of read(id of the last one); the lock is held for a chunk at a time."""
@@ -8300,7 +8304,7 @@ class Gateway:
             rows = self._chunks(
                 lambda after: self.store.wire_rows(interface.name, after, READ_CHUNK)
             )
-            plan = list(diff((encode_wire(*row[1:]) for row in rows), actual))
+            plan = list(diff((encode_wire(*row[1:]) for row in rows if row[1]), actual))
             plan.sort(key=lambda entry: entry[0] != "removed")  # an address may have moved
             done: collections.Counter[str] = collections.Counter()
             for start in range(0, len(plan), READ_CHUNK // 2):

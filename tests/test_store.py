@@ -337,6 +337,18 @@ def test_replay_gives_the_very_rows_that_the_live_changes_gave(
         assert (everything(store), +store.counts) == expected
 
 
+def test_one_reading_for_an_interface_takes_no_more_rows_than_it_says(tmp_path: Path) -> None:
+    """Peers of another interface, too, or the lock would be held for a table without one's own."""
+    with closing(opened(tmp_path)) as store:
+        for number in (1, 3, 5, 7):
+            put(store, a_peer(number, interface="wg1"))
+        put(store, a_peer(8), a_peer(9, status="suspended"))
+        assert store.held_rows("wg0", "ipv6", 1, 2) == [(3, None), (5, None)]
+        assert store.held_rows("wg0", "ipv6", 5, 9) == [(7, None), (8, None), (9, "fd00::b")]
+        assert [row[:2] for row in store.wire_rows("wg0", 1, 2)] == [(3, None), (5, None)]
+        assert [row[:2] for row in store.wire_rows("wg0", 7, 9)] == [(8, a_key(8)), (9, None)]
+
+
 def test_pages_give_every_peer_once_in_order(tmp_path: Path) -> None:
     with closing(opened(tmp_path)) as store:
         for number in range(1, 24):
