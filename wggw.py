@@ -2931,7 +2931,7 @@ class Disk:
             finally:
                 os.close(handle)
             self.rename(temporary, path)
-        except OSError:  # on a full disk it would take the room that the journal needs
+        except Exception:  # on a full disk it would take the room that the journal needs
             with contextlib.suppress(OSError):
                 self.unlink(temporary)
             raise
@@ -3621,7 +3621,7 @@ def _content(steps: Sequence[Step]) -> dict[str, Any]:
     }
 
 
-_RECORD_DECODER = json.JSONDecoder()
+_RECORD_DECODER = json.JSONDecoder(parse_constant=int)  # NaN and Infinity: a ValueError
 _RECORD_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 

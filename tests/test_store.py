@@ -42,6 +42,8 @@ from wggw import (
     Vault,
     WirePeer,
     decode_key,
+    encode_journal,
+    parse_journal,
 )
 
 State = frozenset[Peer]
@@ -984,6 +986,30 @@ def test_file_that_could_not_be_replaced_takes_no_room(tmp_path: Path, nth: int)
     with pytest.raises(OSError, match="Input/output"):
         disk.replace(str(disk.path / "db"), [b"behind"])
     assert contents(disk.path) == {"db": b"before"}
+
+
+def test_file_whose_next_part_could_not_be_made_takes_no_room(tmp_path: Path) -> None:
+    def parts() -> Iterator[bytes]:
+        yield b"behind"
+        raise MemoryError
+
+    (tmp_path / "db").write_bytes(b"before")
+    with pytest.raises(MemoryError):
+        Disk().replace(str(tmp_path / "db"), parts())
+    assert contents(tmp_path) == {"db": b"before"}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_record_with_an_id_that_is_no_number_is_refused(tmp_path: Path, number: str) -> None:
+    """With a checksum that fits, by other hands: SQLite would take NaN for no id and choose one."""
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+    path = tmp_path / "db.journal"
+    record = parse_journal(path.read_bytes(), "name").records[0]
+    content = record.content.replace(b'"id":1,', b'"id":%b,' % number.encode())
+    assert content != record.content
+    path.write_bytes(encode_journal(0, [record._replace(content=content)], None))
+    assert "record 1 does not apply" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("durability", ["commit", "interval", "none"])
