@@ -6176,8 +6176,41 @@ def _uapi_integer(value: str) -> int:
     return int(value)
 
 
+# What wireguard-go writes of nearly all peers, behind "public_key=" (device/uapi.go).
+_USUAL_UAPI_PEER = re.compile(
+    rb"([0-9a-f]{64})\npreshared_key=([0-9a-f]{64})\nprotocol_version=1\n(endpoint=[^\n]*\n)?"
+    rb"last_handshake_time_sec=([0-9]{1,12})\nlast_handshake_time_nsec=([0-9]{1,9})\n"
+    rb"tx_bytes=([0-9]{1,18})\nrx_bytes=([0-9]{1,18})\npersistent_keepalive_interval=[0-9]{1,5}"
+    rb"(?:\nallowed_ip=([0-9.]{7,15})/32)?(?:\nallowed_ip=([0-9a-f:]{2,39})/128)?\n?"
+)
+
+
 def decode_uapi_peer(block: bytes) -> PeerState:
     """A peer's lines behind "public_key=". Raises CodecError."""
+    return _decode_usual_uapi_peer(block) or _decode_any_uapi_peer(block)
+
+
+def _decode_usual_uapi_peer(block: bytes) -> PeerState | None:
+    """Less than half the time of _decode_any_uapi_peer()."""
+    match = _USUAL_UAPI_PEER.fullmatch(block)
+    if match is None:
+        return None
+    key, psk, endpoint, seconds, nanoseconds, tx, rx, *addresses = match.groups()
+    try:
+        networks = sorted([pack_network(a.decode("ascii")) for a in addresses if a])
+    except OSError:
+        return None
+    psk = binascii.unhexlify(psk)
+    return PeerState(
+        WirePeer(binascii.unhexlify(key), b"" if psk == _NO_KEY else psk, tuple(networks)),
+        _in_range(int(seconds) or int(int(nanoseconds) != 0), MAX_TIME),
+        int(rx),
+        int(tx),
+        endpoint is not None,
+    )
+
+
+def _decode_any_uapi_peer(block: bytes) -> PeerState:
     key = psk = b""
     networks: list[bytes] = []
     numbers = dict.fromkeys(_UAPI_NUMBERS, 0)

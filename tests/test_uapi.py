@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wggw
 from wggw import (
     BackendError,
     Change,
@@ -152,6 +153,70 @@ def test_every_garbled_byte_is_an_error_or_a_value() -> None:
         for byte in {ANSWER[place] ^ 1 << bit for bit in range(8)} | set(b"\0\n\r=-_ :/9\xff"):
             refused += not survives(ANSWER[:place] + bytes([byte]) + ANSWER[place + 1 :])
     assert refused > 1000
+
+
+def usual_block(endpoint: str, networks: tuple[str, ...]) -> bytes:
+    """A peer as wireguard-go writes it, behind "public_key="."""
+    lines = [FIRST, f"preshared_key={PSK}", "protocol_version=1"]
+    lines += [f"endpoint={endpoint}"] if endpoint else []
+    lines += ["last_handshake_time_sec=1765200000", "last_handshake_time_nsec=5"]
+    lines += ["tx_bytes=512", "rx_bytes=256", "persistent_keepalive_interval=0"]
+    return "\n".join(lines + [f"allowed_ip={network}" for network in networks]).encode()
+
+
+V4, V6 = "10.0.0.7/32", "fd42::7/128"
+USUAL = [
+    (endpoint, networks)
+    for endpoint in ("", "192.0.2.1:5", "[2001:db8::1]:5")
+    for networks in ((), (V4,), (V6,), (V4, V6))
+]
+
+
+@pytest.mark.parametrize(("endpoint", "networks"), USUAL)
+@pytest.mark.parametrize("end", [b"", b"\n"], ids=["within", "last"])
+def test_usual_peers_are_decoded_at_once(
+    endpoint: str, networks: tuple[str, ...], end: bytes
+) -> None:
+    block = usual_block(endpoint, networks) + end
+    state = wggw._decode_usual_uapi_peer(block)
+    assert state == wggw._decode_any_uapi_peer(block)
+    assert state == PeerState(
+        WirePeer(
+            bytes.fromhex(FIRST),
+            bytes.fromhex(PSK),
+            tuple({V4: network("10.0.0.7", 32), V6: network("fd42::7", 128)}[n] for n in networks),
+        ),
+        1765200000,
+        256,
+        512,
+        bool(endpoint),
+    )
+
+
+@settings(max_examples=300)
+@given(
+    usual=st.sampled_from(USUAL),
+    edits=st.lists(
+        st.tuples(st.integers(0, 500), st.sampled_from(b"\n0123456789abcf.:/=g ")), max_size=3
+    ),
+    end=st.integers(0, 500) | st.none(),
+)
+def test_what_is_decoded_at_once_is_what_the_long_way_says(
+    usual: tuple[str, tuple[str, ...]], edits: list[tuple[int, int]], end: int | None
+) -> None:
+    data = bytearray(usual_block(*usual))
+    for position, value in edits:
+        data[position % len(data)] = value
+    block = bytes(data[:end])
+    try:
+        expected = wggw._decode_any_uapi_peer(block)
+    except CodecError:
+        try:
+            assert wggw._decode_usual_uapi_peer(block) is None
+        except CodecError:
+            pass
+    else:
+        assert wggw._decode_usual_uapi_peer(block) in (None, expected)
 
 
 @settings(max_examples=300)
