@@ -3886,15 +3886,24 @@ class Store:
         return self.by_id(peer.id) if peer.id < self._next_id else None
 
     def _take_back_open_sync(self) -> None:
-        """The gateway ended within a desired state, which nobody was told to be done."""
+        """The gateway ended within a desired state, which nobody was told to be done.
+
+        Raises DamagedError.
+        """
         LOG.warning("an unfinished desired state of %d changes is undone", len(self._open_sync))
-        with self._transaction():
-            for entry in reversed(self._open_sync):
-                back = self.taken_back(entry.step)
-                if back is not None:
-                    self._apply(_content([back]))
-                    if entry.traffic and back.before is None:
-                        self._db.execute(_PUT_TRAFFIC, entry.traffic._replace(rx_seen=0, tx_seen=0))
+        try:
+            with self._transaction():
+                for entry in reversed(self._open_sync):
+                    back = self.taken_back(entry.step)
+                    if back is not None:
+                        self._apply(_content([back]))
+                        if entry.traffic and back.before is None:
+                            self._db.execute(
+                                _PUT_TRAFFIC, entry.traffic._replace(rx_seen=0, tx_seen=0)
+                            )
+        except _BAD_RECORD as error:
+            found = f"its unfinished desired state cannot be undone: {error}"
+            raise _damaged(self._journal.path, 0, found) from None
         self._open_sync.clear()
         self.number += 1  # no record has it: a fresh snapshot is written
 
@@ -4595,7 +4604,7 @@ class Store:
                 changes = len(self._open_sync)
                 self._take_back_open_sync()
                 yield f"undone: {changes} changes of an unfinished desired state"
-            except _BAD_RECORD:
+            except DamagedError:
                 yield f"kept: {changes} changes of an unfinished desired state"
 
     def _salvage_journal(self, path: str) -> str:

@@ -938,6 +938,19 @@ def test_snapshot_changed_by_other_hands_on_purpose_is_read(tmp_path: Path) -> N
     assert recovered(tmp_path) == {a_peer(1, dns="d2"), a_peer(2), a_peer(3)}
 
 
+def test_desired_state_that_cannot_be_undone_is_refused(tmp_path: Path) -> None:
+    """The gateway keeps what its undoing needs; a journal by other hands may not."""
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+        steps = [Step(a_peer(1), None)]
+        store.apply(steps)
+        store.wait(store.commit(steps, part=True))
+        put(store, a_peer(2, assigned_ip=a_peer(1).assigned_ip))
+    assert "desired state cannot be undone" in refused(tmp_path)
+    with closing(Store(str(tmp_path / "db"), "commit", Disk())) as store:
+        assert "kept: 1 changes of an unfinished desired state" in list(store.salvage())
+
+
 def by_other_hands(path: Path, *statements: str) -> None:
     with contextlib.closing(sqlite3.connect(path / "db")) as db:
         for statement in (*statements, "PRAGMA application_id = 0"):
