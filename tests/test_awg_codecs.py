@@ -213,7 +213,7 @@ errno=0
 
 
 def test_uapi_reads_all_that_amneziawg_go_prints() -> None:
-    device, (state,) = decode_uapi_device(PRINTED.encode())
+    device, (state,) = decode_uapi_device([PRINTED.encode()])
     assert device == wggw.Device(b"\x07" * 32, 51821, FULL)
     assert (state.last_handshake, state.tx_bytes, state.rx_bytes) == (5, 7, 8)
 
@@ -222,7 +222,7 @@ def test_uapi_writes_what_it_reads() -> None:
     lines = encode_uapi_parameters(FULL, PLAIN)
     printed = PRINTED[PRINTED.index("jc=") : PRINTED.index("public_key=")]
     assert lines == printed
-    assert decode_uapi_device(f"{lines}errno=0\n".encode())[0].obfuscation == FULL
+    assert decode_uapi_device([f"{lines}errno=0\n".encode()])[0].obfuscation == FULL
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_uapi_writes_what_it_reads() -> None:
 )  # fmt: skip
 def test_a_bad_line_is_a_named_error(line: str) -> None:
     with pytest.raises(CodecError, match=line.split("=", maxsplit=1)[0]):
-        decode_uapi_device(f"{line}\nerrno=0\n".encode())
+        decode_uapi_device([f"{line}\nerrno=0\n".encode()])
 
 
 @pytest.mark.parametrize("generation", wggw.GENERATIONS)
@@ -240,7 +240,7 @@ def test_generated_parameters_survive_both_codecs(generation: str) -> None:
     for _ in range(20):
         wanted = wggw.generate_obfuscation(generation, "strong").parameters
         lines = encode_uapi_parameters(wanted, PLAIN)
-        assert decode_uapi_device(f"{lines}errno=0\n".encode())[0].obfuscation == wanted
+        assert decode_uapi_device([f"{lines}errno=0\n".encode()])[0].obfuscation == wanted
         attributes = encode_awg_attributes(wanted, PLAIN, 3)
         family = GenericFamily(1, 3, True)
         assert decode_wg_device([bytes(4) + attributes], family)[0].obfuscation == wanted

@@ -5,6 +5,7 @@ The golden answer follows the example of the protocol's page (wireguard.com/xpla
 
 from __future__ import annotations
 
+import itertools
 import socket
 
 import pytest
@@ -69,7 +70,7 @@ OTHER = WirePeer(bytes.fromhex(SECOND), b"", (network("192.168.4.0", 24),))
 
 
 def test_golden_answer_is_decoded() -> None:
-    device, states = decode_uapi_device(ANSWER)
+    device, states = decode_uapi_device([ANSWER])
     assert device == Device(bytes.fromhex(PRIVATE), 12912)
     assert states == [
         PeerState(PEER, 1765200000, 0, 0, located=True),
@@ -78,14 +79,14 @@ def test_golden_answer_is_decoded() -> None:
 
 
 def test_fresh_interface_has_no_key_and_no_peers() -> None:
-    assert decode_uapi_device(b"errno=0\n") == (Device(b"", 0), [])
+    assert decode_uapi_device([b"errno=0\n"]) == (Device(b"", 0), [])
     zeros = f"private_key={'0' * 64}\nlisten_port=7\nerrno=0\n".encode()
-    assert decode_uapi_device(zeros) == (Device(b"", 7), [])
+    assert decode_uapi_device([zeros]) == (Device(b"", 7), [])
 
 
 def test_handshake_of_nanoseconds_alone_has_happened() -> None:
     answer = f"public_key={FIRST}\nlast_handshake_time_nsec=5\nerrno=0\n".encode()
-    assert decode_uapi_device(answer)[1][0].last_handshake == 1
+    assert decode_uapi_device([answer])[1][0].last_handshake == 1
 
 
 def test_changes_are_the_golden_text() -> None:
@@ -123,7 +124,7 @@ PEERS = st.builds(
 @given(peers=st.lists(PEERS, max_size=6, unique_by=lambda peer: peer.public_key))
 def test_encoded_peers_are_decoded_as_they_were(peers: list[WirePeer]) -> None:
     text = encode_uapi_changes(Change(peer.public_key, peer) for peer in peers)
-    _, states = decode_uapi_device(text + b"errno=0\n")
+    _, states = decode_uapi_device([text + b"errno=0\n"])
     assert [state.peer for state in states] == peers
 
 
@@ -133,13 +134,20 @@ def test_encoded_peers_are_decoded_as_they_were(peers: list[WirePeer]) -> None:
 def survives(data: bytes) -> bool:
     """Whether it decodes; a BackendError says no, anything else is the test's failure."""
     try:
-        decode_uapi_device(data)
+        decode_uapi_device([data])
     except BackendError as error:
         assert str(error)
         assert PRIVATE not in str(error)
         assert PSK not in str(error)
         return False
     return True
+
+
+@given(cuts=st.lists(st.integers(0, len(ANSWER)), max_size=6))
+def test_an_answer_may_come_in_any_parts(cuts: list[int]) -> None:
+    places = sorted([0, *cuts, len(ANSWER)])
+    parts = [ANSWER[start:end] for start, end in itertools.pairwise(places)]
+    assert decode_uapi_device(parts) == decode_uapi_device([ANSWER])
 
 
 def test_every_truncation_is_an_error() -> None:
@@ -259,35 +267,35 @@ def test_any_bytes_are_an_error_or_a_value(data: bytes) -> None:
 )
 def test_bad_value_is_a_codec_error(line: str) -> None:
     with pytest.raises(CodecError):
-        decode_uapi_device(f"public_key={FIRST}\n{line}\nerrno=0\n".encode())
+        decode_uapi_device([f"public_key={FIRST}\n{line}\nerrno=0\n".encode()])
 
 
 def test_refusal_is_an_error_with_the_systems_words() -> None:
     with pytest.raises(BackendError, match="Invalid argument"):
-        decode_uapi_device(b"errno=22\n")
+        decode_uapi_device([b"errno=22\n"])
     with pytest.raises(BackendError, match="Invalid argument"):
-        decode_uapi_device(b"errno=-22\n")
+        decode_uapi_device([b"errno=-22\n"])
 
 
 def test_answer_without_errno_is_a_codec_error() -> None:
     with pytest.raises(CodecError):
-        decode_uapi_device(b"")
+        decode_uapi_device([b""])
 
 
 def test_sample_decodes_only_what_changed() -> None:
-    first = sample_uapi_device(ANSWER, set())
+    first = sample_uapi_device([ANSWER], set())
     assert first.peers == len(first.changed) > 1 and not first.same
-    assert [state for _, state in first.changed] == decode_uapi_device(ANSWER)[1]
+    assert [state for _, state in first.changed] == decode_uapi_device([ANSWER])[1]
     marks = {mark for mark, _ in first.changed}
-    assert sample_uapi_device(ANSWER, marks) == Reading(first.peers, [], marks)
+    assert sample_uapi_device([ANSWER], marks) == Reading(first.peers, [], marks)
     counted = ANSWER.replace(b"rx_bytes=2224", b"rx_bytes=2225")
-    again = sample_uapi_device(counted, marks)
+    again = sample_uapi_device([counted], marks)
     assert [state.rx_bytes for _, state in again.changed] == [2225]
     assert again.peers == first.peers and len(again.same) == first.peers - 1
 
 
 def test_sample_of_a_failed_or_cut_answer_is_an_error() -> None:
     with pytest.raises(BackendError):
-        sample_uapi_device(b"errno=1\n", set())
+        sample_uapi_device([b"errno=1\n"], set())
     with pytest.raises(CodecError):
-        sample_uapi_device(ANSWER[:-10], set())
+        sample_uapi_device([ANSWER[:-10]], set())

@@ -76,7 +76,7 @@ def body(data: bytes) -> None:
 def uapi(data: bytes) -> None:
     """A userspace WireGuard's answer."""
     with contextlib.suppress(wggw.BackendError):
-        _, states = wggw.decode_uapi_device(data)
+        _, states = wggw.decode_uapi_device([data])
         check_states(states)
 
 

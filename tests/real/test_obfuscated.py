@@ -416,5 +416,5 @@ def test_real_amneziawg_go_accepts_generated_parameters_and_prints_what_was_set(
         lines = wggw.encode_uapi_parameters(wanted, actual)
         assert uapi(hidden.name, f"set=1\n{lines}\n") == "errno=0\n\n", lines
         printed = uapi(hidden.name, "get=1\n\n")[:-1].encode()
-        actual = wggw.decode_uapi_device(printed)[0].obfuscation
+        actual = wggw.decode_uapi_device([printed])[0].obfuscation
         assert actual == wanted
