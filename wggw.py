@@ -4171,7 +4171,7 @@ class Store:
         self._db.execute("SAVEPOINT change")
         try:
             self._apply_rows(content)
-        except sqlite3.Error:
+        except Exception:  # also one of _BAD_RECORD: salvage() goes on behind it
             self._db.execute("ROLLBACK TO change")
             self._db.execute("RELEASE change")
             self.counts = before

@@ -43,6 +43,7 @@ from wggw import (
     WirePeer,
     decode_key,
     encode_journal,
+    journal_line,
     parse_journal,
 )
 
@@ -949,6 +950,19 @@ def test_desired_state_that_cannot_be_undone_is_refused(tmp_path: Path) -> None:
     assert "desired state cannot be undone" in refused(tmp_path)
     with closing(Store(str(tmp_path / "db"), "commit", Disk())) as store:
         assert "kept: 1 changes of an unfinished desired state" in list(store.salvage())
+
+
+def test_record_that_does_not_apply_is_left_out_of_a_salvage_as_a_whole(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as store:
+        put(store, a_peer(1))
+        expected = everything(store)
+    content = b'{"put":[],"del":[1,%d]}' % 10**20  # no integer of SQLite's
+    with open(tmp_path / "db.journal", "ab") as journal:
+        journal.write(journal_line(2, journal.tell(), content))
+    assert "record 2 does not apply" in refused(tmp_path)
+    with closing(Store(str(tmp_path / "db"), "commit", Disk())) as store:
+        assert any("1 records, 0 missing, 1 not applicable" in line for line in store.salvage())
+        assert everything(store) == expected
 
 
 def by_other_hands(path: Path, *statements: str) -> None:
