@@ -3422,9 +3422,6 @@ MIGRATIONS: tuple[str, ...] = (
     );
     CREATE INDEX peers_quota ON peers (id) WHERE quota_bytes IS NOT NULL AND status = 'active';
     CREATE INDEX traffic_handshake ON traffic (last_handshake) WHERE last_handshake > 0;
-    CREATE TRIGGER address_taken AFTER INSERT ON peers BEGIN
-        DELETE FROM released WHERE address IN (NEW.assigned_ip, NEW.assigned_ipv6);
-    END;
     CREATE TRIGGER address_released AFTER DELETE ON peers BEGIN
         DELETE FROM traffic WHERE id = OLD.id;
         INSERT OR REPLACE INTO released (address)
@@ -3447,8 +3444,6 @@ MIGRATIONS: tuple[str, ...] = (
         UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = NEW.id;
     END;
     """,
-    # 2: Store._put() does it, at a fifth of the cost
-    "DROP TRIGGER IF EXISTS address_taken;",
 )
 
 _COLUMNS = ", ".join(Peer._fields)
@@ -3457,7 +3452,7 @@ _INSERT = f"INSERT INTO peers ({_COLUMNS}) VALUES ({', '.join('?' * len(Peer._fi
 _PUT = f"{_INSERT} ON CONFLICT (id) DO UPDATE SET " + ", ".join(
     f"{name} = excluded.{name}" for name in Peer._fields[1:]
 )
-_SELECT_KIND = "SELECT interface, status FROM peers WHERE id = ?"
+_SELECT_KEPT = "SELECT interface, status, assigned_ip, assigned_ipv6 FROM peers WHERE id = ?"
 _PAGE = (
     f"SELECT {', '.join(f'p.{name}' for name in Peer._fields)}, coalesce(t.rx_bytes, 0), "  # noqa: S608  names of this file
     "coalesce(t.tx_bytes, 0), coalesce(t.last_handshake, 0) "
@@ -4191,12 +4186,12 @@ class Store:
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
 
     def _put(self, peers: Sequence[Peer]) -> None:
-        kinds: dict[int, tuple[str, str]] = {}
+        known: dict[int, tuple[Any, ...]] = {}
         for peer in peers:
             if peer.id < self._next_id:  # it may be there already
-                kind = self._db.execute(_SELECT_KIND, (peer.id,)).fetchone()
-                if kind is not None:
-                    kinds[peer.id] = kind
+                row = self._db.execute(_SELECT_KEPT, (peer.id,)).fetchone()
+                if row is not None:
+                    known[peer.id] = row
         newest = self._next_id
 
         def statement_for(peer: Peer) -> str:
@@ -4209,15 +4204,31 @@ class Store:
         for statement, rows in itertools.groupby(peers, statement_for):
             self._db.executemany(statement, rows)
         self._next_id = newest
-        if self._any_released:  # what is held is not released
-            held = [(peer.assigned_ip, peer.assigned_ipv6) for peer in peers]
-            self._db.executemany("DELETE FROM released WHERE address IN (?, ?)", held)
+        held: dict[str, bool] = {}  # in the end, in the order in which it came to be so
         for peer in peers:
-            old = kinds.get(peer.id)
-            if old is not None:
-                self.counts[old] -= 1
-            kinds[peer.id] = kind = (peer.interface, peer.status)
-            self.counts[kind] += 1
+            now = (peer.interface, peer.status, peer.assigned_ip, peer.assigned_ipv6)
+            before = known.get(peer.id)
+            if before is not None:
+                self.counts[before[:2]] -= 1
+                for address in before[2:]:
+                    if address and address not in now[2:]:
+                        held.pop(address, None)
+                        held[address] = False
+            if self._any_released or held:  # or there is nothing that this could change
+                held.update((address, True) for address in now[2:] if address)
+            known[peer.id] = now
+            self.counts[now[:2]] += 1
+        self._note_released(held)
+
+    def _note_released(self, held: Mapping[str, bool]) -> None:
+        """Keep the table of released addresses, oldest first, in line with what changed."""
+        left = [(address,) for address, is_held in held.items() if not is_held]
+        if left:
+            self._db.executemany("INSERT OR REPLACE INTO released (address) VALUES (?)", left)
+            self._any_released = True
+        if self._any_released:
+            taken = [(address,) for address, is_held in held.items() if is_held]
+            self._db.executemany("DELETE FROM released WHERE address = ?", taken)
 
     def _delete(self, peer_id: int) -> None:
         old = self._db.execute(

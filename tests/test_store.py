@@ -971,14 +971,6 @@ def by_other_hands(path: Path, *statements: str) -> None:
             db.execute(statement)
 
 
-def test_snapshot_of_the_first_version_is_read_with_and_without_its_trigger(tmp_path: Path) -> None:
-    expected = furnished(tmp_path)
-    trigger = "CREATE TRIGGER address_taken AFTER INSERT ON peers BEGIN SELECT 1; END"
-    for before in ([], [trigger]):
-        by_other_hands(tmp_path, *before, "PRAGMA user_version = 1")
-        assert recovered(tmp_path) == expected
-
-
 def test_snapshot_without_the_tables_of_its_version_is_refused(tmp_path: Path) -> None:
     furnished(tmp_path)
     by_other_hands(tmp_path, "DROP TABLE released")

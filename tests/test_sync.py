@@ -313,6 +313,20 @@ class Box:
         return rows, wire, pool.used
 
 
+def test_an_address_that_a_peer_left_for_another_is_a_released_one_after_a_restart_too(
+    tmp_path: Path,
+) -> None:
+    upcoming: list[str | None] = []
+    for place in range(2):
+        box = Box(tmp_path, "10.0.0.0/28")
+        if place == 0:
+            box.gateway.create({"public_key": a_key(1)})
+            box.sync([{"public_key": a_key(1), "assigned_ip": "10.0.0.9"}])
+        upcoming.append(box.gateway.interfaces["wg0"].pools["ipv4"].peek())
+        box.store.close()
+    assert upcoming == ["10.0.0.3", "10.0.0.3"]
+
+
 def before_and_after() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Two states that differ in every way: new, gone, changed and swapped peers."""
     first = [{"public_key": a_key(n), "assigned_ip": f"10.1.0.{n + 2}"} for n in range(200)]
