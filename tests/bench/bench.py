@@ -100,7 +100,7 @@ class Bench:
     def __init__(self, directory: Path, backend: str, arguments: argparse.Namespace, echo: Echoes):
         self.directory, self.backend, self.echo = directory, backend, echo
         # wireguard-go takes 65,536 peers at most, and some are created above N.
-        self.peers: int = min(arguments.peers, 50_000 if backend == "uapi" else arguments.peers)
+        self.peers: int = min(arguments.peers, 40_000 if backend == "uapi" else arguments.peers)
         self.seconds: float = arguments.seconds
         self.real = backend != "memory"
         self._made = 0
@@ -507,7 +507,7 @@ def run(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="wggw-bench-") as name:
         print(machine(Path(name)))
-        print(f"N = {arguments.peers} (50,000 at most on wireguard-go)")
+        print(f"N = {arguments.peers} (40,000 at most on wireguard-go)")
         line("figure", "unit", "target", "value", "reference")
         echo = Echoes(Path(name) / "echo")
         try:
