@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import random
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import a_key, some
+from harness import ROOT, a_key, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -963,6 +966,45 @@ def test_record_that_does_not_apply_is_left_out_of_a_salvage_as_a_whole(tmp_path
     with closing(Store(str(tmp_path / "db"), "commit", Disk())) as store:
         assert any("1 records, 0 missing, 1 not applicable" in line for line in store.salvage())
         assert everything(store) == expected
+
+
+WARM = """
+import resource, sys, threading
+import wggw
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+def work():
+    store = wggw.Store(sys.argv[1], "none", wggw.Disk())
+    store.recover()
+    bytes(wggw.LARGEST_BLOCK)
+    for megabytes in (4, 6, 9):
+        store._db.execute("INSERT OR REPLACE INTO meta VALUES ('x', ?)", ("x" * (megabytes << 20),))
+        if sys.argv[2] == "warm":
+            wggw.warm_up(store._image_size())
+        before = faults()
+        image = store.image()
+        print((faults() - before) / (len(image) / 4096))
+        del image
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_an_image_is_copied_into_memory_that_is_ready(tmp_path: Path) -> None:
+    """Page faults of the copy, for each of its pages: of a database that grows."""
+
+    def measured(how: str) -> list[float]:
+        command = [sys.executable, "-c", WARM, str(tmp_path / how), how]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+        return [float(line) for line in done.stdout.split()]
+
+    assert max(measured("warm")) < 0.1
+    assert max(measured("cold")) > 0.3
 
 
 def by_other_hands(path: Path, *statements: str) -> None:
