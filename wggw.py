@@ -2475,10 +2475,9 @@ def serialize_inner_list(names: Sequence[str], parameters: Mapping[str, Bare]) -
 
 
 def _component_identifier(component: str) -> str:
-    if " " not in component:
-        return f'"{component}"'
-    name, _, parameter = component.partition(" ")
-    return f'"{name}";name={_serialize_bare(parameter)}'
+    name, space, parameter = component.partition(" ")
+    tail = f";name={_serialize_bare(parameter)}" if space else ""
+    return _serialize_bare(name) + tail
 
 
 def _serialize_bare(value: Bare) -> str:
