@@ -557,7 +557,8 @@ def run_in_guest(arguments: argparse.Namespace) -> None:
         tempfile.TemporaryDirectory(prefix="wggw-bench-") as name,
         Guest(Path(name), kernel(), image("bookworm")) as guest,
     ):
-        script = f"export {IN_NAMESPACE}=1\npython3 /tree/tests/bench/bench.py {' '.join(words)}\n"
+        script = f"export {IN_NAMESPACE}=1 PYTHONPYCACHEPREFIX=/tmp/bytecode\n"
+        script += f"python3 /tree/tests/bench/bench.py {' '.join(words)}\n"
         result = guest.run(script, arguments.minutes * 60 + 300)
         print(result.output)
         if result.status != 0:
