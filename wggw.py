@@ -8395,6 +8395,7 @@ class Gateway:
             )
             plan = list(diff((encode_wire(*row[1:]) for row in rows if row[1]), actual))
             plan.sort(key=lambda entry: entry[0] != "removed")  # an address may have moved
+            self._restart_counters([c.public_key for what, c in plan if what == "added"], touched)
             done: collections.Counter[str] = collections.Counter()
             for start in range(0, len(plan), READ_CHUNK // 2):
                 with self.lock:
@@ -8404,7 +8405,6 @@ class Gateway:
                         if entry[1].public_key not in touched
                     ]
                     interface.backend.apply([change for _, change in chunk])
-                    self.store.restart_counters([c.public_key for w, c in chunk if w == "added"])
                 done.update(what for what, _ in chunk)
         return SyncResult(
             done["added"],
@@ -8412,6 +8412,19 @@ class Gateway:
             done["removed"],
             present - done["updated"] - done["removed"],
         )
+
+    def _restart_counters(self, keys: Sequence[bytes], touched: set[bytes]) -> None:
+        """Before an interface gets these peers, from which on it counts them from 0.
+
+        On disk first: a crash in between would leave what was counted before, and the new
+        counters would be taken for more of the same.
+        """
+        for start in range(0, len(keys), READ_CHUNK // 2):
+            with self.lock:
+                chunk = [k for k in keys[start : start + READ_CHUNK // 2] if k not in touched]
+                self.store.restart_counters(chunk)
+        if keys:
+            self.flush()
 
     def sample(self) -> None:
         """Read every interface's counters into the store. Raises BackendError."""

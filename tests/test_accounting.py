@@ -307,3 +307,16 @@ def test_a_peer_that_left_two_keys_since_the_last_sample(monkeypatch: pytest.Mon
     history.finish()
     assert history.truth[0] == 14
     history.teardown()
+
+
+def test_a_crash_right_after_the_interface_was_made_anew_loses_no_bytes() -> None:
+    history = Histories()
+    history.begin()
+    history.traffic(0, 7)
+    history.sample()
+    history.power_cut()
+    history.kill()
+    history.traffic(0, 7)  # as many as before: the counter stands where it stood
+    history.finish()
+    assert history.truth[0] == 14
+    history.teardown()
