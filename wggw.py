@@ -4171,7 +4171,7 @@ class Store:
 
     def _apply(self, content: Mapping[str, Any]) -> None:
         """The one way in which a change reaches the rows: live, replayed and undone."""
-        if sum(map(len, content.values())) == 1:  # a single statement is atomic
+        if sum(map(len, content.values())) == 1:  # only its first statement can be refused
             self._apply_rows(content)
             return
         before = self.counts.copy()
