@@ -1,11 +1,20 @@
 #!/bin/bash
 # Copyright (c) the wggw authors. Proprietary, all rights reserved: see LICENSE.
-# Installs wggw on Debian or Ubuntu, as a service of systemd or in the foreground; upgrades and
-# removes it. `./install.sh --help`.
-set -euo pipefail
-umask 022  # whatever the caller's: what the service reads is installed here, too
+# Installs wggw on Debian or Ubuntu, as a systemd service or in the foreground; upgrades and removes
+# it. See `./install.sh --help`.
 
-TREE=$(dirname "$(realpath "$0")")
+# With `sh install.sh` the script starts itself again with bash; other shells run only these lines.
+if [ -z "${BASH_VERSION:-}" ]; then
+  [ ! -f "$0" ] || exec bash "$0" "$@"
+  echo "install.sh: needs bash: cat install.sh | bash -s -- --help" >&2
+  exit 1
+fi
+set -euo pipefail
+umask 022  # the service must be able to read what is installed here
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin  # after `su` without - these are missing
+
+# A script that bash reads from a pipe has no path: then the tree is the working directory.
+TREE=$(dirname "$(realpath "${BASH_SOURCE[0]:-./install.sh}")")
 readonly TREE
 readonly ETC=/etc/wggw STATE=/var/lib/wggw
 readonly ENV_FILE=$ETC/wggw.env
@@ -13,9 +22,10 @@ readonly LIB=/usr/local/lib/wggw LAUNCHER=/usr/local/sbin/wggw
 readonly UNIT=/etc/systemd/system/wggw.service
 readonly DROP_INS=$UNIT.d
 readonly READY_SECONDS=60
-readonly PYTHON=/usr/bin/python3  # the distribution's, whatever PATH has
+readonly PLAIN='[][A-Za-z0-9.:/_=+,-]*'  # values that need no quotes in the settings file
+readonly PYTHON=/usr/bin/python3  # always the distribution's, which has python3-cryptography
 
-# Packages by what shows that they are there already.
+# Packages by the command that succeeds if the package is installed.
 declare -A PACKAGE_OF=(
   ["command -v $PYTHON"]=python3
   ["$PYTHON -c 'import cryptography'"]=python3-cryptography
@@ -23,42 +33,49 @@ declare -A PACKAGE_OF=(
   ["command -v ip"]=iproute2
   ["command -v curl"]=curl
   ["command -v openssl"]=openssl
+  ["command -v nft"]=nftables
 )
 
-mode=install dry_run='' yes='' json='' purge='' upgrade='' userspace='' first='' scratch=''
+mode=install dry_run='' yes='' json='' purge='' upgrade='' userspace='' first='' already_up='' key_file=''
 declare -A SETTING=()  # variable of the settings file -> value given by an option
-undo=()  # what takes back the steps done so far, the last one last
+changed='' existed='' replaced=()
+undo=()  # commands that undo the steps done so far; they run in reverse order
 
 usage() {
   cat <<END
 Usage: sudo ./install.sh [OPTION]...
 
-Installs what the gateway needs with apt (nothing is fetched when all of it is there), makes
-$ENV_FILE unless it exists, and starts the service wggw. It shows each step, takes
-back a first installation in which one fails, and asks the gateway for its status at the end.
+Installs the packages that the gateway needs with apt (if some are missing), writes
+$ENV_FILE unless it exists, and starts the service wggw. It shows each step and
+asks the gateway for its status at the end. If a step fails, it undoes what this run did.
 Running it again brings program and unit up to date and changes nothing else.
 
   --foreground           no service: run the gateway in this terminal, without systemd
-  --upgrade              like running it again, but only where wggw is installed
+  --upgrade              like running it again, but only if wggw is installed
   --uninstall            remove the service, its rules, user and program; settings and data stay
-  --purge                with --uninstall: settings, keys and data, too
-  --json                 the result as JSON on standard output, all else on standard error
-  --backend CIDR         may reach the API (ALLOWED_BACKENDS); may be given several times
+  --purge                with --uninstall: remove settings, keys and data, too
+  --json                 print the result as JSON on standard output, all else on standard error
+  --backend CIDR         allow this network to reach the API (ALLOWED_BACKENDS); repeat for more
   --endpoint HOST        public name or address of this gateway, for the clients (WG_ENDPOINT)
   --port N               UDP port of WireGuard (WG_DEFAULT_PORT; default 51820)
   --api-port N           TCP port of the API (API_PORT; default 8000)
-  --extra-ports N,...    more UDP ports that lead to it (WG_EXTRA_PORTS)
-  --awg                  an AmneziaWG interface awg0 beside it (AWG_INTERFACE)
+  --extra-ports N,...    more UDP ports that are redirected to WireGuard's (WG_EXTRA_PORTS)
+  --limit-ssh PORT       allow an address six new connections to this TCP port in thirty
+                         seconds (LIMIT_SSH)
+  --awg                  make an AmneziaWG interface awg0, too (AWG_INTERFACE)
   --interface NAME       WireGuard interface (WG_INTERFACE; default wg0)
   --ipv4-subnet CIDR     the tunnel's IPv4 subnet (WG_IPV4_SUBNET; default 10.0.1.0/24)
   --ipv6-subnet CIDR     the tunnel's IPv6 subnet (WG_IPV6_SUBNET; default fd42:4242:1::/64)
+  --key-file FILE        read the API key (GATEWAY_API_KEY) from FILE; without this option the
+                         first installation makes a key and prints it
+  --set NAME=VALUE       any other setting that is not a secret; repeat for more
   --dry-run              show what would be done, change nothing
-  --yes                  ask nothing
-  --help                 this text
+  --yes                  do not ask
+  --help                 show this text
 
-The gateway's settings are those of $ENV_FILE alone. A file that
-exists is never changed: an option that contradicts it is refused.
-Exit code: 1 when the installation fails; 2 for a wrong option; the gateway's with --foreground.
+The gateway reads its settings only from $ENV_FILE. If this file exists,
+install.sh changes only the settings for which an option is given.
+Exit code: 1 if the installation fails; 2 for a wrong option; the gateway's with --foreground.
 END
 }
 
@@ -69,7 +86,7 @@ die() {  # die CODE MESSAGE
   exit "$1"
 }
 
-run() {  # shows a command, then does it unless --dry-run was given
+run() {  # shows a command, then runs it unless --dry-run was given
   say "+ $*"
   [[ $dry_run ]] || "$@"
 }
@@ -89,6 +106,13 @@ parse_options() {
       --endpoint) take WG_ENDPOINT "$@" && shift ;;
       --backend) take_more ALLOWED_BACKENDS "$@" && shift ;;
       --extra-ports) take WG_EXTRA_PORTS "$@" && shift ;;
+      --key-file) take KEY_FILE "$@" && key_file=$2 && unset 'SETTING[KEY_FILE]' && shift ;;
+      --limit-ssh) take LIMIT_SSH "$@" && shift ;;
+      --set)
+        [[ ${2:-} =~ ^([A-Z0-9_]+)=([[:print:]]*)$ && ${2#*=} != *\'* ]] ||
+          die 2 "--set needs NAME=VALUE, the name of a setting and a value without '"
+        SETTING[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]} && shift
+        ;;
       --awg)
         SETTING[AWG_INTERFACE]=awg0
         SETTING[AWG_IPV4_SUBNET]=10.0.2.0/24
@@ -103,23 +127,23 @@ parse_options() {
     esac
     shift
   done
-  [[ ! $purge || $mode == uninstall ]] || die 2 "--purge goes with --uninstall"
-  [[ ! $json || $mode == install ]] || die 2 "--json is for installing the service"
+  [[ ! $purge || $mode == uninstall ]] || die 2 "--purge needs --uninstall"
+  [[ ! $json || $mode == install ]] || die 2 "--json works only for installing the service: leave it out"
 }
 
-take_more() {  # like take, behind what was given before
+take_more() {  # like take, but appends to the values of earlier options
   local before=${SETTING[$1]:-}
   take "$@"
   SETTING[$1]=${before:+$before,}$3
 }
 
-take() {  # take VARIABLE OPTION VALUE...: keeps a value that cannot break the settings file
+take() {  # take VARIABLE OPTION VALUE...: keeps VALUE if it is safe in the settings file
   (($# >= 3)) || die 2 "$2 needs a value"
-  [[ $3 =~ ^[][A-Za-z0-9.:/_=+,-]*$ ]] || die 2 "$2: '$3' has characters that cannot be right"
+  [[ $3 =~ ^$PLAIN$ ]] || die 2 "$2: '$3' has characters that no value of this option has"
   SETTING[$1]=$3
 }
 
-# --- what the machine must be ---------------------------------------------------------------------
+# --- requirements of the machine ------------------------------------------------------------------
 
 check_machine() {
   local id='' like=''
@@ -128,11 +152,12 @@ check_machine() {
     read -r id like < <(. /etc/os-release && printf '%s %s\n' "${ID:-}" "${ID_LIKE:-}")
   fi
   [[ " $id $like " == *" debian "* || " $id $like " == *" ubuntu "* ]] ||
-    die 1 "this is '${id:-unknown}': only Debian (12 or later) and Ubuntu (24.04 or later) are supported"
+    die 1 "the distribution is '${id:-unknown}': only Debian (12 or later) and Ubuntu (24.04 or later) are supported"
   [[ $EUID == 0 || $dry_run ]] || die 1 "must run as root: sudo ./install.sh"
   [[ $mode != install || -d /run/systemd/system || $dry_run ]] ||
     die 1 "systemd does not run here: use --foreground"
-  [[ ! $upgrade || -e $UNIT ]] || die 1 "wggw is not installed here: leave --upgrade out"
+  [[ ! $upgrade || -e $UNIT ]] || die 1 "wggw is not installed here: run it without --upgrade"
+  [[ -r $TREE/wggw.py ]] || die 1 "wggw.py is not in $TREE: run install.sh in the directory of wggw.py"
 }
 
 # --- packages -------------------------------------------------------------------------------------
@@ -150,11 +175,11 @@ apt_install() {
   run env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
 }
 
-confirm() {  # asks only where somebody can answer
+confirm() {  # asks only if a person can answer
   local answer
   [[ $yes || $dry_run || ! -t 0 ]] && return
-  read -r -p "install.sh: about to $*. Go on? [Y/n] " answer
-  [[ ${answer:-y} == [Yy]* ]] || die 1 "nothing was changed"
+  read -r -p "install.sh: about to $*. Continue? [Y/n] " answer
+  [[ ${answer:-y} == [Yy]* ]] || die 1 "stopped, nothing was changed"
 }
 
 install_packages() {
@@ -165,14 +190,14 @@ install_packages() {
   fi
   if [[ -x $PYTHON ]]; then
     $PYTHON -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-      die 1 "$PYTHON is $($PYTHON --version), which is too old: Python 3.11 or later is needed"
+      die 1 "$PYTHON is $($PYTHON --version), which is too old: install Python 3.11 or later"
   fi
 }
 
-# A kernel with WireGuard is best; wireguard-go does the same as a process.
+# Without WireGuard in the kernel, the gateway uses wireguard-go.
 install_wireguard() {
   if [[ $dry_run ]]; then
-    say "would ask the kernel for a WireGuard interface; if it has none, wireguard-go is used"
+    say "would ask the kernel for a WireGuard interface, and use wireguard-go if it has none"
     return
   fi
   ! kernel_has wireguard || return 0
@@ -180,11 +205,11 @@ install_wireguard() {
   command -v wireguard-go >/dev/null || apt_install wireguard-go
 }
 
-# Nothing that the distributions have makes an AmneziaWG interface.
+# The distributions have no package for AmneziaWG, so it must be installed already.
 find_amneziawg() {
   wants_awg || return 0
   if [[ $dry_run ]]; then
-    say "would ask the kernel for an AmneziaWG interface; if it has none, amneziawg-go is used"
+    say "would ask the kernel for an AmneziaWG interface, and use amneziawg-go if it has none"
     return
   fi
   ! kernel_has amneziawg || return 0
@@ -197,11 +222,11 @@ an AmneziaWG interface needs Amnezia's kernel module or amneziawg-go, and neithe
 
 wants_awg() {
   local name=${SETTING[AWG_INTERFACE]:-None}
-  [[ ! -r $ENV_FILE ]] || name=$(setting AWG_INTERFACE 2>/dev/null) || name=None  # checked later on
+  [[ ! -r $ENV_FILE ]] || name=$(setting AWG_INTERFACE 2>/dev/null) || name=None  # check_settings reports a bad file
   [[ $name != None ]]
 }
 
-kernel_has() {  # kernel_has KIND: whether it makes interfaces of this kind; it loads their module
+kernel_has() {  # kernel_has KIND: whether the kernel makes such interfaces; it loads the module
   local answer
   [[ -e /sys/module/$1 ]] && return
   if answer=$(ip link add wggw-probe type "$1" 2>&1); then
@@ -209,48 +234,104 @@ kernel_has() {  # kernel_has KIND: whether it makes interfaces of this kind; it 
     return
   fi
   [[ $answer != *"not permitted"* ]] ||
-    die 1 "network interfaces cannot be made here: CAP_NET_ADMIN is missing (docker: --cap-add NET_ADMIN)"
+    die 1 "this process may not make network interfaces: CAP_NET_ADMIN is missing (docker: --cap-add NET_ADMIN)"
   return 1
 }
 
-use_program() {  # use_program NAME OF_WHAT
-  say "the kernel has no $2: $1 is used"
+use_program() {  # use_program PROGRAM PRODUCT
+  say "the kernel has no $2: the gateway will use $1"
   userspace=1
   [[ -c /dev/net/tun ]] ||
-    die 1 "$1 needs /dev/net/tun, which is not there (modprobe tun; docker: --device /dev/net/tun)"
+    die 1 "$1 needs /dev/net/tun, which is missing (modprobe tun; docker: --device /dev/net/tun)"
 }
 
 # --- settings -------------------------------------------------------------------------------------
 
-# Runs Python code with the tree's wggw module and a clean environment: $1 is the code.
+# Compiles the tree's program into an unlinked file with descriptor 4: it vanishes with this script,
+# however that ends.
+compile_program() {
+  local file
+  file=$(mktemp)
+  exec 4<>"$file"
+  rm "$file"
+  $PYTHON -c '
+import marshal, sys
+with open(sys.argv[1], "rb") as source:
+    marshal.dump(compile(source.read(), sys.argv[1], "exec"), sys.stdout.buffer)' "$TREE/wggw.py" >&4
+}
+
+# with_wggw CODE ARGUMENT...: runs Python code with the tree's program as module wggw, and an empty
+# environment.
 with_wggw() {
-  env -i PATH="$PATH" PYTHONPATH="$TREE" PYTHONPYCACHEPREFIX="$scratch" $PYTHON -P -c "$@"
+  local code="import marshal, sys, types
+wggw = sys.modules['wggw'] = types.ModuleType('wggw')
+with open('/proc/self/fd/4', 'rb') as program:
+    exec(marshal.load(program), wggw.__dict__)
+$1"
+  env -i PATH="$PATH" $PYTHON -I -c "$code" "${@:2}"
 }
 
 make_settings() {
+  local directory
+  for directory in "$ETC" "$STATE"; do
+    [[ ! -e $directory ]] || continue
+    undo+=("rm -rf $directory")
+    run install -d -m 700 "$directory"
+  done
   if [[ -e $ENV_FILE ]]; then
-    say "$ENV_FILE exists and stays as it is"
-    refuse_contradictions
+    change_settings
     return
   fi
-  local interface=${SETTING[WG_INTERFACE]:-wg0}
-  ! ip link show dev "$interface" >/dev/null 2>&1 ||
-    die 1 "interface $interface exists already, and the gateway would remove its peers: choose another with --interface NAME, or remove it (ip link delete $interface)"
-  first=1
-  [[ -e $ETC ]] || undo+=("rm -rf $ETC")
-  [[ -e $STATE ]] || undo+=("rm -rf $STATE")
-  run install -d -m 700 "$ETC" "$STATE"
+  [[ $key_file ]] || first=1
   undo+=("rm -f $ENV_FILE")
+  [[ ! -x $PYTHON ]] || choose_subnets
   say "+ write $ENV_FILE (0600, with a random GATEWAY_API_KEY)"
   [[ $dry_run ]] || write_settings
+}
+
+# Replaces default subnets that overlap a network of the host, and leaves IPv6 out if the host has
+# none. A subnet from an option is never replaced: check_settings refuses it if it does not fit.
+choose_subnets() {
+  local name was value found chosen=''
+  for name in "${!SETTING[@]}"; do chosen+="$name=${SETTING[$name]}"$'\n'; done
+  found=$(with_wggw '
+import dataclasses, sys, wggw
+given = dict(line.split("=", 1) for line in sys.argv[2].splitlines())
+try:
+    config = wggw.load_config(given, "/dev/null", key_needed=False)
+except wggw.StartError:  # check_settings reports it
+    sys.exit()
+tunnels = wggw.interface_settings(dataclasses.replace(config, env_file=sys.argv[1]))
+taken = wggw.taken_networks(tunnels)
+for tunnel in tunnels:
+    for family, subnet in tunnel.subnets.items():
+        name = f"{tunnel.prefix}_{family.upper()}_SUBNET"
+        if name in given and tunnel.prefix == "WG":
+            continue
+        free = wggw.free_subnet(subnet, taken)
+        taken.append((free, tunnel.name))
+        if family == "ipv6" and len(tunnel.subnets) > 1 and wggw.ipv6_fault(tunnel):
+            print(name, subnet, "")
+        elif free != subnet:
+            print(name, subnet, free)' "$ENV_FILE" "$chosen") || exit $?
+  while read -r name was value; do
+    [[ $name ]] || continue
+    SETTING[$name]=$value
+    if [[ $value ]]; then
+      say "$was overlaps a network of this host: $name=$value is used instead"
+    else
+      say "IPv6 is switched off on this host: $name stays empty"
+    fi
+  done <<<"$found"
 }
 
 write_settings() (
   umask 077
   trap 'rm -f "$ENV_FILE.new"' EXIT
+  fit_to_host
   {
-    echo "# Settings of wggw: README.md explains every one. They are read when the gateway starts."
-    printf 'GATEWAY_API_KEY=%s\n' "$(openssl rand -hex 32)"
+    echo "# Settings of wggw: docs/SETTINGS.md explains every one. They are read when the gateway starts."
+    assignment GATEWAY_API_KEY "$(if [[ $key_file ]]; then cat "$key_file"; else openssl rand -hex 32; fi)"
     echo "DB_PATH=$STATE/wireguard.db"
     echo "WG_PRIVATE_KEY_FILE=$ETC/privatekey"
     echo "TLS_CERT=$ETC/cert.pem"
@@ -258,122 +339,141 @@ write_settings() (
     [[ ${SETTING[WG_ENDPOINT]:-} ]] || echo "# WG_ENDPOINT=vpn.example.org"
     local name
     for name in "${!SETTING[@]}"; do
-      echo "$name=${SETTING[$name]}"
+      assignment "$name" "${SETTING[$name]}"
     done | sort
   } >"$ENV_FILE.new"
   check_settings "$ENV_FILE.new"
   mv "$ENV_FILE.new" "$ENV_FILE"
 )
 
-check_settings() {  # a bad value ends in one line that names the variable, and exit code 2
-  with_wggw '
-import sys, wggw
-try:
-    wggw.load_config({}, sys.argv[1])
-except wggw.ConfigError as error:
-    sys.exit(print(f"install.sh: {error}", file=sys.stderr) or 2)' "$1"
+# Adapts the defaults to a kernel without IPv6 and to an uplink without IPv4.
+fit_to_host() {
+  local off=/proc/sys/net/ipv6/conf/all/disable_ipv6
+  if [[ ! -e $off || $(<"$off") == 1 ]]; then
+    : "${SETTING[WG_IPV6_SUBNET]=}"
+    [[ ! ${SETTING[AWG_INTERFACE]:-} ]] || SETTING[AWG_IPV6_SUBNET]=
+  elif [[ $(host_address) == *:* ]]; then
+    : "${SETTING[API_HOST]=::}"
+  fi
 }
 
-refuse_contradictions() {
-  local name value
+host_address() {  # the address from which the host reaches others, IPv4 if it has one
+  with_wggw 'print(next(wggw.host_addresses(), ""))'
+}
+
+# check_settings FILE: a bad value, or an interface that belongs to another program, ends the script
+# with one line that names the setting, and exit code 2.
+check_settings() {
+  with_wggw '
+import dataclasses
+try:
+    config = dataclasses.replace(wggw.load_config({}, sys.argv[1]), env_file=sys.argv[2])
+    wggw.claim_interfaces(config, lambda: wggw.load_whole(config)[0])
+except wggw.StartError as error:
+    sys.exit(print(f"install.sh: {error}", file=sys.stderr) or error.code)' "$1" "$ENV_FILE"
+}
+
+# Refuses unknown names after --set, and secrets: every user can read arguments.
+check_names() {
+  with_wggw '
+settings = {setting.name: setting.secret for setting in wggw.SETTINGS}
+for name in sys.argv[1:]:
+    if settings.get(name, True):
+        why = "this is a secret, and every user can read arguments: write it into the settings file"
+        why = why if name in settings else "there is no such setting: see docs/SETTINGS.md"
+        sys.exit(print(f"install.sh: --set {name}: {why}", file=sys.stderr) or 2)' "${!SETTING[@]}"
+}
+
+assignment() {  # assignment NAME VALUE: prints the line for the settings file
+  local value=$2
+  [[ $value =~ ^$PLAIN$ ]] || value="'$value'"
+  printf '%s=%s\n' "$1" "$value"
+}
+
+# Writes the settings from options into the existing file, and changes nothing else in it.
+change_settings() {
+  local -a lines=()
+  local name told
   for name in "${!SETTING[@]}"; do
-    value=$(with_wggw '
-import sys, wggw
-given = wggw.read_env_file(open(sys.argv[1]).read(), sys.argv[1])
-defaults = {setting.name: setting.default for setting in wggw.SETTINGS}
-print(given.get(sys.argv[2], defaults[sys.argv[2]]) or "")' "$ENV_FILE" "$name")
-    [[ $value == "${SETTING[$name]}" ]] ||
-      die 2 "$ENV_FILE has $name=$value and is never changed by install.sh: change it there to '${SETTING[$name]}', or leave the option out"
+    lines+=("$(assignment "$name" "${SETTING[$name]}")")
   done
+  rm -f "$ENV_FILE.new"  # left by a run that was killed
+  told=$(umask 077 && with_wggw '
+import re
+path, key_file, dry_run, *lines = sys.argv[1:]
+text = before = open(path, encoding="utf-8").read()
+there = wggw.read_env_file(text, path)
+defaults = {setting.name: setting.default or "" for setting in wggw.SETTINGS}
+given = [(line, *wggw.read_env_file(line, "").popitem()) for line in lines]
+if key_file:
+    key = open(key_file, encoding="utf-8").read().strip()
+    given.append((f"GATEWAY_API_KEY={chr(39)}{key}{chr(39)}", "GATEWAY_API_KEY", key))
+for line, name, value in given:
+    if value != (was := there.get(name, defaults[name])):
+        text = re.sub(rf"(?m)^[ \t]*(?:export[ \t]+)?{name}[ \t]*=.*\n?", "", text)
+        text = text.rstrip("\n") + f"\n{line}\n"
+        shown = f"{name} of {key_file}" if name == "GATEWAY_API_KEY" else f"{line} (was: {was or None})"
+        print(f"install.sh: change {path}: {shown}")
+if text == before:
+    print(f"install.sh: {path} exists and stays as it is")
+elif not dry_run:
+    open(f"{path}.new", "w", encoding="utf-8").write(text)' \
+    "$ENV_FILE" "$key_file" "$dry_run" "${lines[@]}")
+  printf '%s\n' "$told"
+  [[ $told == *" stays as it is" ]] || changed=1
+  if [[ -e $ENV_FILE.new ]]; then
+    undo+=("rm -f $ENV_FILE.new")
+    check_settings "$ENV_FILE.new"
+    chown --reference="$ENV_FILE" "$ENV_FILE.new"
+    chmod --reference="$ENV_FILE" "$ENV_FILE.new"
+    [[ -e $ENV_FILE.before ]] || run ln "$ENV_FILE" "$ENV_FILE.before"
+  fi
+  if [[ -e $ENV_FILE.before && ! $dry_run ]]; then
+    changed=1
+    keep_former "$ENV_FILE"
+    [[ ! -e $ENV_FILE.new ]] || run mv "$ENV_FILE.new" "$ENV_FILE"
+  fi
 }
 
 # --- the gateway ----------------------------------------------------------------------------------
 
-# Sets the variables that announce() shows, from the settings as the gateway understands them.
-read_settings() {
-  local values
-  check_settings "$ENV_FILE"
-  values=$(with_wggw '
-import sys, wggw
-config = wggw.load_config({}, sys.argv[1])
-host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.api_host, config.api_host)
-host = f"[{host}]" if ":" in host else host
-both = config.wg_ipv4_subnet and config.wg_ipv6_subnet
-print(f"https://{host}:{config.api_port}")
-print("dual" if both else "ipv4" if config.wg_ipv4_subnet else "ipv6")
-print(config.wg_interface)
-print(config.wg_default_port)
-print(config.wg_endpoint or "")
-print(config.wg_private_key_file)
-print(config.tls_cert)' "$ENV_FILE")
-  { read -r url && read -r protocol && read -r interface && read -r port &&
-    read -r endpoint && read -r private_key && read -r certificate; } <<<"$values"
-}
-
-# Waits until the gateway, process $$, is ready, and tells how to use it.
+# Waits until the gateway, process $$, is ready, and prints how to use it.
 announce() {
-  # The question is for loopback and holds no secret: the certificate need not be checked.
-  until curl --silent --insecure --fail --max-time 2 --output /dev/null "$url/readyz"; do
+  local socket
+  socket=$(with_wggw 'print(wggw.local_socket_path(wggw.load_config({}, sys.argv[1]).db_path))' "$ENV_FILE")
+  until curl -s --fail --max-time 2 -o /dev/null --unix-socket "$socket" http://localhost/readyz; do
     kill -0 $$ 2>/dev/null || return 0
-    ((SECONDS < READY_SECONDS)) || die 1 "not ready after $READY_SECONDS s: the log above says why"
+    ((SECONDS < READY_SECONDS)) || die 1 "the gateway is not ready after $READY_SECONDS s: the log above says why"
     sleep 0.2
   done
-  local check="--cacert $certificate"
-  # An operator's own certificate names the public host, not loopback.
-  # shellcheck disable=SC2086  # two words
-  curl --silent $check --output /dev/null "$url/healthz" || check=--insecure
+  first='' tell  # without the key: the log of a terminal or container may be kept
   cat <<END
 
-The gateway is ready. Ctrl-C stops it; tunnels stay up until: ip link delete $interface
+Ctrl-C stops it. To remove the interfaces, NAT and packet filter as well, run:
 
-  API             $url${endpoint:+ (its host from outside: $endpoint)}
-  API key         GATEWAY_API_KEY in $ENV_FILE
-  certificate     $certificate, SHA-256 fingerprint
-                  $(openssl x509 -in "$certificate" -outform DER | openssl dgst -sha256 -r | cut -d' ' -f1)
-  WireGuard       $interface, UDP port $port${endpoint:+, endpoint $endpoint}
-  its public key  $(wg pubkey <"$private_key")
+  ${SUDO_USER:+sudo }$PYTHON $TREE/wggw.py net down --env-file $ENV_FILE
 
-To create a peer, paste this into another terminal. Its private key goes to ./client.key.
+To create a peer, with its client's configuration in laptop.conf, run in another terminal:
 
+  (umask 077; ${SUDO_USER:+sudo }$PYTHON $TREE/wggw.py peer add laptop --env-file $ENV_FILE >laptop.conf)
 END
-  print_first_peer "$check"
-}
-
-print_first_peer() {  # print_first_peer CURL_OPTION_THAT_CHECKS_THE_CERTIFICATE
-  echo "${SUDO_USER:+sudo }bash <<'END'"
-  cat <<'END'
-sign() {  # prints the two headers that sign a request with the body $1
-  python3 - "$1" <<'PY'
-import hashlib, hmac, re, sys, time
-settings = open("/etc/wggw/wggw.env").read()
-key = re.search(r"""(?m)^GATEWAY_API_KEY=["']?([^"'\n]+)""", settings)[1].encode()
-now, size = int(time.time()), len(sys.argv[1].encode())
-mac = hmac.new(key, b"timestamp=%d, body_length=%d" % (now, size), hashlib.sha256)
-print(f"timestamp: {now}\nsignature: {mac.hexdigest()}")
-PY
-}
-umask 077
-public_key=$(wg genkey | tee client.key | wg pubkey)
-END
-  cat <<END
-body='{"public_key": "'\$public_key'", "protocol": "$protocol"}'
-curl $1 -H @<(sign "\$body") -H 'Content-Type: application/json' -d "\$body" \\
-  -sS -w '\\n' $url/api/v1/configurations/
-END
-  echo END
 }
 
 serve() {
-  local url protocol interface port endpoint private_key certificate
   say "+ $PYTHON $TREE/wggw.py serve --env-file $ENV_FILE"
-  [[ $dry_run ]] && return
-  read_settings
+  if [[ $dry_run ]]; then
+    say "+ $PYTHON $TREE/wggw.py net up --env-file $ENV_FILE"
+    return
+  fi
+  check_settings "$ENV_FILE"
   cd "$STATE"
-  rm -rf "$scratch"
-  # In one write, so that no line of the gateway's log comes between the lines of the command.
+  # A container may lack rights for a part of this; the gateway itself reports what is missing.
+  run env -i PATH="$PATH" $PYTHON -I "$TREE/wggw.py" net up --env-file "$ENV_FILE" || say "net up failed: clients may not reach the internet until what it names is mended"
+  # One write prints all of the text, so that the gateway's log does not interleave with it.
   (text=$(announce) && printf '%s\n' "$text" &)
+  ((!${#replaced[@]})) || rm -f "${replaced[@]}"
   # The gateway takes this process's place: signals and the exit code are its own.
-  exec env -i PATH="$PATH" $PYTHON "$TREE/wggw.py" serve --env-file "$ENV_FILE"
+  exec env -i PATH="$PATH" $PYTHON "$TREE/wggw.py" serve --env-file "$ENV_FILE" 4<&-
 }
 
 # --- the service ----------------------------------------------------------------------------------
@@ -384,13 +484,12 @@ make_user() {
   run useradd --system --user-group --no-create-home --home-dir "$STATE" -s /usr/sbin/nologin wggw
 }
 
-# Keys and certificate, unless they are there; the service may read them and not change them.
+# Makes missing keys and certificates. The service may read them but, as $ETC is root's, not replace them.
 make_secrets() {
-  say "+ make WireGuard key and certificate unless they are there; give them to the user wggw"
+  say "+ make WireGuard key and certificate unless they exist; give them to the user wggw"
   [[ $dry_run ]] && return
   local files path
   files=$(with_wggw '
-import sys, wggw
 config = wggw.load_config({}, sys.argv[1])
 for settings in wggw.interface_settings(config):
     wggw.load_private_key(settings)
@@ -406,40 +505,33 @@ print(config.tls_cert, config.tls_key, sep="\n")' "$ENV_FILE")
   done <<<"$files"
 }
 
-changed='' existed='' replaced=()
-
-# place MODE SOURCE TARGET: copies a file unless it is there; what it replaces comes back if a
-# later step fails. A former file that is there already says that a run was killed: what that one
-# placed may not run yet.
+# place MODE TARGET COMMAND...: writes what COMMAND prints to TARGET, unless it is the same already. If
+# a later step fails, the former file is restored from TARGET.before. If TARGET.before exists already,
+# a run was killed, and the service may not run yet with what that run placed.
 place() {
-  if [[ -e $3 && ! -e $3.before ]] && cmp -s "$2" "$3"; then return; fi
+  local mode=$1 target=$2
+  shift 2
+  if [[ -e $target && ! -e $target.before ]] && cmp -s <("$@") "$target"; then return; fi
   changed=1
-  if [[ -e $3 || -e $3.before ]]; then
-    keep_former "$3"
-    [[ -e $3.before ]] || run ln "$3" "$3.before"
+  if [[ -e $target || -e $target.before ]]; then
+    keep_former "$target"
+    [[ -e $target.before ]] || run ln "$target" "$target.before"
   else
-    undo+=("rm -f $3")
+    undo+=("rm -f $target")
   fi
-  run install -D -m "$1" "$2" "$3"
+  say "+ install -D -m $mode $target"
+  [[ $dry_run ]] || install -D -m "$mode" <("$@") "$target"
 }
 
-keep_former() {  # keep_former FILE: FILE.before comes back if a later step fails, and goes if none does
+keep_former() {  # keep_former FILE: restores FILE.before if a later step fails, else removes it at the end
   replaced+=("$1.before")
   undo+=("mv -f $1.before $1")
 }
 
-place_text() {  # place_text MODE TARGET TEXT
-  local file
-  file=$(mktemp)
-  printf '%s\n' "$3" >"$file"
-  place "$1" "$file" "$2"
-  rm -f "$file"
-}
-
-drop_in() {  # drop_in NAME NEEDED TEXT: a part of the unit, there as long as NEEDED is not empty
+drop_in() {  # drop_in NAME NEEDED TEXT: places a part of the unit, or removes it if NEEDED is empty
   local file=$DROP_INS/$1.conf
   if [[ $2 ]]; then
-    place_text 644 "$file" "$3"
+    place 644 "$file" printf '%s\n' "$3"
   elif [[ -e $file || -e $file.before ]]; then
     changed=1
     keep_former "$file"
@@ -447,15 +539,16 @@ drop_in() {  # drop_in NAME NEEDED TEXT: a part of the unit, there as long as NE
   fi
 }
 
-# Python compiles what it imports once, and a script at each start; what it compiled of a script stays
-# in memory, too. Whoever starts it as root after an upgrade of Python writes the new cache.
+# Python caches the bytecode of modules, but compiles a script at each start, which costs time and
+# memory. So the launcher imports the program. After an upgrade of Python, root's next start writes the
+# new cache.
 read -r -d '' LAUNCHER_TEXT <<END || true
 #!$PYTHON -I
 import os
 import sys
 
 sys.path.insert(0, "$LIB")
-mask = os.umask(0o022)  # what root compiles here is for everybody
+mask = os.umask(0o022)  # every user may read the bytecode that root writes
 from wggw import main
 
 os.umask(mask)
@@ -467,14 +560,14 @@ install_files() {
   [[ ! -e $UNIT ]] || existed=1
   [[ -e $LIB ]] || undo+=("rm -rf $LIB")
   undo+=("rm -rf $LIB/__pycache__")
-  place 755 "$TREE/wggw.py" "$LIB/wggw.py"
-  place_text 755 "$LAUNCHER" "$LAUNCHER_TEXT"
+  place 755 "$LIB/wggw.py" cat "$TREE/wggw.py"
+  place 755 "$LAUNCHER" printf '%s\n' "$LAUNCHER_TEXT"
   if [[ $changed ]]; then
     run rm -rf "$LIB/__pycache__"
     run env -i "$LAUNCHER" --version
   fi
   undo+=("systemctl daemon-reload")
-  place 644 "$TREE/wggw.service" "$UNIT"
+  place 644 "$UNIT" cat "$TREE/wggw.service"
   [[ -e $DROP_INS ]] || undo+=("rm -rf $DROP_INS")
   [[ $dry_run && ! -r $ENV_FILE ]] || install_drop_ins
 }
@@ -487,8 +580,8 @@ install_drop_ins() {
 [Service]
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE
 AmbientCapabilities=CAP_NET_BIND_SERVICE"
-  drop_in 50-userspace "$userspace" "# The kernel lacks WireGuard or AmneziaWG: the service starts a program instead, which outlives it and
-# so keeps the tunnels up, and whose socket is its own.
+  drop_in 50-userspace "$userspace" "# The kernel lacks WireGuard or AmneziaWG: the service starts a program instead. The program outlives
+# the service and so keeps the tunnels up; its socket belongs to the service's user.
 [Service]
 KillMode=process
 PrivateDevices=no
@@ -497,32 +590,34 @@ RuntimeDirectory=wggw wireguard amneziawg
 RuntimeDirectoryPreserve=yes"
 }
 
-setting() {  # the value of a setting as the gateway understands it
-  with_wggw 'import sys, wggw
+setting() {  # setting NAME: prints a setting as the gateway parses it
+  with_wggw '
 print(getattr(wggw.load_config({}, sys.argv[1]), sys.argv[2].lower()))' "$ENV_FILE" "$1"
 }
 
 start_service() {
-  # Without a reload: a run that was killed may have placed a file that was not there before.
+  # systemd knows no unread change: a run that was killed may have placed a new file.
   if [[ ! $changed ]] && systemctl is-active -q wggw 2>/dev/null &&
     [[ $(systemctl show -P NeedDaemonReload wggw) != yes ]]; then
     say "program and unit are up to date, and the service runs"
     return
   fi
   if [[ $existed ]]; then
-    undo=("systemctl restart --no-block wggw" "${undo[@]}")  # once all of the former version is back
-    # Up to systemd 255 a restart by hand does not begin NRestarts anew, which verify looks at.
+    undo=("systemctl restart --no-block wggw" "${undo[@]}")  # the last step: all former files are back
+    # Up to systemd 255 a manual restart does not reset NRestarts, which verify reads.
     run systemctl reset-failed wggw 2>/dev/null || true
   else
-    undo+=("take_down" "systemctl disable -q --now wggw")
+    # Interfaces that existed before this run stay.
+    undo+=("take_down${already_up:+ --keep-interfaces}" "systemctl disable -q --now wggw")
   fi
   run systemctl daemon-reload
   run systemctl enable -q wggw
   run systemctl restart --no-block wggw
 }
 
+# Recognises what wggw made by its marks. It uses this tree's program: former versions may need settings.
 take_down() {
-  wggw_command net down || nft delete table inet wggw
+  env -i PATH="$PATH" $PYTHON -I "$TREE/wggw.py" net down --env-file "$ENV_FILE" "$@"
 }
 
 verify() {
@@ -532,16 +627,16 @@ verify() {
   until state=$(systemctl is-active wggw); [[ $state == active ]]; do
     text=$(systemctl show -P StatusText wggw)
     reason=${text:-$reason}
-    # Restarted again and again: it is not going to be ready.
+    # A service that systemd restarted several times will not become ready.
     if [[ $state == failed || $(systemctl show -P NRestarts wggw) -ge 3 ]] ||
       ((SECONDS - started > READY_SECONDS)); then
       die 1 "the service does not come up ($state): ${reason:-journalctl -u wggw says why}"
     fi
     sleep 0.2
   done
-  answer=$(wggw_command call GET /api/v1/server/status) || die 1 "it does not answer: $answer"
-  [[ $answer == *'"status":"healthy"'* ]] || die 1 "it is not healthy: $answer"
-  wggw_command net show || say "the lines marked WRONG above need a hand"
+  answer=$(wggw_command call GET /api/v1/server/status) || die 1 "the service does not answer: $answer; journalctl -u wggw says more"
+  [[ $answer == *'"status":"healthy"'* ]] || die 1 "the service is not healthy: $answer; wggw doctor says more"
+  wggw_command net show || say "the lines marked WRONG above say what you have to do"
 }
 
 wggw_command() {
@@ -550,26 +645,30 @@ wggw_command() {
   env -i PATH="$PATH" "${program[@]}" "$@" --env-file "$ENV_FILE"
 }
 
-tell() {  # what a backend needs; the API key only when it has just been made
+tell() {  # prints what a backend needs; the API key only if this run made it
   with_wggw '
-import json, sys, wggw
+import hashlib, ipaddress, json
 env_file, first, as_json, host = sys.argv[1:]
 config = wggw.load_config({}, env_file)
-host = config.wg_endpoint or host or "127.0.0.1"
-host = f"[{host}]" if ":" in host.strip("[]") and not host.startswith("[") else host
+if not ipaddress.ip_address(config.api_host).is_unspecified:
+    host = config.api_host
+host = config.wg_endpoint.host if config.wg_endpoint else host or "127.0.0.1"
+host = f"[{host}]" if ":" in host else host
 interfaces = [
     {
         "name": each.name,
         "public_key": wggw.encode_key(wggw.x25519_public(wggw.load_private_key(each))),
-        "endpoint": wggw.endpoint(config.wg_endpoint, each.ports[0]),
+        "endpoint": each.endpoint(each.ports[0]),
         "ports": list(each.ports),
     }
     for each in wggw.interface_settings(config)
 ]
+certificate = wggw.read_certificate(config.tls_cert)
 result = {
     "api_url": f"https://{host}:{config.api_port}",
     "api_key": config.gateway_api_key if first else None,
-    "certificate_sha256": wggw.certificate_fingerprint(config.tls_cert),
+    "certificate_sha256": hashlib.sha256(certificate).hexdigest(),
+    "certificate_key_pin": wggw.key_pin(certificate),
     "interfaces": interfaces,
     "settings": env_file,
 }
@@ -577,26 +676,26 @@ if as_json:
     print(json.dumps(result, indent=2))
     sys.exit()
 key = result["api_key"] or f"GATEWAY_API_KEY in {env_file}"
-print("\nThe gateway is ready (systemctl status wggw). Its backend needs:\n")
+print("\nThe gateway is ready. Its backend needs:\n")
 print("  API                ", result["api_url"])
 print("  API key            ", key)
 print("  certificate SHA-256", result["certificate_sha256"])
+print("  its key (pin)      ", result["certificate_key_pin"])
 for each in interfaces:
     print("  WireGuard          ", each["name"], "public key", each["public_key"])
     ports = ", ".join(map(str, each["ports"]))
     print("                     ", f"UDP port {ports}, endpoint", each["endpoint"] or "not set")
-' "$ENV_FILE" "$first" "$json" "$(hostname -I 2>/dev/null | cut -d' ' -f1)" >&3
+' "$ENV_FILE" "$first" "$json" "$(host_address)"
 }
 
-# On any end that is not success: takes back what this run did, last step first.
-take_back() {
+# If the script fails or is interrupted, undoes what this run did, last step first.
+undo_steps() {
   local status=$? step
   trap - EXIT
   trap '' HUP INT PIPE TERM
-  set +e  # whatever fails from here on, such as a line to a terminal that is gone
-  rm -rf "$scratch"
+  set +e  # nothing may stop the undoing, not even a line to a closed terminal
   if ((status)) && ((${#undo[@]})) && [[ ! $dry_run ]]; then
-    say "failed: taking back what was done"
+    say "failed: undoing what was done"
     while ((${#undo[@]})); do
       step=${undo[-1]}
       unset 'undo[-1]'
@@ -611,22 +710,35 @@ install_service() {
   make_user
   make_settings
   check_settings_file
+  [[ $dry_run ]] || look_for_interfaces
   make_secrets
   install_files
   start_service
   verify
   undo=()
   ((!${#replaced[@]})) || run rm -f "${replaced[@]}"
-  [[ $dry_run ]] || tell
+  [[ $dry_run ]] || tell >&3
+}
+
+look_for_interfaces() {
+  already_up=$(with_wggw '
+ours, _ = wggw.links_to_remove(wggw.interface_mark(sys.argv[1]), (), wggw.recognise_none)
+print(*(found.name for found in ours))' "$ENV_FILE")
 }
 
 check_settings_file() { [[ $dry_run && ! -r $ENV_FILE ]] || check_settings "$ENV_FILE"; }
 
 remove_user() {
-  for _ in {1..20}; do  # a userspace WireGuard ends a moment after its interface
+  local process
+  for _ in {1..20}; do  # a userspace WireGuard ends shortly after its interface
     ! userdel wggw 2>/dev/null || return 0
     sleep 0.1
   done
+  # Every process of this user is the gateway's. A former version set no marks, so its program still runs.
+  for process in /proc/[0-9]*; do
+    [[ $(stat -c %U "$process" 2>/dev/null) != wggw ]] || run kill "${process#/proc/}" || true
+  done
+  sleep 0.5
   userdel wggw
 }
 
@@ -636,10 +748,8 @@ uninstall() {
   if [[ -e $UNIT ]]; then
     run systemctl disable -q --now wggw
   fi
-  # Settings that are broken or gone do not matter: `net down` then goes by what is there.
-  if [[ -e $UNIT || -e $LIB || -e $ENV_FILE ]]; then
-    run take_down || say "interface, nftables table inet wggw or ufw's rules may be left: see above"
-  fi
+  # This works whatever the settings are, and without them: it recognises marks.
+  run take_down || say "interfaces, the nftables table inet wggw or rules in ufw may be left: see above"
   run rm -rf "$UNIT" "$UNIT.before" "$DROP_INS" "$LIB" "$LAUNCHER" "$LAUNCHER.before"
   [[ ! -d /run/systemd/system ]] || run systemctl daemon-reload
   if getent passwd wggw >/dev/null; then
@@ -657,9 +767,8 @@ uninstall() {
 
 main() {
   parse_options "$@"
-  scratch=$(mktemp -d)  # what Python compiles of the tree
-  trap take_back EXIT
-  # Without these the status that take_back sees after a signal may be 0.
+  trap undo_steps EXIT
+  # Without these traps, undo_steps might see status 0 after a signal.
   trap 'exit 129' HUP
   trap 'exit 130' INT
   trap 'exit 141' PIPE
@@ -671,8 +780,9 @@ main() {
     uninstall
     return
   fi
-  [[ $mode == foreground ]] || PACKAGE_OF["command -v nft"]=nftables
   install_packages
+  compile_program
+  check_names
   install_wireguard
   find_amneziawg
   if [[ $mode == foreground ]]; then

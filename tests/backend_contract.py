@@ -50,9 +50,16 @@ def remove(backend: wggw.Backend, *peers: wggw.WirePeer) -> None:
     backend.apply([wggw.Change(p.public_key, None) for p in peers])
 
 
+def states(backend: wggw.Backend) -> list[wggw.PeerState]:
+    """All that read() says of peers, every one of which can be read."""
+    reading = backend.read(())
+    assert (reading.peers, reading.unreadable, reading.same) == (len(reading.changed), 0, set())
+    return [state for _, state in reading.changed]
+
+
 def held(backend: wggw.Backend) -> set[wggw.WirePeer]:
     """What read() says, counters left out. No peer may appear twice."""
-    peers = [state.peer for state in backend.read()]
+    peers = [state.peer for state in states(backend)]
     assert len({p.public_key for p in peers}) == len(peers)
     return set(peers)
 
@@ -72,12 +79,12 @@ class BackendContract:
     """What holds for every backend, with or without an interface."""
 
     def test_starts_without_peers(self, backend: wggw.Backend) -> None:
-        assert backend.read() == []
+        assert states(backend) == []
 
     @pytest.mark.parametrize("wanted", PEERS.values(), ids=PEERS.keys())
     def test_a_peer_reads_back_exactly(self, backend: wggw.Backend, wanted: wggw.WirePeer) -> None:
         put(backend, wanted)
-        assert backend.read() == [wggw.PeerState(wanted, 0, 0, 0)]
+        assert states(backend) == [wggw.PeerState(wanted, 0, 0, 0)]
 
     @pytest.mark.parametrize("second", PEERS.values(), ids=PEERS.keys())
     def test_setting_a_peer_replaces_all_of_it(
@@ -93,18 +100,19 @@ class BackendContract:
         put(backend, wanted, wanted)
         assert held(backend) == {wanted}
 
-    def test_sample_is_what_changed_since_the_last(self, backend: wggw.Backend) -> None:
+    def test_a_reading_tells_what_changed_from_what_is_known(self, backend: wggw.Backend) -> None:
         put(backend, *(peer(n, *hosts(n)) for n in range(5)))
-        first = backend.sample(set())
-        assert sorted(state for _, state in first.changed) == sorted(backend.read())
+        first = backend.read(())
         marks = {mark for mark, _ in first.changed}
+        assert first.peers == len(marks) == 5 and not first.same
         # The text of the last one differs by a line end from the same peer's in another place.
-        second = backend.sample(marks)
-        assert second.peers == first.peers == 5 and len(second.same) >= 3
+        second = backend.read(marks)
+        assert second.peers == 5 and len(second.same) >= 3 and second.same <= marks
+        assert len(second.changed) == 5 - len(second.same)
         changed = peer(2, *hosts(7), psk="new")
         put(backend, changed)
         remove(backend, peer(3))
-        third = backend.sample(marks)
+        third = backend.read(marks)
         assert third.peers == 4 and changed in [state.peer for _, state in third.changed]
 
     def test_removing_takes_that_peer_and_no_other(self, backend: wggw.Backend) -> None:
@@ -159,7 +167,7 @@ class BackendContract:
         put(backend, *peers)
         assert held(backend) == peers
         remove(backend, *peers)
-        assert backend.read() == []
+        assert states(backend) == []
 
     def test_one_thread_reads_while_another_applies(self, backend: wggw.Backend) -> None:
         peers = [peer(n, *hosts(n)) for n in range(300)]
@@ -168,7 +176,7 @@ class BackendContract:
             for one in peers:
                 put(backend, one)
 
-        writer = threading.Thread(target=each)
+        writer = threading.Thread(target=each, daemon=True)
         writer.start()
         while writer.is_alive():
             assert held(backend) <= set(peers)
@@ -274,6 +282,17 @@ class InterfaceContract(BackendContract):
         assert_is_set_up(interface.link)
         assert addresses(interface.link.name) == set(interface.link.addresses)
 
+    def test_a_reading_shows_that_key_or_port_are_others(
+        self, backend: wggw.Backend, interface: RealInterface
+    ) -> None:
+        assert not backend.read(()).device_differs(interface.link)
+        name = interface.link.name
+        for wrong in (("listen-port", "0"), ("private-key", "/dev/null")):
+            output("wg", "set", name, *wrong)
+            assert backend.read(()).device_differs(interface.link)
+            backend.setup()
+            assert not backend.read(()).device_differs(interface.link)
+
     def test_setup_puts_right_what_others_changed(
         self, backend: wggw.Backend, interface: RealInterface
     ) -> None:
@@ -296,11 +315,11 @@ class InterfaceContract(BackendContract):
         name = interface.link.name
         endpoint = ("peer", wggw.encode_key(wanted.public_key), "endpoint", "192.0.2.1:5")
         output("wg", "set", name, *endpoint)
-        assert [state.located for state in backend.read()] == [True]
+        assert [state.located for state in states(backend)] == [True]
         backend.apply(
             [wggw.Change(wanted.public_key, None), wggw.Change(wanted.public_key, wanted)]
         )
-        assert backend.read() == [wggw.PeerState(wanted, 0, 0, 0, located=False)]
+        assert states(backend) == [wggw.PeerState(wanted, 0, 0, 0, located=False)]
         assert output("wg", "show", name, "endpoints").split()[1] == "(none)"
 
     @pytest.mark.parametrize("wanted", PEERS.values(), ids=PEERS.keys())
@@ -374,7 +393,7 @@ class InterfaceContract(BackendContract):
             backend.setup()
             assert backend.alive()
             assert_is_set_up(interface.link)
-            assert backend.read() == []
+            assert states(backend) == []
             put(backend, peer(round_, *hosts(1), psk=1))
             assert wg_dump(interface.link.name).peers == {peer(round_, *hosts(1), psk=1)}
 
@@ -384,7 +403,13 @@ class InterfaceContract(BackendContract):
         interface.destroy()
         some = peer("a", *hosts(1))
         for _ in range(2):  # the second time without a connection to lose
-            all_fail((backend.read, lambda: put(backend, some), lambda: remove(backend, some)))
+            all_fail(
+                (
+                    lambda: backend.read(()),
+                    lambda: put(backend, some),
+                    lambda: remove(backend, some),
+                )
+            )
 
     @pytest.mark.parametrize(
         "wrong",

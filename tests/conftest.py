@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +21,37 @@ with contextlib.suppress(ImportError):  # guests do without
     settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("busy")
 
-# The files that wait longest. They begin first: begun last, one would have the others wait for it.
+# Tests interrupt programs. A run in the background of a shell ignores SIGINT, and programs that are
+# started from it would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The files that take longest, in the order in which they begin: begun last, one would have the
+# others wait for it.
 FIRST = (
-    "test_obfuscated.py",
+    "test_ownership.py",
     "test_tunnel.py",
-    "test_install.py",
-    "test_hostile.py",
+    "test_obfuscated.py",
+    "test_service_classes.py",
+    "test_remote_serve.py",
+    "test_answers_only_when_disk_and_interface_have_it.py",
+    "test_disk_faults.py",
+    "test_hung.py",
     "test_readme.py",
+    "test_cli.py",
+    "test_connections.py",
+    "test_remote.py",
+    "test_drift.py",
+    "test_install.py",
+    "test_kill.py",
+    "test_storm.py",
+    "test_hostile.py",
 )
+RANK = {name: rank for rank, name in enumerate(FIRST)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in FIRST)
+    items.sort(key=lambda item: RANK.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture
@@ -44,5 +64,19 @@ def gateway(tmp_path: Path) -> Iterator[GatewayProcess]:
 @pytest.fixture
 def client(gateway: GatewayProcess) -> Iterator[Client]:
     connection = gateway.client()
+    yield connection
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    """The same for all tests of a module that leave behind nothing which others would meet."""
+    with running(tmp_path_factory.mktemp("shared")) as process:
+        yield process
+
+
+@pytest.fixture
+def shared_client(shared: GatewayProcess) -> Iterator[Client]:
+    connection = shared.client()
     yield connection
     connection.close()

@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WGGW = ROOT / "wggw.py"
 SCRIPT = [sys.executable, str(WGGW)]  # as users start it
 # The same from its cached bytecode, as `serve` goes on by itself: compiling takes 0.25 s a start.
-MODULE = "import sys; sys.path[:0] = [sys.argv.pop(1)]; import wggw; sys.exit(wggw.main())"
-PROGRAM = [sys.executable, "-P", "-c", MODULE, str(ROOT)]
+MODULE = "import sys; sys.path[:0] = [sys.argv.pop(1)]; import wggw; {}sys.exit(wggw.main())"
+PROGRAM = [sys.executable, "-P", "-c", MODULE.format(""), str(ROOT)]
 API_KEY = "8f29c82c5d1f4b6e9a7730d2c4e1f0a98f29c82c5d1f4b6e9a7730d2c4e1f0a9"
 
 
@@ -42,6 +42,12 @@ def some(cases: Sequence[T], number: int) -> Sequence[T]:
     if LONG or number >= len(cases):
         return cases
     return [cases[n * (len(cases) - 1) // (number - 1)] for n in range(number)]
+
+
+def program_with(**constants: float) -> list[str]:
+    """The program with other values of its constants, such as a deadline that is soon over."""
+    lines = "".join(f"wggw.{name} = {value!r}; " for name, value in constants.items())
+    return [sys.executable, "-P", "-c", MODULE.format(lines), str(ROOT)]
 
 
 def reserve_port() -> socket.socket:
@@ -57,6 +63,28 @@ def reserve_port() -> socket.socket:
 
 
 _reserved: list[socket.socket] = []
+
+
+def run_wggw(directory: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A command in that directory with these settings and no others; it shows no traceback."""
+    done = subprocess.run(
+        [*PROGRAM, *arguments],
+        cwd=directory,
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", **settings},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def ok(answer: Answer) -> Any:
+    """What it says; anything but 200 is a failure."""
+    assert answer.status == 200, answer
+    return answer.json
 
 
 def free_port() -> int:
@@ -233,6 +261,10 @@ class GatewayProcess:
         finally:
             client.close()
 
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A command with this gateway's settings."""
+        return run_wggw(self.directory, *arguments, **self.settings)
+
     def client(self, key: str = API_KEY) -> Client:
         return Client(self.port, self.host, key)
 
@@ -243,7 +275,7 @@ class GatewayProcess:
     def _end(self, number: int) -> int:
         assert self.process is not None
         self.process.send_signal(number)
-        code = self.process.wait(30)
+        code = self.process.wait(60)
         self.process = None
         return code
 

@@ -18,7 +18,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pytest
 from harness import free_port, wait_for
 
 TOKEN = "a-token-for-the-copy"
@@ -26,11 +25,11 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wggw-t
 ACCESS_KEY, SECRET_KEY = "the-access-key", "the-secret-key-of-s3"
 
 
-def make_certificate(directory: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 and its key, by OpenSSL's command line."""
+def make_certificate(directory: Path, address: str = "127.0.0.1") -> tuple[Path, Path]:
+    """A certificate for an address and its key, by OpenSSL's command line."""
     cert, key = directory / "store.pem", directory / "store.key"
     command = "openssl req -x509 -nodes -days 2 -subj /CN=store -newkey ec"
-    curve = "-pkeyopt ec_paramgen_curve:prime256v1 -addext subjectAltName=IP:127.0.0.1"
+    curve = f"-pkeyopt ec_paramgen_curve:prime256v1 -addext subjectAltName=IP:{address}"
     subprocess.run(
         [*command.split(), *curve.split(), "-keyout", str(key), "-out", str(cert)],
         check=True,
@@ -50,8 +49,8 @@ class TlsStore(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, cert: Path, key: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Objects)
+    def __init__(self, cert: Path, key: Path, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        super().__init__(address, _Objects)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cert, key)
         self.socket = context.wrap_socket(
@@ -61,7 +60,7 @@ class TlsStore(ThreadingHTTPServer):
         self.fault: Callable[[str, str], str] = lambda method, name: ""
         self.requests: list[tuple[str, str, int]] = []  # method, name, status
         self.ended = threading.Event()
-        self.url = f"https://127.0.0.1:{self.server_port}/copy"
+        self.url = f"https://{address[0]}:{self.server_port}/copy"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # connections that faults cut
@@ -69,6 +68,8 @@ class TlsStore(ThreadingHTTPServer):
 
 class _Objects(BaseHTTPRequestHandler):
     server: TlsStore
+    protocol_version = "HTTP/1.1"  # connections are kept
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         name, fault = self._begin()
@@ -95,7 +96,9 @@ class _Objects(BaseHTTPRequestHandler):
             return
         kept = content[: len(content) // 2] if fault == "keep half" else content
         self.server.objects[name] = kept
-        if fault != "lose the answer":
+        if fault == "lose the answer":
+            self.close_connection = True
+        else:
             self._answer(200, b"")
 
     def _begin(self) -> tuple[str, str]:
@@ -118,7 +121,7 @@ class _Objects(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) if announced is None else announced))
         self.end_headers()
         self.wfile.write(content)
-        self.close_connection = True
+        self.close_connection = announced not in (None, len(content))
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -157,15 +160,17 @@ class S3:
 
 @contextlib.contextmanager
 def real_s3(directory: Path) -> Iterator[S3]:
+    import pytest
+
     program = CACHE / "go" / "bin" / "versitygw"
     if not program.exists():
-        pytest.skip("needs versitygw: tests/run builds it when Go is there")
+        pytest.skip("needs versitygw: tests/run --full builds it when Go is there")
     port = free_port()
     store = S3(directory, port)
     (store.root / store.bucket).mkdir(parents=True)
     sidecar = directory / "metadata"  # file systems without extended attributes do, too
     sidecar.mkdir()
-    arguments = ["--port", f"127.0.0.1:{port}", "--region", "eu-test-1", "--quiet"]
+    arguments = ["--port", f"127.0.0.1:{port}", "--region", "eu-test-1", "--quiet", "--keep-alive"]
     environment = {"ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY}
     with (directory / "s3.log").open("wb") as log:
         process = subprocess.Popen(

@@ -7,6 +7,7 @@ change in memory, /run is empty. What is done inside is gone when it ends, daemo
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import secrets
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import ROOT, wait_for
+from harness import ROOT, WGGW, wait_for
 
 NAMESPACES = ("--mount", "--net", "--pid")
 # The token is written below each overlay: where it can be read, changes stay in memory.
@@ -33,7 +34,7 @@ rm -rf /etc/wggw /var/lib/wggw
 mount -t tmpfs run /run
 ip link set lo up
 echo ready
-exec sleep infinity
+while :; do sleep 3600; done  # as the first process, a shell reaps the others
 """
 # Runs before every script, because scripts here remove programs: never outside the overlays.
 GUARD = r"""
@@ -47,6 +48,56 @@ done
 # sudo and apt-get as they are found first: nothing asks for a password, nothing is fetched.
 SUDO = '#!/bin/sh\nexec "$@"\n'
 APT_GET = '#!/bin/sh\necho "$@" >>"$(dirname "$0")/apt-get.calls"\nexit 7\n'
+
+
+class SmallDisk:
+    """A directory on a file system of its own, in a mount namespace that one process holds."""
+
+    def __init__(self, directory: Path, holder: int) -> None:
+        self.inside = directory  # as processes in the namespace see it
+        self.outside = Path(f"/proc/{holder}/root{directory}")
+        self.prefix = [
+            *("nsenter", "--target", str(holder), "--mount"),
+            *("--root", f"--wd={directory.parent}"),
+        ]
+
+    def fill(self) -> None:
+        """Leave no byte free."""
+        with (
+            (self.outside / "filler").open("ab", buffering=0) as file,
+            contextlib.suppress(OSError),
+        ):
+            while True:
+                file.write(bytes(4096))
+
+    def free(self) -> None:
+        (self.outside / "filler").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path) -> Iterator[SmallDisk]:
+    """A small file system of its own, at this path for those that are started with its prefix."""
+    if os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("nsenter"):
+        pytest.skip("needs root, unshare and nsenter: it mounts a file system")
+    directory.mkdir()
+    script = 'mount -t tmpfs -o size=512k small "$1" && echo ready && exec sleep infinity'
+    holder = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", script, "sh", str(directory)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        assert holder.stdout is not None
+        line = holder.stdout.readline()
+        if line != b"ready\n":
+            pytest.skip(f"needs the right to mount: {line.decode(errors='replace').strip()}")
+        yield SmallDisk(directory, holder.pid)
+    finally:
+        holder.kill()
+        holder.wait()
+        assert holder.stdout is not None
+        holder.stdout.close()
 
 
 class Machine:
@@ -133,8 +184,15 @@ class Background:
 
 
 def copy_tree(to: Path) -> None:
-    """The project's files, without dot files and what running it has left behind."""
+    """The project's files, without dot files and what running it has left behind.
+
+    But with the program's bytecode, which a Python of the same version need not make again.
+    """
     shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.db*", "*.pem"))
+    cached = Path(importlib.util.cache_from_source(str(WGGW)))
+    if cached.exists():
+        (to / cached.parent.name).mkdir()
+        shutil.copy2(cached, to / cached.parent.name)
 
 
 def _first_child(pid: int) -> int:

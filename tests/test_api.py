@@ -764,7 +764,7 @@ def test_prometheus_text_needs_its_token(api: Client) -> None:
     sample = re.compile(r'[a-z_:]+(\{([a-z_]+="[^"\n]*",?)*\})? [-+0-9.e]+(Inf)?')
     for line in answer.body.decode().splitlines():
         assert line.startswith("# ") or sample.fullmatch(line), line
-    assert 'wggw_peers{interface="wg0",state="active"} ' in answer.body.decode()
+    assert 'wggw_peers{interface="wg0",state="active",reason=""} ' in answer.body.decode()
 
 
 def test_without_a_token_loopback_may_read_the_metrics(client: Client) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import batch, build, do, submit
 from harness import Client, a_key, path_key, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sync import Box
 
 import wggw
 
@@ -34,6 +34,8 @@ def rotate(client: Client, public_key: str, new: str) -> Any:
 CHANGES: list[tuple[str, Any, Any]] = [
     ("dns", "d2", "d2"),
     ("tunnel_traffic", ["ipv6"], ["ipv6"]),
+    ("tunnel_traffic", None, ["ipv4", "ipv6"]),  # the default
+    ("tunnel_traffic", ["ipv6"], ["ipv6"]),
     ("persistent_keepalive", 0, 0),
     ("quota_bytes", 10**12, 10**12),
     ("quota_bytes", None, None),
@@ -50,13 +52,15 @@ def test_patch_changes_what_it_names_and_nothing_else(client: Client) -> None:
         before[name] = shown
         before["dns_servers"] = answer.json["dns_servers"]
         before["allowed_ips"] = answer.json["allowed_ips"]
+        assert answer.json["sequence"] > before["sequence"]
+        before["sequence"] = answer.json["sequence"]
         assert (answer.status, answer.json) == (200, before)
     assert client.get(a_key(1)).json == before
     assert before["allowed_ips"] == ["::/0"]
 
 
 REFUSED: list[tuple[str, Any]] = [
-    ("dns", "none"),
+    ("dns", "nowhere"),
     ("dns", None),
     ("port", 1),
     ("tunnel_traffic", []),
@@ -71,8 +75,9 @@ REFUSED: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
 def test_patch_refuses_bad_values_and_changes_nothing(
-    client: Client, name: str, value: Any
+    shared_client: Client, name: str, value: Any
 ) -> None:
+    client = shared_client
     client.create(a_key(1))
     before = client.get(a_key(1)).json
     answer = patch(client, a_key(1), **{"dns": "d3", name: value})
@@ -113,7 +118,8 @@ def test_rotate_keeps_everything_but_the_key(client: Client) -> None:
     client.create(a_key(1), protocol="dual", request_id="r")
     before = client.get(a_key(1)).json
     answer = rotate(client, a_key(1), a_key(2))
-    assert (answer.status, answer.json) == (200, {**before, "public_key": a_key(2)})
+    changed = {"public_key": a_key(2), "sequence": answer.json["sequence"]}
+    assert (answer.status, answer.json) == (200, {**before, **changed})
     assert client.get(a_key(1)).status == 404
     assert client.get(a_key(2)).json == answer.json
     assert client.send("POST", "/api/v1/sync-ips").json["unchanged"] == 1
@@ -166,74 +172,143 @@ CREATES = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(batches=st.lists(CREATES, min_size=1, max_size=3), gone=st.sets(st.integers(0, 20)))
-def test_creates_of_a_batch_do_together_what_they_would_do_one_by_one(
+def test_operations_of_a_batch_do_together_what_they_would_do_one_by_one(
     tmp_path_factory: pytest.TempPathFactory,
     batches: list[list[tuple[int, int | None]]],
     gone: set[int],
 ) -> None:
-    """Keys that are there or come twice, addresses that are taken or run out: 13 in the subnet."""
-    boxes = []
-    for name in ("together", "alone"):
-        directory = tmp_path_factory.mktemp(name)
-        boxes.append(Box(directory, "10.0.0.0/28"))
-    together, alone = (box.gateway for box in boxes)
+    """Keys that are there or come twice, addresses that are taken or run out: 13 in the subnet.
+
+    Which free address a peer gets is nobody's promise: one that waits is served later.
+    """
+    worlds = [
+        build(tmp_path_factory.mktemp(name), WG_IPV4_SUBNET="10.0.0.0/28")
+        for name in ("together", "alone")
+    ]
+    together, alone = (world.gateway for world in worlds)
     for creates in batches:
         operations: list[wggw.BatchOperation] = [
-            ("create", {"public_key": a_key(n), "assigned_ip": at and f"10.0.0.{at}"})
+            ("create", {"public_key": a_key(n), **({"assigned_ip": f"10.0.0.{at}"} if at else {})})
             for n, at in creates
         ]
-        results = together.batch(operations)
-        expected = [result for op in operations for result in alone.batch([op])]
-        assert [shown(result) for result in results] == [shown(result) for result in expected]
+        results = batch(together, operations)
+        expected = [result for op in operations for result in batch(alone, [op])]
+        if all(at is None for _, at in creates):
+            assert [shown(result) for result in results] == [shown(result) for result in expected]
+        for (name, fields), result in zip(operations, results, strict=True):
+            named = fields.get("assigned_ip")
+            if isinstance(result, wggw.Outcome) and result.changed and named:
+                assert result.peer.assigned_ip == named, name
         for number in gone:
             for gateway in (together, alone):
-                gateway.batch([("delete", {"public_key": a_key(number)})])
-        states = [box.state() for box in boxes]
-        assert [timeless(*state) for state in states] == 2 * [timeless(*states[0])]
-
-
-def timeless(peers: list[wggw.Peer], *rest: Any) -> Any:
-    return [peer._replace(created_at=0) for peer in peers], *rest
+                batch(gateway, [("delete", {"public_key": a_key(number)})])
+        kept = [world.store.peers_after(0, 99) for world in worlds]
+        assert len({p.assigned_ip for p in kept[0]}) == len(kept[0])
+        if all(at is None for _, at in creates):
+            assert {p.public_key for p in kept[0]} == {p.public_key for p in kept[1]}
+        else:
+            break  # from here on the two may have gone different ways
+    for world in worlds:
+        world.close()
 
 
 def shown(result: wggw.Outcome | wggw.GatewayError) -> Any:
     if isinstance(result, wggw.GatewayError):
         return result.status, result.detail
-    return result.changed, result.peer._replace(created_at=0)
+    return result.changed, result.peer._replace(id=0)
 
 
-def test_creates_of_a_batch_reach_the_interface_together(tmp_path: Path) -> None:
-    box = Box(tmp_path)
-    sizes: list[int] = []
-    apply = box.backend.apply
-    box.backend.apply = lambda changes: (sizes.append(len(changes)), apply(changes))[1]  # type: ignore[method-assign,func-returns-value]
-    operations: list[wggw.BatchOperation] = [
-        ("create", {"public_key": a_key(n)}) for n in range(95)
-    ]
-    results = box.gateway.batch(operations)
-    assert all(isinstance(result, wggw.Outcome) and result.changed for result in results)
-    assert [size for size in sizes if size] == [wggw.MAX_MERGED, 95 - wggw.MAX_MERGED]
-    assert len(box.state()[0]) == 95
+def test_operations_of_a_batch_reach_disk_and_interface_together(tmp_path: Path) -> None:
+    world = build(tmp_path)
+    world.backend.faults.calls.clear()
+    world.disk.faults.calls.clear()
+    with world.lock:  # as the loop has it: the lander waits for all that a round decided
+        operations: list[wggw.BatchOperation] = [
+            ("create", {"public_key": a_key(n)}) for n in range(95)
+        ]
+        answered: list[Any] = []
+        for _ in world.gateway.batch(operations, answered.extend):
+            pass
+    wait_for(lambda: len(answered) == 95)
+    assert all(isinstance(result, wggw.Outcome) and result.changed for result in answered)
+    assert world.disk.faults.calls["fsync"] <= 2
+    assert world.backend.faults.calls["apply"] <= 2
+    world.close()
 
 
 def test_no_refusal_of_a_batch_rests_on_a_change_that_the_disk_lost(tmp_path: Path) -> None:
-    box = Box(tmp_path)
+    world = build(tmp_path)
     for number in (1, 2):
-        box.gateway.create({"public_key": a_key(number)})
-    before = box.state()
-    box.disk.countdown = 0
+        do(world.gateway, "create", public_key=a_key(number))
+    before = world.store.peers_after(0, 99)
+    world.disk.fail("write")
     malformed = wggw.Malformed("operations[2]: what?")
-    results = box.gateway.batch(
+    results = batch(
+        world.gateway,
         [
             ("delete", {"public_key": a_key(1)}),
             ("suspend", {"public_key": a_key(1)}),
             malformed,
             ("activate", {"public_key": a_key(2)}),  # it is: nothing to do, nothing to lose
-        ]
+        ],
     )
     refusals = [r.status if isinstance(r, wggw.GatewayError) else None for r in results]
-    assert refusals[:2] == [503, 503] and results[2] is malformed
-    box.disk.countdown = -1
-    box.gateway.heal()
-    assert box.state() == before
-    box.gateway.close()
+    assert refusals == [503, 503, 400, None]
+    world.gateway.keeper.heal()
+    assert world.store.peers_after(0, 99) == before
+    world.close()
+
+
+def test_operations_on_one_key_are_done_in_order_also_when_one_waits_for_an_address(
+    tmp_path: Path,
+) -> None:
+    """The address is being freed by somebody whose change is on its way."""
+    world = build(tmp_path, WG_IPV4_SUBNET="10.0.0.0/30")
+    do(world.gateway, "create", public_key=a_key(1))
+    deleted = submit(world.gateway, "delete", public_key=a_key(1))
+    results = batch(
+        world.gateway,
+        [
+            ("create", {"public_key": a_key(2)}),
+            ("suspend", {"public_key": a_key(2)}),
+            ("create", {"public_key": a_key(2), "assigned_ip": "10.0.0.2"}),
+        ],
+    )
+    assert deleted().changed
+    assert [r.changed for r in results if isinstance(r, wggw.Outcome)] == [True, True, False]
+    world.close()
+
+
+@pytest.mark.parametrize("fails", ["disk", "interface", "nothing"])
+def test_a_refusal_never_rests_on_a_change_that_is_refused_itself(
+    tmp_path: Path, fails: str
+) -> None:
+    """Who wants the same address, or the last one, waits for whoever has it on the way."""
+    world = build(tmp_path, WG_IPV4_SUBNET="10.0.0.0/30")
+    if fails == "disk":
+        world.disk.fail("write")
+    elif fails == "interface":
+        world.backend.refusing = {a_key(1)}
+    with world.lock:  # both are decided before the first one lands
+        first = submit(world.gateway, "create", public_key=a_key(1))
+        others = [
+            submit(world.gateway, "create", public_key=a_key(2), assigned_ip="10.0.0.2"),
+            submit(world.gateway, "create", public_key=a_key(3)),
+        ]
+    if fails == "nothing":
+        assert first().changed
+        for other, refusal in zip(others, (wggw.Conflict, wggw.Unavailable), strict=True):
+            with pytest.raises(refusal):
+                other()
+        world.close()
+        return
+    with pytest.raises(wggw.Unavailable):
+        first()
+    for other in others:  # for the same reason, and not for an address that nobody got
+        with pytest.raises(wggw.Unavailable) as caught:
+            other()
+        assert "exhausted" not in caught.value.detail
+    world.gateway.keeper.heal()
+    world.gateway.projection.supervise()
+    assert do(world.gateway, "create", public_key=a_key(4)).peer.assigned_ip == "10.0.0.2"
+    world.close()

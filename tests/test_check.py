@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from harness import API_KEY, PROGRAM, GatewayProcess, a_key, running
+from fakes import World, build, do
+from harness import API_KEY, LONG, GatewayProcess, a_key, run_wggw, running
 from test_restart import state, stopped
-from test_store import State, a_peer, closing, opened, put, save, state_of
 
 import wggw
-from wggw import Disk, Step, Store
 
 SECRET = "a key for what lies on disk"
 
@@ -31,23 +30,8 @@ class Done(NamedTuple):
 
 
 def check(directory: Path, *arguments: str, **settings: str) -> Done:
-    environment = {
-        "PATH": os.environ["PATH"],
-        "GATEWAY_API_KEY": API_KEY,
-        "DB_PATH": str(directory / "wireguard.db"),
-        **settings,
-    }
-    done = subprocess.run(
-        [*PROGRAM, "check", *arguments],
-        cwd=directory,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
+    settings = {"GATEWAY_API_KEY": API_KEY, "DB_PATH": str(directory / "wireguard.db"), **settings}
+    done = run_wggw(directory, "check", *arguments, **settings)
     assert SECRET not in done.stdout + done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
 
@@ -95,7 +79,8 @@ def fill(gateway: GatewayProcess) -> None:
 
 
 def keep(directory: Path, settings: dict[str, str]) -> Kept:
-    with running(directory, **settings) as gateway:
+    timers = {"SAMPLE_INTERVAL": "3600", "SNAPSHOT_INTERVAL": "3600"}  # no records of theirs
+    with running(directory, **timers, **settings) as gateway:
         fill(gateway)
         before = state(gateway)
         gateway.kill()
@@ -103,7 +88,7 @@ def keep(directory: Path, settings: dict[str, str]) -> Kept:
     return Kept(directory, settings, before)
 
 
-@pytest.fixture(scope="module", params=["plain", "sealed"])
+@pytest.fixture(scope="module", params=["plain", "sealed"] if LONG else ["sealed"])
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kept:
     settings = {"SNAPSHOT_KEY": SECRET} if request.param == "sealed" else {}
     return keep(tmp_path_factory.mktemp(request.param), settings)
@@ -113,7 +98,7 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def kept(original: Kept, tmp_path: Path) -> Iterator[Kept]:
     """A copy of them, which the test may damage."""
     copy = tmp_path / "copy"
-    shutil.copytree(original.directory, copy)
+    shutil.copytree(original.directory, copy, ignore=shutil.ignore_patterns("*.sock"))
     yield original._replace(directory=copy)
 
 
@@ -139,7 +124,7 @@ def test_good_files_are_exit_0_and_nothing_is_written(kept: Kept) -> None:
     before = files_of(kept.directory)
     done = check(kept.directory, **kept.settings)
     assert done.code == 0, done
-    assert f"{path_of(kept, '')}: good, 14 peers, record 17" in done.out
+    assert f"{path_of(kept, '')}: good, 14 peers, record 18" in done.out
     assert "torn" not in done.out
     assert changed(kept.directory, before) == set()
 
@@ -152,7 +137,7 @@ def test_torn_tail_is_exit_0_and_its_size_is_told(kept: Kept) -> None:
     before = files_of(kept.directory)
     done = check(kept.directory, **kept.settings)
     assert done.code == 0, done
-    assert "good, 15 peers, record 16" in done.out
+    assert "good, 15 peers, record 17" in done.out
     assert f"{path}: {len(content) - 7 - last} bytes of a torn record" in done.out
     assert changed(kept.directory, before) == set()
 
@@ -242,17 +227,29 @@ def test_check_of_a_new_installation_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("repair", [(), ("--repair",)])
-def test_wrong_key_is_exit_2_and_nothing_is_written(
-    tmp_path: Path, repair: tuple[str, ...]
-) -> None:
+def test_repair_of_nothing_is_exit_1_and_writes_nothing(tmp_path: Path) -> None:
+    done = check(tmp_path, "--repair")
+    assert (done.code, done.out) == (1, "")
+    assert "wireguard.db: there is no database" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_repair_from_any_one_file_is_tried(kept: Kept) -> None:
+    for path in list(kept.directory.glob("wireguard.db*")):
+        if not path.name.endswith(".journal"):
+            path.unlink()
+    assert "used: " in repair(kept).out
+
+
+def test_wrong_key_is_exit_2_and_nothing_is_written(tmp_path: Path) -> None:
     kept = keep(tmp_path, {"SNAPSHOT_KEY": SECRET})
     before = files_of(kept.directory)
     for settings in ({}, {"SNAPSHOT_KEY": "not the key that it was"}):
-        done = check(kept.directory, *repair, **settings)
-        assert done.code == 2, done
-        assert "SNAPSHOT_KEY" in done.err
-        assert changed(kept.directory, before) == set()
+        for repair in ((), ("--repair",)):
+            done = check(kept.directory, *repair, **settings)
+            assert done.code == 2, done
+            assert "SNAPSHOT_KEY" in done.err
+            assert changed(kept.directory, before) == set()
 
 
 def test_check_beside_a_running_gateway_disturbs_nothing(kept: Kept) -> None:
@@ -343,7 +340,7 @@ def test_both_journals_are_saved_behind_the_snapshot_before(tmp_path: Path) -> N
     kept = Kept(tmp_path, {}, before)
     flip(path_of(kept, ""), 5000)
     done = repair(kept)
-    assert "0 missing" in done.out
+    assert "missing" not in done.out
     assert shown_after(kept, done) == before
 
 
@@ -394,10 +391,12 @@ def test_damaged_record_loses_itself_only(kept: Kept) -> None:
     assert len(lines) == 8  # the header, five creates, a suspension, a deletion
     flip(path, record_start(path, 3) + 40)
     done = repair(kept)
-    assert "1 missing" in done.out
+    assert "1 records before 15 are missing" in done.out
     assert str(path) in done.out
     saved = peers_of(shown_after(kept, done))
     expected = peers_of(kept.state)
+    for row in (*saved.values(), *expected.values()):
+        del row["sequence"]  # what followed the lost record has other ones now
     lost = expected.keys() - saved.keys()
     assert lost == {a_key((2, 2))}
     assert saved == {key: row for key, row in expected.items() if key not in lost}
@@ -459,10 +458,11 @@ def test_sealed_repair_stays_sealed(tmp_path: Path) -> None:
     assert a_key((0, 0)).encode() not in content
 
 
-def test_repair_onto_a_full_or_missing_place_is_exit_1(tmp_path: Path) -> None:
-    done = check(tmp_path, "--repair", DB_PATH=str(tmp_path / "missing" / "db"))
+def test_repair_that_cannot_be_written_is_exit_1(kept: Kept) -> None:
+    path_of(kept, ".repaired.tmp").mkdir()  # where it is written first
+    done = check(kept.directory, "--repair", **kept.settings)
     assert done.code == 1
-    assert str(tmp_path / "missing" / "db.repaired") in done.err
+    assert str(path_of(kept, ".repaired")) in done.err
 
 
 def test_repaired_peers_keep_their_addresses_and_order(kept: Kept) -> None:
@@ -478,72 +478,43 @@ def test_repaired_peers_keep_their_addresses_and_order(kept: Kept) -> None:
 # --- beside a running gateway, and as root --------------------------------------------------------
 
 
-def rotate_meanwhile(store: wggw.Store, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Two snapshots between somebody's reading of snapshot and journal, once; returns the calls."""
-    read_journal, calls = wggw.read_journal, []
+def rotate_meanwhile(world: World, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """Two snapshots between somebody's reading of the `first` file and the other, once."""
+    read_journal, numbers = wggw.read_journal, [2, 3]
 
     def rotating(*arguments: Any) -> Any:
-        calls.append(arguments)
-        for number in (2, 3) if len(calls) == 1 else ():
-            put(store, a_peer(number))
-            save(store)
-        return read_journal(*arguments)
+        found = read_journal(*arguments) if first == "journal" else None
+        while numbers:
+            do(world.gateway, "create", public_key=a_key(numbers.pop()))
+            world.gateway.keeper.snapshot()
+        return found or read_journal(*arguments)
 
     monkeypatch.setattr(wggw, "read_journal", rotating)
-    return calls
 
 
+@pytest.mark.parametrize("first", ["journal", "snapshot"])
 def test_files_that_are_replaced_meanwhile_are_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    first: str,
 ) -> None:
-    path = tmp_path / "db"
-    with closing(opened(tmp_path)) as store:
-        put(store, a_peer(1))
-        calls = rotate_meanwhile(store, monkeypatch)
-        monkeypatch.setenv("GATEWAY_API_KEY", API_KEY)
-        monkeypatch.setenv("DB_PATH", str(path))
-        monkeypatch.chdir(tmp_path)
-        assert wggw.main(["check"]) == 0
-        assert "good, 3 peers" in capsys.readouterr().out
-        assert len(calls) > 2
-
-
-def salvaged(path: Path) -> tuple[State, list[str]]:
-    with closing(Store(str(path / "db"), "commit", Disk())) as store:
-        said = list(store.salvage())
-        return state_of(store), said
-
-
-def test_repair_takes_back_an_unfinished_desired_state_as_a_start_does(tmp_path: Path) -> None:
-    with closing(opened(tmp_path)) as store:
-        put(store, a_peer(1), a_peer(2), a_peer(3))
-        for number in (1, 2):
-            steps = [Step(a_peer(number), None)]
-            store.apply(steps)
-            store.wait(store.commit(steps, part=True))
-    state, said = salvaged(tmp_path)
-    assert state == {a_peer(1), a_peer(2), a_peer(3)}
-    assert said[-1] == "undone: 2 changes of an unfinished desired state"
-    # Where a record is missing behind it, that may have been its end.
-    with closing(opened(tmp_path)) as store:
-        steps = [Step(a_peer(1), None)]
-        store.apply(steps)
-        store.commit(steps, part=True)
-        put(store, a_peer(4))
-        put(store, a_peer(5))
-    lines = (tmp_path / "db.journal").read_bytes().splitlines(keepends=True)
-    (tmp_path / "db.journal").write_bytes(b"".join([*lines[:-2], lines[-1]]))
-    state, said = salvaged(tmp_path)
-    assert state == {a_peer(2), a_peer(3), a_peer(5)}
-    assert "1 missing" in said[-1]
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    rotate_meanwhile(world, monkeypatch, first)
+    monkeypatch.setenv("GATEWAY_API_KEY", API_KEY)
+    monkeypatch.setenv("DB_PATH", str(tmp_path / "wireguard.db"))
+    monkeypatch.chdir(tmp_path)
+    assert wggw.main(["check"]) == 0
+    assert "good, 3 peers" in capsys.readouterr().out
+    world.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: files of another user")
 def test_what_root_repairs_belongs_to_the_gateway(tmp_path: Path) -> None:
-    with closing(opened(tmp_path)) as store:
-        put(store, a_peer(1))
-    (tmp_path / "db").rename(tmp_path / "wireguard.db")
-    (tmp_path / "db.journal").rename(tmp_path / "wireguard.db.journal")
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    world.crash()
     for file in tmp_path.glob("wireguard.db*"):
         os.chown(file, 12345, 12346)
     assert check(tmp_path, "--repair").code == 0

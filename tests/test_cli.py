@@ -11,17 +11,19 @@ import pty
 import re
 import select
 import shlex
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PROGRAM, ROOT, GatewayProcess, a_key, running, wait_for
+from harness import PROGRAM, ROOT, GatewayProcess, a_key, run_wggw, running, some, wait_for
 
 import wggw
 
@@ -31,7 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]
     with running(tmp_path_factory.mktemp("cli"), SAMPLE_INTERVAL="0.2") as gateway:
         client = gateway.client()
         for number in range(4):
-            fields = {"expires_at": "2999-12-31T23:59:59Z"} if number == 1 else {}
+            fields = {"quota_bytes": 5 * 10**9, "label": "a laptop"} if number == 1 else {}
             assert client.create(a_key(number), protocol="dual", **fields).status == 200
         client.status(a_key(2), "suspended")
         yield gateway
@@ -40,20 +42,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]
 def command(served: GatewayProcess, *arguments: str) -> tuple[list[str], dict[str, str]]:
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", **served.settings}
     return [*PROGRAM, *arguments], environment
-
-
-def piped(served: GatewayProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
-    line, environment = command(served, *arguments)
-    return subprocess.run(
-        line,
-        env=environment,
-        cwd=served.directory,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
 
 
 class Terminal:
@@ -157,10 +145,12 @@ def test_peers_fit_the_terminal(served: GatewayProcess, columns: int) -> None:
         assert screen.end() == 0
         lines = visible(screen.text())
     assert max(map(len, lines)) <= columns
-    assert lines[0].split()[:4] == ["KEY", "STATE", "ADDRESS", "HANDSHAKE"]
-    assert [line.split()[1] for line in lines[1:5]] == ["active", "active", "suspended", "active"]
-    assert (a_key(1) in lines[2]) == (columns == 140)
-    assert "2999-12-31" in lines[2]
+    assert lines[0].split()[:6] == ["KEY", "LABEL", "STATE", "QUOTA", "IPV4", "IPV6"]
+    states = ["active", "active", "suspended", "active"]
+    assert [re.findall("active|suspended", line)[0] for line in lines[1:5]] == states
+    for told in ("a laptop", "0% of 5 GB", "10.0.1.3 ", "fd42:4242:1::3"):
+        assert told in lines[2]
+    assert ("INTERFACE" in lines[0]) == (columns == 140)
 
 
 @pytest.mark.parametrize("columns", [80, 140])
@@ -171,7 +161,7 @@ def test_top_refreshes_until_q_and_leaves_the_terminal_as_it_was(
         wait_for(lambda: screen.text().count("\x1b[H") >= 3, 60, "three refreshes")
         last = visible(screen.text().split("\x1b[H")[-2])
         assert last[0].startswith("healthy: 0 online of 4") and "q quits" in last[0]
-        assert re.match(r" in +0 B/s ▁", last[1]) and re.match(r"out +0 B/s ▁", last[2])
+        assert re.match(r" in +(0 B/s ▁|–)", last[1]) and re.match(r"out +(0 B/s ▁|–)", last[2])
         assert max(map(len, last)) <= columns
         screen.press("x")
         screen.press("q")
@@ -180,9 +170,125 @@ def test_top_refreshes_until_q_and_leaves_the_terminal_as_it_was(
         assert screen.modes_now() == screen.modes
 
 
+def test_top_says_what_is_wrong_and_q_works_while_a_request_hangs(
+    served: GatewayProcess, tmp_path: Path
+) -> None:
+    path = tmp_path / "silent.db"
+    with terminal(served, 80, "top", "--interval", "0.1", DB_PATH=str(path)) as screen:
+        wait_for(lambda: "no gateway runs here" in screen.text(), 60, "the hint")
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(f"{path}.sock")
+            silent.listen()
+            silent.settimeout(60)
+            with silent.accept()[0] as connection:
+                connection.recv(1)  # it has begun to talk, and waits
+                screen.press("q")
+                assert screen.end() == 0
+        assert screen.text().endswith("\x1b[?25h\x1b[?1049l")
+
+
 def test_top_refuses_to_run_without_a_terminal(served: GatewayProcess) -> None:
-    done = piped(served, "top")
+    done = served.command("top")
     assert done.returncode == 2 and "needs a terminal" in done.stderr
+
+
+# --- one peer -------------------------------------------------------------------------------------
+
+
+def public_key_of(file: str) -> str:
+    """Of the client whose file it is."""
+    private = re.search(r"(?m)^PrivateKey = (.{43}=)$", file)
+    assert private
+    return wggw.encode_key(wggw.x25519_public(wggw.decode_key(private[1])))
+
+
+Inside = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def inside(
+    served: GatewayProcess, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Inside:
+    """Commands in this process, which start sooner."""
+    monkeypatch.setattr(os, "environ", command(served)[1])
+    monkeypatch.chdir(served.directory)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = wggw.main(arguments)
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    return run
+
+
+def test_a_peer_is_added_found_by_its_label_changed_and_deleted(
+    served: GatewayProcess, inside: Inside
+) -> None:
+    client = served.client()
+    made = inside("peer", "add", "Bob's phone", "--set", "quota_bytes=5", "--set", "dns=d2")
+    assert (made.returncode, "GATEWAY" in made.stderr) == (0, True)
+    key = public_key_of(made.stdout)
+    row = client.get(key).json
+    assert (row["label"], row["quota_bytes"], row["dns"]) == ("Bob's phone", 5, "d2")
+    assert row["assigned_ip"] in made.stdout and row["assigned_ipv6"] in made.stdout
+    again = inside("peer", "add", "Bob's phone")
+    assert (again.returncode, "exists already" in again.stderr) == (1, True)
+    for action, status in (("suspend", "suspended"), ("activate", "active")):
+        done = inside("peer", action, "Bob's phone")
+        assert (done.stdout, done.returncode) == (f"Bob's phone: {status}\n", 0)
+        assert client.get(key).json["status"] == status
+    assert inside("peer", "reset-quota", key).returncode == 0
+    shown = inside("peer", "show", key.replace("/", "_"))
+    assert re.search(r"(?m)^label +Bob's phone$", shown.stdout)
+    turned = inside("peer", "rotate", "Bob's phone")
+    new = public_key_of(turned.stdout)
+    assert (client.get(key).status, client.get(new).json["label"]) == (404, "Bob's phone")
+    client.create(a_key("twin"), label="Bob's phone")
+    both = inside("peer", "delete", "Bob's phone")
+    assert (both.returncode, "several peers" in both.stderr) == (1, True)
+    for one in (new, a_key("twin")):
+        assert inside("peer", "delete", one).returncode == 0
+    gone = inside("peer", "show", "Bob's phone")
+    assert (gone.returncode, "no peer has this label" in gone.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("wrong", ["colour=red", "label=x", "quota_bytes=-1", "dns"])
+def test_a_peer_with_a_wrong_field_is_not_added(inside: Inside, wrong: str) -> None:
+    done = inside("peer", "add", "wrong", "--set", wrong)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert wrong.partition("=")[0] in done.stderr
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_peer_whose_file_could_not_be_written_is_deleted(
+    served: GatewayProcess, full: bool
+) -> None:
+    line, environment = command(served, "peer", "add", "lost")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "wb") as device:
+        done = subprocess.run(
+            line,
+            env=environment,
+            cwd=served.directory,
+            stdout=device if full else writing,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+        )
+    os.close(writing)
+    assert done.returncode == 1 and b"the peer is deleted" in done.stderr
+    listed = served.client().send("GET", "/api/v1/configurations?label=lost").json
+    assert listed["configurations"] == []
+
+
+def test_peers_are_searched_and_limited(inside: Inside) -> None:
+    def found(*arguments: str) -> list[str]:
+        done = inside("peers", "--json", *arguments)
+        return [peer["public_key"] for peer in json.loads(done.stdout)]
+
+    assert found("--limit", "2") == [a_key(0), a_key(1)]
+    assert found("LAPTOP") == found("10.0.1.3") == found(a_key(1)[4:20]) == [a_key(1)]
+    assert found("--sort", "key", "--limit", "1") == [min(a_key(n) for n in range(4))]
 
 
 # --- large figures --------------------------------------------------------------------------------
@@ -215,6 +321,11 @@ def large_peers(names: tuple[str, str]) -> list[dict[str, Any]]:
             "online": state == "online",
             "status": "active" if state in {"online", "active"} else "suspended",
             "status_reason": state if state in {"expired", "quota"} else None,
+            "label": None if number else "a label of more\x1b[2J than sixteen characters",
+            "request_id": None,
+            "quota_bytes": 10**12 if number == 2 else None,
+            "quota_period": "month",
+            "quota_used": 999 * 10**9,
             "assigned_ip": address,
             "assigned_ipv6": "fd42:4242:40:ffff::fffe",
             "expires_at": "2031-12-31T23:59:59Z",
@@ -252,6 +363,7 @@ def large_status(names: tuple[str, str]) -> dict[str, Any]:
         "status": "degraded",
         "reasons": ["disk: " + "No space left on device, " * 5 + "end of the reason"],
         "remote_copy": {
+            "epoch": 12,
             "number": 123_456_789,
             "lag_records": 12_345,
             "lag_seconds": 12_345.678,
@@ -284,26 +396,34 @@ def shown(served: GatewayProcess, columns: int, name: str, answers: str) -> list
 
 
 @pytest.mark.parametrize("columns", [80, 100, 140])
-def test_large_figures_of_peers_fit_and_are_all_there(
+def test_large_figures_of_peers_fit_and_columns_are_dropped_from_the_right(
     served: GatewayProcess, large: tuple[tuple[str, str], str], columns: int
 ) -> None:
     names, answers = large
-    lines = shown(served, columns, "peers", answers)
-    length = 2 if columns == 80 and LONG in names else 1  # lines for each peer
-    assert len(lines) == (1 + 4) * length + 1
-    whole_key = columns == 140 and LONG not in names
-    exact = "HANDSHAKE" in lines[0]
-    assert exact == (columns == 140 or (columns == 100 and LONG not in names))
-    ages = ("2 min 5", "59 min 3", "399 d 23 h") if exact else ("2 min", "59 min", "399 d")
-    for number, peer in enumerate(large_peers(names)):
-        line = " ".join(lines[length * (number + 1) : length * (number + 2)])
+    head, *lines = [line for line in shown(served, columns, "peers", answers) if line]
+    columns_shown = head.split()
+    assert columns_shown == list(wggw.PEER_HEAD)[: len(columns_shown)]
+    assert len(columns_shown) >= {80: 5, 100: 6, 140: 9}[columns]
+    ages = ("2 min 5", "59 min 3", "399 d 23 h")
+    for number, (peer, line) in enumerate(zip(large_peers(names), lines, strict=True)):
         key = peer["public_key"]
-        assert line.startswith(key + " " if whole_key else key[:8] + "… ")
-        assert line.count("…") == (not whole_key)
-        told = [STATES[number], peer["assigned_ip"] or peer["assigned_ipv6"], peer["interface"]]
-        told += ["123 GB", "0 B" if number == 2 else "12.3 TB"]
-        told += ["never"] if number == 3 else [ages[number], "2031-12-31"]
-        assert [word for word in told if word not in line] == [], line
+        assert line.startswith(key[:8] + "… ")
+        assert line.count("…") == (1 if number else 2)
+        told = {
+            "LABEL": "" if number else "a label of more…",
+            "STATE": STATES[number],
+            "QUOTA": "99% of 1 TB/month" if number == 2 else "",
+            "IPV4": peer["assigned_ip"] or "",
+            "IPV6": peer["assigned_ipv6"],
+            "HANDSHAKE": "never" if number == 3 else ages[number],
+            "RECEIVED": "123 GB",
+            "SENT": "0 B" if number == 2 else "12.3 TB",
+            "EXPIRES": "" if number == 3 else "2031-12-31",
+            "INTERFACE": peer["interface"],
+        }
+        assert [n for n, word in told.items() if n in columns_shown and word not in line] == [], (
+            line
+        )
 
 
 @pytest.mark.parametrize("columns", [80, 100, 140])
@@ -319,14 +439,14 @@ def test_large_figures_of_a_status_fit_and_are_all_there(
         "59000 online, 120000 in all",
         "24.7 MB/s in, 247 MB/s out",
         "123 MB, record 1234567890",
-        "number 123456789, lag records 12345, lag seconds 12345.678",
+        "epoch 12, 12345 changes and 3 h 25 min behind: copies.example.org",
         "not valid for this name, at all",
     ):
         assert told in words
     for name in names:
         assert re.search(rf"{name} +netlink +51820 +59999[ /]", text)
         assert re.search(rf"{name} +ipv4 +60000 +1048573 .* 6 %", text)
-        assert re.search(rf"{name} +ipv6 +60000 +1.84e\+19 .* 0 %", text)
+        assert re.search(rf"{name} +ipv6 +60000 +unlimited .* 0 %", text)
     assert re.search(r"12.3 MB(/s)? +123 MB(/s)? +123 TB +12.3 TB", text)
     assert "…" not in text
 
@@ -335,32 +455,33 @@ def test_without_a_terminal_large_figures_are_in_the_full_form() -> None:
     no_terminal = wggw.Screen(0, 0, False)
     head, first, *_ = wggw.peer_lines(large_peers((LONG, LONG)), time.time(), no_terminal)
     assert head.split() == list(wggw.PEER_HEAD)
-    for told in (a_key(0), "2 min 5", "2031-12-31 23:59", LONG):
+    label = "a label of more?[2J than sixteen characters"
+    for told in (a_key(0), label, "2 min 5", "2031-12-31 23:59", LONG):
         assert told in first
     lines = wggw.status_lines(large_status((LONG, LONG)), no_terminal)
-    assert max(map(len, lines)) > 100
-    assert any(line.startswith("INTERFACE        BACKEND   PORT  ACTIVE  TOTAL") for line in lines)
+    assert max(map(len, lines)) > 80
+    assert any(line.startswith("INTERFACE        BACKEND   PORT   ACTIVE/ALL") for line in lines)
 
 
-def test_what_is_cut_says_so() -> None:
-    lines = wggw.peer_lines(large_peers((LONG, LONG)), time.time(), wggw.Screen(40, 24, False))
-    assert max(map(len, lines)) <= 40
-    assert [line[-1] for line in lines[2::2]] == ["…"] * 4
+def test_what_is_still_too_wide_when_one_column_is_left_is_cut_and_says_so() -> None:
+    lines = wggw.peer_lines(large_peers((LONG, LONG)), time.time(), wggw.Screen(8, 24, False))
+    assert max(map(len, lines)) <= 8
+    assert [line[-1] for line in lines[1:]] == ["…"] * 4
 
 
 # --- for programs ---------------------------------------------------------------------------------
 
 
 def test_json_is_what_the_api_says(served: GatewayProcess) -> None:
-    status = json.loads(piped(served, "status", "--json").stdout)
+    status = json.loads(served.command("status", "--json").stdout)
     assert status["status"] == "healthy" and status["total_peers"] == 4
-    peers = json.loads(piped(served, "peers", "--json").stdout)
+    peers = json.loads(served.command("peers", "--json").stdout)
     assert [peer["public_key"] for peer in peers] == [a_key(n) for n in range(4)]
-    assert json.loads(piped(served, "peers", "--json", "--online").stdout) == []
+    assert json.loads(served.command("peers", "--json", "--online").stdout) == []
 
 
 def test_pipes_get_whole_lines_without_colour_or_progress(served: GatewayProcess) -> None:
-    done = piped(served, "peers", "--sort", "key")
+    done = served.command("peers", "--sort", "key")
     assert (done.returncode, done.stderr) == (0, "")
     keys = [line.split()[0] for line in done.stdout.splitlines()[1:]]
     assert keys == sorted(a_key(n) for n in range(4))
@@ -387,12 +508,151 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(served: GatewayProcess,
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+# Every command, in a form that its parser takes.
+COMMANDS = [
+    ["serve"],
+    ["net", "show"],
+    ["check"],
+    ["copy", "show"],
+    ["call", "GET", "/api/v1/server/status"],
+    ["snapshot", "export", "exported.db"],
+    ["import", "a-file"],
+    ["adopt", "--interface", "wt-no-such"],
+    ["awg", "generate"],
+    ["awg", "show"],
+    ["awg", "rotate"],
+    ["status"],
+    ["peers"],
+    *(
+        ["peer", action, "a name"]
+        for action in ("add", "show", "suspend", "activate", "reset-quota", "rotate", "delete")
+    ),
+    ["top"],
+    ["doctor"],
+]
+
+
+def test_every_command_is_among_them() -> None:
+    parsers = [parser.prog.split()[1:] for parser in parsers_of(wggw.make_parser())]
+    assert all(any(line[: len(words)] == words for line in COMMANDS) for words in parsers)
+
+
+ENDS = [(KeyboardInterrupt, 130), (BrokenPipeError, 1)]
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "code"), some([(line, *end) for line in COMMANDS for end in ENDS], 11)
+)
+def test_no_command_ends_with_a_traceback(
+    line: list[str], error: type[BaseException], code: int
+) -> None:
+    """In a process of its own, because main() gives up its standard output."""
+    program = (
+        "import sys, wggw\n"
+        "def fail(*_):\n"
+        f"    raise {error.__name__}\n"
+        "wggw.COMMANDS = tuple(row._replace(run=fail) for row in wggw.COMMANDS)\n"
+        "sys.exit(wggw.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *line],
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
+def test_an_interrupt_while_a_disk_does_not_answer(tmp_path: Path) -> None:
+    """`check` reads a pipe into which nothing comes."""
+    pipe = tmp_path / "wireguard.db"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [*PROGRAM, "check"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+    def opened() -> int:
+        with contextlib.suppress(OSError):
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        return 0
+
+    writing = wait_for(opened, what="the command to read")
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    os.close(writing)
+    assert (process.returncode, out, error) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("name", ["call", "status", "peers", "snapshot", "awg show", "doctor"])
+def test_an_interrupt_while_a_gateway_does_not_answer(
+    served: GatewayProcess, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "silent.db"
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(f"{path}.sock")
+        silent.listen()
+        [line] = [line for line in COMMANDS if " ".join(line).startswith(name)]
+        program, environment = command(served, *line)
+        process = subprocess.Popen(
+            program,
+            cwd=served.directory,
+            env={**environment, "DB_PATH": str(path)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        silent.settimeout(60)
+        with silent.accept()[0] as connection:
+            connection.recv(1)  # it has begun to talk
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, b"")
+
+
+SPEAKING = [["awg", "generate"], ["check"], ["net", "show"], ["call", "GET", "/"]]
+HELPS = [["--help"], ["--version"], ["peers", "--help"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "way"),
+    some([(line, w) for w in ("reader gone", "not there") for line in [*SPEAKING, *HELPS]], 8),
+)
+def test_a_closed_standard_output_is_exit_code_1(
+    served: GatewayProcess, line: list[str], way: str
+) -> None:
+    program, environment = command(served, *line)
+    reading, writing = os.pipe()
+    os.close(reading)
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh"] if way == "not there" else []
+    try:
+        done = subprocess.run(
+            [*shell, *program],
+            env=environment,
+            cwd=served.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+        )
+    finally:
+        os.close(writing)
+    assert done.returncode == (0 if line in HELPS and way == "not there" else 1)
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
 def test_exit_codes(served: GatewayProcess) -> None:
-    assert piped(served, "status", "--url", "https://127.0.0.1:1").returncode == 1
-    assert piped(served, "peers", "--sort", "nothing").returncode == 2
-    assert "exit codes:" in piped(served, "--help").stdout
+    nobody = GatewayProcess(served.directory, DB_PATH=str(served.directory / "nobody.db"))
+    assert nobody.command("status").returncode == 1
+    assert served.command("peers", "--sort", "nothing").returncode == 2
+    assert "exit codes:" in served.command("--help").stdout
     for name in ("status", "peers", "top", "call", "snapshot", "check", "serve"):
-        assert "example" in piped(served, name, "--help").stdout
+        assert "example" in served.command(name, "--help").stdout
 
 
 def parsers_of(
@@ -431,14 +691,14 @@ def test_a_degraded_gateway_is_exit_code_1_and_says_why(tmp_path: Path) -> None:
 def test_progress_is_shown_after_a_second_on_a_terminal_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with wggw.Progress("working"):
+    with wggw.progress("working"):
         time.sleep(1.1)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with wggw.Progress("working"):
+    with wggw.progress("working"):
         pass
     assert capsys.readouterr().err == ""
-    with wggw.Progress("working"):
+    with wggw.progress("working"):
         wait_for(lambda: re.search(r"working: \d s", capsys.readouterr().err), what="progress")
     assert capsys.readouterr().err.endswith("\r")
 
@@ -446,29 +706,15 @@ def test_progress_is_shown_after_a_second_on_a_terminal_only(
 # --- whose settings -------------------------------------------------------------------------------
 
 
-def bare(directory: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command in an environment without settings."""
-    return subprocess.run(
-        [*PROGRAM, *arguments],
-        env={"PATH": os.environ["PATH"], **variables},
-        cwd=directory,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
 @pytest.mark.parametrize("arguments", [("check",), ("net", "show")])
 def test_what_signs_nothing_needs_no_key(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    done = bare(tmp_path, *arguments, "--env-file", os.devnull)
+    done = run_wggw(tmp_path, *arguments, "--env-file", os.devnull)
     assert done.returncode < 2 and "GATEWAY_API_KEY" not in done.stderr, done
     assert done.stdout or "there is no database" in done.stderr
 
 
 def test_a_host_without_settings_is_not_made_a_gateway(tmp_path: Path) -> None:
-    done = bare(tmp_path, "net", "up", "--env-file", os.devnull)
+    done = run_wggw(tmp_path, "net", "up", "--env-file", os.devnull)
     assert done.returncode == 2 and "GATEWAY_API_KEY is not set" in done.stderr
 
 
@@ -512,9 +758,15 @@ def test_an_installed_gateway_is_found_from_anywhere(
     assert told in capsys.readouterr().out
 
 
-def test_net_down_takes_the_installed_interface_away(installed: Path) -> None:
-    arguments = wggw.make_parser().parse_args(["net", "down"])
-    assert [name for _, name in wggw.links_to_remove(arguments)] == ["wg7"]
+def test_net_down_is_for_the_installed_gateway(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(wggw, "net_down", lambda *values: given.append(values) or ["done"])
+    monkeypatch.setattr(wggw, "current_table", lambda: '    iifname { "wg6", "wg7" } accept\n')
+    assert wggw.main(["net", "down"]) == 0
+    ((mark, names, _, keep_interfaces),) = given
+    assert (mark, names, keep_interfaces) == (f"wggw {installed}", {"wg6", "wg7"}, False)
 
 
 def test_settings_here_are_before_the_installed_ones(
@@ -522,13 +774,13 @@ def test_settings_here_are_before_the_installed_ones(
 ) -> None:
     other = installed.parent / "other.env"
     other.write_text("API_PORT=1\n")
-    assert wggw.main(["status", "--env-file", str(other)]) == 2
+    assert wggw.main(["status", "--env-file", str(other)]) == 1
     with monkeypatch.context() as inner:
         inner.setenv("DB_PATH", "elsewhere.db")
-        assert wggw.main(["status"]) == 2
+        assert wggw.main(["status"]) == 1
     Path(".env").write_text("API_PORT=1\n")
-    assert wggw.main(["status"]) == 2
-    assert capsys.readouterr().err.count("GATEWAY_API_KEY is not set") == 3
+    assert wggw.main(["status"]) == 1
+    assert capsys.readouterr().err.count("no gateway runs here") == 3
     Path(".env").unlink()
     monkeypatch.setenv("AWS_REGION", "eu-central-1")  # of other programs, too
     assert wggw.main(["status"]) == 0
@@ -593,7 +845,24 @@ def test_status_shows_what_it_is_given() -> None:
     text = "\n".join(wggw.status_lines(STATUS, wggw.Screen(0, 0, False)))
     for part in ("up 1 d 1 h", "1.23 MB/s in", "none yet", "EXPIRED", "1.23 kB, record 7"):
         assert part in text
-    assert "[#####...............]  25 %" in text
+    assert "25 %  [#####...............]" in text
+
+
+def test_a_rate_that_is_not_known_yet_is_no_zero() -> None:
+    row = {**STATUS["interfaces"][0], "sample_age_seconds": 10**6}  # older than the gateway
+    status = {**STATUS, "uptime_seconds": 3, "interfaces": [row]}
+    text = "\n".join(wggw.status_lines(status, wggw.Screen(0, 0, False)))
+    assert "traffic      – in, – out" in text and "1.23 MB/s" not in text
+    top = wggw.Top()
+    top.look(status, [], 100.0)
+    assert top.lines(status, [], wggw.Screen(80, 24, False), "late")[1:4] == [
+        " in          – ", "out          – ", "late",
+    ]  # fmt: skip
+
+
+def test_spans_are_told_as_one_says_them() -> None:
+    day = 86400
+    assert [wggw.show_span(n * day) for n in (1, 729, 3649)] == ["1 d", "729 d", "9 years"]
 
 
 def test_bytes_and_ages_are_short() -> None:
@@ -618,7 +887,8 @@ def test_top_ranks_peers_by_what_passed_between_two_samples() -> None:
             "rx_bytes": rx,
             "tx_bytes": 0,
             "assigned_ip": "10.0.1.2",
-            "assigned_ipv6": None,
+            "assigned_ipv6": "fd42:4242:1::2",
+            "label": "the laptop of " + name,
         }
 
     def status(age: float) -> dict[str, Any]:
@@ -631,4 +901,9 @@ def test_top_ranks_peers_by_what_passed_between_two_samples() -> None:
         STATUS, [peer("idle", 10**9), peer("busy", 50_000)], wggw.Screen(80, 24, False)
     )
     assert list(top.rates["rx"]) == [1234567, 1234567]
+    assert lines[4].split()[:6] == ["KEY", "IN", "OUT", "RECEIVED", "ADDRESS", "SENT"]
     assert lines[5].startswith(a_key("busy")[:12]) and "5 kB/s" in lines[5]
+    wide = top.lines(STATUS, [peer("new", 5), peer("busy", 50_000)], wggw.Screen(140, 24, False))
+    assert wide[4].split()[-3:] == ["LABEL", "IPV6", "ADDRESS"]
+    assert "the laptop of busy" in wide[5] and "fd42:4242:1::2" in wide[5]
+    assert wide[6].split()[1:3] == ["–", "–"]  # it has been there for no two samples

@@ -3,16 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from harness import API_KEY, a_key
-from test_accounting import PRIVATE_KEY, CountingBackend, FaultyDisk
+from fakes import NOON, World, build, do
+from harness import a_key
 
 import wggw
 
-START = 1_800_000_000
+START = int(NOON)
+PEER = a_key("peer")
+ACTIVE, EXPIRED, QUOTA = ("active", None), ("suspended", "expired"), ("suspended", "quota")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = build(tmp_path)
+    do(made.gateway, "create", public_key=PEER, expires_at=START + 100)
+    yield made
+    made.close()
+
+
+def at(world: World, seconds: float) -> None:
+    world.now = START + seconds
+    world.gateway.limits.expire()
+
+
+def state(world: World, key: str = PEER) -> tuple[str, str | None]:
+    peer = world.gateway.get(key).peer
+    assert (key in world.backend.peers) == (peer.status == "active")
+    return peer.status, peer.status_reason
+
+
+def sample(world: World, key: str, received: int) -> None:
+    world.backend.move(key, received)
+    world.gateway.projection.sample()
+
+
+def test_expiry_is_at_its_second_and_not_before(world: World) -> None:
+    for seconds, expected in ((0, ACTIVE), (99.9, ACTIVE), (100, EXPIRED), (101, EXPIRED)):
+        at(world, seconds)
+        assert state(world) == expected
+
+
+def test_all_whose_second_has_come_are_one_record_and_one_message(world: World) -> None:
+    """Ten thousand at once must not take a message each."""
+    for number in range(50):
+        do(world.gateway, "create", public_key=a_key(number), expires_at=START + 100)
+    applies, number = world.backend.faults.calls["apply"], world.store.number
+    at(world, 100)
+    assert world.gateway.run(lambda: world.store.counts["wg0", "suspended"]) == 51
+    assert world.backend.faults.calls["apply"] == applies + 1
+    assert world.store.number == number + 1
 
 
 class Looks:
@@ -27,125 +74,204 @@ class Looks:
         pass
 
 
-class Rig:
-    """A gateway whose clock the test sets."""
-
-    def __init__(self, directory: Path) -> None:
-        self.now = float(START)
-        self.config = wggw.load_config(
-            {"GATEWAY_API_KEY": API_KEY, "DB_PATH": str(directory / "db")}
-        )
-        self.backend = CountingBackend()
-        self.disk = FaultyDisk()
-        self.open()
-
-    def open(self) -> None:
-        self.store = wggw.Store(self.config.db_path, "commit", self.disk)
-        self.store.recover()
-        self.gateway = wggw.Gateway(self.config, self.store, lambda: self.now)
-        (given,) = wggw.interface_settings(self.config)
-        self.gateway.start([(given, wggw.make_link(given, PRIVATE_KEY), self.backend)])
-
-    def close(self) -> None:
-        self.store.close()
-
-    def at(self, seconds: float) -> None:
-        self.now = START + seconds
-        self.gateway.expire()
-
-    def state(self, name: str = "peer") -> tuple[str, str | None]:
-        peer = self.gateway.get(a_key(name)).peer
-        on = {wggw.encode_key(state.peer.public_key) for state in self.backend.read()}
-        assert (a_key(name) in on) == (peer.status == "active")
-        return peer.status, peer.status_reason
-
-    def count(self, name: str, size: int) -> None:
-        self.backend.counters[wggw.decode_key(a_key(name))][0] += size
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path)
-    made.gateway.create({"public_key": a_key("peer"), "expires_at": START + 100})
-    yield made
-    made.close()
-
-
-ACTIVE, EXPIRED, QUOTA = ("active", None), ("suspended", "expired"), ("suspended", "quota")
-
-
-def test_expiry_is_at_its_second_and_not_before(rig: Rig) -> None:
-    for seconds, state in ((0, ACTIVE), (99.9, ACTIVE), (100, EXPIRED), (101, EXPIRED)):
-        rig.at(seconds)
-        assert rig.state() == state
-
-
 def test_expiry_and_what_is_not_on_disk_are_looked_at_every_second(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(Looks, "every", {}, raising=False)
     monkeypatch.setattr(wggw, "Timer", Looks)
-    config = dataclasses.replace(rig.config, durability="interval")
-    wggw.Service._start_timers(config, rig.gateway, wggw.HostMetrics(str(tmp_path)))
-    for job in (rig.gateway.expire, rig.gateway.supervise, rig.gateway.heal, rig.gateway.flush):
+    config = dataclasses.replace(world.config, durability="interval")
+    gateway = world.gateway
+    app: Any = SimpleNamespace(gateway=gateway, nonces=wggw.NonceGuard(60), copier=None)
+    wggw.Service._start_timers(config, app, wggw.HostMetrics(str(tmp_path)))
+    for job in (
+        gateway.limits.expire,
+        gateway.projection.supervise,
+        gateway.keeper.heal,
+        gateway.keeper.flush,
+    ):
         assert Looks.every[job] <= 1
 
 
-def test_a_clock_that_jumps_ahead_and_is_set_back_takes_nothing_away(rig: Rig) -> None:
-    rig.at(10**8)
-    assert rig.state() == EXPIRED
-    rig.at(50)
-    assert rig.state() == ACTIVE
-    rig.at(100)
-    assert rig.state() == EXPIRED
+def test_a_clock_that_jumps_ahead_and_is_set_back_takes_nothing_away(world: World) -> None:
+    at(world, 10**8)
+    assert state(world) == EXPIRED
+    at(world, 50)
+    assert state(world) == ACTIVE
+    at(world, 100)
+    assert state(world) == EXPIRED
 
 
-def test_a_clock_set_back_does_not_undo_what_the_backend_suspended(rig: Rig) -> None:
-    rig.gateway.set_status(a_key("peer"), "suspended")
-    rig.at(200)
-    rig.at(50)
-    assert rig.state() == ("suspended", None)
+def test_a_clock_set_back_does_not_undo_what_the_backend_suspended(world: World) -> None:
+    do(world.gateway, "set_status", public_key=PEER, status="suspended")
+    at(world, 200)
+    at(world, 50)
+    assert state(world) == ("suspended", None)
 
 
-def test_expiry_while_the_gateway_was_down_holds_before_it_is_ready(rig: Rig) -> None:
-    rig.close()
-    rig.now = START + 200
-    rig.open()
-    assert rig.state() == EXPIRED
+def test_expiry_while_the_gateway_was_down_holds_before_it_is_ready(world: World) -> None:
+    world.crash()
+    world.now = START + 200
+    world.open()
+    assert state(world) == EXPIRED
 
 
-def test_a_later_date_undoes_expiry_but_not_a_used_up_quota(rig: Rig) -> None:
-    rig.gateway.update(a_key("peer"), {"quota_bytes": 10})
-    rig.count("peer", 11)
-    rig.at(100)
-    assert rig.state() == EXPIRED
-    rig.gateway.update(a_key("peer"), {"expires_at": START + 1000})
-    assert rig.state() == QUOTA
-    rig.gateway.update(a_key("peer"), {"quota_bytes": 11})
-    assert rig.state() == ACTIVE
+def test_a_later_date_undoes_expiry_but_not_a_used_up_quota(world: World) -> None:
+    do(world.gateway, "update", public_key=PEER, quota_bytes=10)
+    sample(world, PEER, 11)
+    assert state(world) == QUOTA
+    at(world, 100)
+    do(world.gateway, "update", public_key=PEER, quota_bytes=11)
+    assert state(world) == EXPIRED
+    do(world.gateway, "update", public_key=PEER, quota_bytes=10)
+    do(world.gateway, "update", public_key=PEER, expires_at=START + 1000)
+    assert state(world) == QUOTA
+    do(world.gateway, "update", public_key=PEER, quota_bytes=11)
+    assert state(world) == ACTIVE
 
 
-def test_quota_is_found_by_the_sample_that_sees_it_and_by_a_smaller_one_at_once(rig: Rig) -> None:
-    rig.gateway.create({"public_key": a_key("paid"), "quota_bytes": 1000})
-    rig.count("paid", 1000)
-    rig.gateway.sample()
-    assert rig.state("paid") == ACTIVE
-    rig.count("paid", 1)
-    rig.gateway.sample()
-    assert rig.state("paid") == QUOTA
-    rig.gateway.update(a_key("paid"), {"quota_bytes": None})
-    assert rig.state("paid") == ACTIVE
-    rig.gateway.update(a_key("paid"), {"quota_bytes": 1000})
-    assert rig.state("paid") == QUOTA
+def test_quota_is_found_by_the_sample_that_sees_it_and_by_a_smaller_one_at_once(
+    world: World,
+) -> None:
+    paid = a_key("paid")
+    do(world.gateway, "create", public_key=paid, quota_bytes=1000)
+    sample(world, paid, 1000)
+    assert state(world, paid) == ACTIVE
+    sample(world, paid, 1)
+    assert state(world, paid) == QUOTA
+    do(world.gateway, "update", public_key=paid, quota_bytes=None)
+    assert state(world, paid) == ACTIVE
+    do(world.gateway, "update", public_key=paid, quota_bytes=1000)
+    assert state(world, paid) == QUOTA
 
 
-def test_quota_is_tried_again_when_the_disk_refuses(rig: Rig) -> None:
-    rig.gateway.create({"public_key": a_key("paid"), "quota_bytes": 1000})
-    rig.count("paid", 1001)
-    rig.disk.broken = True
-    rig.gateway.sample()
-    assert rig.state("paid") == ACTIVE
-    rig.disk.broken = False
-    rig.gateway.heal()
-    rig.gateway.sample()
-    assert rig.state("paid") == QUOTA
+def test_quota_is_tried_again_when_the_disk_refuses(world: World) -> None:
+    paid = a_key("paid")
+    do(world.gateway, "create", public_key=paid, quota_bytes=1000)
+    world.disk.fail("fsync", forever=True)
+    sample(world, paid, 1001)
+    assert state(world, paid) == ACTIVE
+    assert world.gateway.degraded()
+    world.disk.heal()
+    world.gateway.keeper.heal()
+    world.gateway.projection.sample()
+    assert state(world, paid) == QUOTA
+    assert not world.gateway.degraded()
+
+
+# --- quotas that begin anew -----------------------------------------------------------------------
+
+NAMED = {  # a moment, and when its day, week and month began
+    "2026-11-28T12:00:00Z": ("2026-11-28", "2026-11-23", "2026-11-01"),
+    "2026-03-01T00:00:00Z": ("2026-03-01", "2026-02-23", "2026-03-01"),
+    "2024-02-29T23:59:59Z": ("2024-02-29", "2024-02-26", "2024-02-01"),
+    "2029-01-01T00:00:00Z": ("2029-01-01", "2029-01-01", "2029-01-01"),
+    "1970-01-01T00:00:01Z": ("1970-01-01", "1969-12-29", "1970-01-01"),
+}
+
+
+@pytest.mark.parametrize("moment", NAMED)
+def test_days_weeks_and_months_begin_in_utc(moment: str) -> None:
+    now = datetime.fromisoformat(moment).timestamp()
+    began = [datetime.fromisoformat(f"{day}T00:00:00+00:00") for day in NAMED[moment]]
+    assert list(wggw.period_starts(now).values()) == [at.timestamp() for at in began]
+
+
+def used(world: World, key: str) -> int:
+    """As the API shows it."""
+    outcome = world.gateway.get(key)
+    tunnel = world.gateway.tunnels["wg0"]
+    view = wggw.View(outcome.peer, outcome.traffic, tunnel, world.config, 0)
+    return int(wggw.CONFIGURATION["quota_used"].value(view))
+
+
+# Seconds from a Friday's morning in January to the ends of these.
+DAY = 16 * 3600
+WEEK = DAY + 2 * 86400
+MONTH = DAY + 16 * 86400
+
+
+@pytest.mark.parametrize("how", ["runs", "was down", "crashed", "imported"])
+def test_a_quota_begins_anew_with_its_period_also_over_restarts(world: World, how: str) -> None:
+    """Each is suspended for its own period, and totals never go back."""
+    lasting = {"day": DAY, "week": WEEK, "month": MONTH, None: 10**9}
+    keys = {period: a_key(("quota", period)) for period in lasting}
+    for period, key in keys.items():
+        do(world.gateway, "create", public_key=key, quota_bytes=100, quota_period=period)
+        sample(world, key, 101)
+    idle = a_key("idle")
+    do(world.gateway, "create", public_key=idle, quota_bytes=100, quota_period="day")
+    for period, ends in lasting.items():
+        if period is None:
+            continue
+        at(world, ends - 1)
+        assert state(world, keys[period]) == QUOTA
+        if how == "was down":
+            world.close()
+        elif how == "crashed":
+            world.crash()
+        elif how == "imported":
+            exported = world.gateway.export()
+        told = world.store.sequence
+        if how in ("runs", "imported"):
+            at(world, ends)
+        if how == "imported":
+            world.gateway.import_(exported)  # what was so before that moment
+        if not world.is_open:
+            world.now = START + ends
+            world.open()
+        assert state(world, keys[period]) == ACTIVE
+        assert used(world, keys[period]) == 0
+        changed = {change.public_key for change in world.store.changes(told, 100)}
+        assert keys[period] in changed and idle not in changed
+        sample(world, keys[period], 100)
+        assert (state(world, keys[period]), used(world, keys[period])) == (ACTIVE, 100)
+    assert state(world, keys[None]) == QUOTA
+    assert world.gateway.get(keys["month"]).traffic.total == 201
+    sequence = world.store.sequence
+    at(world, MONTH + 10)
+    assert world.store.sequence == sequence
+
+
+def test_reset_quota_ends_a_suspension_by_quota_and_no_other(world: World) -> None:
+    do(world.gateway, "update", public_key=PEER, quota_bytes=10, expires_at=START + 10**6)
+    sample(world, PEER, 11)
+    assert (state(world), used(world, PEER)) == (QUOTA, 11)
+    assert do(world.gateway, "reset_quota", public_key=PEER).peer.status == "active"
+    assert (state(world), used(world, PEER)) == (ACTIVE, 0)
+    assert not do(world.gateway, "reset_quota", public_key=PEER).changed
+    sample(world, PEER, 10)
+    do(world.gateway, "set_status", public_key=PEER, status="suspended")
+    assert do(world.gateway, "reset_quota", public_key=PEER).changed
+    world.reopen()
+    assert (state(world), used(world, PEER)) == (("suspended", None), 0)
+    assert world.gateway.get(PEER).traffic.total == 21
+
+
+def test_quotas_begin_anew_when_the_disk_works_again(world: World) -> None:
+    do(world.gateway, "update", public_key=PEER, quota_bytes=10, quota_period="day")
+    do(world.gateway, "update", public_key=PEER, expires_at=None)
+    sample(world, PEER, 11)
+    world.disk.fail("fsync", forever=True)
+    at(world, DAY)
+    assert state(world) == QUOTA
+    world.disk.heal()
+    world.gateway.keeper.heal()
+    at(world, DAY + 1)
+    assert (state(world), used(world, PEER)) == (ACTIVE, 0)
+
+
+@pytest.mark.timeout(120)
+def test_ten_thousand_peers_expire_within_a_second_of_work(tmp_path: Path) -> None:
+    world = build(tmp_path, WG_IPV4_SUBNET="10.0.0.0/8", WG_IPV6_SUBNET="")
+    wanted = {
+        a_key(n): wggw.Desired("line", {"public_key": a_key(n), "expires_at": START + 100})
+        for n in range(10_000)
+    }
+    world.gateway.sync(wanted, False, False)
+    started = time.process_time()
+    at(world, 100)
+    used = time.process_time() - started
+    assert world.gateway.run(lambda: world.store.counts["wg0", "suspended"]) == 10_000
+    assert not world.backend.peers
+    assert used < 1.5, f"{used:.2f} s of the processor"
+    world.close()

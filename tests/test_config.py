@@ -53,6 +53,16 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
         ],
     ),
     "GATEWAY_PUBLIC_KEY": ([("p" * 16, "p" * 16), ("", None)], ["p" * 15, NOT_UTF8]),
+    "TLS_NAMES": (
+        [
+            ("", ()),
+            ("a.example, 192.0.2.1,[2001:db8::1]", ("a.example", "192.0.2.1", "2001:db8::1")),
+            ("*.example.org", ("*.example.org",)),
+        ],
+        ["a_b", "a..b", ".a", "é.org", "a/b", "a" * 300, "-"],
+    ),
+    "LIMIT_SSH": ([("22", 22), ("65535", 65535), ("", None)], ["0", "65536", "ssh", "22,23"]),
+    "METRICS_ALLOWED": ([("", ())], ["192.0.2.1/24", "x"]),
     "MAX_TIMESTAMP_DIFF": (
         [("1", 1), ("3600", 3600)],
         ["", "0", "3601", "-1", "1.5", " 60", "60s", "٦٠", "9" * 5000],
@@ -99,8 +109,35 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
         ["0", "53;443", "65536", "dns", "53,-1"],
     ),
     "WG_ENDPOINT": (
-        [("", None), ("vpn.example.org", "vpn.example.org"), ("2001:db8::1", "2001:db8::1")],
-        ["a b", "vpn\nPostUp", "x" * 254, "ü.example"],
+        [
+            ("", None),
+            ("vpn.example.org", ("vpn.example.org", None)),
+            ("vpn_1.example.:443", ("vpn_1.example.", 443)),
+            ("192.0.2.1", ("192.0.2.1", None)),
+            ("192.0.2.1:65535", ("192.0.2.1", 65535)),
+            ("2001:db8:0::1", ("2001:db8::1", None)),
+            ("[2001:db8::1]", ("2001:db8::1", None)),
+            ("[2001:db8::1]:1", ("2001:db8::1", 1)),
+        ],
+        [
+            "a b",
+            "vpn\nPostUp",
+            "x" * 254,
+            "ü.example",
+            "https://vpn.example.org/",
+            "vpn.example.org:",
+            "vpn.example.org:0",
+            "vpn.example.org:65536",
+            "a..b",
+            "-a.example",
+            "192.0.2.256",
+            "192.0.2",
+            "[192.0.2.1]",
+            "[vpn.example.org]:1",
+            "fe80::1%eth0",
+            "2001:db8::1]:1",
+            ":443",
+        ],
     ),
     "WG_PRIVATE_KEY_FILE": ([("key", "key")], [""]),
     "WG_BACKEND": (
@@ -122,10 +159,17 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
     "AWG_EXTRA_PORTS": ([("", ()), ("53, 443", (53, 443))], ["0", "53;443", "65536", "dns"]),
     "AWG_PRIVATE_KEY_FILE": ([("", None), ("key", "key")], []),
     "AWG_PARAMS": ([("", None), ("/etc/awg.json", "/etc/awg.json"), ("{}", "{}")], []),
+    "SERVICE_CLASSES": (
+        [("", {}), ('{"a": {"down": "8kbit"}}', {"a": (1000, None, None)})],
+        ["[]", '{"a": {"down": "7kbit"}}', '{"a": {"rate": "1mbit"}}'],
+    ),
     "DNS_SERVERS": (
         [
-            ('{"a":"9.9.9.9,2620:fe::fe"}', {"a": ("9.9.9.9", "2620:fe::fe")}),
-            ('{"a":["9.9.9.9"],"b":"1.1.1.1"}', {"a": ("9.9.9.9",), "b": ("1.1.1.1",)}),
+            ('{"a":"9.9.9.9,2620:fe::fe"}', {"a": ("9.9.9.9", "2620:fe::fe"), "none": ()}),
+            (
+                '{"a":["9.9.9.9"],"b":"vpn.example, 1.1.1.1,corp.example"}',
+                {"a": ("9.9.9.9",), "b": ("1.1.1.1", "vpn.example", "corp.example"), "none": ()},
+            ),
         ],
         [
             "",
@@ -138,10 +182,15 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
             '{"a":[1]}',
             '{"a":null}',
             '{"a":""}',
+            '{"none":"1.1.1.1"}',
+            '{"a":"1.1.1.1,"}',
+            '{"a":"1.1.1.1,1.1.1"}',
+            '{"a":"1.1.1.1,corp.example\\nPostUp = x"}',
             '{"a":' * 5000,
             '{"a":' + "9" * 5000 + "}",
         ],
     ),
+    "MOVE_PEERS": ([("true", True), ("false", False)], ["", "yes", "1", "True"]),
     "DB_PATH": ([("/var/lib/x.db", "/var/lib/x.db")], [""]),
     "DURABILITY": ([(w, w) for w in ("commit", "interval", "none")], ["", "always", "Commit"]),
     "SNAPSHOT_INTERVAL": (
@@ -171,6 +220,9 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
         [("", None), ("t", "t")],
         ["a secret with spaces", "ünlike", "secret-line\n"],
     ),
+    "SNAPSHOT_COPY_INTERVAL": ([("10", 10.0), ("0.5", 0.5)], ["", "0", "-1", "ten"]),
+    "SNAPSHOT_FENCE": ([("true", True), ("false", False)], ["", "1", "no"]),
+    "SNAPSHOT_LINEAGE": ([("ab" * 16, "ab" * 16), ("", "")], ["ab", "AB" * 16, "none"]),
     "SNAPSHOT_REQUIRED": ([("true", True), ("false", False)], ["", "1", "no", "TRUE"]),
     "AWS_ACCESS_KEY_ID": ([("", None), ("AKIA", "AKIA")], ["a b", "a\n"]),
     "AWS_SECRET_ACCESS_KEY": ([("", None), ("a/+=", "a/+=")], ["a secret with spaces", "ünlike"]),
@@ -214,7 +266,7 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "wg_private_key_file": "/etc/wireguard/privatekey",
     "wg_backend": "auto",
     "wg_mtu": 1420,
-    "dns_servers": {"d1": ("1.1.1.1",), "d2": ("8.8.8.8",), "d3": ("9.9.9.9",)},
+    "dns_servers": {"d1": ("1.1.1.1",), "d2": ("8.8.8.8",), "d3": ("9.9.9.9",), "none": ()},
     "db_path": "./wireguard.db",
     "durability": "commit",
     "snapshot_interval": 300,
@@ -385,7 +437,21 @@ def test_env_file_line_forms(text: str, values: dict[str, str]) -> None:
     assert read_env_file(text, ".env") == values
 
 
-@pytest.mark.parametrize("line", ["just text", "1A=b", 'A="b', "A='b' c", "=b", "A-B=c"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "just text",
+        "1A=b",
+        'A="b',
+        'A= "b',
+        "A='b' c",
+        "A= 'b'c",
+        "A=#b",
+        "=b",
+        "A-B=c",
+        "export A B=c",
+    ],
+)
 def test_bad_env_line_is_named_by_number_without_its_content(line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_env_file(f"A=1\n\n# x\n{line}\n", "/some/.env")
@@ -456,3 +522,64 @@ def test_any_env_file_is_parsed_or_refused_by_line(text: str) -> None:
         assert re.fullmatch(r"name line \d+: expected KEY=VALUE", str(error))
     else:
         assert all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) for name in values)
+
+
+# --- names that are none --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("ALOWED_BACKENDS", "ALLOWED_BACKENDS"),
+        ("WG_IPV4_SUBNETT", "WG_IPV4_SUBNET"),
+        ("wg_mtu", "WG_MTU"),
+        ("DNS_SERVER", "DNS_SERVERS"),
+        ("api_prot", "API_PORT"),
+        ("WG_PORT", "AWG_PORT"),
+        ("GATEWAY_API_KEI", "GATEWAY_API_KEY"),
+        ("AWG_PRIVATE_KEY", "AWG_PRIVATE_KEY_FILE"),
+    ],
+)
+def test_misspelt_setting_is_refused_with_the_nearest_name(
+    name: str, meant: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "my.env"
+    file.write_text(f"{name}=its-secret-value\n")
+    assert refusal({}, str(file)) == f"{file}: {name} is unknown: did you mean {meant}?"
+    load({name: "its-secret-value"})  # the environment has names of anybody
+    assert f"{name} in the environment is ignored: did you mean {meant}?" in caplog.text
+    assert "its-secret-value" not in caplog.text
+
+
+def test_other_names_are_a_warning_in_the_file_and_nothing_in_the_environment(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "my.env"
+    file.write_text("COMPOSE_PROJECT_NAME=vpn\n")
+    load({"TERM": "vt100", "PATH": "/bin", "X" * 100_000: ""}, str(file))
+    [record] = caplog.records
+    assert "COMPOSE_PROJECT_NAME is not a setting of wggw, and is ignored" in record.getMessage()
+
+
+def test_every_misspelt_name_of_a_file_is_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "my.env"
+    file.write_text("WG_MTUU=1280\nDNS_SERVER={}\n")
+    assert "WG_MTUU is" in refusal({}, str(file))
+    assert "DNS_SERVER is" in refusal({}, str(file))
+
+
+@pytest.mark.parametrize(
+    ("given", "listening", "chosen", "obfuscated"),
+    [
+        ("vpn.example", "vpn.example:51820", "vpn.example:53", "vpn.example:51821"),
+        ("vpn.example:443", "vpn.example:443", "vpn.example:53", "vpn.example:51821"),
+        ("[2001:db8::1]:443", "[2001:db8::1]:443", "[2001:db8::1]:53", "[2001:db8::1]:51821"),
+        ("", None, None, None),
+    ],
+)
+def test_public_port_takes_the_place_of_the_listen_port_alone(
+    given: str, listening: str | None, chosen: str | None, obfuscated: str | None
+) -> None:
+    plain, other = interface_settings(load({**BOTH, "WG_ENDPOINT": given, "WG_EXTRA_PORTS": "53"}))
+    shown = plain.endpoint(51820), plain.endpoint(53), other.endpoint(51821)
+    assert shown == (listening, chosen, obfuscated)

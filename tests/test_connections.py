@@ -31,6 +31,8 @@ from harness import (
     sign,
     wait_for,
 )
+from test_rfc9421 import STATUS
+from test_rfc9421 import signed as signed_rfc9421
 
 import wggw
 
@@ -166,7 +168,7 @@ def test_slow_clients_delay_nobody_and_are_ended_by_their_deadlines(
 
     body = encode({"public_key": a_key("promised")})
     promising.send(signed("POST", PEERS, body)[: -len(body)])
-    thread = threading.Thread(target=dribble)
+    thread = threading.Thread(target=dribble, daemon=True)
     started = time.monotonic()
     thread.start()
     try:
@@ -498,15 +500,20 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[wggw.Ser
     settings = {name: str(tmp_path / file) for name, file in names.items()}
     settings |= {"GATEWAY_API_KEY": API_KEY, "API_HOST": "127.0.0.1", "API_PORT": str(free_port())}
     config = wggw.load_config(settings, "/dev/null")
-    gateway = wggw.Gateway(config, wggw.Store(config.db_path, "none", wggw.Disk()), time.time)
-    app = wggw.App(config, gateway, time.time, wggw.HostMetrics(str(tmp_path)))
-    server = wggw.Server(config, app, wggw.make_tls(config)[0])
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    loop = wggw.Loop()
+    files = wggw.Files(config.db_path, "none", wggw.Disk())
+    gateway = wggw.Gateway(config, wggw.Store(), files, time.time, loop.run)
+    app = wggw.App(config, gateway, time.time, wggw.HostMetrics(str(tmp_path)), loop.work)
+    server = wggw.Server(config, app, wggw.make_tls(config)[0], loop, wggw.LogWriter())
+    gateway.ready = True
+    loop.start()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
     thread.join()
     server.server_close()
+    loop.stop()
 
 
 def test_newcomers_whose_threads_have_not_begun_go_before_the_backend(
@@ -514,9 +521,7 @@ def test_newcomers_whose_threads_have_not_begun_go_before_the_backend(
 ) -> None:
     """On a busy machine many of them are accepted before the first of their threads runs."""
     monkeypatch.setattr(wggw, "IDLE_DEADLINE", 60.0)
-    server._limit, gateway = 4, server.app.gateway
-    gateway.store.recover()
-    gateway.ready = True
+    server._limit = 4
     backend = Wire(server.server_address[1])
 
     def is_served() -> bool:
@@ -524,24 +529,85 @@ def test_newcomers_whose_threads_have_not_begun_go_before_the_backend(
         return backend.answer()[0] == 200
 
     assert is_served()
-    handle, begin = wggw.Connection.handle, threading.Event()
+    handshake, begin, accepted = wggw.Server._handshake, threading.Event(), threading.Semaphore(0)
 
-    def late(connection: wggw.Connection) -> None:
+    def late(server: wggw.Server, *arguments: Any) -> None:
+        accepted.release()
         assert begin.wait(30)
-        handle(connection)
+        handshake(server, *arguments)
 
-    monkeypatch.setattr(wggw.Connection, "handle", late)
+    monkeypatch.setattr(wggw.Server, "_handshake", late)
     with contextlib.ExitStack() as stack:
         stack.callback(begin.set)
         for _ in range(10):
             address = ("127.0.0.1", server.server_address[1])
             stack.callback(socket.create_connection(address, timeout=30).close)
-        wait_for(lambda: server._open == 11, what="all to be accepted")
+        assert all(accepted.acquire(timeout=30) for _ in range(10))
+        assert len(server._connections) == 4
         assert is_served()
         begin.set()
-        wait_for(lambda: server._open <= 4, what="those beyond the cap to go")
         assert is_served()
+        assert len(server._connections) <= 4
     backend.close()
+
+
+def test_a_request_that_no_thread_can_be_had_for_is_refused(
+    server: wggw.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name == "worker":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    wire = Wire(server.server_address[1])
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", limited)
+        wire.send(head("GET", "/metrics", {}))
+        assert wire.answer()[0] == 503
+    wire.send(head("GET", "/metrics", {}))
+    assert wire.answer()[0] == 200
+    wire.close()
+
+
+@pytest.mark.parametrize("what", ["kept", "not kept", "closed meanwhile"])
+def test_a_signature_ahead_of_the_clock_waits_for_its_ceiling(
+    server: wggw.Server, what: str
+) -> None:
+    nonces, asked, goes_on = server.app.nonces, threading.Event(), threading.Event()
+    raised: list[int] = []
+
+    def raise_ceiling(wanted: int) -> None:
+        asked.set()
+        assert goes_on.wait(60)
+        if what == "not kept":
+            raise OSError(28, "No space left on device")
+        nonces._ceiling = wanted
+        raised.append(wanted)
+
+    nonces._path, nonces.raise_ceiling = "somewhere", raise_ceiling  # type: ignore[method-assign]
+    client = Client(server.server_address[1])
+    request = signed_rfc9421(client, created=int(time.time()) + 20)
+    wire = Wire(server.server_address[1])
+    host = f"Host: 127.0.0.1:{server.server_address[1]}".encode()
+    wire.send(head("GET", STATUS, request).replace(b"Host: gateway", host))
+    assert asked.wait(60)
+    if what == "closed meanwhile":
+        wire.close()
+        wait_for(lambda: not server._connections, what="its end")
+        goes_on.set()
+        wait_for(lambda: raised, what="the ceiling")
+        other = Wire(server.server_address[1])  # and nothing of it is left in the loop
+        other.send(head("GET", "/healthz", {}))
+        assert other.answer()[0] == 200
+        assert len(server._connections) == 1
+        assert not nonces._live
+        other.close()
+        return
+    goes_on.set()
+    assert wire.answer()[0] == (503 if what == "not kept" else 200)
+    wire.close()
 
 
 def test_empty_lines_are_no_sign_of_life(server: wggw.Server) -> None:

@@ -6,23 +6,24 @@ A test for each, even where another module tests the same law in more depth: thi
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import API_KEY, Client, GatewayProcess, a_key, path_key, running, sign, wait_for
+from fakes import NOON, World, build, do, submit
+from harness import Client, GatewayProcess, a_key, path_key, running, sign, wait_for
 
 import wggw
 
 PEERS = "/api/v1/configurations/"
-PRIVATE_KEY = bytes(range(1, 33))  # WireGuard clamps it
 
 
 @pytest.fixture(scope="module")
@@ -200,239 +201,391 @@ def test_cpu_percent_follows_the_load(shared: GatewayProcess) -> None:
 
 # --- a failing interface -------------------------------------------------------------------------
 
-
-class FailingBackend(wggw.MemoryBackend):
-    """Does what it is told until `fails` calls of apply() are to fail: before or after the work."""
-
-    def __init__(self, after: bool) -> None:
-        super().__init__()
-        self.after = after
-        self.fails = 0
-        self.handshakes: dict[bytes, int] = {}
-
-    def apply(self, changes: Any) -> None:
-        if self.fails and not self.after:
-            self.fails -= 1
-            raise wggw.BackendError("the interface refuses")
-        super().apply(changes)
-        if self.fails:
-            self.fails -= 1
-            raise wggw.BackendError("the interface's answer was lost")
-
-    def read(self, *arguments: Any, **options: Any) -> list[wggw.PeerState]:
-        return [
-            state._replace(
-                last_handshake=self.handshakes.get(state.peer.public_key, 0),
-                rx_bytes=1000,
-                tx_bytes=2000,
-            )
-            for state in super().read(*arguments, **options)
-        ]
+AWAKE, ASLEEP = a_key("awake"), a_key("asleep")
+ACTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "create": ("create", {"public_key": a_key("new"), "protocol": "dual"}),
+    "suspend": ("set_status", {"public_key": AWAKE, "status": "suspended"}),
+    "activate": ("set_status", {"public_key": ASLEEP, "status": "active"}),
+    "update": ("update", {"public_key": AWAKE, "preshared_key": a_key("psk")}),
+    "rotate": ("rotate", {"public_key": AWAKE, "new_public_key": a_key("new")}),
+    "delete": ("delete", {"public_key": AWAKE}),
+}
 
 
-class Rig:
-    """A Gateway without its server: store on files, a backend of ours, a clock that stands."""
-
-    now = 1_800_000_000
-
-    def __init__(self, directory: Path, backend: wggw.Backend, **more: str) -> None:
-        empty = directory / "empty.env"
-        empty.touch()
-        settings = {"GATEWAY_API_KEY": API_KEY, "DB_PATH": str(directory / "wireguard.db")}
-        self.config = wggw.load_config({**settings, **more}, str(empty))
-        self.store = wggw.Store(self.config.db_path, "commit", wggw.Disk())
-        self.gateway = wggw.Gateway(self.config, self.store, lambda: self.now)
-        self.store.recover()
-        self.backend = backend
-        (settings,) = wggw.interface_settings(self.config)
-        link = wggw.make_link(settings, PRIVATE_KEY)
-        self.gateway.start([(settings, link, backend)])
-        host = wggw.HostMetrics(str(directory))
-        self.app = wggw.App(self.config, self.gateway, lambda: self.now, host)
-
-    def seen(self) -> Any:
-        """All that can be seen of store, pools and interface."""
-        (interface,) = self.gateway.interfaces.values()
-        return (
-            self.gateway.page(0, 1000, wggw.Filter()),
-            self.gateway.usage(interface.name),
-            {family: pool.peek() for family, pool in interface.pools.items()},
-            {state.peer for state in self.backend.read()},
-        )
+def seen(world: World) -> Any:
+    """All that can be seen of rows and pools."""
+    [tunnel] = world.gateway.tunnels.values()
+    return (
+        world.gateway.run(lambda: world.store.page(0, 1000, wggw.Filter())),
+        world.gateway.usage(tunnel.name),
+        {family: pool.peek() for family, pool in tunnel.pools.items()},
+    )
 
 
-ACTIONS: list[tuple[str, Callable[[wggw.Gateway], object]]] = [
-    ("create", lambda g: g.create({"public_key": a_key("new"), "protocol": "dual"})),
-    ("suspend", lambda g: g.set_status(a_key("awake"), "suspended")),
-    ("activate", lambda g: g.set_status(a_key("asleep"), "active")),
-    ("delete", lambda g: g.delete(a_key("awake"))),
-]
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["refused", "answer lost"])
-@pytest.mark.parametrize("action", [a for _, a in ACTIONS], ids=[name for name, _ in ACTIONS])
+@pytest.mark.parametrize("what", ["refused", "half", "lost", "hangs"])
+@pytest.mark.parametrize("action", ACTIONS)
 def test_a_failing_interface_never_yields_success_and_changes_nothing(
-    tmp_path: Path, action: Callable[[wggw.Gateway], object], after: bool
+    tmp_path: Path, action: str, what: str
 ) -> None:
-    backend = FailingBackend(after)
-    rig = Rig(tmp_path, backend)
-    rig.gateway.create({"public_key": a_key("awake"), "protocol": "dual"})
-    rig.gateway.create({"public_key": a_key("asleep")})
-    rig.gateway.set_status(a_key("asleep"), "suspended")
-    before = rig.seen()
+    rule, fields = ACTIONS[action]
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=AWAKE, protocol="dual")
+    do(world.gateway, "create", public_key=ASLEEP)
+    do(world.gateway, "set_status", public_key=ASLEEP, status="suspended")
+    before, on_interface = seen(world), world.backend.peers
     for _ in range(2):
-        backend.fails = 1
+        world.backend.fail("apply", what=what)
         with pytest.raises(wggw.Unavailable) as caught:
-            action(rig.gateway)
+            do(world.gateway, rule, **fields)
         assert caught.value.status == 503
-        assert rig.seen() == before
-    # What is put back fails as well: the next look at the interface repairs it.
-    backend.fails = 2
-    with pytest.raises(wggw.Unavailable):
-        action(rig.gateway)
-    assert rig.seen()[:3] == before[:3]
-    assert rig.gateway.degraded()
-    rig.gateway.supervise()
-    assert rig.seen() == before
-    assert not rig.gateway.degraded()
-    action(rig.gateway)
-    assert rig.seen() != before
-    rig.gateway.close()
-    rig.store.close()
+        assert seen(world) == before
+        assert world.gateway.degraded()
+        world.gateway.projection.supervise()
+        assert (seen(world), world.backend.peers) == (before, on_interface)
+        assert not world.gateway.degraded()
+    world.crash()
+    world.open()
+    assert (seen(world), world.backend.peers) == (before, on_interface)
+    do(world.gateway, rule, **fields)
+    assert seen(world) != before
+    world.close()
+
+
+def test_an_interface_that_hangs_does_not_hold_up_the_stop_nor_readers(tmp_path: Path) -> None:
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=AWAKE)
+    hangs, ends = threading.Event(), threading.Event()
+
+    def hang(kind: str) -> None:
+        if kind == "apply":
+            hangs.set()
+            ends.wait(60)
+
+    world.backend.faults.before = hang
+    answer = submit(world.gateway, "delete", public_key=AWAKE)
+    assert hangs.wait(30)
+    started = time.monotonic()
+    assert world.gateway.get(AWAKE).peer.status == "active"
+    assert world.gateway.usage()["ipv4"]["used"] == 1
+    assert time.monotonic() - started < 20
+    world.gateway.close()
+    assert time.monotonic() - started < 30
+    ends.set()
+    answer()
+    world.files.close()
+
+
+def test_what_is_shown_is_on_disk(tmp_path: Path) -> None:
+    """A reader sees a change when disk and interface have it, and is not kept from the others."""
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=AWAKE)
+    writing, written = threading.Event(), threading.Event()
+
+    def slow(kind: str) -> None:
+        if kind == "fsync":
+            writing.set()
+            written.wait(30)
+
+    world.disk.faults.before = slow
+    answer = submit(world.gateway, "create", public_key=a_key("new"))
+    assert writing.wait(30)
+    assert world.gateway.get(AWAKE).peer.status == "active"
+    assert world.gateway.usage()["ipv4"]["assigned_ips"] == ["10.0.1.2"]
+    with pytest.raises(wggw.NotFound):
+        world.gateway.get(a_key("new"))
+    written.set()
+    assert answer().peer == world.gateway.get(a_key("new")).peer
+    world.close()
+
+
+# --- drift ---------------------------------------------------------------------------------------
+
+
+def drifted(world: World, kind: str) -> None:
+    """Somebody else changes the interface; its number of peers stays in all but two cases."""
+    backend, key = world.backend, a_key(1)
+    held = backend.peers[key].allowed_ips
+    [address] = [f"10.0.1.{network[3]}" for network in held if len(network) == 5]
+    if kind == "address of another":
+        backend.put(a_key(2), address)
+    elif kind == "everything":
+        peer = backend.peers[key]
+        whole = peer._replace(allowed_ips=(bytes(5), *peer.allowed_ips))
+        backend.apply([wggw.Change(peer.public_key, whole)])
+    elif kind == "preshared key":
+        backend.put(key, address, psk=b"x" * 32)
+    elif kind == "foreign peer":
+        backend.put(a_key("foreign"), "10.9.9.9")
+    elif kind == "one for another":
+        backend.drop(key)
+        backend.put(a_key("foreign"), address)
+    elif kind == "missing peer":
+        backend.drop(key)
+    elif kind == "interface made anew":
+        backend.restart()
+    assert backend.device is not None and backend.link is not None
+    if kind == "private key":
+        backend.device = backend.device._replace(private_key=b"x" * 32)
+    elif kind == "no private key":
+        backend.device = backend.device._replace(private_key=b"")
+    elif kind == "listen port":
+        backend.device = backend.device._replace(listen_port=7)
+
+
+DRIFTS = (
+    "address of another",
+    "everything",
+    "preshared key",
+    "foreign peer",
+    "one for another",
+    "missing peer",
+    "interface made anew",
+    "private key",
+    "no private key",
+    "listen port",
+)
+
+
+@pytest.mark.parametrize("kind", DRIFTS)
+@pytest.mark.parametrize("by", ["a sample", "sync-ips"])
+def test_what_others_changed_is_put_right(tmp_path: Path, kind: str, by: str) -> None:
+    world = build(tmp_path)
+    for number in range(4):
+        do(world.gateway, "create", public_key=a_key(number))
+    world.gateway.projection.sample()  # what is known from then on is not decoded
+    right, device = world.backend.peers, world.backend.device
+    for _ in range(2):
+        drifted(world, kind)
+        if by == "a sample":
+            world.gateway.projection.sample()
+        else:
+            result = world.gateway.projection.reconcile()
+            peers = kind not in ("private key", "no private key", "listen port")
+            assert (sum(result[:3]) > 0) == peers
+        assert (world.backend.peers, world.backend.device) == (right, device)
+        assert not world.gateway.degraded()
+    world.close()
+
+
+@pytest.mark.parametrize("kind", DRIFTS)
+def test_what_others_changed_is_said_until_it_is_put_right(tmp_path: Path, kind: str) -> None:
+    world = build(tmp_path)
+    for number in range(4):
+        do(world.gateway, "create", public_key=a_key(number))
+    world.gateway.projection.sample()
+    right, device = world.backend.peers, world.backend.device
+    drifted(world, kind)
+    world.backend.fail("apply", "setup", forever=True)
+    with pytest.raises(wggw.BackendError):
+        world.gateway.projection.sample()
+    assert any(reason.startswith("interface wg0: ") for reason in world.gateway.degraded())
+    with pytest.raises(wggw.Unavailable):  # no answer speaks of an interface that is wrong
+        do(world.gateway, "create", public_key=a_key(1))
+    world.backend.heal()
+    world.gateway.projection.supervise()
+    world.gateway.projection.sample()
+    assert (world.backend.peers, world.backend.device) == (right, device)
+    assert not world.gateway.degraded()
+    world.close()
+
+
+@pytest.mark.parametrize("kind", ["missing peer", "foreign peer", "one for another"])
+def test_drift_is_found_also_under_steady_traffic(tmp_path: Path, kind: str) -> None:
+    """A peer is created while each sample reads."""
+    world = build(tmp_path)
+    numbers = itertools.count(100)
+    for number in range(5):
+        do(world.gateway, "create", public_key=a_key(number))
+    world.gateway.projection.sample()
+    drifted(world, kind)
+    read = world.backend.read
+
+    made = {a_key(number) for number in range(5)}
+
+    def create() -> None:
+        with contextlib.suppress(wggw.Unavailable):  # while it is being repaired
+            made.add(do(world.gateway, "create", public_key=a_key(next(numbers))).peer.public_key)
+
+    def busy(known: Any) -> wggw.Reading:
+        before = threading.Thread(target=create, daemon=True)
+        before.start()
+        reading = read(known)
+        before.join()
+        create()
+        return reading
+
+    world.backend.read = busy  # type: ignore[method-assign]
+    for _ in range(2):
+        world.gateway.projection.sample()
+    assert world.backend.peers.keys() == made and len(made) > 7
+    world.close()
+
+
+# --- counters that cannot be read -----------------------------------------------------------------
+
+
+def test_counters_that_fail_are_said(tmp_path: Path) -> None:
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    world.backend.fail("read")
+    with pytest.raises(wggw.BackendError):
+        world.gateway.projection.sample()
+    assert [reason.partition(":")[0] for reason in world.gateway.degraded()] == ["counters"]
+    world.gateway.projection.sample()
+    assert not world.gateway.degraded()
+    world.close()
+
+
+def test_one_unreadable_peer_is_said_and_keeps_no_other_from_being_counted(tmp_path: Path) -> None:
+    world = build(tmp_path)
+    for number in range(3):
+        do(world.gateway, "create", public_key=a_key(number))
+        world.backend.move(a_key(number), 100)
+    world.backend.unreadable = {a_key(1)}
+    for _ in range(2):
+        with pytest.raises(wggw.BackendError, match="1 peers cannot be read"):
+            world.gateway.projection.sample()
+        assert [world.gateway.get(a_key(n)).traffic.rx_bytes for n in range(3)] == [100, 0, 100]
+        assert [reason.partition(":")[0] for reason in world.gateway.degraded()] == ["counters"]
+    world.gateway.projection.reconcile()  # it is made anew, and counted from 0
+    world.backend.unreadable = set()
+    world.backend.move(a_key(1), 7)
+    world.gateway.projection.sample()
+    assert world.gateway.get(a_key(1)).traffic.rx_bytes == 7
+    assert not world.gateway.degraded()
+    world.close()
+
+
+def test_what_a_failing_disk_kept_from_being_counted_is_counted_behind_it(tmp_path: Path) -> None:
+    """Also of a peer that moves nothing any more: its counters do not change again."""
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    world.backend.move(a_key(1), 100)
+    for _ in range(2):  # the disk fails with the sample's own record, then is known to
+        world.disk.fail("write", forever=True)
+        world.gateway.projection.sample()
+        assert world.gateway.get(a_key(1)).traffic.rx_bytes == 0
+    world.disk.heal()
+    world.gateway.keeper.heal()
+    world.gateway.projection.sample()
+    assert world.gateway.get(a_key(1)).traffic.rx_bytes == 100
+    assert world.gateway.tunnels["wg0"].traffic.rx_bytes == 100
+    world.close()
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def app_of(world: World, directory: Path) -> wggw.App:
+    host = wggw.HostMetrics(str(directory))
+    return wggw.App(world.config, world.gateway, world.clock, host, lambda steps: [*steps] and None)
 
 
 def request(key: str = "") -> wggw.Request:
-    route = wggw.ROUTES[0]
-    return wggw.Request(route=route, query={}, body=b"", content_type=b"", key=key)
+    return wggw.Request(wggw.ROUTES[0], {}, b"", b"", key, wggw.LogEntry("an-id"))
 
 
 def test_a_defect_in_a_sealed_create_is_answered_sealed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = "a shared secret of two sides"
-    rig = Rig(tmp_path, wggw.MemoryBackend(), GATEWAY_PUBLIC_KEY=secret)
+    world = build(tmp_path, GATEWAY_PUBLIC_KEY=secret)
 
-    def defect(fields: object) -> None:
+    def defect(*_: object) -> None:
         raise KeyError("a defect")
 
-    monkeypatch.setattr(rig.gateway, "create", defect)
+    monkeypatch.setattr(world.gateway.rules, "create", defect)
     box = wggw.PayloadBox(secret)
     sealed = box.seal(wggw.encode_json({"public_key": a_key(1)}))
     body = wggw.encode_json({"encrypted_payload": sealed})
-    answer = rig.app.create(request()._replace(body=body))
+    answers: list[wggw.Response] = []
+    app_of(world, tmp_path).create_peer(request()._replace(body=body)).then(answers.append)
+    [answer] = answers
     content = json.loads(answer.body)
     assert answer.status == 500 and content.keys() == {"encrypted_response"}
     assert json.loads(box.open(content["encrypted_response"]))["status"] == 500
-    rig.gateway.close()
-    rig.store.close()
+    world.close()
 
 
-def test_an_interface_that_hangs_does_not_hold_up_the_stop(tmp_path: Path) -> None:
-    backend = FailingBackend(after=False)
-    rig = Rig(tmp_path, backend)
-    hangs, ends = threading.Event(), threading.Event()
-
-    def apply(changes: object) -> None:
-        hangs.set()
-        ends.wait(60)
-
-    backend.apply = apply  # type: ignore[method-assign]
-    thread = threading.Thread(target=rig.gateway.create, args=({"public_key": a_key(1)},))
-    thread.start()
-    assert hangs.wait(30)
-    started = time.monotonic()
-    rig.gateway.close()
-    assert time.monotonic() - started < 30
-    ends.set()
-    thread.join(10)
-    rig.store.close()
-
-
-def test_addresses_shown_as_held_are_so_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("handler", ["create_peer", "run_batch", "list_peers"])
+def test_a_defect_in_showing_what_was_done_is_an_answer_and_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: str
 ) -> None:
-    rig = Rig(tmp_path, wggw.MemoryBackend())
-    order: list[str] = []
-    writing, written = threading.Event(), threading.Event()
-    fsync = wggw.Disk.fsync
+    world = build(tmp_path)
+    app = app_of(world, tmp_path)
+    do(world.gateway, "create", public_key=a_key("there"))
 
-    def slow(disk: wggw.Disk, handle: int) -> None:
-        writing.set()
-        written.wait(0.3)  # time enough to answer before it, which would be wrong
-        order.append("on disk")
-        fsync(disk, handle)
+    def defect(*_: object) -> None:
+        raise KeyError("a defect")
 
-    monkeypatch.setattr(wggw.Disk, "fsync", slow)
-    thread = threading.Thread(target=rig.gateway.create, args=({"public_key": a_key(1)},))
-    thread.start()
-    assert writing.wait(30)
-    assert rig.gateway.usage()["ipv4"]["used"] == 1
-    order.append("shown")
-    thread.join(10)
-    assert order[:2] == ["on disk", "shown"]
-    rig.gateway.close()
-    rig.store.close()
-
-
-def test_a_peer_that_is_missing_is_put_back_also_under_steady_traffic(tmp_path: Path) -> None:
-    backend = FailingBackend(after=False)
-    rig = Rig(tmp_path, backend)
-    numbers = itertools.count()
-    for _ in range(5):
-        rig.gateway.create({"public_key": a_key(next(numbers))})
-    rig.gateway.sample()
-    lost = wggw.decode_key(a_key(1))
-    backend.apply([wggw.Change(lost, None)])  # somebody else removed it
-    sample = backend.sample
-
-    def busy(known: Any) -> wggw.Reading:
-        reading = sample(known)
-        rig.gateway.create({"public_key": a_key(next(numbers))})
-        return reading
-
-    backend.sample = busy  # type: ignore[method-assign]
-    present: list[bool] = []
-    for _ in range(2 * wggw.MAX_DOUBTS):
-        rig.gateway.sample()
-        present.append(lost in {state.peer.public_key for state in backend.read()})
-    assert not any(present[: wggw.MAX_DOUBTS - 1]) and all(present[wggw.MAX_DOUBTS :])
-    rig.gateway.close()
-    rig.store.close()
+    monkeypatch.setattr(wggw.App, "_view", defect)
+    create = {"public_key": a_key(1)}
+    bodies = {
+        "create_peer": create,
+        "run_batch": {"operations": [{"op": "create", **create}]},
+        "list_peers": {},
+    }
+    rows = [row for row in wggw.ROUTES if row.handler is getattr(wggw.App, handler)]
+    asked = request()._replace(route=rows[0], body=wggw.encode_json(bodies[handler]))
+    answers: list[wggw.Response] = []
+    later = getattr(app, handler)(asked)
+    world.gateway.run(lambda: later.then(answers.append))
+    wait_for(lambda: answers, what="an answer")
+    assert answers[0].status == 500
+    assert not world.gateway.degraded()
+    assert (world.store.get(a_key(1)) is not None) == (handler != "list_peers")
+    do(world.gateway, "delete", public_key=a_key("there"))
+    world.close()
 
 
 def test_a_failing_interface_makes_sync_a_503(tmp_path: Path) -> None:
-    backend = FailingBackend(after=False)
-    rig = Rig(tmp_path, backend)
-    rig.gateway.create({"public_key": a_key(1)})
-    (state,) = backend.read()
-    backend.apply([wggw.Change(state.peer.public_key, None)])  # somebody else removed it
-    backend.fails = 1
+    world = build(tmp_path)
+    app = app_of(world, tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    right = world.backend.peers
+    world.backend.drop(a_key(1))
+    world.backend.fail("apply")
     with pytest.raises(wggw.Unavailable):
-        rig.app.sync_ips(request())
-    assert rig.app.sync_ips(request()).status == 200
-    assert [s.peer for s in backend.read()] == [state.peer]
-    rig.gateway.close()
-    rig.store.close()
+        app.sync_ips(request())
+    assert app.sync_ips(request()).status == 200
+    assert world.backend.peers == right
+    world.close()
 
 
 def test_last_handshakes_and_online_peers_are_those_of_the_interface(tmp_path: Path) -> None:
-    backend = FailingBackend(after=False)
-    rig = Rig(tmp_path, backend)
+    world = build(tmp_path)
+    app, now = app_of(world, tmp_path), int(NOON)
     for name in ("online", "offline", "never"):
-        rig.gateway.create({"public_key": a_key(name)})
-    backend.handshakes = {
-        wggw.decode_key(a_key("online")): rig.now - 179,
-        wggw.decode_key(a_key("offline")): rig.now - 181,
-    }
-    rig.gateway.sample()
-    wireguard = json.loads(rig.app.server_metrics(request()).body)["wireguard"]
+        do(world.gateway, "create", public_key=a_key(name))
+    world.backend.move(a_key("online"), 1000, 2000, now - 179)
+    world.backend.move(a_key("offline"), 1000, 2000, now - 181)
+    world.gateway.projection.sample()
+    wireguard = json.loads(app.get_server_metrics(request()).body)["wireguard"]
     assert {
         key: datetime.fromisoformat(when).timestamp()
         for key, when in wireguard["last_handshakes"].items()
-    } == {a_key("online"): rig.now - 179, a_key("offline"): rig.now - 181}
-    assert json.loads(rig.app.status(request()).body)["wireguard_peers"] == 1
-    shown = json.loads(rig.app.get(request(a_key("online"))).body)
+    } == {a_key("online"): now - 179, a_key("offline"): now - 181}
+    assert json.loads(app.get_status(request()).body)["wireguard_peers"] == 1
+    shown = json.loads(app.get_peer(request(a_key("online"))).body)
     assert (shown["online"], shown["rx_bytes"], shown["tx_bytes"]) == (True, 1000, 2000)
-    assert not json.loads(rig.app.get(request(a_key("offline"))).body)["online"]
-    rig.gateway.close()
-    rig.store.close()
+    assert not json.loads(app.get_peer(request(a_key("offline"))).body)["online"]
+    world.close()
+
+
+def test_a_repair_that_disk_and_interface_refuse_leaves_no_doubt(tmp_path: Path) -> None:
+    """Its record was never written, so that there is nothing to make void."""
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    world.backend.move(a_key(1), 5, 5, int(world.now))
+    world.gateway.projection.sample()
+    world.backend.drop(a_key(1))
+    world.disk.fail("write", forever=True)
+    world.backend.fail("apply")
+    with pytest.raises(wggw.BackendError):
+        world.gateway.projection.reconcile()
+    assert not world.gateway.ledger.uncertain
+    world.disk.heal()
+    world.gateway.keeper.heal()
+    world.gateway.projection.supervise()
+    assert world.gateway.degraded() == [] and a_key(1) in world.backend.peers
+    world.close()

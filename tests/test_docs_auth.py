@@ -8,12 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import API_KEY, ROOT, GatewayProcess, running, wait_for
+from harness import API_KEY, ROOT, GatewayProcess
 from test_interop import MODULES, need_npm
 
 import wggw
@@ -23,45 +21,46 @@ SECURITY = (ROOT / "docs/SECURITY.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with running(tmp_path_factory.mktemp("docs")) as process:
-        started = int(time.time())
-        wait_for(lambda: int(time.time()) > started, what="the next second")
-        yield process
-
-
 def command(language: str, path: Path) -> list[str]:
     """How a block is run; skips where its tool is not installed."""
     if language == "javascript":
         need_npm()
-    programs = {"sh": "curl", "go": "go", "javascript": "node", "python": sys.executable}
+    programs = {
+        "sh": "curl",
+        "go": "go",
+        "javascript": "node",
+        "php": "php",
+        "python": sys.executable,
+    }
     if shutil.which(programs[language]) is None:
         pytest.skip(f"needs {programs[language]}")
     return {
         "sh": ["sh", "-eu", str(path)],
         "go": ["go", "run", str(path)],
         "javascript": ["node", str(path)],
+        "php": ["php", str(path)],
         "python": [sys.executable, str(path)],
     }[language]
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)), ids=[block[0] for block in BLOCKS])
-def test_block_runs_as_written(gateway: GatewayProcess, tmp_path: Path, number: int) -> None:
+def test_block_runs_as_written(shared: GatewayProcess, tmp_path: Path, number: int) -> None:
     language, text = BLOCKS[number]
     path = tmp_path / f"example.{ {'javascript': 'js'}.get(language, language) }"
     path.write_text(text)
     key = tmp_path / "api.key"
     key.write_text(API_KEY + "\n")
+    key.chmod(0o600)
+    (tmp_path / "wggw.py").symlink_to(ROOT / "wggw.py")
     done = subprocess.run(
         command(language, path),
         env={
             "PATH": os.environ["PATH"],
             "HOME": os.environ.get("HOME", str(tmp_path)),
             "NODE_PATH": str(MODULES),
-            "GATEWAY_URL": f"https://127.0.0.1:{gateway.port}",
+            "GATEWAY_URL": f"https://127.0.0.1:{shared.port}",
             "GATEWAY_KEY_FILE": str(key),
-            "GATEWAY_CERT": str(gateway.directory / "cert.pem"),
+            "GATEWAY_CERT": str(shared.directory / "cert.pem"),
         },
         cwd=tmp_path,
         capture_output=True,
@@ -74,20 +73,22 @@ def test_block_runs_as_written(gateway: GatewayProcess, tmp_path: Path, number: 
     assert shown in done.stdout
     assert re.search(r"""["']status["']: ?["']created["']""", done.stdout), done.stdout
     scheme = "legacy" if "body_length" in text else "rfc9421"
-    metrics = gateway.client().raw("GET", "/metrics", b"", {}).body.decode()
+    metrics = shared.client().raw("GET", "/metrics", b"", {}).body.decode()
     assert f'wggw_signed_requests_total{{scheme="{scheme}",key_id="default"}}' in metrics
 
 
 def test_both_schemes_and_every_language_are_there() -> None:
     assert [language for language, _ in BLOCKS] == [
-        *("sh", "python", "javascript", "go"),
+        "sh",  # wggw call
+        *("sh", "python", "javascript", "go", "php"),
         *("sh", "python"),
+        "python",  # that tries again
     ]
 
 
 def test_words_of_refusals_are_the_codes() -> None:
     source = (ROOT / "wggw.py").read_text()
-    told = re.findall(r"^\| 401 `([^`…]+)", TEXT, re.MULTILINE)
+    told = re.findall(r"^\| (?:401|503) `([^`…]+)", TEXT, re.MULTILINE)
     assert len(told) == 4
     assert [words for words in told if words.strip() not in source] == []
 

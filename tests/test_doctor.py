@@ -5,29 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import PROGRAM, GatewayProcess
+from fakes import World, do
+from harness import GatewayProcess, a_key
 from test_check import rotate_meanwhile
-from test_store import a_peer, closing, opened, put
 
 import wggw
 
 
 def doctor(gateway: GatewayProcess) -> tuple[int, str]:
-    done = subprocess.run(
-        [*PROGRAM, "doctor", "--env-file", os.devnull],
-        env={"PATH": os.environ["PATH"], **gateway.settings},
-        cwd=gateway.directory,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = gateway.command("doctor", "--env-file", os.devnull)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -58,26 +47,32 @@ def test_running_gateway_is_well_and_a_stopped_one_is_not(tmp_path: Path) -> Non
         gateway.close()
 
 
+RENEWS = "systemctl reload wggw renews it, with the same key"
+
+
 @pytest.mark.parametrize(
     ("now", "failed", "todo", "word"),
     [
         (0, False, "", "is good until"),
-        (-86400, False, "renew it", "is good until"),
-        (1, True, "renew it", "expired at"),
+        (-86400, False, RENEWS, "is good until"),
+        (1, True, RENEWS, "expired at"),
     ],
 )
-def test_certificate_is_judged_by_its_end(
+def test_certificate_is_judged_by_its_end_and_its_names(
     tmp_path: Path, now: int, failed: bool, todo: str, word: str
 ) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    wggw.make_certificate(str(cert), str(key), ["localhost"])
-    config = wggw.load_config(
-        {"GATEWAY_API_KEY": "k" * 16, "TLS_CERT": str(cert), "TLS_KEY": str(key)}, os.devnull
-    )
+    given = {"GATEWAY_API_KEY": "k" * 16, "TLS_CERT": str(cert), "TLS_KEY": str(key)}
+    config = wggw.load_config({**given, "WG_ENDPOINT": "VPN.example.org"}, os.devnull)
+    wggw.make_certificate(str(cert), str(key), wggw.certificate_names(config))
     expires = wggw.certificate_expiry(wggw.read_certificate(str(cert)))
     moment = expires - 10 * wggw.EXPIRY_WARNING if now == 0 else expires + now
     found = wggw.look_at_certificate(config, moment)
     assert (found.failed, found.todo, word in found.found) == (failed, todo, True)
+    if not todo:
+        other = wggw.load_config({**given, "TLS_NAMES": "203.0.113.9"}, os.devnull)
+        found = wggw.look_at_certificate(other, moment)
+        assert found.found.endswith("but not for 203.0.113.9") and "TLS_NAMES" in found.todo
     cert.write_text("nothing")
     assert wggw.look_at_certificate(config, 0).failed
 
@@ -117,29 +112,75 @@ def test_remote_copy_says_how_far_it_is_behind(failure: str | None) -> None:
 def test_database_whose_files_are_replaced_meanwhile_is_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = wggw.load_config({"GATEWAY_API_KEY": "a" * 64, "DB_PATH": f"{tmp_path}/db"}, None)
-    assert wggw._look_at_database(config).todo == "start the gateway"
-    with closing(opened(tmp_path)) as store:
-        put(store, a_peer(1))
-        rotate_meanwhile(store, monkeypatch)
-        finding = wggw._look_at_database(config)
-        assert (finding.failed, finding.found) == (False, f"{tmp_path}/db: good, 3 peers, record 3")
+    world = World(tmp_path)
+    path = world.config.db_path
+    assert next(wggw._look_at_database(world.config)).todo.startswith("start the gateway")
+    world.open()
+    do(world.gateway, "create", public_key=a_key(1))
+    rotate_meanwhile(world, monkeypatch, "journal")
+    [finding] = wggw._look_at_database(world.config)
+    assert (finding.failed, finding.found) == (
+        False,
+        f"{path}: good, 3 peers, record {world.store.number}",
+    )
+    world.close()
 
 
-def test_port_is_looked_at_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = socket.socket
+@pytest.mark.parametrize(
+    ("error", "todo", "words"),
+    [
+        (0.0123, "", "synchronised to 12 ms"),
+        (16.0, "run an NTP client", "not synchronised"),
+        (OSError(errno.EPERM, "not permitted"), "", "does not say whether it is right"),
+    ],
+    ids=["right", "unknown", "refused"],
+)
+def test_the_clock_is_judged_by_what_the_kernel_says(
+    error: float | OSError, todo: str, words: str
+) -> None:
+    def told() -> float:
+        if isinstance(error, OSError):
+            raise error
+        return error
 
-    def without_ipv6(family: int = socket.AF_INET, *arguments: Any) -> socket.socket:
-        if family == socket.AF_INET6:
-            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
-        return real(family, *arguments)
+    found = wggw.look_at_clock(told)
+    assert (found.todo.startswith(todo), words in found.found) == (True, True), found
+    assert bool(found.todo) == bool(todo) and not found.failed
 
-    with real(socket.AF_INET, socket.SOCK_DGRAM) as taken:
-        taken.bind(("0.0.0.0", 0))
-        settings = {"GATEWAY_API_KEY": "a" * 64, "WG_DEFAULT_PORT": str(taken.getsockname()[1])}
-        tunnel = wggw.interface_settings(wggw.load_config(settings, None))[0]
-        monkeypatch.setattr(socket, "socket", without_ipv6)
-        assert "is in use" in wggw._look_at_port(tunnel).found
-        monkeypatch.undo()
-    monkeypatch.setattr(socket, "socket", without_ipv6)
-    assert "nothing listens" in wggw._look_at_port(tunnel).found
+
+def test_the_kernel_says_how_wrong_the_clock_may_be() -> None:
+    assert 0 <= wggw.clock_error() <= wggw.UNKNOWN_CLOCK_ERROR
+
+
+CLOSED = {"ALLOWED_BACKENDS": "192.0.2.0/24", "AUTH_SCHEMES": "rfc9421", "WG_ENDPOINT": "vpn.test"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "noted"),
+    [
+        (CLOSED, []),
+        ({**CLOSED, "ALLOWED_BACKENDS": ""}, ["ALLOWED_BACKENDS"]),
+        ({**CLOSED, "ALLOWED_BACKENDS": "", "API_HOST": "127.0.0.1"}, []),
+        ({**CLOSED, "AUTH_SCHEMES": "legacy,rfc9421"}, ["AUTH_SCHEMES"]),
+        ({**CLOSED, "WG_ENDPOINT": ""}, ["WG_ENDPOINT"]),
+    ],
+)
+def test_what_the_settings_leave_open_is_told(settings: dict[str, str], noted: list[str]) -> None:
+    config = wggw.load_config({"GATEWAY_API_KEY": "k" * 16, **settings}, os.devnull)
+    found = list(wggw.look_at_openness(config))
+    assert [finding.subject for finding in found] == noted
+    assert all(finding.todo and not finding.failed for finding in found)
+
+
+def test_a_program_that_is_there_but_does_not_run_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if wggw.genl_family(wggw.NetlinkSocket(wggw.NETLINK_GENERIC), "wireguard") is not None:
+        pytest.skip("the kernel has WireGuard: no program is needed")
+    program = tmp_path / "wireguard-go"
+    monkeypatch.setenv("PATH", str(tmp_path))  # where the gateway looks for it, too
+    for text, failed in (("#!/bin/sh\n", False), ("#!/nowhere\n", True), ("not ELF", True)):
+        program.write_text(text)
+        program.chmod(0o755)
+        found = list(wggw.look_at_program(wggw.InterfaceSettings("WG", "wg0", {}, (1,), 1420, "")))
+        assert any(finding.failed for finding in found) == failed, (text, found)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT
+from harness import LONG, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 
 from targets import CORPUS, TARGETS, corpus
 
-RUNS = 10_000  # inputs that atheris tries
+RUNS = 10_000 if LONG else 4_000  # inputs that atheris tries
 EXAMPLES = 50
 
 

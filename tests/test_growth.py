@@ -1,20 +1,19 @@
 """A request's cost does not depend on how many peers there are.
 
 The work at 20,000 peers is compared with that at 200 in the same run, counted in steps of SQLite's
-virtual machine and calls of the interpreter.
+virtual machine and calls of the interpreter. What the lander does comes on top, in its own thread.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import World, build, do
 from harness import a_key
-from test_sync import Box
 
 import wggw
 
@@ -23,7 +22,7 @@ REPEATS = 20
 
 
 class Work:
-    """Counts calls of the interpreter and, in tens, steps of SQLite."""
+    """Counts calls of the interpreter in this thread and, in tens, steps of SQLite."""
 
     def __init__(self, store: wggw.Store) -> None:
         self._db = store._db
@@ -42,86 +41,105 @@ class Work:
         self._db.set_progress_handler(None, 10)
 
 
-def fill(directory: Path, peers: int) -> wggw.Gateway:
-    directory.mkdir()
-    box = Box(directory)
-    box.sync([{"public_key": a_key(n)} for n in range(peers)])
-    for n in range(5):  # the rare kind, far from the beginning
-        box.gateway.set_status(a_key(peers - 1 - n), "suspended")
-    return box.gateway
+def fill(directory: Path, peers: int) -> World:
+    """The rare kind is far from the beginning."""
+    world = build(directory, WG_IPV4_SUBNET="10.64.0.0/16")
+    fields = [{"public_key": a_key(n)} for n in range(peers)]
+    named = {given["public_key"]: wggw.Desired("", given) for given in fields}
+    world.gateway.sync(named, False, True)
+    for n in range(5):
+        do(world.gateway, "set_status", public_key=a_key(peers - 1 - n), status="suspended")
+    return world
 
 
 @pytest.fixture(scope="module")
-def gateways(tmp_path_factory: pytest.TempPathFactory) -> tuple[wggw.Gateway, wggw.Gateway]:
-    directory = tmp_path_factory.mktemp("growth")
-    return fill(directory / "few", FEW), fill(directory / "many", MANY)
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, World]:
+    few, many = (tmp_path_factory.mktemp("growth") for _ in range(2))
+    return fill(few, FEW), fill(many, MANY)
 
 
-def shake_hands(gateway: wggw.Gateway, peers: list[wggw.Peer]) -> None:
-    """Now, which is only for these peers."""
-    states = [wggw.PeerState(wggw.wire_peer(peer), int(time.time()), 1, 1) for peer in peers]
-    gateway.store.sample(states)
+def page(world: World, after: int, **chosen: Any) -> int:
+    return len(world.store.page(after, 10, wggw.Filter(**chosen)).rows)
 
 
-@pytest.fixture(scope="module")
-def online(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[wggw.Gateway, ...]]:
-    """By who is rare: few that are online, far from the beginning, or few that are not."""
-    found = {}
-    for rare in (True, False):
-        gateways = []
-        for peers in (FEW, MANY):
-            gateway = fill(tmp_path_factory.mktemp("online") / "box", peers)
-            every = gateway.store.peers_after(0, peers)
-            shake_hands(gateway, every[-9:-5] if rare else [*every[:-9], *every[-5:]])
-            gateways.append(gateway)
-        found[rare] = tuple(gateways)
-    return found
+def decide(rule: str, **fields: Any) -> Callable[[World, int], Any]:
+    """What the owner does for a request until it submits the flight, and for its refusal."""
+
+    def operation(world: World, number: int) -> None:
+        given = {
+            name: value(number) if callable(value) else value for name, value in fields.items()
+        }
+        step = getattr(world.gateway.rules, rule)(given)
+        if step.before != step.after:
+            flight = world.gateway._flight(step)
+            for _ in world.gateway.ledger.release(flight, refused=True):
+                pass
+
+    return operation
 
 
-@pytest.mark.parametrize("rare", [True, False])
-def test_a_page_of_who_is_online_or_not_does_not_look_at_the_others(
-    online: dict[bool, tuple[wggw.Gateway, ...]], rare: bool
-) -> None:
-    costs = []
-    for gateway in online[rare]:
-        chosen = wggw.Filter(online=rare, online_since=gateway.online_since())
-        gateway.page(0, 10, chosen)
-        with Work(gateway.store) as work:
-            assert len(gateway.page(0, 10, chosen)) == 4
-        costs.append(work.steps)
-    assert costs[1] <= 2 * costs[0], costs
-
-
-def suspended(gateway: wggw.Gateway) -> int:
-    chosen = wggw.Filter(status="suspended")
-    return len(gateway.page(0, 3, chosen))
-
-
-OPERATIONS: dict[str, Callable[[wggw.Gateway, int], Any]] = {
-    "create": lambda g, n: g.create({"public_key": a_key(("new", n))}),
-    "create again": lambda g, n: g.create({"public_key": a_key(n)}),
-    "get": lambda g, n: g.get(a_key(n)),
-    "suspend": lambda g, n: g.set_status(a_key(n), "suspended"),
-    "activate": lambda g, n: g.set_status(a_key(n), "active"),
-    "patch": lambda g, n: g.update(a_key(n), {"dns": "d2"}),
-    "delete": lambda g, n: g.delete(a_key(n)),
-    "page": lambda g, n: g.page(n, 10, wggw.Filter()),
-    "page of the rare status": lambda g, _: suspended(g),
-    "page of an interface": lambda g, n: g.page(n, 10, wggw.Filter(interface="wg0")),
+OPERATIONS: dict[str, Callable[[World, int], Any]] = {
+    "create": decide("create", public_key=lambda n: a_key(("new", n))),
+    "create again": decide("create", public_key=a_key),
+    "get": lambda world, n: world.gateway.get(a_key(n)),
+    "suspend": decide("set_status", public_key=a_key, status="suspended"),
+    "patch": decide("update", public_key=a_key, dns="d2"),
+    "rotate": decide("rotate", public_key=a_key, new_public_key=lambda n: a_key(("new", n))),
+    "delete": decide("delete", public_key=a_key),
+    "page": page,
+    "page of the rare status": lambda world, _: page(world, 0, status="suspended"),
+    "page of an interface": lambda world, n: page(world, n, interface="wg0"),
+    "figures": lambda world, _: world.gateway.figures(),
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_work_does_not_grow_with_the_number_of_peers(
-    gateways: tuple[wggw.Gateway, wggw.Gateway],
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
+    worlds: tuple[World, World], name: str
 ) -> None:
-    monkeypatch.setattr(wggw, "SWEEP_PEERS", 0)  # reading all counters is for small ones only
     costs = []
-    for gateway in gateways:
-        with Work(gateway.store) as work:
+    for world in worlds:
+        with world.lock, Work(world.store) as work:
             for number in range(REPEATS):
-                OPERATIONS[name](gateway, 20 + number)
+                OPERATIONS[name](world, 20 + number)
         costs.append(work.steps)
     assert costs[1] <= 2 * costs[0], costs
+
+
+def applied(world: World, record: wggw.Record) -> int:
+    with world.lock, Work(world.store) as work:
+        world.store.apply(record)
+    return work.steps
+
+
+def test_what_a_landing_does_with_the_rows_does_not_grow(worlds: tuple[World, World]) -> None:
+    costs = []
+    for world in worlds:
+        peer = world.store.get(a_key(30))
+        assert peer is not None
+        records = [
+            wggw.Record([peer._replace(dns="d2")]),
+            wggw.Record(traffic=[wggw.TrafficRow(peer.id, 1, 2, 3, 4, 5)]),
+            wggw.Record(delete=[peer.id]),
+            wggw.Record([peer]),
+        ]
+        costs.append([applied(world, record) for record in records])
+    for few, many in zip(*costs, strict=True):
+        assert many <= 2 * few, costs
+
+
+def test_a_page_of_who_is_online_looks_at_so_many_peers_and_no_more(
+    worlds: tuple[World, World],
+) -> None:
+    world = worlds[1]
+    chosen = wggw.Filter(online=True, online_since=1)
+    with world.lock, Work(world.store) as work:
+        found = world.store.page(0, 10, chosen)
+    assert found.rows == [] and found.after is not None
+    assert work.steps < 12 * wggw.PAGE_SCAN
+    pages = 1
+    after: int | None = found.after
+    while after is not None:
+        after = world.store.page(after, 10, chosen).after
+        pages += 1
+    assert pages == MANY // wggw.PAGE_SCAN

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import ROOT
+from harness import ROOT, some
 from sandbox import GUARD, Machine, machine
 
 INSTALL = ROOT / "install.sh"
 COMMAND = "./install.sh --foreground"
-PRINTED = re.compile(r"^(?:sudo )?bash <<'END'\n.*?^END$", re.DOTALL | re.MULTILINE)
+PRINTED = re.compile(r"^  (\(umask 077; .* peer add .*\))$", re.MULTILINE)
 
 
 @pytest.fixture
@@ -36,8 +35,8 @@ def needs_userspace(host: Machine) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--purge",), "--purge goes with --uninstall"),
-        (("--foreground", "--json"), "--json is for installing the service"),
+        (("--purge",), "--purge needs --uninstall"),
+        (("--foreground", "--json"), "--json works only for installing the service"),
         (("--backend",), "--backend needs a value"),
         (("--backend", "10.0.0.0/8", "--backend", "a;b"), "--backend: 'a;b' has characters"),
         (("--foreground", "--nonsense"), "unknown option --nonsense"),
@@ -78,33 +77,26 @@ def test_sandbox_runs_nothing_outside_itself(token: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("signal", ["INT", "TERM"])
-def test_printed_command_creates_a_peer_and_a_signal_ends_it_with_0(
-    host: Machine, signal: str
-) -> None:
+def test_printed_command_creates_a_peer_and_only_root_reads_the_settings(host: Machine) -> None:
     install = host.start(f"{COMMAND} --endpoint vpn.example.org --port 5000 --api-port 8443")
-    printed = PRINTED.search(install.wait_text("\nEND\n"))
+    printed = PRINTED.search(install.wait_text(">laptop.conf"))
     assert printed, install.text()
-    answer = json.loads(host.output(f"cd .. && {printed[0]}\n"))
-    assert (answer["status"], answer["assigned_ip"]) == ("created", "10.0.1.2")
-    assert (answer["endpoint"], answer["port"]) == ("vpn.example.org:5000", 5000)
-    assert answer["public_key"] == host.output("wg pubkey <../client.key").strip()
-    assert host.output("wg show wg0 peers").strip() == answer["public_key"]
+    host.output(f"cd .. && {printed[1]}\n")
+    file = host.output("cat ../laptop.conf; stat -c %a ../laptop.conf")
+    assert "Address = 10.0.1.2/32" in file and file.endswith("\n600\n")
+    assert "Endpoint = vpn.example.org:5000" in file
+    private = re.search("^PrivateKey = (.*)$", file, re.MULTILINE)
+    assert private
+    public = host.output(f"wg pubkey <<<'{private[1]}'")
+    assert host.output("wg show wg0 peers") == public
     for shown in (
-        answer["server_public_key"],
-        "https://127.0.0.1:8443",
+        host.output("wg pubkey </etc/wggw/privatekey").strip(),
+        "https://vpn.example.org:8443",
         host.output("openssl x509 -in /etc/wggw/cert.pem -outform DER | sha256sum")[:64],
     ):
         assert shown in install.text()
-    install.signal(signal)
-    assert install.wait() == 0
     assert host.apt_calls() == []
 
-
-@pytest.mark.real
-def test_settings_are_readable_by_root_alone_and_the_key_is_nowhere_else(host: Machine) -> None:
-    install = host.start(COMMAND)
-    install.wait_text("\nEND\n")
     files = host.output("stat -c '%a %U %n' /etc/wggw /etc/wggw/* /var/lib/wggw").splitlines()
     assert [line for line in files if not re.match("[67]00 root ", line)] == []
     assert "600 root /etc/wggw/wggw.env" in files
@@ -115,25 +107,122 @@ def test_settings_are_readable_by_root_alone_and_the_key_is_nowhere_else(host: M
 
 
 @pytest.mark.real
-def test_settings_that_exist_are_never_changed(host: Machine) -> None:
+def test_settings_that_exist_are_changed_by_their_options_alone(host: Machine) -> None:
     host.output(
         "install -d -m 700 /etc/wggw /var/lib/wggw\n"
         "printf '%s\\n' '# mine' 'GATEWAY_API_KEY=\"0123456789 abcdef\"' API_PORT=9000 "
         "WG_IPV6_SUBNET= TLS_CERT=/etc/wggw/cert.pem TLS_KEY=/etc/wggw/key.pem "
-        "WG_PRIVATE_KEY_FILE=/etc/wggw/privatekey >/etc/wggw/wggw.env\n"
+        "WG_PRIVATE_KEY_FILE=/etc/wggw/privatekey DB_PATH=/var/lib/wggw/w.db >/etc/wggw/wggw.env\n"
         "chmod 600 /etc/wggw/wggw.env"
     )
     look = "cd /etc/wggw && stat -c '%Y %a %i' wggw.env && sha256sum wggw.env"
     before = host.output(look)
-    refused = host.run(f"{COMMAND} --api-port 9001")
-    assert refused.returncode == 2
-    assert "has API_PORT=9000 and is never changed" in refused.stdout
     install = host.start(f"{COMMAND} --api-port 9000 --ipv6-subnet ''")
-    printed = PRINTED.search(install.wait_text("\nEND\n"))
+    printed = PRINTED.search(install.wait_text(">laptop.conf"))
     assert printed
-    answer = json.loads(host.output(f"cd .. && {printed[0]}\n"))
-    assert answer["status"] == "created"
+    assert "10.0.1.2" in host.output(f"cd .. && {printed[1]} && cat laptop.conf")
     assert host.output(look) == before
+    install.signal("TERM")
+    assert install.wait() == 0
+    dns = '{"d1": "9.9.9.9"}'
+    given = f"--api-port 9001 --set 'DNS_SERVERS={dns}' --set=WG_MTU=1380"
+    shown = host.output(f"{COMMAND} {given} --dry-run")
+    assert "API_PORT=9001 (was: 9000)" in shown and host.output(look) == before
+    install = host.start(f"{COMMAND} {given}")
+    install.wait_text(">laptop.conf")
+    for told in (
+        "API_PORT=9001 (was: 9000)",
+        f"DNS_SERVERS='{dns}' (was: ",
+        ":9001",
+    ):
+        assert told in install.text()
+    lines = host.output("cat /etc/wggw/wggw.env").splitlines()
+    assert lines[:3] == ["# mine", 'GATEWAY_API_KEY="0123456789 abcdef"', "WG_IPV6_SUBNET="]
+    assert sorted(lines[-3:]) == ["API_PORT=9001", f"DNS_SERVERS='{dns}'", "WG_MTU=1380"]
+    assert host.output("ls /etc/wggw; stat -c %a /etc/wggw/wggw.env").split() == [
+        "cert.pem", "key.pem", "privatekey", "wggw.env", "600",
+    ]  # fmt: skip
+
+
+@pytest.mark.real
+def test_changed_setting_that_is_wrong_leaves_the_file_as_it_was(host: Machine) -> None:
+    install = host.start(COMMAND)
+    install.wait_text(">laptop.conf")
+    install.signal("TERM")
+    install.wait()
+    before = host.output("ls /etc/wggw; cat /etc/wggw/wggw.env")
+    for option, message in (
+        ("--set WG_MTU=1", "install.sh: WG_MTU: '1' is not bytes"),
+        ("--set WG_MUT=1400", "--set WG_MUT: there is no such setting"),
+        ("--set SNAPSHOT_KEY=0123456789abcdef", "--set SNAPSHOT_KEY: this is a secret"),
+    ):
+        done = host.run(f"{COMMAND} {option}")
+        assert (done.returncode, message in done.stdout) == (2, True), done.stdout
+        assert host.output("ls /etc/wggw; cat /etc/wggw/wggw.env") == before
+
+
+@pytest.mark.real
+def test_after_the_foreground_command_doctor_finds_nothing_wrong(host: Machine) -> None:
+    install = host.start(f"{COMMAND} --limit-ssh 22")
+    install.wait_text(">laptop.conf")
+    shown = host.run("python3 wggw.py doctor --env-file /etc/wggw/wggw.env").stdout
+    assert "WRONG" not in shown, shown
+    assert "tcp dport 22 ct state new" in host.output("nft list table inet wggw")
+    assert host.output("cat /proc/sys/net/ipv4/ip_forward") == "1\n"
+
+
+@pytest.mark.real
+def test_it_begins_however_it_is_called(host: Machine) -> None:
+    """As root from `su`, whose PATH has no sbin; by another shell; and read from a pipe."""
+    options = "--foreground --dry-run"
+    for call in (
+        f"PATH={host.bin}:/usr/bin:/bin ./install.sh {options}",
+        f"sh install.sh {options}",
+        f"cat install.sh | bash -s -- {options}",
+        f"cd / && sh {host.tree}/install.sh {options}",
+    ):
+        assert "wggw.py serve --env-file" in host.output(call), call
+    for call, message in (
+        (f"cat install.sh | sh -s -- {options}", "needs bash"),
+        (f"cat install.sh | (cd / && bash -s -- {options})", "wggw.py is not in /"),
+    ):
+        done = host.run(call)
+        assert done.returncode == 1 and message in done.stdout, done.stdout
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("family", ["only IPv6", "no IPv6"])
+def test_settings_fit_a_host_of_one_family(host: Machine, family: str) -> None:
+    host.output("ip link add uplink type veth peer name far; ip link set far up")
+    if family == "no IPv6":
+        for name in ("all", "default"):
+            host.output(f"sysctl -w net.ipv6.conf.{name}.disable_ipv6=1")
+        address = "192.0.2.7"
+        host.output(f"ip address add {address}/24 dev uplink; ip link set uplink up")
+        host.output("ip route add default via 192.0.2.1")
+    else:
+        address = "2001:db8::7"
+        host.output(f"ip link set uplink up; ip address add {address}/64 dev uplink nodad")
+        host.output("ip route add default via 2001:db8::1")
+    install = host.start(COMMAND)
+    install.wait_text(">laptop.conf")
+    settings = host.output("cat /etc/wggw/wggw.env").splitlines()
+    assert ("API_HOST=::" in settings) == (family == "only IPv6")
+    assert ("WG_IPV6_SUBNET=" in settings) == (family == "no IPv6")
+    url = f"https://[{address}]:8000" if ":" in address else f"https://{address}:8000"
+    host.output(f"curl -sSf --cacert /etc/wggw/cert.pem {url}/healthz")
+
+
+@pytest.mark.real
+def test_kill_leaves_no_temporary_file(host: Machine) -> None:
+    (host.bin / "openssl").write_text("#!/bin/sh\necho reached >&2\nexec sleep 3600\n")
+    (host.bin / "openssl").chmod(0o755)
+    (host.bin / "tmp").mkdir()
+    install = host.start(f"env TMPDIR={host.bin}/tmp {COMMAND}")
+    install.wait_text("reached")
+    install.signal("KILL")
+    assert install.wait() == -9
+    assert list((host.bin / "tmp").iterdir()) == []
 
 
 @pytest.mark.real
@@ -142,10 +231,10 @@ def test_second_start_keeps_peers_keys_and_settings(host: Machine) -> None:
     seen = []
     for _ in range(2):
         install = host.start(COMMAND)
-        printed = PRINTED.search(install.wait_text("\nEND\n"))
+        printed = PRINTED.search(install.wait_text(">laptop.conf"))
         assert printed
         if not seen:
-            host.output(printed[0])
+            host.output(printed[1])
         seen.append(host.output(look))
         install.signal("TERM")
         assert install.wait() == 0
@@ -175,6 +264,65 @@ def test_what_is_missing_is_installed_and_apt_failing_ends_it(host: Machine) -> 
 
 
 @pytest.mark.real
+def test_subnets_that_the_host_has_are_not_taken(host: Machine) -> None:
+    """A host in 10.0.1.0/24 keeps its router; what an option names is refused, not changed."""
+    host.output(
+        "ip link add lan0 type veth peer name there; ip link set there up; ip link set lan0 up\n"
+        "ip address add 10.0.1.7/24 dev lan0; ip route add 10.0.2.128/25 dev lan0"
+    )
+    refused = host.run(f"{COMMAND} --ipv4-subnet 10.0.0.0/16")
+    assert refused.returncode == 2
+    assert "WG_IPV4_SUBNET 10.0.0.0/16: overlaps 10.0.1.0/24 of lan0" in refused.stdout
+    assert host.run("ls /etc/wggw").returncode != 0
+    shown = host.output(f"{COMMAND} --dry-run --awg --ipv6-subnet fd00:9::/64")
+    assert "10.0.1.0/24 overlaps a network of this host: WG_IPV4_SUBNET=10.1.1.0/24 is" in shown
+    assert "10.0.2.0/24 overlaps a network of this host: AWG_IPV4_SUBNET=10.2.1.0/24 is" in shown
+    assert "_IPV6_SUBNET" not in shown
+    host.output("echo 1 | tee /proc/sys/net/ipv6/conf/{all,default}/disable_ipv6")
+    install = host.start(COMMAND)
+    install.wait_text(">laptop.conf")
+    assert "IPv6 is switched off on this host: WG_IPV6_SUBNET stays empty" in install.text()
+    settings = host.output("cat /etc/wggw/wggw.env").splitlines()
+    assert {"WG_IPV4_SUBNET=10.1.1.0/24", "WG_IPV6_SUBNET="} < set(settings)
+    assert "10.0.1.0/24 dev lan0" in host.output("ip route get 10.0.1.1; ip route")
+
+
+WITHOUT = {
+    "the right": ("setpriv --bounding-set -net_admin --inh-caps -net_admin", "", "CAP_NET_ADMIN"),
+    "the device": ("", "mount -t tmpfs none /dev/net", "/dev/net/tun: it does not exist"),
+    "the right to open it": (
+        "setpriv --reuid nobody --clear-groups --inh-caps +net_admin --ambient-caps +net_admin",
+        "mount -t tmpfs none /dev/net; mknod -m 600 /dev/net/tun c 10 200",
+        "cannot open it: Permission denied, mode 0600",
+    ),
+    "the program": (
+        "",
+        "mount --bind /dev/null $(command -v wireguard-go)",
+        "the kernel has no wireguard, and wireguard-go is missing",
+    ),
+}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("what", WITHOUT)
+def test_what_an_interface_needs_is_named_before_anything_is_made(host: Machine, what: str) -> None:
+    needs_userspace(host)
+    prefix, before, words = WITHOUT[what]
+    host.output(
+        f"{before}\nmkdir /var/lib/state; cp wggw.py /var/lib/state; chmod -R 777 /var/lib/state"
+    )
+    variables = f"GATEWAY_API_KEY={'a1' * 32} WG_PRIVATE_KEY_FILE=key API_HOST=127.0.0.1"
+    for command in ("serve", "net up", "doctor"):
+        done = host.run(
+            f"cd /var/lib/state; {prefix} env {variables} /usr/bin/python3 -I wggw.py {command}"
+        )
+        assert words in done.stdout, done.stdout
+        assert done.returncode == 1
+    assert "wg0: no such interface\n       -> start the gateway" in done.stdout  # no circle
+    assert host.output("ip -br link").split() == host.output("ip -br link show lo").split()
+
+
+@pytest.mark.real
 def test_bad_value_is_named_and_leaves_no_settings_behind(host: Machine) -> None:
     for option, variable in (
         ("--port 99999", "WG_DEFAULT_PORT"),
@@ -196,21 +344,11 @@ def test_exit_code_is_the_gateways(host: Machine) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    ("before", "message"),
-    [
-        (
-            "echo ID=fedora >../os; mount --bind ../os /etc/os-release",
-            "only Debian .* and Ubuntu .* are supported",
-        ),
-        ("ip link add wg0 type veth peer name other", "interface wg0 exists already"),
-    ],
-)
-def test_machine_that_is_not_fit_is_refused(host: Machine, before: str, message: str) -> None:
-    host.output(before)
+def test_machine_that_is_not_fit_is_refused(host: Machine) -> None:
+    host.output("echo ID=fedora >../os; mount --bind ../os /etc/os-release")
     done = host.run(COMMAND)
     assert done.returncode != 0
-    assert re.search(message, done.stdout), done.stdout
+    assert re.search("only Debian .* and Ubuntu .* are supported", done.stdout), done.stdout
     assert host.run("ls /etc/wggw").returncode != 0
 
 
@@ -221,13 +359,8 @@ def test_ubuntu_and_what_is_made_of_it_are_installed_on_like_debian(
 ) -> None:
     (host.tree.parent / "os").write_text(f'NAME="Ubuntu"\nVERSION_ID="24.04"\n{names}\n')
     host.output("mount --bind ../os /etc/os-release")
-    shown = host.output("./install.sh --dry-run")
-    assert "systemctl enable" in shown
+    assert "systemctl enable" in host.output("./install.sh --dry-run")
     assert host.apt_calls() == []
-    install = host.start(COMMAND)
-    install.wait_text("\nEND\n")
-    install.signal("TERM")
-    assert install.wait() == 0
 
 
 @pytest.mark.real
@@ -325,113 +458,133 @@ if sys.argv[1:2] == ["call"]:
 """
 
 
+@pytest.fixture(scope="module")
+def machine_with_systemctl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    with machine(tmp_path_factory.mktemp("service")) as made:
+        made.output("mkdir -p /run/systemd/system")
+        (made.bin / "systemctl").write_text(SYSTEMCTL)
+        (made.bin / "systemctl").chmod(0o755)
+        program = made.tree / "wggw.py"
+        text = program.read_text()
+        program.write_text(text.replace("\nimport argparse\n", HEALTHY + "import argparse\n"))
+        yield made
+
+
 @pytest.fixture
-def service(host: Machine) -> Machine:
+def service(machine_with_systemctl: Machine) -> Machine:
     """A machine where the service can be installed, and is up once it was started."""
-    host.output("mkdir -p /run/systemd/system")
-    (host.bin / "systemctl").write_text(SYSTEMCTL)
-    (host.bin / "systemctl").chmod(0o755)
-    (host.bin / "at-restart").write_text("echo active >$here/state")
-    (host.bin / "at-reload").write_text("touch $here/loaded")
-    (host.bin / "state").write_text("inactive")
-    (host.bin / "restarts").write_text("0")
-    program = host.tree / "wggw.py"
-    program.write_text(
-        program.read_text().replace("\nimport argparse\n", HEALTHY + "import argparse\n")
-    )
+    host = machine_with_systemctl
+    for name, text in (
+        ("at-restart", "echo active >$here/state"),
+        ("at-reload", "touch $here/loaded"),
+        ("restarts", "0"),
+        ("systemctl.calls", ""),
+    ):
+        (host.bin / name).write_text(text)
     return host
 
 
+@pytest.fixture
+def installed(service: Machine) -> Machine:
+    """The same with the service installed and up, whatever the test before has left."""
+    (service.bin / "state").write_text("active")
+    service.output(f"test -e {PROGRAM} || ./install.sh --yes")
+    (service.bin / "systemctl.calls").write_text("")
+    return service
+
+
+def later_version(host: Machine) -> str:
+    with (host.tree / "wggw.py").open("a") as program:
+        program.write("# a later version\n")
+    return (host.tree / "wggw.py").read_text()
+
+
+def calls(host: Machine) -> str:
+    return (host.bin / "systemctl.calls").read_text()
+
+
 @pytest.mark.real
-@pytest.mark.parametrize(("signal", "code"), [("HUP", 129), ("INT", 130), ("TERM", 143)])
+@pytest.mark.parametrize(
+    ("signal", "code"), some([("TERM", 143), ("HUP", 129), ("INT", 130)], 2), ids=str
+)
 def test_signal_takes_back_what_was_done(service: Machine, signal: str, code: int) -> None:
+    (service.bin / "state").write_text("inactive")
     (service.bin / "at-restart").write_text("echo activating >$here/state")
     install = service.start("env --default-signal=INT ./install.sh --yes")
     install.wait_text("wait until the service is ready")
     install.signal(signal)
-    assert install.wait() == code, install.text()
-    assert "taking back" in install.text()
+    ended = install.wait()
+    # bash 5.2 sometimes cannot parse a trap that comes while it parses a substitution.
+    assert ended == code or "interrupt trap" in install.text(), install.text()
+    assert "undoing" in install.text()
     for path in (PROGRAM, "/usr/local/sbin/wggw", "/etc/wggw", "/etc/systemd/system/wggw.service"):
         assert service.run(f"test -e {path}").returncode == 1, path
 
 
 @pytest.mark.real
-def test_run_after_one_that_was_killed_finishes_its_work(service: Machine) -> None:
-    service.output("./install.sh --yes")
-    former = service.output(f"cat {PROGRAM}")
-    with (service.tree / "wggw.py").open("a") as program:
-        program.write("# a later version\n")
-    (service.bin / "at-restart").write_text("kill -KILL $PPID")
-    assert service.run("./install.sh --yes").returncode == -9
-    assert service.output(f"cat {PROGRAM}.before") == former
+def test_run_after_one_that_was_killed_finishes_its_work(installed: Machine) -> None:
+    former = installed.output(f"cat {PROGRAM}")
+    later = later_version(installed)
+    (installed.bin / "at-restart").write_text("kill -KILL $PPID")
+    assert installed.run("./install.sh --yes").returncode == -9
+    assert installed.output(f"cat {PROGRAM}.before") == former
 
-    (service.bin / "at-restart").write_text("echo active >$here/state")
-    (service.bin / "systemctl.calls").unlink()
-    service.output("./install.sh --yes")
-    assert "restart --no-block wggw" in (service.bin / "systemctl.calls").read_text()
-    assert service.output(f"cat {PROGRAM}").endswith("# a later version\n")
-    assert service.output("find /usr/local /etc/systemd/system -name '*.before'") == ""
-    assert "up to date" in service.output("./install.sh --yes")
+    (installed.bin / "at-restart").write_text("echo active >$here/state")
+    (installed.bin / "systemctl.calls").write_text("")
+    installed.output("./install.sh --yes")
+    assert "restart --no-block wggw" in calls(installed)
+    assert installed.output(f"cat {PROGRAM}") == later
+    assert installed.output("find /usr/local /etc/systemd/system -name '*.before'") == ""
+    assert "up to date" in installed.output("./install.sh --yes")
 
 
 @pytest.mark.real
 def test_run_after_one_that_was_killed_with_a_new_file_in_place_finishes_its_work(
-    service: Machine,
+    installed: Machine,
 ) -> None:
-    service.output("./install.sh --yes")
-    assert "up to date" in service.output("./install.sh --yes")
     settings = "/etc/wggw/wggw.env"
-    service.output(f"sed -i /^API_PORT=/d {settings} && echo API_PORT=443 >>{settings}")
-    (service.bin / "at-reload").write_text("kill -KILL $PPID")
-    assert service.run("./install.sh --yes").returncode == -9
-    assert service.run("test -e /etc/systemd/system/wggw.service.d/50-port.conf").returncode == 0
+    installed.output(f"sed -i /^API_PORT=/d {settings} && echo API_PORT=443 >>{settings}")
+    (installed.bin / "at-reload").write_text("kill -KILL $PPID")
+    assert installed.run("./install.sh --yes").returncode == -9
+    assert installed.run("test -e /etc/systemd/system/wggw.service.d/50-port.conf").returncode == 0
 
-    (service.bin / "at-reload").write_text("touch $here/loaded")
-    (service.bin / "systemctl.calls").unlink()
-    service.output("./install.sh --yes")
-    calls = (service.bin / "systemctl.calls").read_text()
-    assert "daemon-reload" in calls and "restart --no-block wggw" in calls
-    assert "up to date" in service.output("./install.sh --yes")
+    (installed.bin / "at-reload").write_text("touch $here/loaded")
+    (installed.bin / "systemctl.calls").write_text("")
+    installed.output("./install.sh --yes")
+    assert "daemon-reload" in calls(installed) and "restart --no-block wggw" in calls(installed)
+    assert "up to date" in installed.output("./install.sh --yes")
 
 
 @pytest.mark.real
-def test_dry_run_of_an_upgrade_only_asks_systemctl(service: Machine) -> None:
-    service.output("./install.sh --yes")
-    with (service.tree / "wggw.py").open("a") as program:
-        program.write("# a later version\n")
-    (service.bin / "systemctl.calls").unlink(missing_ok=True)
-    shown = service.output("./install.sh --dry-run")
+def test_dry_run_of_an_upgrade_only_asks_systemctl(installed: Machine) -> None:
+    later_version(installed)
+    shown = installed.output("./install.sh --dry-run")
     assert "+ systemctl restart --no-block wggw" in shown
-    calls = service.bin / "systemctl.calls"
-    asked = calls.read_text().splitlines() if calls.exists() else []
+    asked = calls(installed).splitlines()
     assert {line.split()[0] for line in asked} <= {"is-active", "show"}, asked
 
 
 @pytest.mark.real
-def test_uninstall_removes_what_a_killed_run_kept(service: Machine) -> None:
-    service.output("./install.sh --yes")
-    kept = "/etc/systemd/system/wggw.service.before /usr/local/sbin/wggw.before"
-    service.output(f"touch {kept}")
-    service.output("./install.sh --uninstall --yes")
-    assert service.output("find /usr/local /etc/systemd/system -name '*wggw*'") == ""
-
-
-@pytest.mark.real
-def test_upgrade_mends_a_service_that_was_restarted_again_and_again(service: Machine) -> None:
-    service.output("./install.sh --yes")
-    (service.bin / "restarts").write_text("7")
-    (service.bin / "state").write_text("activating")
+def test_upgrade_mends_a_service_that_was_restarted_again_and_again(installed: Machine) -> None:
+    (installed.bin / "restarts").write_text("7")
+    (installed.bin / "state").write_text("activating")
     slowly = "(sleep 1; echo active >$here/state) >/dev/null 2>&1 &"
-    (service.bin / "at-restart").write_text(slowly)
-    with (service.tree / "wggw.py").open("a") as program:
-        program.write("# a later version\n")
-    service.output("./install.sh --upgrade --yes")
+    (installed.bin / "at-restart").write_text(slowly)
+    later_version(installed)
+    installed.output("./install.sh --upgrade --yes")
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("gone", ["/etc/wggw", "/var/lib/wggw"])
-def test_uninstall_without_settings_or_without_data(service: Machine, gone: str) -> None:
-    service.output(f"./install.sh --yes && rm -r {gone}")
-    shown = service.output("./install.sh --uninstall --yes")
-    kept = {"/etc/wggw", "/var/lib/wggw"} - {gone}
-    assert f"settings and data stay in {kept.pop()} (" in shown
+def test_uninstall_removes_what_a_killed_run_kept_and_no_settings(installed: Machine) -> None:
+    kept = "/etc/systemd/system/wggw.service.before /usr/local/sbin/wggw.before"
+    installed.output(f"touch {kept}; rm -r /var/lib/wggw")
+    shown = installed.output("./install.sh --uninstall --yes")
+    assert "settings and data stay in /etc/wggw (" in shown
+    assert installed.output("find /usr/local /etc/systemd/system -name '*wggw*'") == ""
+
+
+@pytest.mark.real
+def test_uninstall_without_settings_keeps_the_data(installed: Machine) -> None:
+    installed.output("rm -r /etc/wggw")
+    shown = installed.output("./install.sh --uninstall --yes")
+    assert "settings and data stay in /var/lib/wggw (" in shown

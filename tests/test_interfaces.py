@@ -2,233 +2,205 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from ipaddress import ip_network
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import API_KEY, a_key
+from fakes import NOON, World, build, do
+from harness import a_key
 
 import wggw
 
-NAMES = ("wg0", "wg1")
-SETTINGS = tuple(
-    wggw.InterfaceSettings(
-        prefix,
-        name,
-        {"ipv4": ip_network(f"10.{number}.0.0/29"), "ipv6": ip_network(f"fd00:{number}::/126")},
-        (51820 + number, 5300 + number),
-        1420 - number,
-        "",
-    )
-    for number, (prefix, name) in enumerate(zip(("WG", "AWG"), NAMES, strict=True))
-)
-
-
-class BreakableBackend(wggw.MemoryBackend):
-    """Fails in every call while `broken`."""
-
-    broken = False
-
-    def _check(self) -> None:
-        if self.broken:
-            raise wggw.BackendError("broken on purpose")
-
-    def setup(self, link: wggw.Link | None = None) -> None:
-        self._check()
-
-    def alive(self) -> bool:
-        return not self.broken
-
-    def read(self) -> list[wggw.PeerState]:
-        self._check()
-        return [s._replace(rx_bytes=100, last_handshake=1000) for s in super().read()]
-
-    def apply(self, changes: Sequence[wggw.Change]) -> None:
-        self._check()
-        super().apply(changes)
-
-
-class Two(wggw.Gateway):
-    """New peers go to the interface of their port."""
-
-    def __init__(self, directory: Path, settings: Sequence[wggw.InterfaceSettings]) -> None:
-        config = wggw.load_config(
-            {"GATEWAY_API_KEY": API_KEY, "DB_PATH": str(directory / "db")}, "/dev/null"
-        )
-        store = wggw.Store(config.db_path, "none", wggw.Disk())
-        store.recover()
-        super().__init__(config, store, time.time)
-        self.backends = {row.name: BreakableBackend() for row in settings}
-        self.start(
-            [
-                (row, wggw.make_link(row, bytes([number + 1]) * 32), self.backends[row.name])
-                for number, row in enumerate(settings)
-            ]
-        )
-
-    def _interface_for(self, fields: Any) -> wggw.Interface:
-        return self.interfaces[fields["interface"]]
+NAMES = ("wg0", "awg0")
+SETTINGS = {
+    "WG_IPV4_SUBNET": "10.0.0.0/29",
+    "WG_IPV6_SUBNET": "fd00::/126",
+    "WG_EXTRA_PORTS": "5300",
+    "AWG_INTERFACE": "awg0",
+    "AWG_PORT": "51821",
+    "AWG_IPV4_SUBNET": "10.1.0.0/29",
+    "AWG_IPV6_SUBNET": "fd00:1::/126",
+}
+KIND = {name: wggw.ObfuscationRequest(name == "awg0", {}) for name in NAMES}
 
 
 @pytest.fixture
-def gateway(tmp_path: Path) -> Iterator[Two]:
-    made = Two(tmp_path, SETTINGS)
+def world(tmp_path: Path) -> Iterator[World]:
+    made = build(tmp_path, **SETTINGS)
     yield made
-    made.store.close()
+    if made.is_open:
+        made.close()
 
 
-def create(gateway: Two, label: object, interface: str, **fields: Any) -> wggw.Peer:
-    asked = {"public_key": a_key(label), "interface": interface, "protocol": "dual", **fields}
-    return gateway.create(asked).peer
+def create(world: World, label: object, interface: str, **fields: Any) -> wggw.Peer:
+    asked = {
+        "public_key": a_key(label),
+        "obfuscation": KIND[interface],
+        "protocol": "dual",
+        **fields,
+    }
+    return do(world.gateway, "create", **asked).peer
 
 
-def held(gateway: Two, name: str) -> set[bytes]:
-    return {state.peer.public_key for state in gateway.backends[name].read()}
+def held(world: World, name: str) -> set[str]:
+    return set(world.backends[name].peers)
 
 
-def test_each_peer_is_on_its_own_interface_with_its_addresses_and_ports(gateway: Two) -> None:
-    first, second = (create(gateway, name, name) for name in NAMES)
+def rows(world: World, name: str) -> wggw.Page:
+    return world.gateway.run(lambda: world.store.page(0, 100, wggw.Filter(interface=name)))
+
+
+def test_each_peer_is_on_its_own_interface_with_its_addresses_and_ports(world: World) -> None:
+    first, second = (create(world, name, name) for name in NAMES)
     assert (first.assigned_ip, first.assigned_ipv6) == ("10.0.0.2", "fd00::2")
     assert (second.assigned_ip, second.assigned_ipv6) == ("10.1.0.2", "fd00:1::2")
-    assert (first.port, second.port) == (51820, 51821)
+    assert (first.port, second.port) == (None, None)  # of each interface, the listen port
+    ports = [t.with_defaults(first, world.config).port for t in world.gateway.tunnels.values()]
+    assert ports == [51820, 51821]
     for name in NAMES:
-        assert held(gateway, name) == {wggw.decode_key(a_key(name))}
-    assert create(gateway, "other port", "wg1", port=5301).port == 5301
+        assert held(world, name) == {a_key(name)}
+    assert create(world, "other port", "wg0", port=5300).port == 5300
     with pytest.raises(wggw.Invalid, match="^port: "):
-        create(gateway, "port of the other", "wg1", port=5300)
+        create(world, "port of the other", "awg0", port=5300)
 
 
-def test_a_full_pool_leaves_the_other_interface_alone(gateway: Two) -> None:
+def test_a_full_pool_leaves_the_other_interface_alone(world: World) -> None:
     for number in range(2):
-        create(gateway, number, "wg0")
+        create(world, number, "wg0")
     with pytest.raises(wggw.Unavailable, match="wg0 are exhausted"):
-        create(gateway, "no room", "wg0")
-    assert create(gateway, "room", "wg1").assigned_ip == "10.1.0.2"
+        create(world, "no room", "wg0")
+    assert create(world, "room", "awg0").assigned_ip == "10.1.0.2"
 
 
-def test_addresses_go_back_to_their_own_pool_and_stay_there_after_a_restart(
-    gateway: Two, tmp_path: Path
-) -> None:
+def test_addresses_go_back_to_their_own_pool_and_stay_there_after_a_restart(world: World) -> None:
     for name in NAMES:
-        create(gateway, name, name)
-        create(gateway, ("stays", name), name, protocol="ipv4")
+        create(world, name, name)
+        create(world, ("stays", name), name, protocol="ipv4")
     for name in NAMES:
-        gateway.delete(a_key(name))
-    gateway.snapshot()
-    gateway.store.close()
-    again = Two(tmp_path, SETTINGS)
+        do(world.gateway, "delete", public_key=a_key(name))
+    world.reopen()
     for number, name in enumerate(NAMES):
-        pools = again.interfaces[name].pools
+        pools = world.gateway.tunnels[name].pools
         assert (pools["ipv4"].used, pools["ipv6"].used) == (1, 0)
         assert pools["ipv4"].peek() == f"10.{number}.0.4"
-        assert held(again, name) == {wggw.decode_key(a_key(("stays", name)))}
-    again.store.close()
+        assert held(world, name) == {a_key(("stays", name))}
 
 
-CHANGES: list[Callable[[Two, str], object]] = [
-    lambda g, name: create(g, "new", name, protocol="ipv4"),
-    lambda g, name: g.set_status(a_key(name), "suspended"),
-    lambda g, name: g.update(a_key(name), {"preshared_key": a_key("psk")}),
-    lambda g, name: g.rotate(a_key(name), a_key("new key")),
-    lambda g, name: g.delete(a_key(name)),
+CHANGES: list[Callable[[World, str], object]] = [
+    lambda w, name: create(w, "new", name, protocol="ipv4"),
+    lambda w, name: do(w.gateway, "set_status", public_key=a_key(name), status="suspended"),
+    lambda w, name: do(w.gateway, "update", public_key=a_key(name), preshared_key=a_key("psk")),
+    lambda w, name: do(
+        w.gateway, "rotate", public_key=a_key(name), new_public_key=a_key("new key")
+    ),
+    lambda w, name: do(w.gateway, "delete", public_key=a_key(name)),
 ]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("down", NAMES)
+@pytest.mark.parametrize("noticed", [True, False], ids=["noticed", "not yet noticed"])
 def test_an_interface_that_is_down_refuses_changes_and_blocks_none_on_the_other(
-    gateway: Two, change: Callable[[Two, str], object], down: str
+    world: World, change: Callable[[World, str], object], down: str, noticed: bool
 ) -> None:
     (up,) = set(NAMES) - {down}
     for name in NAMES:
-        create(gateway, name, name)
-    gateway.backends[down].broken = True
-    gateway.supervise()
-    (reason,) = gateway.degraded()
-    assert reason.startswith(f"interface {down}: ")
-    before = gateway.page(0, 100, wggw.Filter(interface=down))
+        create(world, name, name)
+    world.backends[down].fail(forever=True)
+    if noticed:
+        world.gateway.projection.supervise()
+        (reason,) = world.gateway.degraded()
+        assert reason.startswith(f"interface {down}: ")
+    before = rows(world, down)
     with pytest.raises(wggw.Unavailable):
-        change(gateway, down)
-    assert gateway.page(0, 100, wggw.Filter(interface=down)) == before
-    change(gateway, up)
-    gateway.backends[down].broken = False
-    gateway.supervise()
-    assert gateway.degraded() == []
-    change_again = create(gateway, "after", down, protocol="ipv4")
-    assert change_again.interface == down
+        change(world, down)
+    assert rows(world, down) == before
+    change(world, up)
+    world.backends[down].heal()
+    world.gateway.projection.supervise()
+    assert world.gateway.degraded() == []
+    assert create(world, "after", down, protocol="ipv4").interface == down
 
 
 @pytest.mark.parametrize("down", NAMES)
 def test_one_that_fails_does_not_keep_the_other_from_repair_and_sampling(
-    gateway: Two, down: str
+    world: World, down: str
 ) -> None:
     (up,) = set(NAMES) - {down}
     for name in NAMES:
-        create(gateway, name, name)
-        key = wggw.decode_key(a_key(name))
-        gateway.backends[name].apply([wggw.Change(key, None)])
-    gateway.backends[down].broken = True
-    with pytest.raises(wggw.BackendError, match="broken on purpose"):
-        gateway.reconcile()
-    assert held(gateway, up) == {wggw.decode_key(a_key(up))}
-    assert gateway.reconcile(up).unchanged == 1
-    with pytest.raises(wggw.BackendError, match="broken on purpose"):
-        gateway.sample()
-    assert gateway.get(a_key(up)).traffic.rx_bytes == 100
-    assert gateway.get(a_key(down)).traffic.rx_bytes == 0
+        create(world, name, name)
+        world.backends[name].drop(a_key(name))
+    world.backends[down].fail(forever=True)
+    with pytest.raises(wggw.BackendError, match="as told"):
+        world.gateway.projection.reconcile()
+    assert held(world, up) == {a_key(up)}
+    assert world.gateway.projection.reconcile(up).unchanged == 1
+    world.backends[up].move(a_key(up), 100, handshake=int(NOON))
+    with pytest.raises(wggw.BackendError, match="as told"):
+        world.gateway.projection.sample()
+    assert world.gateway.get(a_key(up)).traffic.rx_bytes == 100
+    assert world.gateway.get(a_key(down)).traffic.rx_bytes == 0
+    assert any(reason.startswith("counters: ") for reason in world.gateway.degraded())
 
 
-def test_usage_and_counts_are_of_one_interface_or_of_all(gateway: Two) -> None:
-    for label, name in enumerate(("wg0", "wg1", "wg1")):
-        create(gateway, label, name, protocol="ipv4")
-    gateway.set_status(a_key(2), "suspended")
-    whole = gateway.usage()["ipv4"]
-    parts = [gateway.usage(name)["ipv4"] for name in NAMES]
+def test_a_change_of_both_that_one_of_them_refuses_is_on_neither(world: World) -> None:
+    for name in NAMES:
+        create(world, name, name)
+    before = {name: (rows(world, name), world.backends[name].peers) for name in NAMES}
+    for down in NAMES:
+        world.backends[down].fail("apply", what="half")
+        with pytest.raises(wggw.Unavailable):
+            world.gateway.sync({}, False, True)
+        world.gateway.projection.supervise()
+        assert world.gateway.degraded() == []
+        assert before == {n: (rows(world, n), world.backends[n].peers) for n in NAMES}
+
+
+def test_usage_and_counts_are_of_one_interface_or_of_all(world: World) -> None:
+    for label, name in enumerate(("wg0", "awg0", "awg0")):
+        create(world, label, name, protocol="ipv4")
+    do(world.gateway, "set_status", public_key=a_key(2), status="suspended")
+    whole = world.gateway.usage()["ipv4"]
+    parts = [world.gateway.usage(name)["ipv4"] for name in NAMES]
     for figure in ("total", "used", "available"):
         assert whole[figure] == sum(part[figure] for part in parts)
     assert [part["used"] for part in parts] == [1, 2]
     assert whole["assigned_ips"] == ["10.0.0.2", "10.1.0.2", "10.1.0.3"]
     assert [part["gateway_ip"] for part in parts] == ["10.0.0.1", "10.1.0.1"]
     assert whole["gateway_ip"] == "10.0.0.1"
-    assert gateway.peer_count() == 3
-    assert gateway.peer_count("active", "wg1") == 1
-    text = "".join(wggw.render_gateway(gateway))
-    assert 'wggw_peers{interface="wg1",state="suspended"} 1' in text
-    assert 'wggw_pool_used_addresses{interface="wg1",family="ipv4"} 2.0' in text
+    assert world.gateway.peer_count() == 3
+    figures = world.gateway.run(world.gateway.figures)
+    assert figures.peers("active", "awg0") == 1 and figures.peers("suspended", "awg0") == 1
+    assert figures.pools["awg0", "ipv4"]["used"] == 2
 
 
-def test_peers_of_an_interface_that_is_not_set_up_stop_the_start(
-    gateway: Two, tmp_path: Path
+def without(prefix: str, **changed: str) -> dict[str, str]:
+    kept = {name: value for name, value in SETTINGS.items() if not name.startswith(prefix)}
+    return {**kept, **changed}
+
+
+def test_peers_of_an_interface_that_is_not_set_up_stop_the_start_and_change_nothing(
+    world: World, tmp_path: Path
 ) -> None:
-    create(gateway, "left behind", "wg1")
-    gateway.snapshot()
-    with pytest.raises(wggw.ConfigError, match=r"WG_INTERFACE 'wg0'.*'wg1'.*never move"):
-        Two(tmp_path, SETTINGS[:1])
-
-
-def test_a_start_that_is_refused_changes_nothing(gateway: Two) -> None:
-    create(gateway, "left behind", "wg1", expires_at=int(time.time()) + 50)
-    gateway.snapshot()
-    gateway.store.close()
-    store = wggw.Store(gateway.config.db_path, "none", wggw.Disk())
-    store.recover()
-    number = store.number
-    later = wggw.Gateway(gateway.config, store, lambda: time.time() + 100)
-    link = wggw.make_link(SETTINGS[0], b"k" * 32)
-    with pytest.raises(wggw.ConfigError, match="never move"):
-        later.start([(SETTINGS[0], link, BreakableBackend())])
-    assert store.number == number
-    store.close()
+    create(world, "left behind", "awg0", expires_at=int(NOON) + 50)
+    world.close()
+    later = World(tmp_path, backends=world.backends, **without("AWG"))
+    later.now += 100
+    number = world.store.number
+    with pytest.raises(wggw.ConfigError, match=r"WG_INTERFACE 'wg0'.*'awg0'.*restore the setting"):
+        later.open()
+    assert later.store.number == number
+    assert held(world, "awg0") == {a_key("left behind")}
 
 
 def test_a_subnet_that_does_not_hold_its_peers_is_refused_by_its_own_name(
-    gateway: Two, tmp_path: Path
+    world: World, tmp_path: Path
 ) -> None:
-    create(gateway, "outside", "wg1")
-    gateway.snapshot()
-    moved = SETTINGS[1]._replace(subnets={"ipv4": ip_network("10.7.0.0/29")})
-    with pytest.raises(wggw.ConfigError, match="^AWG_IPV4_SUBNET, AWG_IPV6_SUBNET: "):
-        Two(tmp_path, (SETTINGS[0], moved))
+    create(world, "outside", "awg0")
+    world.close()
+    moved = {**SETTINGS, "AWG_IPV4_SUBNET": "10.7.0.0/29", "AWG_IPV6_SUBNET": ""}
+    with pytest.raises(
+        wggw.ConfigError, match="^AWG_IPV4_SUBNET 10.7.0.0/29: the ipv4 address on awg0"
+    ):
+        build(tmp_path, **moved)

@@ -16,7 +16,6 @@ import shutil
 import ssl
 import subprocess
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
-from harness import API_KEY, PROGRAM, GatewayProcess, a_key, encode, running, wait_for
+from harness import API_KEY, PROGRAM, GatewayProcess, a_key, encode, running
 from http_message_signatures import (
     HTTPMessageSigner,
     HTTPMessageVerifier,
@@ -44,8 +43,6 @@ MODULES = CACHE / "npm/node_modules"
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     with running(tmp_path_factory.mktemp("interop"), AUTH_SCHEMES="rfc9421") as process:
-        started = int(time.time())
-        wait_for(lambda: int(time.time()) > started, what="the next second")
         yield process
 
 
@@ -74,10 +71,6 @@ CALLS = {
     "no query, covered": Call(components=("@method", "@path", "@query")),
     "query": Call(query="?limit=5&status=active", components=("@method", "@path", "@query")),
     "query in the URI": Call(query="?limit=5"),
-    "query parameter": Call(
-        query="?limit=5&note=a%20b%2Fc",
-        components=("@method", "@target-uri", '"@query-param";name="note"'),
-    ),
     "everything": Call(
         query="?limit=7",
         components=("@method", "@path", "@query", "@authority", "@scheme", "@request-target"),
@@ -249,7 +242,7 @@ def recorder(directory: Path) -> Iterator[tuple[int, list[Received]]]:
     context.load_cert_chain(cert, key)
     server = HTTPServer(("127.0.0.1", 0), Handler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         yield server.server_port, found
@@ -272,15 +265,16 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> list[Received]:
     """What `wggw.py call` sends for each row of OURS."""
     directory = tmp_path_factory.mktemp("ours")
     with recorder(directory) as (port, found):
+        key = directory / "api.key"
+        key.touch(0o600)
+        key.write_text(API_KEY)
+        given = ["--url", f"https://127.0.0.1:{port}", "--key-file", str(key)]
+        certificate = wggw.read_certificate(str(directory / "other.pem"))
+        given += ["--fingerprint", hashlib.sha256(certificate).hexdigest()]
         for method, path, body in OURS:
-            command = [*PROGRAM, "call", method, path, "--scheme", "rfc9421"]
-            command += ["--url", f"https://127.0.0.1:{port}", *(["--data", body] if body else [])]
-            environment = {
-                "PATH": os.environ["PATH"],
-                "GATEWAY_API_KEY": API_KEY,
-                "TLS_CERT": str(directory / "other.pem"),
-                "TLS_KEY": str(directory / "other.key"),
-            }
+            command = [*PROGRAM, "call", method, path, "--scheme", "rfc9421", *given]
+            command += ["--data", body] if body else []
+            environment = {"PATH": os.environ["PATH"]}
             subprocess.run(command, env=environment, cwd=directory, check=True, timeout=60)
     return found
 

@@ -1,6 +1,6 @@
 """SIGKILL and a full disk under load: what was acknowledged is there, the rest is whole or absent.
 
-The gateway is killed 10 times, 200 times with WGGW_LONG=1. WGGW_KILL_SEED repeats the moments of a
+The gateway is killed 7 times, 60 times with WGGW_LONG=1. WGGW_KILL_SEED repeats the moments of a
 run.
 """
 
@@ -10,8 +10,6 @@ import contextlib
 import http.client
 import os
 import random
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +18,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from harness import LONG, Answer, Client, GatewayProcess, a_key, running, wait_for
+from sandbox import SmallDisk, small_disk
 
 PEERS = "/api/v1/configurations/"
-ROUNDS = 200 if LONG else 10
+ROUNDS = 60 if LONG else 7
 CLIENTS = 4
 KEYS = 25  # of each client; all of them together nearly fill the subnet
 SETTINGS = {
@@ -30,7 +29,7 @@ SETTINGS = {
     "WG_IPV6_SUBNET": "fd00:7::/120",
     "SNAPSHOT_INTERVAL": "0.1",  # so that rotations fall into the moments of the kills
 }
-LIFE = 120  # changes that are acknowledged before a kill, at most
+LIFE = 400  # changes that are acknowledged before a kill, at most: two snapshots' time
 
 
 class Seen(NamedTuple):
@@ -187,61 +186,17 @@ def test_a_kill_under_load_loses_nothing_acknowledged(tmp_path: Path, sealed: bo
 # --- a disk that is full --------------------------------------------------------------------------
 
 
-class SmallDisk:
-    """A directory on a file system of its own, in a mount namespace that one process holds."""
-
-    def __init__(self, directory: Path, holder: int) -> None:
-        self.inside = directory  # as processes in the namespace see it
-        self.outside = Path(f"/proc/{holder}/root{directory}")
-        self.prefix = [
-            *("nsenter", "--target", str(holder), "--mount"),
-            *("--root", f"--wd={directory.parent}"),
-        ]
-
-    @property
-    def _filler(self) -> Path:
-        return self.outside / "filler"
-
-    def fill(self) -> None:
-        """Leave no byte free."""
-        with self._filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-
-    def free(self) -> None:
-        self._filler.unlink(missing_ok=True)
-
-
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    if os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("nsenter"):
-        pytest.skip("needs root, unshare and nsenter: it mounts a file system")
-    directory = tmp_path / "small"
-    directory.mkdir()
-    script = 'mount -t tmpfs -o size=512k small "$1" && echo ready && exec sleep infinity'
-    holder = subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", script, "sh", str(directory)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        assert holder.stdout is not None
-        line = holder.stdout.readline()
-        if line != b"ready\n":
-            pytest.skip(f"needs the right to mount: {line.decode(errors='replace').strip()}")
-        yield SmallDisk(directory, holder.pid)
-    finally:
-        holder.kill()
-        holder.wait()
-        assert holder.stdout is not None
-        holder.stdout.close()
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    with small_disk(tmp_path / "small") as made:
+        yield made
 
 
 @contextlib.contextmanager
 def on_small_disk(disk: SmallDisk, directory: Path, **more: str) -> Iterator[GatewayProcess]:
-    path = str(disk.inside / "wireguard.db")
-    gateway = GatewayProcess(directory, disk.prefix, DB_PATH=path, **{**SETTINGS, **more})
+    """Without snapshots between the changes: each makes room for as many as a slow machine does."""
+    more |= {"DB_PATH": str(disk.inside / "wireguard.db"), "SNAPSHOT_INTERVAL": "3600"}
+    gateway = GatewayProcess(directory, disk.prefix, **{**SETTINGS, **more})
     try:
         yield gateway.start()
     finally:
@@ -284,19 +239,19 @@ def check_full(client: Client, known: dict[str, Seen], refused: Answer) -> None:
 @pytest.mark.real
 @pytest.mark.parametrize("sealed", [False, True], ids=["plain", "sealed"])
 def test_a_full_disk_refuses_changes_and_heals_by_itself(
-    small_disk: SmallDisk, tmp_path: Path, sealed: bool
+    disk: SmallDisk, tmp_path: Path, sealed: bool
 ) -> None:
     more = {"SNAPSHOT_KEY": "a key for what lies on disk"} if sealed else {}
     known: dict[str, Seen] = {}
-    with on_small_disk(small_disk, tmp_path, **more) as gateway:
+    with on_small_disk(disk, tmp_path, **more) as gateway:
         for life in range(2):
             client = gateway.client()
             for number in range(10):
                 answer = client.create(a_key((life, number)), protocol="dual")
                 known[a_key((life, number))] = seen(answer.json, "active")
-            small_disk.fill()
+            disk.fill()
             check_full(client, known, create_until_refused(client, known, f"full {life}"))
-            small_disk.free()
+            disk.free()
             wait_for(lambda c=client: readiness(c).status == 200, what="health by itself")
             assert client.send("GET", "/api/v1/server/status").json["status"] == "healthy"
             assert all_peers(client) == known
@@ -314,18 +269,18 @@ def test_a_full_disk_refuses_changes_and_heals_by_itself(
 
 @pytest.mark.real
 def test_a_kill_while_the_disk_is_full_loses_nothing_acknowledged(
-    small_disk: SmallDisk, tmp_path: Path
+    disk: SmallDisk, tmp_path: Path
 ) -> None:
     known: dict[str, Seen] = {}
-    with on_small_disk(small_disk, tmp_path) as gateway:
+    with on_small_disk(disk, tmp_path) as gateway:
         client = gateway.client()
         for number in range(10):
             known[a_key(number)] = seen(client.create(a_key(number)).json, "active")
-        small_disk.fill()
+        disk.fill()
         check_full(client, known, create_until_refused(client, known, "full"))
         client.close()
         gateway.kill()
-        small_disk.free()
+        disk.free()
         gateway.start()
         client = gateway.client()
         assert all_peers(client) == known

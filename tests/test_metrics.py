@@ -20,7 +20,8 @@ SAMPLE = re.compile(r"([a-z_]+)(?:\{(.*)\})? (\S+)")
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    settings = {"PER_PEER_METRICS": "true", "SAMPLE_INTERVAL": "0.2"}
+    classes = {"SERVICE_CLASSES": '{"slow": {"down": "1mbit"}}'}
+    settings = {"PER_PEER_METRICS": "true", "SAMPLE_INTERVAL": "0.2", **classes}
     with running(tmp_path_factory.mktemp("metrics"), **settings) as gateway:
         client = gateway.client()
         for number in range(3):
@@ -50,7 +51,7 @@ def samples(text: str) -> dict[tuple[str, str], float]:
 
 def promtool(*arguments: str, given: str | None = None) -> None:
     if shutil.which("promtool") is None:
-        pytest.skip("needs promtool (Debian's package prometheus)")
+        pytest.skip("needs promtool: tests/run --full installs it")
     done = subprocess.run(
         ["promtool", *arguments], input=given, capture_output=True, text=True, check=False
     )
@@ -116,15 +117,17 @@ def test_alerts_of_the_remote_copy_fire(tmp_path: Path, case: dict[str, str]) ->
 
 
 EXPECTED = {
-    ("wggw_peers", 'interface="wg0",state="active"'): 2,
-    ("wggw_peers", 'interface="wg0",state="suspended"'): 1,
+    ("wggw_peers", 'interface="wg0",state="active",reason=""'): 2,
+    ("wggw_peers", 'interface="wg0",state="suspended",reason="asked"'): 1,
+    ("wggw_peers", 'interface="wg0",state="suspended",reason="expired"'): 0,
+    ("wggw_peers", 'interface="wg0",state="suspended",reason="quota"'): 0,
     ("wggw_peers_online", ""): 0,
     ("wggw_degraded", ""): 0,
     ("wggw_pool_used_addresses", 'interface="wg0",family="ipv4"'): 3,
     ("wggw_pool_total_addresses", 'interface="wg0",family="ipv4"'): 253,
     ("wggw_interface_receive_bytes_total", 'interface="wg0"'): 0,
     ("wggw_interface_transmit_bytes_total", 'interface="wg0"'): 0,
-    ("wggw_journal_records_total", ""): 4,
+    ("wggw_journal_records_total", ""): 5,
     ("wggw_peer_receive_bytes_total", f'interface="wg0",key="{a_key(0)[:8]}"'): 0,
     ("wggw_peer_last_handshake_timestamp_seconds", f'interface="wg0",key="{a_key(2)[:8]}"'): 0,
 }
@@ -144,6 +147,27 @@ def test_values_are_true(watched: GatewayProcess) -> None:
     assert sum(v for (name, _), v in found.items() if name == "wggw_auth_failures_total") == 1
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["Forwarded", "X-Forwarded-For", "x-forwarded-proto", "X-Forwarded-Host", "X-Real-IP", "Via"],
+)
+def test_a_proxy_on_this_host_opens_them_to_nobody(gateway: GatewayProcess, header: str) -> None:
+    client = gateway.client()
+    answer = client.raw("GET", "/metrics", b"", {header: "192.0.2.1"})
+    assert (answer.status, "METRICS_TOKEN" in answer.json["detail"]) == (403, True)
+    assert client.raw("HEAD", "/metrics", b"", {header: ""}).status == 403
+    assert client.raw("GET", "/healthz", b"", {header: "192.0.2.1"}).status == 200
+    assert client.raw("GET", "/metrics", b"", {"X-Request-Id": "via"}).status == 200
+
+
+def test_with_a_token_a_proxy_may_pass_it_on(tmp_path: Path) -> None:
+    with running(tmp_path, METRICS_TOKEN="the-token-of-the-metrics") as gateway:
+        client = gateway.client()
+        for token, status in (("the-token-of-the-metrics", 200), ("another", 401)):
+            headers = {"X-Forwarded-For": "192.0.2.1", "Authorization": f"Bearer {token}"}
+            assert client.raw("GET", "/metrics", b"", headers).status == status
+
+
 def test_keys_are_truncated_and_there_only_on_request(gateway: GatewayProcess) -> None:
     client = gateway.client()
     client.create(a_key(1))
@@ -159,7 +183,9 @@ def test_per_peer_series_hold_no_whole_key(watched: GatewayProcess) -> None:
 
 def metrics_of(client: Client) -> str:
     """All that a gateway shows, with what a remote copy adds."""
-    return scrape(client) + "".join(wggw.render_copy(wggw.CopyState(7, 2, 1.5, None)))
+    return scrape(client) + "".join(
+        wggw.render_copy(wggw.CopyState(3, "node", 7, 2, 1.5, 40, 50, 60, None))
+    )
 
 
 def names_in(expression: str) -> set[str]:
@@ -200,3 +226,9 @@ def test_a_sample_fills_the_age_in_status(watched: GatewayProcess) -> None:
         return 0 <= float(interface["sample_age_seconds"]) < 5
 
     wait_for(fresh, what="a sample")
+
+
+def test_a_board_s_rates_fit_any_interval_of_scrapes() -> None:
+    rates = [q for q in queries()["grafana.json"] if "rate(" in q]
+    assert len(rates) >= 8
+    assert [q for q in rates if "[$__rate_interval]" not in q or re.search(r"\[\d", q)] == []

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 from harness import API_KEY, PROGRAM, WGGW
-from hypothesis import given
-from hypothesis import strategies as st
 
 import wggw
 
@@ -118,52 +116,32 @@ def rule(*expressions: Any, chain: str = "FORWARD") -> dict[str, Any]:
     return {"rule": {"family": "ip", "table": "filter", "chain": chain, "expr": expressions}}
 
 
-def blocks(*items: Any) -> list[str]:
-    return wggw.find_blocks(
-        json.dumps({"nftables": [{"metainfo": {}}, *items]}), "forward", ["wg0"]
-    )
-
-
-MATCH = {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "wg0"}}
-OTHER = {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "eth0"}}
-FOUND = ["table ip filter, chain FORWARD"]
+ACCEPT = rule({"accept": None})
+FOREIGN = "table ip filter, chain FORWARD"
 
 
 @pytest.mark.parametrize(
     ("items", "found"),
     [
-        ([], []),
-        ([chain(policy="accept")], []),
-        ([chain()], FOUND),
-        ([chain(), rule(MATCH, {"accept": None})], []),
-        ([chain(), rule(MATCH, {"accept": None}, chain="ufw-user-forward")], []),
-        ([chain(), rule(OTHER, {"accept": None})], FOUND),
-        ([chain(), rule(MATCH, {"counter": {}})], FOUND),
-        ([chain(policy="accept"), rule({"counter": {}}, {"reject": {}})], FOUND),
-        ([chain(policy="accept"), rule(OTHER, {"drop": None})], []),
-        ([chain(hook="input")], []),
-        ([chain(family="inet", table="wggw")], []),
-        ([chain(family="bridge")], []),
+        ([], None),
+        ([chain()], (True, False)),
+        ([chain(), ACCEPT], (True, True)),
+        ([chain(), rule({"accept": None}, chain="other")], (True, False)),
+        ([chain(policy="accept")], (False, False)),
+        ([chain(policy="accept"), rule({"unheard of": [1]})], (False, True)),
+        ([chain(hook="input")], None),
+        ([chain(family="inet", table="wggw")], None),
+        ([chain(family="inet", table="wggw_classes")], None),
+        ([chain(family="bridge")], None),
     ],
 )
-def test_chain_that_drops_what_nothing_accepts_is_found(items: list[Any], found: list[str]) -> None:
-    assert blocks(*items) == found
-
-
-json_values = st.recursive(
-    st.none() | st.integers() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-
-
-@given(
-    st.lists(st.builds(lambda e: rule(*[{"x": v} for v in e]), st.lists(json_values, max_size=3)))
-)
-def test_expressions_that_are_not_known_block_nothing(rules: list[Any]) -> None:
-    assert blocks(chain(policy="accept"), *rules) == []
+def test_foreign_chains_are_judged_by_their_policy_alone(
+    items: list[Any], found: tuple[bool, bool] | None
+) -> None:
+    ruleset = json.dumps({"nftables": [{"metainfo": {}}, *items]})
+    chains = list(wggw.foreign_chains(ruleset, "forward"))
+    assert [(c.drops, c.has_rules) for c in chains] == ([found] if found else [])
+    assert {(c.name, c.shown_by) for c in chains} <= {(FOREIGN, "nft list chain ip filter FORWARD")}
 
 
 # --- on a host ------------------------------------------------------------------------------------
@@ -232,13 +210,43 @@ def test_up_is_idempotent_and_down_leaves_only_what_was_there(host: Host) -> Non
     assert host.net("up", **settings) == (0, "")
     code, text = host.net("show", **settings)
     assert code == 1
-    assert "forwarding from wg0: dropped by table ip mine, chain forward" in text
+    assert "WRONG  firewall: packets from wg0: dropped by table ip mine, chain forward" in text
+    assert "ok     firewall: UDP 51820, TCP 8000: no other rule on this host" in text
+    assert host.run("nft", "add rule ip mine forward accept").returncode == 0
+    code, text = host.net("show", **settings)
+    assert "WRONG  firewall" not in text
+    maybe = "note   firewall: packets from wg0: may be dropped by table ip mine, chain forward"
+    assert f"{maybe} (policy drop)\n" in text
+    assert "let a client ping 1.1.1.1. To see the rules: nft list chain ip mine forward\n" in text
+    assert host.run("nft", "flush chain ip mine forward").returncode == 0
     assert host.net("up", WG_EXTRA_PORTS="53")[0] == 0
     assert "443" not in host.table()
     code, text = host.net("down")
     assert (code, "removed" in text) == (0, True), text
     assert host.table() == before
     assert host.net("down")[0] == 0
+
+
+READ_ONLY = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec"
+
+
+@pytest.mark.real
+def test_read_only_proc_sys_is_no_failure_where_forwarding_is_on(host: Host) -> None:
+    def up() -> tuple[int, str]:
+        host.settings.write_text(f"GATEWAY_API_KEY={API_KEY}\nWG_BACKEND=memory\n")
+        host.settings.chmod(0o600)
+        command = [*PROGRAM, "net", "up", "--env-file", str(host.settings)]
+        script = f'{READ_ONLY} "$@"'
+        done = host.run("unshare", "--mount", "sh", "-c", script, "sh", *command)
+        return done.returncode, done.stdout + done.stderr
+
+    host.run("sysctl", "-qw", "net.ipv4.ip_forward=0", "net.ipv6.conf.all.forwarding=1")
+    code, text = up()
+    assert (code, "start the container with --sysctl net.ipv4.ip_forward=1" in text) == (1, True), (
+        text
+    )
+    host.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    assert up() == (0, "")
 
 
 REACH = """
@@ -317,30 +325,77 @@ def test_who_reaches_whom(crossing: Host, isolate: str) -> None:
 
 
 @pytest.mark.real
+def test_an_address_gets_six_new_connections_in_thirty_seconds(crossing: Host) -> None:
+    settings = {"LIMIT_SSH": "9"}  # which is where REACH connects to
+    code, text = crossing.net("up", **settings)
+    assert code == 0, text
+    for address in ("192.0.2.1", "2001:db8::1"):
+        assert [reaches(crossing, "outside", address) for _ in range(6)] == [True] * 6
+        assert not reaches(crossing, "outside", address, 1)
+    assert reaches(crossing, "client", "10.0.1.1")  # others are not limited by it
+    assert crossing.net("up", **settings) == (0, "")  # what the sets hold is no difference
+
+
+@pytest.mark.real
 @pytest.mark.parametrize("broken", ["SAMPLE_INTERVAL=never\n", "no settings at all\n", None])
-def test_down_without_settings_goes_by_the_table(host: Host, broken: str | None) -> None:
-    settings = {"WG_INTERFACE": "wgx", "AWG_INTERFACE": "awgx", "AWG_IPV4_SUBNET": "10.9.0.0/24"}
-    assert host.net("up", **settings)[0] == 0
-    for name in ("wgx", "wg0"):  # as wireguard-go makes them; wg0 is none of ours
+def test_down_goes_by_the_mark_and_needs_no_settings(host: Host, broken: str | None) -> None:
+    assert host.net("up", WG_INTERFACE="wgx")[0] == 0
+    aliases = {
+        "wgold": f"wggw {host.settings}",  # of settings from before
+        "wgx": "",
+        "wgother": "wggw /elsewhere/.env",
+        "tun0": "mine",
+    }
+    for name, alias in aliases.items():
         assert host.run("ip", "tuntap", "add", "dev", name, "mode", "tun").returncode == 0
-    # Somebody else has taken the name.
-    taken = host.run("ip", "link", "add", "awgx", "type", "veth", "peer", "name", "other")
-    assert taken.returncode == 0
+        assert host.run("ip", "link", "set", "dev", name, "alias", alias).returncode == 0
+    # Somebody else's mark is on what is no WireGuard interface.
+    veth = ("link", "add", "veth0", "alias", aliases["wgold"], "type", "veth", "peer", "name", "w")
+    assert host.run("ip", *veth).returncode == 0
+    assert host.run("ip", "link", "set", "veth0", "alias", aliases["wgold"]).returncode == 0
     if broken is None:
         host.settings.unlink()
     else:
         host.settings.write_text(broken)
-    down = (sys.executable, str(WGGW), "net", "down", "--env-file", str(host.settings))
-    done = host.run(*down)
+    done = host.run(sys.executable, str(WGGW), "net", "down", "--env-file", str(host.settings))
     assert done.returncode == 0, done.stderr
-    assert "taking the interfaces of table inet wggw instead: wgx\n" in done.stderr
-    assert "wgx: removed" in done.stdout
+    assert f"only interfaces with the mark '{aliases['wgold']}' are removed\n" in done.stderr
+    assert "wgold: removed\n" in done.stdout
+    for name in ("wgx", "wgother"):
+        assert f"{name} stays: it does not carry this gateway's mark" in done.stdout
+    assert "but 'wggw /elsewhere/.env'" in done.stdout
     assert host.table() == ""
     left = host.run("ip", "-o", "link").stdout
-    assert [name in left for name in (" wgx:", " awgx@", " wg0:")] == [False, True, True]
-    done = host.run(*down)
-    assert done.returncode == 0
-    assert "which interface is the gateway's cannot be told" in done.stderr
+    names = (" wgold:", " wgx:", " wgother:", " tun0:", " veth0@")
+    assert [name in left for name in names] == [False, True, True, True, True]
+
+
+@pytest.mark.real
+def test_table_of_another_gateway_stays(host: Host) -> None:
+    assert host.net("up")[0] == 0
+    table = host.table()
+    assert host.run("ip", "tuntap", "add", "dev", "wg0", "mode", "tun").returncode == 0
+    mark = "wggw /elsewhere/.env"
+    assert host.run("ip", "link", "set", "dev", "wg0", "alias", mark).returncode == 0
+    code, text = host.net("up", WG_INTERFACE="wg1")
+    assert (code, f"with the mark {mark!r}" in text) == (1, True), text
+    code, text = host.net("down", WG_INTERFACE="wg1")
+    assert (code, "table inet wggw stays" in text) == (0, True), text
+    assert host.table() == table
+
+
+@pytest.mark.real
+def test_down_can_keep_the_interfaces(host: Host) -> None:
+    assert host.net("up")[0] == 0
+    assert host.run("ip", "tuntap", "add", "dev", "wg0", "mode", "tun").returncode == 0
+    alias = f"wggw {host.settings}"
+    assert host.run("ip", "link", "set", "dev", "wg0", "alias", alias).returncode == 0
+    down = (*PROGRAM, "net", "down", "--env-file", str(host.settings))
+    assert host.run(*down, "--keep-interfaces").returncode == 0
+    assert host.table() == ""
+    assert host.run("ip", "link", "show", "wg0").returncode == 0
+    assert host.run(*down).returncode == 0
+    assert host.run("ip", "link", "show", "wg0").returncode == 1
 
 
 @pytest.mark.real

@@ -6,10 +6,12 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fakes import build
 from harness import GatewayProcess, wait_for
 
 import wggw
@@ -22,7 +24,7 @@ class Ear:
         self.messages: list[list[str]] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind("\0" + path[1:] if path.startswith("@") else path)
-        self._thread = threading.Thread(target=self._listen)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         self._own_address = self._socket.getsockname()
 
@@ -106,46 +108,37 @@ def test_refused_reload_is_told_and_the_service_goes_on(tmp_path: Path) -> None:
         heard.close()
 
 
-class Lock:
-    """A lock that somebody holds for ever, or nobody."""
-
-    def __init__(self, free: bool) -> None:
-        self.free = free
-
-    def acquire(self, timeout: float) -> bool:
-        return self.free
-
-    def release(self) -> None:
-        pass
-
-
-class Stub:
-    """Stands for server and gateway: an address, a lock."""
-
-    def __init__(self, address: tuple[str, int], free: bool) -> None:
-        self.server_address, self.lock = address, Lock(free)
-
-
-def test_probe_fails_where_nobody_answers_and_where_the_lock_is_held(
+def test_a_loop_that_hangs_tells_nothing_until_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with (
-        socket.create_server(("127.0.0.1", 0)) as silent,  # accepts, and says nothing
-        monkeypatch.context() as patched,
-    ):
-        patched.setattr(wggw, "PROBE_SECONDS", 0.3)
-        stub = Stub(silent.getsockname(), True)
-        with pytest.raises(OSError):
-            wggw.check_answers(stub, stub)  # type: ignore[arg-type]
-    gateway = GatewayProcess(tmp_path)
+    heard = Ear(str(tmp_path / "notify"))
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "80000")
+    world, loop = build(tmp_path), wggw.Loop()
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        assert goes_on.wait(60)
+
     try:
-        gateway.start()
-        free, held = (Stub(("0.0.0.0", gateway.port), state) for state in (True, False))
-        wggw.check_answers(free, free)  # type: ignore[arg-type]
-        with pytest.raises(OSError, match="lock"):
-            wggw.check_answers(held, held)  # type: ignore[arg-type]
+        service = wggw.Service(lambda: world.config)
+        loop.after_round = service._end_of_round(world.gateway)
+        loop.start()
+        heard.hears("WATCHDOG=1", 2)
+        loop.post(hang)
+        assert hangs.wait(60)
+        time.sleep(0.1)  # for what was said before to be heard
+        before = heard.lines().count("WATCHDOG=1")
+        time.sleep(2.5)  # it says so once a second at least
+        assert heard.lines().count("WATCHDOG=1") == before
+        goes_on.set()
+        heard.hears("WATCHDOG=1", before + 2)
     finally:
-        gateway.close()
+        goes_on.set()
+        world.close()
+        loop.stop()
+        heard.close()
 
 
 @pytest.mark.parametrize(

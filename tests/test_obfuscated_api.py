@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shlex
 import sqlite3
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PROGRAM, ROOT, Client, GatewayProcess, a_key, running
+from fakes import World, build, do
+from harness import PROGRAM, ROOT, Client, GatewayProcess, a_key, ok, run_wggw, running
 
 import wggw
 
@@ -61,11 +63,6 @@ def api(both: GatewayProcess) -> Iterator[Client]:
     client.close()
 
 
-def ok(answer: Any) -> Any:
-    assert answer.status == 200, answer
-    return answer.json
-
-
 def detail(answer: Any, status: int) -> str:
     assert answer.status == status, answer
     return str(answer.json["detail"])
@@ -105,9 +102,8 @@ def test_lists_usage_status_and_metrics_cover_both(api: Client, both: GatewayPro
     ]
     assert ok(api.send("POST", "/api/v1/sync-ips"))["unchanged"] == 3
     assert ok(api.send("POST", "/api/v1/sync-ips?interface=awg0"))["unchanged"] == 2
-    assert (
-        b'wggw_peers{interface="awg0",state="active"} 2' in api.raw("GET", "/metrics", b"", {}).body
-    )
+    text = api.raw("GET", "/metrics", b"", {}).body.decode()
+    assert 'wggw_peers{interface="awg0",state="active",reason=""} 2' in text
 
 
 def test_a_clients_own_values_are_kept_and_given_back(both: GatewayProcess, api: Client) -> None:
@@ -138,9 +134,16 @@ def test_a_decoy_of_the_client_replaces_all_of_the_interfaces(api: Client) -> No
         ({"h1": "100-201"}, 409, "H1 is 100-201 in the request, but 100-200 on"),
         ({"h3": "501"}, 409, "H3 is 501 in the request, but 500 on"),
         ({"H4": 1}, 409, "H4 is 1 in the request, but 600-700 on"),
-        ({"jc": 129}, 422, "obfuscation: Jc: must be"),
+        ({"jc": 65536}, 422, "obfuscation: Jc: must be"),
+        ({"random_trailers": "on"}, 409, "RandomTrailers is True in the request, but False on"),
         ({"jmin": 71}, 422, "obfuscation: Jmin, Jmax: "),
         ({"i1": "<x>"}, 422, "obfuscation: I1: must be"),
+        ({"i1": "<dz 5>"}, 422, "obfuscation: I1: each of <d>, <ds>, <dz> came with generation 3"),
+        (
+            {"content_padding_addition": "0-32"},
+            422,
+            "obfuscation: ContentPaddingAddition: it came with generation 3.0, not 2.0",
+        ),
         ({"i1": "<r 9>\nPostUp = true"}, 422, "obfuscation: I1: must be"),
     ],
 )
@@ -211,25 +214,31 @@ def test_other_params_do_not_change_what_peers_speak(both: GatewayProcess) -> No
     assert spoken(both)["parameters"]["s1"] == 30
     assert "AWG_PARAMS differs" in both.text()
     both.stop()
-    both.settings["AWG_PARAMS"] = json.dumps({**PARAMS, "jc": 9})  # cuts nobody off
+    both.settings["AWG_PARAMS"] = json.dumps({**PARAMS, "jc": 9})  # would cut nobody off
     both.start()
-    assert (spoken(both)["parameters"]["jc"], spoken(both)["parameters_version"]) == (9, 1)
+    assert (spoken(both)["parameters"]["jc"], spoken(both)["parameters_version"]) == (4, 1)
+    assert "AWG_PARAMS differs from the parameters of awg0 (Jc) and has no effect" in both.text()
     both.settings["AWG_PARAMS"] = json.dumps(OTHER)
     ok(both.client().delete(a_key(1)))
     both.stop()
     both.start()
-    assert (spoken(both)["parameters"]["s1"], spoken(both)["parameters_version"]) == (31, 2)
+    assert (spoken(both)["parameters"]["s1"], spoken(both)["parameters_version"]) == (30, 1)
 
 
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        ('{"s1": 20, "s2": 76}', "AWG_PARAMS: S1, S2: S1 + 148 must not be S2 + 92"),
+        ('{"jmin": 20, "jmax": 10}', "AWG_PARAMS: Jmin, Jmax: Jmin must not be above Jmax"),
         ('{"h1": 5, "h2": 5}', "AWG_PARAMS: H1, H2, H3, H4: "),
         ('{"x": 1}', "AWG_PARAMS: x: is not a parameter of AmneziaWG"),
         ("[1]", "AWG_PARAMS: it is not a JSON object"),
         ("{", "AWG_PARAMS: its value (not shown) is not JSON"),
         ("/nonexistent/params.json", "AWG_PARAMS: '/nonexistent/params.json' cannot be read"),
+        ("[Interface]\nJc = 5\nJcc = 6", "AWG_PARAMS: line 3: Jcc: is not a parameter of"),
+        ("[Interface]\nS1 = x", "AWG_PARAMS: S1: must be a number"),
+        ("[Interface]\nRandomTrailers = yes", "AWG_PARAMS: RandomTrailers: must be on or off"),
+        ("[Interface]\nJc", "AWG_PARAMS: line 2 is neither JSON nor a line of [Interface]"),
+        ("[Peer]\nJc = 5", "AWG_PARAMS: it is neither JSON nor a file with [Interface]"),
     ],
 )
 def test_bad_parameters_are_refused_by_name(params: str, words: str) -> None:
@@ -240,8 +249,62 @@ def test_bad_parameters_are_refused_by_name(params: str, words: str) -> None:
 def test_bad_parameters_stop_the_start(tmp_path: Path) -> None:
     gateway = GatewayProcess(tmp_path, **{**BOTH, "AWG_PARAMS": '{"s4": 200}'})
     assert gateway.spawn().wait(60) == 2
-    assert "AWG_PARAMS: S4: WG_MTU 1420 less S4" in gateway.text()
+    assert "AWG_PARAMS: S4: WG_MTU 1420 minus S4" in gateway.text()
     assert "Traceback" not in gateway.text()
+
+
+def test_a_rotation_of_own_values_is_not_undone_by_a_restart(both: GatewayProcess) -> None:
+    api = both.client()
+    ok(api.create(a_key(1), obfuscation=ON))
+    done = ok(api.send("POST", ROTATE, {"parameters": {**PARAMS, "jc": 9}}))
+    assert (done["cut_off_peers"], done["warnings"]) == (0, [])
+    both.stop()
+    both.start()
+    assert spoken(both)["parameters"]["jc"] == 9
+    assert "AWG_PARAMS differs from the parameters of awg0 (Jc)" in both.text()
+
+
+def test_a_change_of_random_trailers_cuts_clients_off(api: Client) -> None:
+    ok(api.create(a_key(1), obfuscation=ON))
+    trailers = {"parameters": {**PARAMS, "h1": 100, "h2": 300, "RandomTrailers": "on"}}
+    assert "1 peers" in detail(api.send("POST", ROTATE, trailers), 409)
+    done = ok(api.send("POST", ROTATE, {**trailers, "confirm": True}))
+    assert (done["cut_off_peers"], done["parameters_version"]) == (1, 2)
+    off = {"parameters": {**trailers["parameters"], "RandomTrailers": "off"}}
+    assert "1 peers" in detail(api.send("POST", ROTATE, off), 409)
+    text = api.get(a_key(1), "?format=wg-quick").body.decode()
+    assert "\nRandomTrailers = on\n" in text
+
+
+def test_unwise_parameters_are_taken_with_a_warning(api: Client, both: GatewayProcess) -> None:
+    wide = {**PARAMS, "h1": "100000000-1000000000", "h3": 50, "s1": 128 - 20}
+    wide |= {"h2": 60, "h4": 70, "content_padding_addition": "1-9"}
+    ok(api.create(a_key(1), obfuscation=ON))
+    done = ok(api.send("POST", ROTATE, {"parameters": wide, "confirm": True}))
+    (warning,) = done["warnings"]
+    assert warning.startswith("H1, H2, H3: 21 % of all data packets of 256 bytes are taken for")
+    assert spoken(both)["warnings"] == [warning]
+    both.stop()
+    both.start()
+    assert f"awg0: {warning}" in both.text()
+    done_by_hand = run(both, "awg", "rotate", "--params", json.dumps({**wide, "jc": 200}))
+    assert f"warning: {warning}\n" in done_by_hand and "warning: Jc: " in done_by_hand
+
+
+@pytest.mark.parametrize("generation", ["1.0", "2.0", "3.1"])
+def test_parameters_from_a_file_as_awg_shows_it(tmp_path: Path, generation: str) -> None:
+    path = tmp_path / "awg0.conf"
+    path.write_bytes((ROOT / f"tests/data/awg0-{generation}.conf").read_bytes())
+    path.chmod(0o600)
+    with running(tmp_path, **{**BOTH, "AWG_PARAMS": str(path)}) as gateway:
+        shown = spoken(gateway)
+        assert shown["generation"] == generation
+        assert shown["parameters"]["jc"] == {"1.0": 120, "2.0": 4, "3.1": 3}[generation]
+        assert shown["parameters"].get("random_trailers", False) == (generation == "3.1")
+        # and by hand: the same file is the same parameters, which cuts nobody off
+        done = run(gateway, "awg", "rotate", "--params", f"@{path}")
+        assert "0 peers need new configurations" in done
+        assert "2F4Rk1Vbq0m8yO2mYc3nSxuPzq4mB7w2kJ1lQe0s93E=" not in gateway.text() + done
 
 
 def test_parameters_from_a_file(tmp_path: Path) -> None:
@@ -303,7 +366,8 @@ def test_rotation_makes_parameters_of_a_generation_and_preset(api: Client) -> No
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ({"parameters": {"s1": 20, "s2": 76}}, 422, "parameters: S1, S2: "),
+        ({"parameters": {"jmin": 20, "jmax": 10}}, 422, "parameters: Jmin, Jmax: "),
+        ({"parameters": {"i1": "<rd 5>", "generation": "1.5"}}, 422, "parameters: I1: "),
         ({"parameters": {"s4": 200}, "confirm": True}, 422, "parameters: S4: "),
         ({"parameters": []}, 422, "parameters"),
         ({"generation": "9"}, 422, "generation"),
@@ -328,7 +392,7 @@ def test_an_export_holds_the_parameters_and_an_import_brings_them(
     with running(tmp_path / "other", **{**BOTH, "AWG_PARAMS": json.dumps(OTHER)}) as other:
         client = other.client()
         assert spoken(other)["parameters"]["s1"] == 31
-        ok(client.send("PUT", "/api/v1/snapshot", image))
+        ok(client.send("PUT", "/api/v1/snapshot?replace_key=false", image))
         for _ in range(2):
             assert spoken(other)["parameters"]["s1"] == 30
             assert ok(other.client().get(a_key(1)))["obfuscation"]["jc"] == 9
@@ -343,7 +407,7 @@ def test_an_import_without_parameters_keeps_those_that_are_there(
     image = client.send("GET", "/api/v1/snapshot").body
     (tmp_path / "other").mkdir()
     with running(tmp_path / "other", **BOTH) as other:
-        ok(other.client().send("PUT", "/api/v1/snapshot", image))
+        ok(other.client().send("PUT", "/api/v1/snapshot?replace_key=false", image))
         other.kill()
         other.start()
         assert spoken(other)["parameters"]["s1"] == 30
@@ -355,7 +419,7 @@ def test_an_import_with_bad_parameters_is_refused(
     image = tmp_path / "image.db"
     image.write_bytes(api.send("GET", "/api/v1/snapshot").body)
     db = sqlite3.connect(image)
-    db.execute("UPDATE meta SET value = '{\"s1\": 9999}' WHERE name = 'obfuscation'")
+    db.execute("UPDATE meta SET value = '{\"s1\": 99999}' WHERE name = 'obfuscation'")
     db.execute("PRAGMA application_id = 0")
     db.commit()
     db.close()
@@ -367,17 +431,8 @@ def test_an_import_with_bad_parameters_is_refused(
 
 
 def run(gateway: GatewayProcess, *arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [*PROGRAM, *arguments],
-        cwd=gateway.directory,
-        env={"PATH": "/usr/bin:/bin", **gateway.settings},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = gateway.command(*arguments)
     assert done.returncode == code, done
-    assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
 
 
@@ -389,7 +444,7 @@ def test_awg_generate_show_and_rotate(both: GatewayProcess) -> None:
     (both.directory / "new.json").write_text(made)
     refused = run(both, "awg", "rotate", "--params", "@new.json", code=1)
     assert "status 409" in refused
-    assert "1 peers will have no connection" in refused and "(here: --yes)" in refused
+    assert "1 peers will have no connection" in refused and "(for this command: --yes)" in refused
     done = run(both, "awg", "rotate", "--params", "@new.json", "--yes")
     assert re.fullmatch(
         r"awg0: parameters version 2, generation 1\.0; 1 peers need new configurations\n", done
@@ -398,6 +453,37 @@ def test_awg_generate_show_and_rotate(both: GatewayProcess) -> None:
     assert "--params" in run(both, "awg", "rotate", "--params", "{", "--yes", code=1)
     run(both, "awg", "rotate", "--generation", "2.0", "--yes")
     assert spoken(both)["generation"] == "2.0"
+
+
+@pytest.mark.parametrize("words", ["on off", "ON OFF", "1 0", "true false"])
+def test_a_file_of_awg_brings_peers_where_its_parameters_are_spoken(
+    tmp_path: Path, words: str
+) -> None:
+    on, off = words.split()
+    text = (ROOT / "tests/data/awg0-3.1.conf").read_text()
+    assert "RandomTrailers = on\n" in text
+    text = text.replace("= on\n", f"= {on}\nDisableCookies = {off}\n")
+    file = tmp_path / "awg0.conf"
+    file.write_text(text)
+    file.chmod(0o600)
+    more = {"AWG_PARAMS": str(file), "AWG_IPV4_SUBNET": "10.8.1.0/24"}
+    with running(tmp_path, **{**BOTH, **more}) as gateway:
+        done = run(gateway, "import", str(file), "--dry-run")
+        assert "would create 1 peers" in done
+        assert "done: 1 created, 0 existed, 0 refused" in run(gateway, "import", str(file))
+        (peer,) = ok(gateway.client().send("GET", "/api/v1/configurations"))["configurations"]
+        assert (peer["interface"], peer["assigned_ip"]) == ("awg0", "10.8.1.2")
+        file.write_text(text.replace("S1 = ", "S1 = 1"))
+        key = peer["public_key"]
+        other = base64.b64encode(bytes(range(32))).decode()
+        file.write_text(file.read_text().replace(key, other).replace("10.8.1.2/", "10.8.1.3/"))
+        refused = run(gateway, "import", "--merge", str(file), code=1)
+        assert "0 created, 0 existed, 1 refused" in refused
+        assert "S1 is 1" in refused and "on the interface awg0: both sides must" in refused
+        assert "--params @FILE" in refused
+        file.write_text(text.replace(f"= {on}\n", "= maybe\n"))
+        refused = run(gateway, "import", "--merge", str(file), code=1)
+        assert "RandomTrailers: must be on or off" in refused
 
 
 def test_commands_of_the_document_run_as_written(both: GatewayProcess) -> None:
@@ -425,14 +511,161 @@ def test_commands_of_the_document_run_as_written(both: GatewayProcess) -> None:
 
 
 def test_awg_generate_needs_no_settings(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*PROGRAM, "awg", "generate", "--preset", "dns", "--generation", "1.0"],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    line = ("awg", "generate", "--preset", "dns", "--generation", "1.0")
+    done = run_wggw(tmp_path, *line)
     assert done.returncode == 1
     assert done.stderr == "wggw: preset: dns needs I1, which came with generation 1.5\n"
+
+
+# --- in process: rotations and imports under faults -----------------------------------------------
+
+
+def a_world(directory: Path) -> World:
+    directory.mkdir(exist_ok=True)
+    return build(directory, WG_INTERFACE="", AWG_INTERFACE="awg0", AWG_IPV4_SUBNET="10.0.2.0/24")
+
+
+def in_line(world: World) -> wggw.ObfuscationState:
+    """What the gateway says that the interface speaks; rows and interface say the same."""
+    state = world.gateway.obfuscated().obfuscation
+    assert state is not None and state == world.gateway.run(lambda: world.store.meta("obfuscation"))
+    assert world.backend.device is not None
+    assert world.backend.device.obfuscation == state.parameters
+    return state
+
+
+FAULTS: dict[str, Callable[[World], None]] = {
+    "interface": lambda w: w.backend.fail("setup"),
+    "interface, for good": lambda w: w.backend.fail("setup", forever=True),
+    "interface hangs": lambda w: w.backend.fail("setup", what="hangs"),
+    "disk": lambda w: w.disk.fail("write"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rotation_that_fails_leaves_interface_and_state_as_they_were(
+    tmp_path: Path, fault: str
+) -> None:
+    world = a_world(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    before = in_line(world)
+    wanted = wggw.generate_obfuscation("1.0", "light")
+    FAULTS[fault](world)
+    with pytest.raises(wggw.Unavailable):
+        world.gateway.change_obfuscation(wanted, confirmed=True)
+    assert world.gateway.obfuscated().obfuscation == before and world.gateway.degraded()
+    for faults in world.faults:
+        faults.heal()
+    world.gateway.keeper.heal()
+    world.gateway.projection.supervise()
+    assert world.gateway.degraded() == []
+    assert in_line(world) == before
+    assert world.gateway.change_obfuscation(wanted, confirmed=True) == 1
+    after = in_line(world)
+    assert (after.parameters, after.version) == (wanted.parameters, before.version + 1)
+    world.crash()
+    world.open()
+    assert in_line(world) == after
+    world.close()
+
+
+def test_parameters_that_the_interface_cannot_speak_are_refused_with_its_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = a_world(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    before = in_line(world)
+    world.backend.fail("setup", what="unspoken")
+    wanted = wggw.generate_obfuscation("1.0", "light")
+    with pytest.raises(wggw.Invalid, match="parameters: setup: the parameters are not known"):
+        world.gateway.change_obfuscation(wanted, confirmed=True)
+    assert world.gateway.obfuscated().obfuscation == before
+    world.gateway.projection.supervise()
+    assert world.gateway.degraded() == [] and in_line(world) == before
+    caplog.clear()
+    wide = {"h1": "100-900000000", "h2": 5, "h3": 6, "h4": 7, "s1": 40, "s2": 70, "s3": 99}
+    lossy = wggw.parse_obfuscation({**wide, "random_trailers": True})
+    world.gateway.change_obfuscation(lossy, confirmed=True)
+    for warning in wggw.obfuscation_warnings(lossy):
+        assert warning in caplog.text
+    assert wggw.obfuscation_warnings(lossy)
+    world.close()
+
+
+def test_a_rotation_cut_off_by_a_kill_is_whole_or_not_there(tmp_path: Path) -> None:
+    """The record is on disk before the interface speaks: the start brings the two together."""
+    world = a_world(tmp_path)
+    before = in_line(world)
+    wanted = wggw.generate_obfuscation("1.0", "light")
+    world.backend.crash("setup", where="before")
+    with pytest.raises(Exception):  # noqa: B017  nobody hears an answer
+        world.gateway.change_obfuscation(wanted, confirmed=True)
+    world.crash()
+    world.open()
+    assert in_line(world).parameters == wanted.parameters != before.parameters
+    world.close()
+
+
+def test_parameters_that_others_set_are_put_back(tmp_path: Path) -> None:
+    """Those of one side, too: "healthy" means that the interface has what it should have."""
+    world = a_world(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    before = in_line(world)
+    changes: list[dict[str, Any]] = [
+        {"s1": before.parameters.s1 + 1}, {"jc": 77}, {"jmin": 7}, {"i3": "<r 5>"},
+        {"rekey_timeout": wggw.Span(7, 8)}, {"disable_cookies": True},
+    ]  # fmt: skip
+    for change in changes:
+        for repair in (world.gateway.projection.sample, world.gateway.projection.reconcile):
+            other = before.parameters._replace(**change)
+            assert world.backend.device is not None
+            world.backend.device = world.backend.device._replace(obfuscation=other)
+            repair()
+            assert in_line(world) == before and world.gateway.degraded() == []
+    world.close()
+
+
+def test_what_the_interface_goes_on_refusing_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = a_world(tmp_path)
+    before = in_line(world)
+    assert world.backend.device is not None
+    world.backend.device = world.backend.device._replace(obfuscation=wggw.PLAIN)
+    world.backend.fail("setup", forever=True, what="unspoken")
+    with pytest.raises(wggw.BackendError):
+        world.gateway.projection.sample()
+    for _ in range(5):
+        world.gateway.projection.supervise()
+    assert "the parameters are not known, as told" in world.gateway.degraded()[0]
+    assert caplog.text.count("the parameters are not known, as told") == 1
+    world.backend.heal()
+    world.gateway.projection.supervise()
+    world.gateway.projection.sample()
+    assert world.gateway.degraded() == [] and in_line(world) == before
+    world.close()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_import_whose_parameters_are_refused_changes_nothing(tmp_path: Path, fault: str) -> None:
+    source = a_world(tmp_path / "source")
+    do(source.gateway, "create", public_key=a_key("new"))
+    image, theirs = source.gateway.export(), in_line(source)
+    source.close()
+    world = a_world(tmp_path / "target")
+    do(world.gateway, "create", public_key=a_key("old"))
+    before = in_line(world)
+    FAULTS[fault](world)
+    with pytest.raises(wggw.Unavailable):
+        world.gateway.import_(image)
+    for faults in world.faults:
+        faults.heal()
+    world.gateway.keeper.heal()
+    world.gateway.projection.supervise()
+    assert world.gateway.degraded() == []
+    assert in_line(world) == before
+    assert world.backend.peers.keys() == {a_key("old")}
+    world.gateway.import_(image)
+    assert in_line(world) == theirs
+    assert world.backend.peers.keys() == {a_key("new")}
+    world.close()

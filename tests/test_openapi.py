@@ -5,8 +5,10 @@ What is answered is compared with it in test_schemathesis.py, by random requests
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from harness import Client, a_key, path_key, running
@@ -15,6 +17,10 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 import wggw
 
 DOCUMENT = wggw.describe_api()
+
+
+def described(route: wggw.ApiRoute) -> dict[str, Any]:
+    return dict(DOCUMENT["paths"][route.template][route.method.lower()])
 
 
 def test_it_is_served_without_a_signature_and_is_the_code_s(client: Client) -> None:
@@ -39,23 +45,84 @@ def test_names_of_operations_are_unique() -> None:
 
 @pytest.mark.parametrize("route", wggw.ROUTES, ids=lambda r: f"{r.method} {r.template}")
 def test_what_validates_is_what_is_described(route: wggw.ApiRoute) -> None:
-    operation = wggw.describe_route(route)
+    operation = described(route)
     named = {p["name"] for p in operation.get("parameters", ()) if p.get("in") == "query"}
     assert named == set(route.query)
     content = operation.get("requestBody", {}).get("content", {})
-    schema = content.get("application/json", {}).get("schema", {})
-    if schema.get("type") == "array":  # the desired state: its elements have a table
-        assert set(schema["items"]["properties"]) == set(wggw.SYNC_FIELDS)
+    if "application/json" not in content:
+        assert not route.fields
         return
-    tables = [set(s["properties"]) for s in schema.get("anyOf", [schema] if schema else [])]
-    assert tables == [set(table) for table in route.bodies]
+    body = resolved(content["application/json"]["schema"])
+    if body["type"] == "array":  # the desired state: its elements have a table
+        assert set(resolved(body["items"])["properties"]) == set(wggw.SYNC_FIELDS)
+    else:
+        assert set(body["properties"]) == set(route.fields)
+
+
+def resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema that a reference names."""
+    name = schema["$ref"].removeprefix("#/components/schemas/")
+    return dict(DOCUMENT["components"]["schemas"][name])
+
+
+def schemas_in(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object within a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    for entry in value.values() if isinstance(value, dict) else value:
+        if isinstance(entry, dict | list | tuple):
+            yield from schemas_in(entry)
+
+
+def test_names_are_no_language_s_and_no_generator_s() -> None:
+    """Two words are no keyword; the endings are those of types that oapi-codegen and
+    typescript-fetch make themselves."""
+    operations = [o["operationId"] for item in DOCUMENT["paths"].values() for o in item.values()]
+    assert [name for name in operations if not re.fullmatch(r"[a-z]+(_[a-z]+)+", name)] == []
+    for name in DOCUMENT["components"]["schemas"].keys() - {"Problem", "EncryptedResponse"}:
+        assert re.fullmatch(r"([A-Z][a-z]+){2,4}", name), name
+        assert not name.endswith(("Response", "Request", "Params")), name
+
+
+def test_types_are_such_as_every_generator_knows() -> None:
+    for schema in schemas_in(DOCUMENT["paths"] | DOCUMENT["components"]):
+        assert not schema.keys() & {"anyOf", "oneOf", "allOf", "not"}
+        kinds = schema.get("type")
+        assert not isinstance(kinds, list) or (len(kinds) == 2 and kinds[1] == "null")
+        if kinds == "integer" or (isinstance(kinds, list) and kinds[0] == "integer"):
+            assert schema.get("maximum", 2**63) < 2**31 or schema["format"] == "int64", schema
+
+
+def test_each_body_and_answer_of_json_has_a_name() -> None:
+    for item in DOCUMENT["paths"].values():
+        for name, operation in item.items():
+            answer = operation["responses"]["200"]["content"]
+            contents = [operation.get("requestBody", {}).get("content", {}), answer]
+            for content in contents:
+                if "application/json" in content and operation["operationId"] != "get_openapi":
+                    assert "$ref" in content["application/json"]["schema"], name
+
+
+def test_nothing_in_it_is_unused() -> None:
+    text = wggw.openapi_document().decode()
+    for kind in ("schemas", "responses", "parameters"):
+        for name in DOCUMENT["components"][kind]:
+            assert f'"#/components/{kind}/{name}"' in text
+
+
+def test_every_operation_has_a_tag_a_summary_and_a_description() -> None:
+    tags = {tag["name"] for tag in DOCUMENT["tags"]}
+    operations = [operation for item in DOCUMENT["paths"].values() for operation in item.values()]
+    assert {tag for operation in operations for tag in operation["tags"]} == tags
+    assert all(o["summary"] and o["description"] for o in operations)
+    assert DOCUMENT["info"]["license"]
 
 
 @pytest.mark.parametrize("guard", ["signed", "metrics"])
 def test_who_guesses_is_told_to_wait_wherever_there_is_something_to_guess(guard: str) -> None:
     for route in wggw.ROUTES:
         if route.guard == guard:
-            assert "429" in wggw.describe_route(route)["responses"]
+            assert "429" in described(route)["responses"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +133,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 @pytest.mark.parametrize("route", wggw.ROUTES, ids=lambda r: f"{r.method} {r.template}")
 def test_a_row_that_asks_for_a_signature_gets_one(api: Client, route: wggw.ApiRoute) -> None:
-    operation = wggw.describe_route(route)
+    operation = described(route)
     path = route.template.replace("{public_key}", path_key(a_key("nobody")))
     forged = {"signature": "0" * 64, "timestamp": str(int(time.time()))}
     for headers in ({}, forged):

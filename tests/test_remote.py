@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import random
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fakes import FakeDisk, build, do
+from harness import LONG, a_key
 from objects import TOKEN, TlsStore, tls_store
-from test_store import BreakableDisk, State, a_peer, closing, commit, opened, put, save, state_of
 
 import wggw
 from wggw import (
@@ -24,20 +23,21 @@ from wggw import (
     Copier,
     CopyDamaged,
     CopyError,
-    Disk,
-    Manifest,
+    CopySettings,
+    Epochs,
+    Files,
     ObjectStore,
-    Part,
+    Peer,
     Record,
-    Step,
     Store,
+    TrafficRow,
     Vault,
-    encode_manifest,
+    Written,
+    decode_segment,
+    encode_segment,
     load_config,
     open_object_store,
-    parse_manifest,
-    read_copy,
-    read_manifests,
+    read_state,
     sign_v4,
 )
 
@@ -45,208 +45,448 @@ VAULT = Vault("a key for what lies on disk")
 
 
 class MemoryObjects:
-    """An object store that fails at call number `fail_at`, in a `way`."""
+    """An object store that fails at call number `fail_at`, in a `way`; `checks`: as S3 does."""
 
-    def __init__(self) -> None:
+    def __init__(self, checks: bool = True) -> None:
         self.objects: dict[str, bytes] = {}
-        self.calls = 0
+        self.checks = checks
+        self.calls = self.requests = self.bytes_sent = self.bytes_received = 0
         self.fail_at = -1
         self.until = -1  # and at all calls before this one
         self.way = "refuse"
-        self.puts: list[str] = []
+        self.asked: list[tuple[str, str]] = []
 
-    def _failing(self) -> bool:
+    def _failing(self, method: str, name: str) -> bool:
         self.calls += 1
+        self.requests += 1
+        self.asked.append((method, name))
         return self.fail_at <= self.calls <= max(self.fail_at, self.until)
 
     def get(self, name: str, limit: int) -> bytes | None:
-        if self._failing():
+        if self._failing("GET", name):
             raise CopyError("a fault that was asked for")
         return self.objects.get(name)
 
-    def put(self, name: str, content: bytes) -> None:
-        failing = self._failing()
+    def get_all(self, names: list[str], limit: int) -> list[bytes | None]:
+        return [self.get(name, limit) for name in names]
+
+    def put(self, name: str, content: bytes, create: bool = False) -> bool:
+        failing = self._failing("PUT", name)
+        self.bytes_sent += len(content)
+        if create and name in self.objects and not (failing and self.way == "refuse"):
+            return False
         if not failing or self.way == "lose the answer":
             self.objects[name] = content
         elif self.way == "keep half":
             self.objects[name] = content[: len(content) // 2]
         if failing:
             raise CopyError("a fault that was asked for")
-        self.puts.append(name)
+        return True
 
-    def number(self) -> int:
-        found = read_manifests(self)  # type: ignore[arg-type]
-        return found[0].number if found else 0
+    def delete(self, name: str) -> None:
+        if self._failing("DELETE", name):
+            raise CopyError("a fault that was asked for")
+        self.objects.pop(name, None)
 
-
-def copier_of(store: Store, objects: Any, boot: bool = True) -> Copier:
-    copier = Copier(objects, store, time.time, lambda: save(store) and None)
-    if boot:
-        copier.boot()
-    copier.begin()
-    return copier
+    def entries(self) -> list[str]:
+        return sorted(name for name in self.objects if name[:5] != "claim" and "mani" not in name)
 
 
-def booted(path: Path, objects: Any, vault: Vault | None = None) -> Store:
-    """A start on these files and that copy, as serve does it."""
-    path.mkdir(exist_ok=True)
-    store = Store(str(path / "db"), "commit", Disk(), vault)
-    current = store.load()
-    Copier(objects, store, time.time, lambda: None).boot()
-    store.begin(current)
-    return store
+State = frozenset[Peer]
+
+
+def a_peer(number: int) -> Peer:
+    return Peer(
+        id=number,
+        public_key=a_key(number),
+        interface="wg0",
+        status="active",
+        status_reason=None,
+        assigned_ip=f"10.0.{number // 250}.{number % 250 + 2}",
+        assigned_ipv6=f"fd00::{number + 2:x}" if number % 2 else None,
+        tunnel_traffic="ipv4",
+        dns="d1",
+        port=51820,
+        preshared_key=None,
+        persistent_keepalive=25,
+        expires_at=None,
+        quota_bytes=None,
+        created_at=1765200000 + number,
+        request_id=None,
+        obfuscation=None,
+    )
+
+
+def state_of(store: Store) -> State:
+    return frozenset(store.peers_after(0, 10_000))
+
+
+SETTINGS = CopySettings("the store", 0.0, "")
+
+
+class Node:
+    """A store with its files, started as serve does it, and its copier; no interface.
+
+    Without `objects` it has no copy; without `boot` the copy did not answer at the start.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        objects: Any = None,
+        vault: Vault | None = None,
+        *,
+        durability: str = "commit",
+        boot: bool = True,
+        private_key: str = "",
+        now: float = 0.0,
+        copy: CopySettings = SETTINGS,
+    ) -> None:
+        path.mkdir(exist_ok=True)
+        self.now = now  # 0.0: as it is
+        self.files = Files(str(path / "db"), durability, FakeDisk(), vault)
+        self.store = Store()
+        self.store.take(self.files.load())
+        epochs = Epochs(objects, vault, path.name, self.clock)
+        self.copier = Copier(epochs, self.store, self.files, self.save, copy)
+        self.copier.on_taken = lambda text: None
+        if objects is not None and boot:
+            self.copier.boot()
+        elif objects is not None:
+            self.copier.go_without()
+        if private_key:
+            self.store.private_keys["wg0"] = private_key
+        self.files.begin(self.store)
+        self._on_written = self.copier.begin()
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.close()
+        self.store.close()
+
+    def clock(self) -> float:
+        return self.now or time.time()
+
+    def do(self, record: Record) -> None:
+        """What the lander does, without an interface."""
+        number = self.store.number + 1
+        written = record.written(number)
+        if self.files.journaled:
+            self.files.journal.write(number, [written.content], sync=True)
+        self._on_written([written])
+        self.store.apply(record)
+        self.store.number = number
+
+    def put(self, *peers: Peer) -> None:
+        self.do(Record(put=peers))
+
+    def save(self) -> None:
+        self.files.write_snapshot(
+            self.store.number, self.files.image(self.store, self.store.number)
+        )
+        if self.files.journaled:
+            self.files.journal.cut(self.store.number)
+
+    def tick(self) -> None:
+        self.copier.tick()
+
+    @property
+    def state(self) -> State:
+        return state_of(self.store)
+
+
+def superseded(path: Path) -> State:
+    files = Files(str(path / "db.superseded"), "commit", FakeDisk())
+    return state_of(files.load())
 
 
 def copied(objects: Any, path: Path, vault: Vault | None = None) -> State:
     """What a node with an empty disk would boot from; nothing is written."""
-    with closing(Store(str(path / "nowhere"), "commit", Disk(), vault)) as store:
-        wggw.migrate(store._db)
-        with closing(read_copy(objects, read_manifests(objects)[0], store)) as copy:
-            return state_of(copy)
-
-
-@pytest.fixture(autouse=True)
-def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wggw, "COPY_INTERVAL", 0.0)
-    monkeypatch.setattr(wggw, "COPY_MAX_PAUSE", 0.0)
+    files = Files(str(path / "nowhere"), "commit", FakeDisk(), vault)
+    epochs = Epochs(objects, vault, "nobody", time.time)
+    _, newest = epochs.find()
+    entries = epochs.read(newest.prefix)[1] if newest else []
+    return state_of(read_state(files, entries)) if entries else frozenset()
 
 
 # --- what the copy holds --------------------------------------------------------------------------
 
 
-def history(store: Store, copier: Copier, seen: dict[int, State]) -> None:
+def history(node: Node, tick: Callable[[], None], seen: dict[int, State]) -> None:
     """Changes, snapshots and ticks in turn; `seen` gets the state of every record number."""
     live: list[int] = []
     chance = random.Random(7)
     for step in range(16):
         if live and chance.random() < 0.3:
-            gone = a_peer(live.pop(chance.randrange(len(live))))
-            store.wait(commit(store, [Step(gone, None)]))
+            node.do(Record(delete=[live.pop(chance.randrange(len(live)))]))
         else:
             live.append(step + 1)
-            put(store, a_peer(step + 1))
-        seen[store.number] = state_of(store)
+            node.put(a_peer(step + 1))
+        seen[node.store.number] = node.state
         if step % 8 == 5:
-            save(store)
+            node.save()
         if step % 3 == 2:
-            copier.tick()
+            tick()
 
 
-def test_a_copy_follows_the_store_and_keeps_two_generations(tmp_path: Path) -> None:
-    objects = MemoryObjects()
-    with closing(opened(tmp_path)) as store:
-        copier = copier_of(store, objects)
-        history(store, copier, {})
-        copier.tick()
-        assert copier.state().lag_records == 0 and copier.state().failure is None
-        assert copied(objects, tmp_path) == state_of(store)
-        newest, older = read_manifests(objects)[0].snapshots  # type: ignore[arg-type]
-        assert newest.number > older.number
-        objects.objects[f"part-{newest.slot:03d}"] = b"rotten"
-        assert copied(objects, tmp_path) == state_of(store)
-        objects.objects[f"part-{older.slot:03d}"] = b"rotten"
-        with pytest.raises(CopyDamaged):
-            copied(objects, tmp_path)
+@pytest.mark.parametrize("checks", [True, False])
+@pytest.mark.parametrize("vault", [None, VAULT])
+def test_a_copy_follows_the_store(tmp_path: Path, checks: bool, vault: Vault | None) -> None:
+    objects = MemoryObjects(checks)
+    with Node(tmp_path, objects, vault) as node:
+        history(node, node.tick, {})
+        node.tick()
+        assert node.copier.state().lag_records == 0 and node.copier.state().failure is None
+        assert copied(objects, tmp_path, vault) == node.state
 
 
-@pytest.mark.parametrize("way", ["refuse", "keep half", "lose the answer"])
+@pytest.mark.parametrize(
+    ("way", "checks"),
+    [
+        *itertools.product(("refuse", "lose the answer"), (True, False)),
+        ("keep half", False),  # a store that checks keeps nothing torn
+    ],
+)
 @pytest.mark.parametrize("length", [1, 5])
 def test_a_fault_at_any_call_leaves_a_state_that_existed(
-    tmp_path: Path, way: str, length: int
+    tmp_path: Path, way: str, length: int, checks: bool
 ) -> None:
-    for number in itertools.count(3):  # the first two are the boot's
-        objects = MemoryObjects()
+    objects = MemoryObjects(checks)
+    with Node(tmp_path / "0", objects):
+        begins = objects.calls + 1  # faults at the boot are the model's business
+    for number in itertools.count(begins, 1 if LONG else 4):
+        objects = MemoryObjects(checks)
         objects.way, objects.fail_at, objects.until = way, number, number + length - 1
         directory = tmp_path / str(number)
-        directory.mkdir()
-        with closing(opened(directory)) as store:
-            copier = copier_of(store, objects)
-            seen = {0: state_of(store)}
-            checked = Watch(copier, objects, seen, directory)
-            history(store, checked, seen)  # type: ignore[arg-type]
+        with Node(directory, objects) as node:
+            seen = {0: node.state}
+            checked = Watch(node, objects, seen, directory)
+            history(node, checked.tick, seen)
             for _ in range(length + 2):
                 checked.tick()
             calls, objects.fail_at, objects.until = objects.calls, -1, -1
-            assert objects.number() == store.number
-            assert copied(objects, directory) == state_of(store)
+            assert node.copier.state().failure is None
+            assert copied(objects, directory) == node.state
         if calls < number:
             break
-    assert number > 15
+    assert number > begins + 5
 
 
 class Watch:
     """A copier whose copy is read after each tick."""
 
     def __init__(
-        self, copier: Copier, objects: MemoryObjects, seen: dict[int, State], path: Path
+        self, node: Node, objects: MemoryObjects, seen: dict[int, State], path: Path
     ) -> None:
-        self.copier, self.objects, self.seen, self.path = copier, objects, seen, path
+        self.node, self.objects, self.seen, self.path = node, objects, seen, path
+        self.told = 0
 
     def tick(self) -> None:
-        self.copier.tick()
+        self.node.tick()
         failing, self.objects.fail_at = self.objects.fail_at, -1
         until, self.objects.until = self.objects.until, -1
         calls = self.objects.calls
-        # Nothing but torn first manifests: then there never was a copy.
-        with contextlib.suppress(CopyDamaged, IndexError):
-            number = read_manifests(self.objects)[0].number  # type: ignore[arg-type]
-            assert copied(self.objects, self.path) == self.seen[number]
+        found = copied(self.objects, self.path)
+        self.told = max(self.told, self.node.copier.state().number)
+        later = [state for number, state in self.seen.items() if number >= self.told]
+        assert found in later, "not a state that was there, or older than what was copied"
         self.objects.fail_at, self.objects.until, self.objects.calls = failing, until, calls
 
 
 def test_a_gateway_that_never_rests_is_not_taken_for_one_far_behind(tmp_path: Path) -> None:
     """A change during each upload: the copy lacks one record all the time, and never for long."""
-    objects, now = MemoryObjects(), [1000.0]
-    with closing(opened(tmp_path)) as store:
-        copier = Copier(objects, store, lambda: now[0], lambda: None)  # type: ignore[arg-type]
-        copier.boot()
-        copier.begin()
+    objects = MemoryObjects()
+    with Node(tmp_path, objects, now=1000.0) as node:
         numbers = itertools.count(1)
         keep = objects.put
 
-        def put_while_a_peer_comes(name: str, content: bytes) -> None:
-            keep(name, content)
-            put(store, a_peer(next(numbers)))
+        def put_while_a_peer_comes(name: str, content: bytes, create: bool = False) -> bool:
+            node.put(a_peer(next(numbers)))
+            return keep(name, content, create)
 
         objects.put = put_while_a_peer_comes  # type: ignore[method-assign]
-        put(store, a_peer(next(numbers)))
+        node.put(a_peer(next(numbers)))
         for _ in range(100):
-            now[0] += 2
-            copier.tick()
-            state = copier.state()
+            node.now += 2
+            node.tick()
+            state = node.copier.state()
             assert state.lag_records > 0 and state.lag_seconds <= 4, state
         objects.fail_at, objects.until = objects.calls, objects.calls + 100
         for _ in range(3):
-            now[0] += 100
-            copier._next_try = 0.0
-            copier.tick()
-        assert copier.state().lag_seconds >= 300
+            node.now += 100
+            node.copier._next_try = 0.0
+            node.tick()
+        assert node.copier.state().lag_seconds >= 300
 
 
-def test_slots_are_used_again(tmp_path: Path) -> None:
-    objects = MemoryObjects()
-    with closing(opened(tmp_path)) as store:
-        copier = copier_of(store, objects)
-        for number in range(1, 121):
-            put(store, a_peer(number))
-            copier.tick()
-            if number % 10 == 0:
-                save(store)
-        assert copier.state().lag_records == 0
-    assert len(objects.objects) < 40
-    assert len(objects.puts) > 200
-
-
-def test_many_segments_make_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_objects_lie_in_the_store_and_a_boot_reads_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(wggw, "COPY_SEGMENTS", 10)
     objects = MemoryObjects()
-    with closing(opened(tmp_path)) as store:
-        copier = copier_of(store, objects)
-        for number in range(1, 60):
-            put(store, a_peer(number))
-            copier.tick()
-            assert len(read_manifests(objects)[0].segments) <= 22  # type: ignore[arg-type]
-        assert copied(objects, tmp_path) == state_of(store)
+    with Node(tmp_path, objects) as node:
+        for number in range(1, 121):
+            node.put(a_peer(number))
+            node.tick()
+            assert len(objects.entries()) <= 2 * 11 + 1
+        assert copied(objects, tmp_path) == node.state
+        _, newest = node.copier.epochs.find()
+        assert newest
+        assert len(node.copier.epochs.read(newest.prefix)[1]) <= 11
+
+
+def test_an_upload_is_one_put_and_nothing_is_asked(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path, objects) as node:
+        node.tick()
+        objects.asked.clear()
+        for number in range(1, 11):
+            node.put(a_peer(number))
+            node.tick()
+            node.tick()
+        assert [method for method, _ in objects.asked] == ["PUT"] * 10
+
+
+def test_traffic_totals_alone_are_no_reason_to_upload(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path, objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+        objects.asked.clear()
+        for count in range(1, 6):
+            row = TrafficRow(1, count, count, 0, 0, int(time.time()))
+            node.do(Record(traffic=[row], at=count % 2 * 1765200000))
+            node.tick()
+        assert objects.asked == []
+        assert node.copier.state().lag_records == 0
+        node.save()
+        node.tick()
+        assert [method for method, _ in objects.asked] == ["PUT"]
+        files = Files(str(tmp_path / "nowhere"), "commit", FakeDisk())
+        _, newest = node.copier.epochs.find()
+        assert newest
+        copy = read_state(files, node.copier.epochs.read(newest.prefix)[1])
+        assert copy.traffic_row(1) == node.store.traffic_row(1)
+        assert copy.number == node.store.number
+
+
+def puts_an_hour(u: float, t: float) -> float:
+    """docs/RAM_BASED.md: u uploads of changes, t of totals."""
+    return u + t + 2 * (u + t) / 33
+
+
+def bytes_an_hour(u: float, t: float, c: float, p: float, a: float) -> float:
+    """docs/RAM_BASED.md: and c changes, p peers, a of them active."""
+    return 500 * (u + t) + 60 * c + 12 * a * t + 140 * p * (u + t) / 33
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_an_hour_costs_what_the_docs_say(tmp_path: Path, changes: bool) -> None:
+    """Counted for 1,000 active peers: every 30th upload has totals, or there are no others."""
+    objects, peers, chance = MemoryObjects(), 1000, random.Random(1)
+    uploads = 360 if changes else 33
+    with Node(tmp_path, objects) as node:
+        rows = [TrafficRow(i, 0, 0, 0, 0, 0) for i in range(1, peers + 1)]
+        for start in range(1, peers, 500):
+            node.put(*(a_peer(number) for number in range(start, start + 500)))
+        node.tick()
+        objects.asked.clear()
+        objects.bytes_sent = totals = 0
+        for upload in range(uploads):
+            if changes:
+                node.put(a_peer(peers + 1 + upload))
+            if not changes or upload % 30 == 29:
+                totals += 1
+                rows = [_moved(row, chance) for row in rows]
+                node.do(Record(traffic=rows))
+                node.save()
+            node.tick()
+    puts = sum(method == "PUT" for method, _ in objects.asked)
+    u, t = (uploads - totals, totals) if changes else (0, totals)  # totals go with changes
+    c, p = (uploads, peers + uploads / 2) if changes else (0, peers)
+    print(puts / puts_an_hour(u, t), objects.bytes_sent / bytes_an_hour(u, t, c, p, peers))
+    assert puts == pytest.approx(puts_an_hour(u, t), rel=0.05)
+    assert objects.bytes_sent == pytest.approx(bytes_an_hour(u, t, c, p, peers), rel=0.1)
+
+
+def _moved(row: TrafficRow, chance: random.Random) -> TrafficRow:
+    rx, tx = chance.randrange(10**7), chance.randrange(10**7)
+    return TrafficRow(
+        row.id,
+        row.rx_bytes + rx,
+        row.tx_bytes + tx,
+        row.rx_seen + rx,
+        row.tx_seen + tx,
+        int(time.time()) - chance.randrange(120),
+    )
+
+
+UNITS = {"million": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+def test_the_docs_examples_are_what_the_formula_says() -> None:
+    """For 1, 100 and 1,000 nodes of 60,000 peers; at S3 1,000 PUTs cost $0.005."""
+    text = (Path(__file__).parent.parent / "docs" / "RAM_BASED.md").read_text()
+    assert "500 × (u + t) + 60 × c + 12 × a × t + 140 × p × (u + t) / 33" in text
+    assert "u + t + 2 × (u + t) / 33" in text
+    for nodes in (1, 100, 1000):
+        [row] = [line for line in text.splitlines() if line.startswith(f"| {nodes:,} |")]
+        expected: list[float] = []
+        for u in (360, 0):
+            puts = puts_an_hour(u, 12) * 730 * nodes
+            expected += [puts, puts * 0.005 / 1000]
+        for u, c in ((360, 360), (0, 0)):
+            expected.append(bytes_an_hour(u, 12, c, 60_000, 60_000) * 730 * nodes)
+        shown = [
+            float(number.replace(",", "")) * UNITS.get(unit, 1)
+            for number, unit in re.findall(r"([0-9][0-9.,]*)(?:,| (\w+))?", row.split("|", 2)[2])
+        ]
+        assert shown == pytest.approx(expected, rel=0.03), row
+    [(puts, megabytes)] = re.findall(r"puts ([0-9]+) objects and ([0-9]+) MB an hour", text)
+    assert float(puts) == pytest.approx(puts_an_hour(360, 12), rel=0.01)
+    expected_bytes = bytes_an_hour(360, 12, 360, 60_000, 60_000)
+    assert float(megabytes) * 1e6 == pytest.approx(expected_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"put": [a_peer(1)]},
+        {"delete": [1]},
+        {"restart": [(1, 0, 0)]},
+        {"settings": {"obfuscation": "x"}},
+        {"released": []},
+        {"void": [3]},
+    ],
+)
+def test_totals_with_anything_else_are_a_change(more: dict[str, Any]) -> None:
+    for at in (0, 1765200000):
+        backlog = Backlog(10**6)
+        totals = Record(traffic=[TrafficRow(1, 2, 3, 4, 5, 6)], at=at)
+        backlog.add([totals.written(1)], 1.0)
+        assert backlog.lacking_since(0) is None
+        backlog.add([totals._replace(**more).written(2)], 2.0)
+        assert backlog.lacking_since(0) == 2.0
+        assert [record.number for record in backlog.above(0)] == [1, 2]
+
+
+def test_totals_cost_at_most_12_bytes_a_peer() -> None:
+    chance = random.Random(5)
+    rows = []
+    number = 0
+    for _ in range(60_000):
+        number += chance.choice([1, 1, 1, 2])
+        seen = [int(chance.lognormvariate(18, 2)) for _ in "rt"]
+        more = [0, 0] if chance.random() < 0.95 else [chance.randrange(10**10) for _ in "rt"]
+        totals = [a + b for a, b in zip(seen, more, strict=True)]
+        rows.append(TrafficRow(number, *totals, *seen, 1765200000 + chance.randrange(180)))
+    payload = encode_segment(7, [], rows)
+    journal, found = decode_segment(payload)
+    assert found == rows
+    assert wggw.parse_journal(journal, "a segment").last == 7
+    assert len(wggw.pack({}, payload, None)) <= 12 * len(rows)
 
 
 def test_what_is_too_much_for_the_backlog_is_copied_by_a_snapshot(
@@ -254,54 +494,77 @@ def test_what_is_too_much_for_the_backlog_is_copied_by_a_snapshot(
 ) -> None:
     monkeypatch.setattr(wggw, "COPY_BACKLOG", 2000)
     objects = MemoryObjects()
-    with closing(opened(tmp_path)) as store:
-        copier = copier_of(store, objects)
-        copier.tick()
+    with Node(tmp_path, objects) as node:
+        node.tick()
         for number in range(1, 41):
-            put(store, a_peer(number))
+            node.put(a_peer(number))
+        node.tick()
+        assert node.copier.state().lag_records == 0
+        node.put(a_peer(50))
+        node.tick()
+        assert copied(objects, tmp_path) == node.state
+
+
+def test_the_backlog_is_bounded_and_without_gaps() -> None:
+    backlog, number = Backlog(1000), 0
+    backlog.above(0)
+    while backlog.begin == 0:
+        number += 1
+        backlog.add([Written(number, b"x" * 100)], float(number))
+    assert number == 11 == backlog.begin and backlog.above(0) == []
+    assert backlog.lacking_since(0) == 1.0 and backlog.lacking_since(number) is None
+    backlog.add([Written(12, b""), Written(14, b"")], 12.0)  # 13 was refused
+    assert [record.number for record in backlog.above(11)] == [14] and backlog.begin == 13
+    assert backlog.lacking_since(11) == 1.0  # a copy up to 11 was not there when the gap came
+    backlog.above(13)
+    assert backlog.lacking_since(13) == 12.0 and backlog.lacking_since(14) is None
+
+
+def test_what_a_gateway_refused_healed_or_imported_is_in_the_copy_as_it_is_there(
+    tmp_path: Path,
+) -> None:
+    """Voids, numbers that were never used, a snapshot behind a disk fault, an import."""
+    (tmp_path / "other").mkdir()
+    other = build(tmp_path / "other")
+    do(other.gateway, "create", public_key=a_key(9))
+    image = other.gateway.export()
+    other.close()
+    world, objects = build(tmp_path, backends={"wg0": other.backend}), MemoryObjects()
+    snapshot = world.gateway.keeper.snapshot
+    epochs = Epochs(objects, None, "node", time.time)
+    settings = CopySettings("the store", 0.0, "")
+    copier = Copier(epochs, world.store, world.files, snapshot, settings)
+    copier.boot()
+    world.gateway.ledger.on_written = copier.begin()
+
+    def check(*keys: object) -> None:
         copier.tick()
         assert copier.state().lag_records == 0
-        put(store, a_peer(50))
-        copier.tick()
-        assert copied(objects, tmp_path) == state_of(store)
+        rows = world.gateway.run(lambda: state_of(world.store))
+        assert copied(objects, tmp_path) == rows
+        assert {peer.public_key for peer in rows} == set(map(a_key, keys))
 
-
-def test_the_backlog_is_bounded() -> None:
-    backlog = Backlog(1000)
-    for number in range(1, 1000):
-        backlog.add([Record(number, b"x" * 100)])
-        assert len(backlog.above(0)) <= 10
-    assert [record.number for record in backlog.above(996)] == [997, 998, 999]
-
-
-def test_a_healed_disk_fault_and_an_import_reach_the_copy(tmp_path: Path) -> None:
-    objects, disk = MemoryObjects(), BreakableDisk()
-    with closing(opened(tmp_path, disk)) as store:
-        copier = copier_of(store, objects)
-        put(store, a_peer(1))
-        copier.tick()
-        disk.broken = True
-        number = commit(store, [Step(None, a_peer(2))])
-        with pytest.raises(wggw.DiskError):
-            store.wait(number)
-        copier.tick()
-        disk.broken = False
-
-        def undo() -> None:
-            store.discard()
-            store.undo([Step(None, a_peer(2))])
-
-        assert save(store, undo)
-        put(store, a_peer(3))
-        copier.tick()
-        assert copied(objects, tmp_path) == state_of(store) == {a_peer(1), a_peer(3)}
-        with closing(opened(Path(tmp_path_of(tmp_path, "other")))) as other:
-            put(other, a_peer(9))
-            image = other.seal(other.image())
-        store.adopt(store.read_image(image))
-        put(store, a_peer(10))
-        copier.tick()
-        assert copied(objects, tmp_path) == state_of(store) == {a_peer(9), a_peer(10)}
+    do(world.gateway, "create", public_key=a_key(1))
+    check(1)
+    world.backend.fail("apply")
+    with pytest.raises(wggw.Unavailable):
+        do(world.gateway, "create", public_key=a_key(2))
+    check(1)
+    world.gateway.projection.supervise()
+    do(world.gateway, "create", public_key=a_key(3))
+    check(1, 3)
+    world.disk.fail("fsync")
+    with pytest.raises(wggw.Unavailable):
+        do(world.gateway, "create", public_key=a_key(4))
+    world.gateway.keeper.heal()
+    do(world.gateway, "create", public_key=a_key(5))
+    check(1, 3, 5)
+    world.gateway.import_(image)
+    check(9)
+    do(world.gateway, "delete", public_key=a_key(9))
+    do(world.gateway, "create", public_key=a_key(10))
+    check(10)
+    world.close()
 
 
 def tmp_path_of(path: Path, name: str) -> Path:
@@ -311,74 +574,43 @@ def tmp_path_of(path: Path, name: str) -> Path:
 
 def test_without_a_journal_snapshots_are_copied(tmp_path: Path) -> None:
     objects = MemoryObjects()
-    with closing(opened(tmp_path, durability="none")) as store:
-        copier = copier_of(store, objects)
-        put(store, a_peer(1))
-        save(store)
-        copier.tick()
-        put(store, a_peer(2))
-        save(store)
-        copier.tick()
-        assert copied(objects, tmp_path) == state_of(store)
+    with Node(tmp_path, objects, durability="none") as node:
+        node.put(a_peer(1))
+        node.save()
+        node.tick()
+        node.put(a_peer(2))
+        node.save()
+        node.tick()
+        assert copied(objects, tmp_path) == node.state
 
 
 def test_an_encrypted_copy_shows_nothing_and_needs_its_key(tmp_path: Path) -> None:
     objects = MemoryObjects()
-    with closing(opened(tmp_path, vault=VAULT)) as store:
-        store.private_keys["wg0"] = "cHJpdmF0ZQ=="
-        copier = copier_of(store, objects)
-        put(store, a_peer(1))
-        copier.tick()
-        put(store, a_peer(2))
-        copier.tick()
-        expected = state_of(store)
+    with Node(tmp_path, objects, VAULT, private_key="cHJpdmF0ZQ==") as node:
+        node.put(a_peer(1))
+        node.tick()
+        node.put(a_peer(2))
+        node.tick()
+        expected = node.state
     for content in objects.objects.values():
         assert a_peer(1).public_key.encode() not in content
         assert b"cHJpdmF0ZQ==" not in content
-    with closing(booted(tmp_path / "new", objects, VAULT)) as store:
-        assert state_of(store) == expected
-        assert store.private_keys == {"wg0": "cHJpdmF0ZQ=="}
+    with Node(tmp_path / "new", objects, VAULT) as node:
+        assert node.state == expected
+        assert node.store.private_keys == {"wg0": "cHJpdmF0ZQ=="}
     for vault in (None, Vault("some other key of it")):
         with pytest.raises(ConfigError, match="SNAPSHOT_KEY"):
-            booted(tmp_path / "wrong", objects, vault)
+            Node(tmp_path / "wrong", objects, vault)
 
 
 def test_a_private_key_is_never_in_a_clear_snapshot(tmp_path: Path) -> None:
-    with closing(opened(tmp_path)) as store:
-        store.private_keys["wg0"] = "cHJpdmF0ZQ=="
-        put(store, a_peer(1))
-        save(store)
+    with Node(tmp_path, private_key="cHJpdmF0ZQ==") as node:
+        node.put(a_peer(1))
+        node.save()
     assert b"cHJpdmF0ZQ==" not in (tmp_path / "db").read_bytes()
 
 
 # --- which one a start takes ----------------------------------------------------------------------
-
-
-def test_the_higher_number_wins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    objects = MemoryObjects()
-    with closing(opened(tmp_path)) as store:
-        copier = copier_of(store, objects)
-        put(store, a_peer(1), a_peer(2))
-        put(store, a_peer(3))
-        copier.tick()
-        first = state_of(store)
-    behind = tmp_path_of(tmp_path, "behind")
-    with closing(opened(behind)) as store:
-        put(store, a_peer(7))
-    caplog.set_level("INFO", "wggw")
-    with closing(booted(behind, objects)) as store:
-        assert state_of(store) == first
-    assert "it ends at record 2, the files here at 1: the copy is used" in caplog.text
-    with closing(Store(str(behind / "db.superseded"), "commit", Disk())) as store:
-        store.load()
-        assert state_of(store) == {a_peer(7)}
-    with closing(booted(behind, objects)) as store:  # and it is on the disk here now
-        put(store, a_peer(4))
-        ahead = state_of(store)
-    caplog.clear()
-    with closing(booted(behind, objects)) as store:
-        assert state_of(store) == ahead
-    assert "it ends at record 2, the files here at 3: the files are used" in caplog.text
 
 
 def test_a_node_goes_on_where_the_copy_ended(tmp_path: Path) -> None:
@@ -386,266 +618,343 @@ def test_a_node_goes_on_where_the_copy_ended(tmp_path: Path) -> None:
     expected: State = frozenset()
     for life in range(5):
         directory = tmp_path_of(tmp_path, str(life))
-        store = Store(str(directory / "db"), "commit", Disk())
-        with closing(store):
-            current = store.load()
-            copier = Copier(objects, store, time.time, lambda s=store: save(s))  # type: ignore
-            copier.boot()
-            store.begin(current)
-            copier.begin()
-            assert state_of(store) == expected
-            put(store, a_peer(life + 1))
-            put(store, a_peer(life + 100))
-            copier.tick()
-            copier.tick()
-            expected = state_of(store)
+        with Node(directory, objects) as node:
+            assert node.state == expected
+            assert node.copier.state().epoch == life + 1
+            node.put(a_peer(life + 1))
+            node.put(a_peer(life + 100))
+            node.tick()
+            node.tick()
+            expected = node.state
 
 
-def test_equal_numbers_do_not_make_the_same_state(tmp_path: Path) -> None:
-    """A machine comes back with a record that its successor's copy has another one for."""
+@pytest.mark.parametrize("vault", [None, VAULT])
+def test_a_normal_boot_warns_of_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, vault: Vault | None
+) -> None:
     objects = MemoryObjects()
-    with closing(opened(tmp_path_of(tmp_path, "a"))) as store:
-        copier = copier_of(store, objects)
-        put(store, a_peer(1))
-        copier.tick()
-        put(store, a_peer(2))  # is not in the copy when the machine fails
-    with closing(booted(tmp_path_of(tmp_path, "b"), objects)) as store:
-        copier = copier_of(store, objects)
-        put(store, a_peer(50))
-        copier.tick()
-    with closing(opened(tmp_path / "a")) as store:
-        copier = copier_of(store, objects)
-        put(store, a_peer(3))
-        copier.finish(10)
-        assert copied(objects, tmp_path) == {a_peer(1), a_peer(50)}
-        copier.tick()
-        assert copied(objects, tmp_path) == state_of(store) == {a_peer(1), a_peer(2), a_peer(3)}
+    for life in range(2):
+        with Node(tmp_path_of(tmp_path, str(life)), objects, vault) as node:
+            node.put(a_peer(life + 1))
+            node.tick()
+    with Node(tmp_path / "1", objects, vault):  # a restart with its files
+        pass
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
 
 
-def test_a_machine_that_comes_back_keeps_what_its_successor_did(
+def test_own_files_win_over_the_own_copy(tmp_path: Path) -> None:
+    """Records that were not copied before a restart, several times, also when a start failed."""
+    objects = MemoryObjects()
+    for life in range(4):
+        with Node(tmp_path, objects) as node:
+            assert len(node.state) == 2 * life
+            node.put(a_peer(2 * life + 1))
+            if life % 2:
+                node.tick()
+            node.put(a_peer(2 * life + 2))
+
+
+def test_the_own_copy_wins_over_files_that_lost_something(tmp_path: Path) -> None:
+    """A power cut with DURABILITY=interval: the copy has what the disk has not."""
+    objects = MemoryObjects()
+    with Node(tmp_path, objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+        kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        node.put(a_peer(2))
+        node.tick()
+        expected = node.state
+    for path, content in kept.items():
+        path.write_bytes(content)
+    with Node(tmp_path, objects) as node:
+        assert node.state == expected
+    assert superseded(tmp_path) == {a_peer(1)}
+
+
+def test_the_newest_epoch_wins_over_higher_numbers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A machine comes back after its replacement took over: nothing that was copied is lost."""
     objects = MemoryObjects()
     path = tmp_path_of(tmp_path, "a")
-    for number in (1, 2):  # of its own restarts nothing is said
-        with closing(booted(path, objects)) as store:
-            copier = copier_of(store, objects)
-            put(store, a_peer(number))
-            copier.tick()
-    with closing(booted(tmp_path_of(tmp_path, "b"), objects)) as store:
-        copier = copier_of(store, objects)
-        put(store, a_peer(50))
-        copier.tick()
-        successor = state_of(store)
-    with closing(opened(path)) as store:
-        for number in (3, 4):  # were not in the copy when the machine failed
-            put(store, a_peer(number))
-    assert "another gateway" not in caplog.text
-    with closing(booted(path, objects)) as store:
-        assert "went on to record 3, which the files here, with record 4, do not" in caplog.text
-        assert state_of(store) == {a_peer(1), a_peer(2), a_peer(3), a_peer(4)}
-    with closing(Store(str(path / "db.superseded"), "commit", Disk())) as store:
-        store.load()
-        assert state_of(store) == successor
-    caplog.clear()
-    with closing(booted(path, objects)) as store:
-        copier_of(store, objects).tick()
-    assert "another gateway" not in caplog.text
+    with Node(path, objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+    with Node(tmp_path_of(tmp_path, "b"), objects) as node:
+        node.put(a_peer(50))
+        node.tick()
+        successor = node.state
+    with Node(path) as node:
+        for number in range(2, 9):  # were not in the copy when the machine failed
+            node.put(a_peer(number))
+        before = node.store.number
+    with Node(path, objects) as node:
+        assert node.state == successor
+        assert node.store.number >= before  # numbers never go back
+        node.put(a_peer(60))
+    assert superseded(path) == {a_peer(number) for number in range(1, 9)}
+    assert "another gateway has continued it" in caplog.text
+    with Node(path, objects) as node:
+        assert node.state == {*successor, a_peer(60)}
 
 
-def test_what_a_successor_writes_after_that_is_kept_too(tmp_path: Path) -> None:
-    """Both run: the one that came back is refused by the copy, restarts and is ahead again."""
-    objects = MemoryObjects()
-    path = tmp_path_of(tmp_path, "a")
-    with closing(booted(path, objects)) as store:
-        copier = copier_of(store, objects)
-        put(store, a_peer(1))
-        copier.tick()
-    with closing(booted(tmp_path_of(tmp_path, "b"), objects)) as two:
-        second = copier_of(two, objects)
-        put(two, a_peer(50))
-        second.tick()
-        with closing(opened(path)) as store:
-            for number in range(2, 9):
-                put(store, a_peer(number))
-        with closing(booted(path, objects)):
-            put(two, a_peer(51))
-            second.tick()
-            assert second.state().failure is None
-        successor = state_of(two)
-    with closing(booted(path, objects)) as store:
-        assert state_of(store) == {a_peer(number) for number in range(1, 9)}
-    with closing(Store(str(path / "db.superseded"), "commit", Disk())) as store:
-        store.load()
-        assert state_of(store) == successor
-
-
-def test_a_restart_puts_its_snapshot_once(tmp_path: Path) -> None:
-    objects = MemoryObjects()
-    for life in range(3):
-        store = Store(str(tmp_path / "db"), "commit", Disk())
-        with closing(store):
-            current = store.load()
-            copier = Copier(objects, store, time.time, lambda s=store: save(s))  # type: ignore
-            copier.boot()
-            store.begin(current)
-            copier.begin()
-            objects.puts.clear()
-            copier.tick()
-            if life:
-                assert sorted(name[:4] for name in objects.puts) == ["mani", "part"]
-            put(store, a_peer(life + 1))
-            copier.tick()
-            assert copied(objects, tmp_path) == state_of(store)
-            newest = read_manifests(objects)[0].snapshots[0]  # type: ignore[arg-type]
-            content = objects.objects.pop(f"part-{newest.slot:03d}")
-            assert copied(objects, tmp_path) == state_of(store)  # by the one before
-            objects.objects[f"part-{newest.slot:03d}"] = content
-
-
-def test_the_later_of_two_gateways_goes_on(tmp_path: Path) -> None:
-    objects = MemoryObjects()
-    with closing(opened(tmp_path_of(tmp_path, "a"))) as one:
-        first = copier_of(one, objects)
-        put(one, a_peer(1))
-        first.tick()
-        with closing(booted(tmp_path_of(tmp_path, "b"), objects)) as two:
-            second = copier_of(two, objects)
-            put(two, a_peer(2))
-            second.tick()
-            put(one, a_peer(3))
+@pytest.mark.parametrize("checks", [True, False])
+def test_the_later_of_two_gateways_goes_on(tmp_path: Path, checks: bool) -> None:
+    objects = MemoryObjects(checks)
+    with Node(tmp_path_of(tmp_path, "a"), objects) as one:
+        one.put(a_peer(1))
+        one.tick()
+        with Node(tmp_path_of(tmp_path, "b"), objects) as two:
+            two.put(a_peer(2))
+            two.tick()
+            one.put(a_peer(3))
             for _ in range(3):
-                first.tick()
-                assert "another gateway" in (first.state().failure or "")
-            assert first.state().lag_records == 1
-            put(two, a_peer(4))
-            second.tick()
-            assert second.state().failure is None
-            assert copied(objects, tmp_path) == state_of(two)
+                one.tick()
+                assert "b (epoch 2) has taken it over" in (one.copier.state().failure or "")
+            assert one.copier.state().lag_records == 1
+            assert one.copier.state().holder == "b (epoch 2)"
+            two.put(a_peer(4))
+            two.tick()
+            assert two.copier.state().failure is None
+            assert copied(objects, tmp_path) == two.state
 
 
-def test_an_upload_that_ends_after_another_took_over_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_of_two_starts_in_the_same_moment_both_are_told_which_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    objects = MemoryObjects()
-    with (
-        closing(opened(tmp_path_of(tmp_path, "a"))) as one,
-        contextlib.ExitStack() as stack,
-    ):
-        first = copier_of(one, objects)
-        put(one, a_peer(1))
-        first.tick()
-        put(one, a_peer(2))
-        check = first._check_alone
-        late: list[tuple[Store, Copier]] = []
+    """No conditional PUTs: both find the same newest epoch, then both claim the next one."""
+    objects = MemoryObjects(checks=False)
+    with Node(tmp_path_of(tmp_path, "zero"), objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+    keep = objects.put
+    first: list[Node] = []
 
-        def check_and_rest() -> None:
-            """The other one starts and writes when the first has found itself alone."""
-            check()
-            if not late:
-                two = stack.enter_context(closing(booted(tmp_path_of(tmp_path, "b"), objects)))
-                late.append((two, copier_of(two, objects)))
-                put(two, a_peer(50))
-                late[0][1].tick()
+    def put(name: str, content: bytes, create: bool = False) -> bool:
+        if name == "claim-00000002" and not first:
+            objects.put = lambda name, content, create=False: keep(name, content)  # type: ignore[method-assign]
+            first.append(Node(tmp_path_of(tmp_path, "first"), objects))
+        return keep(name, content)
 
-        monkeypatch.setattr(first, "_check_alone", check_and_rest)
-        first.tick()
-        two, second = late[0]
-        put(two, a_peer(51))
-        second.tick()
-        assert "another gateway" in (second.state().failure or "")
+    objects.put = put  # type: ignore[method-assign]
+    with Node(tmp_path_of(tmp_path, "later"), objects) as later, first[0] as other:
+        assert later.state == other.state == {a_peer(1)}
+        other.put(a_peer(2))
+        other.tick()
+        assert "later (epoch 2) has taken it over" in (other.copier.state().failure or "")
+        later.put(a_peer(3))
+        later.tick()
+        assert later.copier.state().failure is None
+        assert "first (epoch 2) began at the same moment" in caplog.text
+        assert copied(objects, tmp_path) == later.state
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_an_upload_that_arrives_after_another_took_over_harms_nobody(
+    tmp_path: Path, checks: bool
+) -> None:
+    """It hangs, another gateway takes over and writes, then it arrives."""
+    objects = MemoryObjects(checks)
+    with Node(tmp_path_of(tmp_path, "a"), objects) as one:
+        one.put(a_peer(1))
+        one.tick()
+        one.put(a_peer(2))
+        hangs: list[tuple[str, bytes, bool]] = []
+        keep = objects.put
+
+        def hang(name: str, content: bytes, create: bool = False) -> bool:
+            hangs.append((name, content, create))
+            raise CopyError("no answer")
+
+        objects.put = hang  # type: ignore[method-assign]
+        one.tick()
+        objects.put = keep  # type: ignore[method-assign]
+        with Node(tmp_path_of(tmp_path, "b"), objects) as two:
+            two.put(a_peer(3))
+            two.tick()
+            for upload in hangs:
+                objects.put(*upload)
+            two.put(a_peer(4))
+            two.tick()
+            one.tick()
+            assert two.copier.state().failure is None
+            assert "taken it over" in (one.copier.state().failure or "")
+            assert copied(objects, tmp_path) == two.state == {a_peer(1), a_peer(3), a_peer(4)}
 
 
 def test_a_start_without_the_copy_puts_nothing_over_it(tmp_path: Path) -> None:
     objects = MemoryObjects()
-    with closing(opened(tmp_path_of(tmp_path, "a"))) as store:
-        copier = copier_of(store, objects)
+    with Node(tmp_path_of(tmp_path, "a"), objects) as node:
         for number in range(1, 4):
-            put(store, a_peer(number))
-        copier.tick()
-        kept = state_of(store)
-    with closing(opened(tmp_path_of(tmp_path, "b"))) as store:
-        copier = copier_of(store, objects, boot=False)
+            node.put(a_peer(number))
+        node.tick()
+        kept, before = node.state, dict(objects.objects)
+    with Node(tmp_path_of(tmp_path, "b"), objects, boot=False) as node:
         for number in range(10, 20):
-            put(store, a_peer(number))
-            copier.tick()
-        assert "nothing is put over it" in (copier.state().failure or "")
+            node.put(a_peer(number))
+            node.tick()
+        assert node.copier.state().failure
         assert copied(objects, tmp_path) == kept
+        assert objects.objects == before
+    with Node(tmp_path / "b", objects) as node:
+        assert node.state == kept
+    assert len(superseded(tmp_path / "b")) == 10
 
 
 def test_a_late_store_gets_its_copy(tmp_path: Path) -> None:
     objects = MemoryObjects()
-    with closing(opened(tmp_path)) as store:
-        objects.fail_at, objects.until = 1, 3
-        copier = copier_of(store, objects, boot=False)
-        put(store, a_peer(1))
+    objects.fail_at, objects.until = 1, 3
+    with Node(tmp_path, objects, boot=False) as node:
+        node.put(a_peer(1))
         for _ in range(5):
-            copier.tick()
-        assert copied(objects, tmp_path) == state_of(store)
+            node.tick()
+        assert copied(objects, tmp_path) == node.state
+    with Node(tmp_path, objects, boot=False) as node:  # and goes on with its own
+        node.put(a_peer(2))
+        node.tick()
+        assert copied(objects, tmp_path) == node.state
 
 
-@pytest.mark.parametrize("damage", ["both", "missing part", "one number less"])
+# --- lineage --------------------------------------------------------------------------------------
+
+
+def two_lineages(tmp_path: Path) -> tuple[MemoryObjects, str, str]:
+    """A foreign copy, and files of our own in `a`; their lineages."""
+    objects = MemoryObjects()
+    with Node(tmp_path_of(tmp_path, "foreign"), objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+        there = node.store.lineage
+    with Node(tmp_path_of(tmp_path, "a"), MemoryObjects()) as node:
+        node.put(a_peer(2))
+        return objects, node.store.lineage, there
+
+
+def test_another_lineage_is_refused_unless_it_is_asked_for_by_name(tmp_path: Path) -> None:
+    objects, _, there = two_lineages(tmp_path)
+    before = dict(objects.objects)
+    with pytest.raises(ConfigError, match=f"SNAPSHOT_LINEAGE={there}"):
+        Node(tmp_path / "a", objects)
+    wanted = CopySettings("the store", 0.0, "ab" * 16)
+    with pytest.raises(ConfigError, match="neither"):
+        Node(tmp_path / "a", objects, copy=wanted)
+    with pytest.raises(ConfigError, match="neither"):
+        Node(tmp_path / "new", objects, copy=wanted)
+    assert objects.objects == before
+    with Node(tmp_path / "a", objects, copy=wanted._replace(lineage=there)) as node:
+        assert node.state == {a_peer(1)}
+        assert node.store.lineage == there
+    assert superseded(tmp_path / "a") == {a_peer(2)}
+    with Node(tmp_path / "a", objects) as node:
+        assert node.store.lineage == there
+
+
+def test_the_own_lineage_is_put_over_another_when_asked_for_by_name(tmp_path: Path) -> None:
+    objects, here, _ = two_lineages(tmp_path)
+    wanted = CopySettings("the store", 0.0, here)
+    with Node(tmp_path / "a", objects, copy=wanted) as node:
+        assert node.state == {a_peer(2)}
+        node.tick()
+        assert copied(objects, tmp_path) == node.state
+
+
+def test_a_lineage_stays_for_life(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    lineages = set()
+    for directory in ("a", "a", "b", "b"):
+        with Node(tmp_path_of(tmp_path, directory), objects) as node:
+            lineages.add(node.store.lineage)
+            node.put(a_peer(node.store.number + 1))
+            node.tick()
+    assert len(lineages) == 1 and len(lineages.pop()) == 32
+
+
+# --- what is old, and what is damaged -------------------------------------------------------------
+
+
+def test_old_epochs_are_removed_a_day_later(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    for life in range(3):
+        with Node(tmp_path, objects) as node:
+            node.put(a_peer(life + 1))
+            node.tick()
+            node.tick()
+    assert len({name[:8] for name in objects.entries()}) == 3
+    with Node(tmp_path, objects) as node:
+        node.tick()
+        assert len({name[:8] for name in objects.entries()}) == 4
+        node.copier._swept -= 86_401
+        node.tick()
+        assert {name[:8] for name in objects.entries()} == {"00000004"}
+        assert copied(objects, tmp_path) == node.state
+
+
+def test_a_store_that_deletes_nothing_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw, "COPY_SEGMENTS", 2)
+    objects = MemoryObjects()
+
+    def refuse(name: str) -> None:
+        raise CopyError("DELETE: status 405")
+
+    objects.delete = refuse  # type: ignore[method-assign]
+    with Node(tmp_path, objects) as node:
+        for number in range(1, 20):
+            node.put(a_peer(number))
+            node.tick()
+        assert node.copier.state().failure is None
+        assert copied(objects, tmp_path) == node.state
+
+
+@pytest.mark.parametrize("damage", ["snapshot", "segment", "missing", "swapped", "claim"])
 def test_a_damaged_copy_is_never_taken_for_an_empty_one(tmp_path: Path, damage: str) -> None:
     objects = MemoryObjects()
-    with closing(opened(tmp_path)) as store:
-        copier = copier_of(store, objects)
-        put(store, a_peer(1))
-        copier.tick()
-        put(store, a_peer(2))
-        copier.tick()
-    newest = read_manifests(objects)[0]  # type: ignore[arg-type]
-    if damage == "both":
-        for name in ("manifest-0", "manifest-1"):
-            objects.objects[name] = objects.objects[name][:-9]
-    elif damage == "missing part":
-        del objects.objects[f"part-{newest.segments[-1].slot:03d}"]
-    else:  # a manifest that promises what its parts do not hold
-        part = newest.segments[-1]
-        wrong = newest._replace(segments=(part._replace(number=part.number + 1),))
-        objects.objects[f"manifest-{newest.sequence % 2}"] = encode_manifest(wrong)
-    with pytest.raises(CopyDamaged):
-        booted(tmp_path / "new", objects)
+    with Node(tmp_path, objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+        for number in (2, 3):
+            node.put(a_peer(number))
+            node.tick()
+    snapshot, first, second = objects.entries()
+    if damage == "snapshot":
+        objects.objects[snapshot] = objects.objects[snapshot][:-9]
+    elif damage == "segment":
+        objects.objects[first] = objects.objects[first][:-9]
+    elif damage == "missing":
+        del objects.objects[snapshot]
+    elif damage == "swapped":
+        objects.objects[first] = objects.objects[second]
+    else:  # nobody held such a one; what it went on from is not known, so it is not passed over
+        objects.objects["claim-00000001"] = b"rotten"
+    with pytest.raises(CopyError):
+        Node(tmp_path / "new", objects)
 
 
-# --- the manifest ---------------------------------------------------------------------------------
-
-MANIFEST = Manifest(
-    7,
-    "0123456789abcdef",
-    (Part(3, 0, 40, 1000, "ab" * 32), Part(0, 0, 30, 900, "cd" * 32)),
-    (Part(1, 30, 40, 200, "ef" * 32), Part(2, 40, 43, 100, "01" * 32)),
-)
-
-
-def test_a_manifest_is_read_as_written_and_nothing_else() -> None:
-    data = encode_manifest(MANIFEST)
-    assert parse_manifest(data) == MANIFEST
-    assert MANIFEST.number == 43
+def test_no_object_of_a_copy_is_more_than_an_error(tmp_path: Path) -> None:
+    data = wggw.pack({"kind": "segment"}, b"payload", None)
+    assert wggw.unpack(data, None) == ({"kind": "segment"}, b"payload")
     wrong = [data[:end] for end in range(len(data))]
-    for position in range(len(data)):
-        wrong.append(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
-    foreign = (MANIFEST._replace(writer=name) for name in ("", "é" * 16, "two words", "A" * 16))
-    wrong += map(encode_manifest, (*foreign, MANIFEST._replace(sequence=0)))
+    wrong += [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(len(data))]
     for text in wrong:
-        with pytest.raises((ValueError, KeyError, TypeError)):
-            parse_manifest(text)
+        with pytest.raises(CopyDamaged):
+            wggw.unpack(text, None)
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=10,
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.fixed_dictionaries(dict.fromkeys(Manifest._fields, json_values)), json_values)
-def test_no_manifest_is_more_than_an_error(content: dict[str, Any], other: Any) -> None:
-    for given_content in (content, other, {**MANIFEST._asdict(), "segments": other}):
-        text = wggw.json.dumps(given_content).encode()
-        data = b"wggw-copy 1 %08x %b\n" % (wggw.zlib.crc32(text), text)
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            assert isinstance(parse_manifest(data), Manifest)
+def test_with_a_key_nothing_unsealed_is_believed(tmp_path: Path) -> None:
+    """Whoever can write to the store can't make a state of their own."""
+    objects = MemoryObjects()
+    with Node(tmp_path, objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+    with pytest.raises(ConfigError, match="not encrypted"):
+        Node(tmp_path / "new", objects, VAULT)
+    data = wggw.pack({"at": "here"}, b"payload", VAULT)
+    digest, content = data[12:76], data[77:].replace(b"here", b"else")
+    forged = b"wggw-copy 2 %b %b" % (hashlib.sha256(content).hexdigest().encode(), content)
+    assert digest not in forged
+    with pytest.raises(CopyDamaged):
+        wggw.unpack(forged, VAULT)
 
 
 # --- settings and signatures ----------------------------------------------------------------------
@@ -804,7 +1113,7 @@ def test_a_wrong_token_and_an_unknown_certificate_are_errors(
     [
         *(("GET", f) for f in ("refuse", "stall", "hang up", "truncate", "announce more")),
         ("GET", "garbage"),
-        *(("PUT", f) for f in ("refuse", "stall", "hang up", "keep half", "lose the answer")),
+        *(("PUT", f) for f in ("refuse", "stall", "hang up", "lose the answer")),
         ("PUT", "garbage"),
     ],
 )
@@ -827,14 +1136,11 @@ def test_whatever_the_store_does_is_an_error_in_time(
 
 def test_an_answer_that_announces_less_than_it_has_is_noticed(server: TlsStore) -> None:
     objects = connect(server)
-    objects.put("part-000", b"x" * 1000)
-    part = Part(0, 0, 1, 1000, hashlib.sha256(b"x" * 1000).hexdigest())
-    assert wggw._read_part(objects, part) == b"x" * 1000
+    objects.put("a", wggw.pack({}, b"x" * 1000, None))
+    assert wggw.unpack(objects.get("a", 1000), None) == ({}, b"x" * 1000)
     server.fault = lambda method, name: "announce less" if method == "GET" else ""
     with pytest.raises(CopyDamaged):
-        wggw._read_part(objects, part)
-    with pytest.raises(CopyError, match="not what was put"):
-        objects.put("part-000", b"y" * 1000)
+        wggw.unpack(objects.get("a", 1000), None)
 
 
 def test_a_drip_of_bytes_does_not_get_around_the_deadline(
@@ -844,6 +1150,7 @@ def test_a_drip_of_bytes_does_not_get_around_the_deadline(
     objects = connect(server)
     objects.put("a", b"x" * 1000)
     server.RequestHandlerClass = type("Drip", (server.RequestHandlerClass,), {"do_GET": _drip})
+    objects = connect(server)  # the kept connection has the handler from before
     started = time.monotonic()
     with pytest.raises(CopyError):
         objects.get("a", 1000)
@@ -864,20 +1171,21 @@ def test_a_copy_over_tls_survives_all_of_it(tmp_path: Path, server: TlsStore) ->
     chance = random.Random(3)
     faults = ["refuse", "hang up", "truncate", "keep half", "lose the answer", "announce less"]
     objects = connect(server)
-    with closing(opened(tmp_path)) as store:
-        copier = copier_of(store, objects)
-        seen = {0: state_of(store)}
-        for number in range(1, 40):
-            put(store, a_peer(number))
-            seen[number] = state_of(store)
+    with Node(tmp_path, objects) as node:
+        seen = {0: node.state}
+        for number in range(1, 40 if LONG else 15):
+            node.put(a_peer(number))
+            seen[number] = node.state
             server.fault = lambda method, name: chance.choice(["", "", "", *faults])
-            copier.tick()
+            node.tick()
             server.fault = lambda method, name: ""
-            with contextlib.suppress(CopyDamaged, IndexError):
-                assert copied(objects, tmp_path) == seen[read_manifests(objects)[0].number]
-            if number % 10 == 0:
-                save(store)
+            found = copied(objects, tmp_path)
+            told = node.copier.state().number
+            assert found in [state for n, state in seen.items() if n >= told]
+            if number % 5 == 0:
+                node.save()
         for _ in range(3):
-            copier.tick()
-        assert copied(objects, tmp_path) == state_of(store)
-        assert copier.state() == wggw.CopyState(39, 0, 0.0, None)
+            node.tick()
+        assert copied(objects, tmp_path) == node.state
+        state = node.copier.state()
+        assert (state.number, state.lag_records, state.failure) == (number, 0, None)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import GatewayProcess, a_key, free_port, running, wait_for
+from harness import GatewayProcess, a_key, free_port, running, some, wait_for
 from objects import S3, SECRET_KEY, TOKEN, TlsStore, real_s3, tls_store
 from test_remote import BASE
 
@@ -39,7 +40,10 @@ def settings_of(server: TlsStore, tmp_path: Path, **more: str) -> dict[str, str]
 
 
 def node(tmp_path: Path, name: str, settings: dict[str, str]) -> GatewayProcess:
+    """Each has the key that the peers know: a sealed copy holds it, else it is given."""
     (tmp_path / name).mkdir()
+    if "SNAPSHOT_KEY" not in settings:
+        settings = {"WG_PRIVATE_KEY_FILE": str(tmp_path / "privatekey"), **settings}
     return GatewayProcess(tmp_path / name, **settings)
 
 
@@ -100,11 +104,17 @@ def test_a_node_without_a_disk_boots_from_the_copy(tmp_path: Path, server: TlsSt
         expected |= create(gateway, 4)
         copy = wait_for_copy(gateway)
         assert copy == {
+            "epoch": 2,
+            "holder": socket.gethostname(),
             "number": copy["number"],
             "lag_records": 0,
             "lag_seconds": 0,
+            "requests": copy["requests"],
+            "bytes_sent": copy["bytes_sent"],
+            "bytes_received": copy["bytes_received"],
             "failure": None,
         }
+        assert copy["requests"] > 0 and copy["bytes_sent"] > 0 and copy["bytes_received"] > 0
         lose_everything(gateway)
         gateway.start()
         assert peers(gateway) == expected
@@ -120,7 +130,7 @@ def test_the_first_snapshot_has_the_private_key(tmp_path: Path, server: TlsStore
     try:
         gateway.start()
         public_key = status(gateway)["interfaces"][0]["public_key"]
-        wait_for(lambda: "manifest-1" in server.objects, 60, "the first copy")
+        wait_for(lambda: any("manifest-1" in name for name in server.objects), 60, "the first copy")
         expected = create(gateway, 1)  # comes as a segment, no later snapshot
         wait_for_copy(gateway)
         lose_everything(gateway)
@@ -134,7 +144,8 @@ def test_the_first_snapshot_has_the_private_key(tmp_path: Path, server: TlsStore
 def test_what_was_acknowledged_before_an_orderly_stop_is_in_the_copy(
     tmp_path: Path, server: TlsStore
 ) -> None:
-    gateway = node(tmp_path, "a", settings_of(server, tmp_path))
+    own_key = {"WG_PRIVATE_KEY_FILE": str(tmp_path / "a" / "privatekey")}
+    gateway = node(tmp_path, "a", settings_of(server, tmp_path, **own_key))
     try:
         gateway.start()
         expected = create(gateway, 1)
@@ -145,7 +156,7 @@ def test_what_was_acknowledged_before_an_orderly_stop_is_in_the_copy(
         gateway.directory.mkdir()
         gateway.start()
         assert peers(gateway) == expected
-        assert "none of them will connect" in gateway.text()  # the private key is not in clear
+        assert "none of them can connect" in gateway.text()  # the private key is not in clear
     finally:
         gateway.close()
 
@@ -224,13 +235,13 @@ def test_not_required_starts_without_and_puts_nothing_over_the_copy(
         create(gateway, 7)
         server.fault = lambda method, name: ""
         wait_for(
-            lambda: "put over it" in (status(gateway)["remote_copy"]["failure"] or ""),
+            lambda: "does not overwrite it" in (status(gateway)["remote_copy"]["failure"] or ""),
             60,
             "the refusal",
         )
         assert server.objects == kept
         gateway.kill()
-        gateway.start()  # it answers again: the higher number wins
+        gateway.start()  # it answers again
         assert peers(gateway) == expected
     finally:
         gateway.close()
@@ -303,6 +314,26 @@ def test_s3_takes_right_signatures_and_no_others(s3: S3) -> None:
     assert objects.get("part-000", 100_000) == b"content" * 10_000
 
 
+def test_connections_are_kept_and_s3_knows_conditions(s3: S3) -> None:
+    objects = connect(s3)
+    objects.put("a", b"first")
+    [kept] = objects._idle
+    port = kept.sock.getsockname()[1]
+    for _ in range(5):
+        assert objects.get("a", 100) == b"first"
+        assert objects.get("missing", 100) is None
+    assert [c.sock.getsockname()[1] for c in objects._idle] == [port]
+    assert objects.put("a", b"second", create=True) is False
+    assert objects.put("b", b"second", create=True) is True
+    assert objects.get_all(["a", "b", "c"], 100) == [b"first", b"second", None]
+    assert len(objects._idle) <= wggw.COPY_CONNECTIONS
+    objects._idle[-1].sock.shutdown(socket.SHUT_RDWR)  # as when the store has closed it
+    assert objects.get("a", 100) == b"first"
+    objects.delete("a")
+    assert objects.get("a", 100) is None
+    assert objects.requests == 19
+
+
 def test_s3_refuses_content_that_is_not_the_signed_one(
     s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,7 +366,9 @@ def test_a_node_boots_from_s3(tmp_path: Path, s3: S3) -> None:
         wait_for_copy(gateway)
     finally:
         gateway.close()
-    assert {"manifest-0", "manifest-1"} <= s3.names()
+    assert {name for name in s3.names() if name.startswith("claim")} == {
+        f"claim-{epoch:08d}" for epoch in range(1, 5)
+    }
     assert SECRET_KEY not in gateway.text()
 
 
@@ -348,3 +381,112 @@ def test_the_port_of_nobody_is_named(tmp_path: Path) -> None:
         assert os.listdir(gateway.directory)
     finally:
         gateway.close()
+
+
+# --- fail-over ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "fence"), some([(k, f) for k in ("https", "s3") for f in ("true", "false")], 2)
+)
+def test_an_old_node_that_was_replaced_says_so(
+    tmp_path: Path, server: TlsStore, kind: str, fence: str, request: pytest.FixtureRequest
+) -> None:
+    """A replacement starts while the old node runs on: the old one's copy stands still, loudly."""
+    settings = settings_of(server, tmp_path, SNAPSHOT_FENCE=fence)
+    if kind == "s3":
+        settings = {**request.getfixturevalue("s3").settings, "SNAPSHOT_FENCE": fence}
+    settings["SNAPSHOT_COPY_INTERVAL"] = "0.2"
+    old, new = node(tmp_path, "old", settings), node(tmp_path, "new", settings)
+    try:
+        old.start()
+        expected = create(old, 1, 2)
+        wait_for_copy(old)
+        new.start()
+        assert peers(new) == expected
+        expected |= create(new, 3)
+        wait_for_copy(new)
+        create(old, 4)
+        wait_for(lambda: status(old)["status"] == "degraded", 60, "the old node to know")
+        assert "taken it over" in status(old)["remote_copy"]["failure"]
+        client = old.client()
+        assert client.create(a_key(5)).status == (503 if fence == "true" else 200)
+        client.close()
+        assert status(new)["status"] == "healthy"
+        shown = new.command("copy", "show")
+        assert shown.returncode == 0 and "epoch 2" in shown.stdout, shown
+        verified = new.command("copy", "verify")
+        assert "good: epoch 2, record" in verified.stdout and "3 peers" in verified.stdout
+        old.kill()
+        old.start()  # its own changes are kept aside, those of the newest epoch hold
+        assert peers(old) == expected
+        assert (old.directory / "wireguard.db.superseded").exists()
+    finally:
+        old.close()
+        new.close()
+
+
+def test_claim_makes_the_files_here_the_newest_state(tmp_path: Path, server: TlsStore) -> None:
+    settings = settings_of(server, tmp_path, SNAPSHOT_COPY_INTERVAL="0.2")
+    old, new = node(tmp_path, "old", settings), node(tmp_path, "new", settings)
+    try:
+        old.start()
+        expected = create(old, 1)
+        wait_for_copy(old)
+        new.start()
+        create(new, 2)
+        wait_for_copy(new)
+        assert new.stop() == 0
+        expected |= create(old, 3)
+        assert old.stop() == 0
+        claimed = old.command("copy", "claim")
+        assert claimed.returncode == 0 and "epoch 3 holds" in claimed.stdout, claimed
+        for gateway in (old, new):
+            gateway.start()
+            assert peers(gateway) == expected
+            assert gateway.stop() == 0
+    finally:
+        old.close()
+        new.close()
+
+
+def test_a_node_without_a_disk_keeps_its_certificate(tmp_path: Path, server: TlsStore) -> None:
+    settings = settings_of(server, tmp_path, SNAPSHOT_KEY=SECRET, SNAPSHOT_COPY_INTERVAL="0.2")
+    gateway = node(tmp_path, "a", settings)
+    try:
+        gateway.start()
+        before = (gateway.directory / "cert.pem").read_bytes()
+        wait_for(lambda: any("manifest" in name for name in server.objects), 60, "the first copy")
+        for life in range(2):
+            lose_everything(gateway)
+            gateway.start()
+            assert (gateway.directory / "cert.pem").read_bytes() == before
+            assert len(peers(gateway)) == life  # over TLS, whose certificate the client checks
+            create(gateway, life)
+            wait_for_copy(gateway)
+    finally:
+        gateway.close()
+    for content in server.objects.values():
+        assert b"PRIVATE KEY" not in content
+
+
+def test_a_foreign_copy_ends_the_start(tmp_path: Path, server: TlsStore) -> None:
+    settings = settings_of(server, tmp_path, SNAPSHOT_COPY_INTERVAL="0.2")
+    foreign, own = node(tmp_path, "foreign", settings), node(tmp_path, "own", {})
+    try:
+        foreign.start()
+        create(foreign, 1)
+        wait_for_copy(foreign)
+        assert foreign.stop() == 0
+        own.start()
+        create(own, 2)
+        assert own.stop() == 0
+        kept = dict(server.objects)
+        own.settings.update(settings)
+        process = own.spawn()
+        assert process.wait(60) == 2
+        assert "another gateway's" in own.text() and "SNAPSHOT_LINEAGE=" in own.text()
+        assert server.objects == kept
+    finally:
+        foreign.close()
+        own.close()

@@ -11,6 +11,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import pytest
 from harness import (
     API_KEY,
     PROGRAM,
+    WGGW,
     Answer,
     Client,
     GatewayProcess,
@@ -31,6 +33,7 @@ from harness import (
     sign,
     wait_for,
 )
+from objects import make_certificate
 
 import wggw
 
@@ -239,7 +242,7 @@ def test_sigterm_under_load_exits_0_in_time_and_loses_nothing(gateway: GatewayPr
                 if client.create(key, protocol="ipv6").status == 200:
                     acknowledged.append(key)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(4)]
     for thread in threads:
         thread.start()
     wait_for(lambda: len(acknowledged) > 50)
@@ -330,7 +333,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def left(killed: Path, tmp_path: Path) -> Iterator[GatewayProcess]:
     """A gateway that is to start from a copy of those files."""
     directory = tmp_path / "copy"
-    shutil.copytree(killed, directory)
+    shutil.copytree(killed, directory, ignore=shutil.ignore_patterns("*.sock"))
     with stopped(directory) as gateway:
         yield gateway
 
@@ -429,6 +432,8 @@ def test_snapshots_are_written_at_the_interval_when_something_changed(tmp_path: 
         gateway.kill()
         gateway.start()
         assert gateway.client().get(a_key(1)).status == 200
+        started = path.stat().st_mtime_ns  # this start skips sequences, which is a change
+        wait_for(lambda: path.stat().st_mtime_ns != started, what="the start's snapshot")
         written = path.stat().st_mtime_ns
         time.sleep(1.2)  # six intervals in which nothing changes
         assert path.stat().st_mtime_ns == written
@@ -529,14 +534,33 @@ def test_sighup_reloads_the_certificate_without_dropping_a_connection(
     assert client.create(a_key(1)).status == 200
     descriptor = client._connection.sock.fileno()
     before = served_certificate(filed)
-    for name in ("cert.pem", "key.pem"):
-        (tmp_path / name).unlink()  # both absent: a new pair is made
+    cert, key = make_certificate(tmp_path)
+    cert.replace(tmp_path / "cert.pem")
+    key.replace(tmp_path / "key.pem")
     reload(filed, "reloaded")
     after = served_certificate(filed)
     assert after != before
     assert after == ssl.PEM_cert_to_DER_cert((tmp_path / "cert.pem").read_text())
     assert client.get(a_key(1)).status == 200
     assert client._connection.sock.fileno() == descriptor
+
+
+@pytest.mark.parametrize("missing", [("cert.pem",), ("key.pem",), ("cert.pem", "key.pem")])
+def test_a_reload_without_certificate_or_key_leaves_the_old_pair_in_use(
+    filed: GatewayProcess, tmp_path: Path, missing: tuple[str, ...]
+) -> None:
+    """A new pair would be one that no client knows."""
+    before = served_certificate(filed)
+    for name in missing:
+        (tmp_path / name).rename(tmp_path / f"{name}.away")
+    reload(filed, "reload refused, the old settings and certificate stay: TLS_")
+    assert served_certificate(filed) == before
+    assert filed.client().create(a_key(1)).status == 200
+    for name in missing:
+        assert not (tmp_path / name).exists()
+        (tmp_path / f"{name}.away").rename(tmp_path / name)
+    reload(filed, "reloaded")
+    assert served_certificate(filed) == before
 
 
 def test_a_reload_that_is_refused_leaves_everything_as_it_was(
@@ -567,7 +591,7 @@ def test_a_signal_is_obeyed_at_once_while_connections_come_and_go(filed: Gateway
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", filed.port), 5).close()
 
-    threads = [threading.Thread(target=churn) for _ in range(2)]
+    threads = [threading.Thread(target=churn, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
@@ -586,3 +610,26 @@ def test_a_signal_while_starting_is_obeyed(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert gateway.start().is_ready()
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o770])
+def test_bytecode_is_in_the_state_directory_where_it_may_not_be_beside_the_program(
+    tmp_path: Path, mode: int
+) -> None:
+    """And never in one that others can write to: they would decide what is run."""
+    program, state = tmp_path / "program", tmp_path / "state"
+    program.mkdir()
+    state.mkdir(mode)
+    state.chmod(mode)
+    shutil.copy(WGGW, program)
+    gateway = GatewayProcess(
+        tmp_path, None, PYTHONDONTWRITEBYTECODE="1", DB_PATH=str(state / "wireguard.db")
+    )
+    gateway.program = [sys.executable, str(program / "wggw.py")]
+    try:
+        gateway.start()
+        assert len(list(state.rglob("wggw.*.pyc"))) == (mode == 0o700)
+        assert gateway.stop() == 0
+    finally:
+        gateway.close()
+    assert not (program / "__pycache__").exists()

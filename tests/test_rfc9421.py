@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import io
 import re
 import secrets
 import sys
@@ -25,14 +24,14 @@ from harness import (
     encode,
     running,
     sign,
-    wait_for,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import wggw
 
 PATH = "/api/v1/configurations/"
 BODY = encode({"public_key": a_key("attack"), "request_id": "attack"})
-STATES = ("created", "exists")
 STATUS = "/api/v1/server/status"
 
 
@@ -42,9 +41,6 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess
         tmp_path_factory.mktemp("rfc9421"),
         GATEWAY_API_KEYS='{"second": "another secret of the backend"}',
     ) as process:
-        started = int(time.time())
-        # signatures from the second of the start are refused
-        wait_for(lambda: int(time.time()) > started, what="the next second")
         yield process
 
 
@@ -103,7 +99,7 @@ def signed(
     text = "(" + " ".join(f'"{name}"' for name in names) + ")"
     for name, value in parameters.items():
         if value is not None:
-            text += f";{name}={value}" if isinstance(value, int) else f';{name}="{value}"'
+            text += f";{name}={value}" if isinstance(value, int | float) else f';{name}="{value}"'
     digest = f"sha-256=:{base64.b64encode(hashlib.sha256(body).digest()).decode()}:"
     bare, _, query = path.partition("?")
     values = {
@@ -130,7 +126,7 @@ def get(client: Client, headers: dict[str, str], path: str = STATUS) -> Answer:
 GOOD: list[dict[str, Any]] = [
     {},
     {"components": ("@method", "@path")},
-    {"components": ("@method", "@path", "@query"), "path": STATUS + "?a=b"},
+    {"components": ("@method", "@path", "@query"), "path": "/api/v1/ip-usage?interface=wg0"},
     {"components": ("@authority", "@target-uri", "@method")},
     {"alg": "hmac-sha256"},
     {"keyid": "second", "key": "another secret of the backend"},
@@ -147,7 +143,10 @@ def test_every_allowed_form_is_accepted(client: Client, how: dict[str, Any]) -> 
 BAD: list[dict[str, Any]] = [
     {"components": ("@method",)},
     {"components": ("@target-uri",)},
-    {"components": ("@method", "@path"), "path": STATUS + "?a=b"},  # the query is not covered
+    {
+        "components": ("@method", "@path"),
+        "path": "/api/v1/ip-usage?interface=wg0",
+    },  # the query is not covered
     {"components": ("@method", "@target-uri", "@method")},
     {"created": None},
     {"nonce": None},
@@ -166,6 +165,55 @@ BAD: list[dict[str, Any]] = [
 def test_what_is_not_wholly_right_is_refused(client: Client, how: dict[str, Any]) -> None:
     answer = get(client, signed(client, **how), how.get("path", STATUS))
     assert answer.status == 401, answer
+
+
+def test_known_and_unknown_key_ids_cost_the_same_macs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted, because times mean little on a busy machine."""
+    made: list[bytes] = []
+    mac = wggw._mac
+
+    def counted(key: hmac.HMAC, message: bytes) -> bytes:
+        made.append(message)
+        return mac(key, message)
+
+    monkeypatch.setattr(wggw, "_mac", counted)
+    authenticator = wggw.Authenticator({"default": API_KEY, "b": "b" * 16}, 60, lambda: 1000.0)
+    found = {}
+    for key_id in ("default", "b", "nobody", ""):
+        message = wggw.SignedMessage("GET", "host", "/api/v1/ip-usage", {}, 0)
+        given, signature = wggw.sign_rfc9421(key_id, "wrong", message, 1000, "n")
+        headers = {b"signature-input": given.encode(), b"signature": signature.encode()}
+        with pytest.raises(wggw.Unauthorized):
+            authenticator.verify(message._replace(headers=headers))
+        found[key_id] = len(made)
+        made.clear()
+    assert set(found.values()) == {1}
+
+
+def test_nobody_can_sign_with_an_unknown_key_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even who finds the MAC under the key that stands for unknown ones."""
+    authenticator = wggw.Authenticator({"default": API_KEY}, 60, lambda: 1000.0)
+    message = wggw.SignedMessage("GET", "host", "/api/v1/ip-usage", {}, 0)
+    given, _ = wggw.sign_rfc9421("nobody", "wrong", message, 1000, "n")
+    monkeypatch.setattr(wggw, "_mac", lambda key, message: bytes(32))
+    signature = f"sig1=:{base64.b64encode(bytes(32)).decode()}:"
+    headers = {b"signature-input": given.encode(), b"signature": signature.encode()}
+    with pytest.raises(wggw.Unauthorized):
+        authenticator.verify(message._replace(headers=headers))
+
+
+@pytest.mark.parametrize(
+    "created", [lambda: int(time.time() * 1000), lambda: int(time.time()) + 0.5]
+)
+def test_milliseconds_and_fractions_are_told_the_servers_time(
+    client: Client, created: Callable[[], float]
+) -> None:
+    answer = get(client, signed(client, created=created()))
+    assert (answer.status, "the server's time is" in answer.json["detail"]) == (401, True)
+    stranger = get(client, signed(client, created=created(), key="another key, long enough"))
+    assert (stranger.status, stranger.json["detail"]) == (401, wggw.NOT_AUTHENTIC)
 
 
 def test_only_a_right_signature_learns_the_servers_time(client: Client) -> None:
@@ -275,8 +323,8 @@ def test_a_captured_request_is_good_for_nothing_else(client: Client, attack: str
     assert client.create(a_key("victim")).status == 200
     parameter = ("@method", "@target-uri", "@authority")
     headers = signed(client, "POST", PATH + "?a=b", BODY, components=parameter, nonce=attack)
-    if attack == "replay":
-        assert client.raw("POST", PATH + "?a=b", BODY, headers).json["status"] in STATES
+    if attack == "replay":  # authentic, so that it is told what is wrong with its query
+        assert client.raw("POST", PATH + "?a=b", BODY, headers).status == 400
     before = client.send("GET", PATH).json
     answer = client.raw(method, path, body, change(headers))
     assert answer.status == 401, answer
@@ -302,13 +350,10 @@ def test_field_names_are_case_insensitive(client: Client) -> None:
     assert get(client, headers).status == 200
 
 
-def test_query_parameters_and_empty_queries_are_covered_as_the_rfc_says() -> None:
+def test_derived_components_are_as_the_rfc_says() -> None:
     message = wggw.SignedMessage("GET", "Example.com:443", "/a?b=c%20d+e&f&g=1&g=2", {}, 0)
     values = {
-        "@query-param b": b"c%20d%20e",
-        "@query-param f": b"",
-        "@query-param g": None,  # twice
-        "@query-param h": None,
+        "@query-param": None,
         "@query": b"?b=c%20d+e&f&g=1&g=2",
         "@authority": b"example.com",
         "@target-uri": b"https://example.com/a?b=c%20d+e&f&g=1&g=2",
@@ -323,18 +368,34 @@ def test_query_parameters_and_empty_queries_are_covered_as_the_rfc_says() -> Non
         assert wggw._component(message._replace(target=target), "@query") == b"?"
 
 
+@settings(max_examples=500)
+@given(text=st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20))
+def test_strings_are_read_as_they_were_written(text: str) -> None:
+    written = wggw._serialize_bare(text)
+    assert wggw.parse_dictionary(f"a={written}, b")["a"] == (text, {})
+
+
+@settings(max_examples=500)
+@given(text=st.text('"\\a ', max_size=12))
+def test_strings_have_two_escapes_and_no_others(text: str) -> None:
+    right = re.fullmatch(r'([^"\\]|\\["\\])*', text)
+    if right:
+        expected = re.sub(r"\\(.)", r"\1", text)
+        assert wggw.parse_dictionary(f'a="{text}"') == {"a": (expected, {})}
+    else:
+        with pytest.raises(ValueError, match="structured field"):
+            wggw.parse_dictionary(f'a="{text}"')
+
+
 def test_metrics_count_by_scheme_key_and_reason(tmp_path: Path) -> None:
     with running(tmp_path, GATEWAY_API_KEYS='{"second": "another secret of the backend"}') as one:
         client = one.client()
-        started = int(time.time())
-        wait_for(lambda: int(time.time()) > started, what="the next second")
         again = signed(client)
         second = "another secret of the backend"
         body = encode({"public_key": a_key("digest")})
         for headers in (again, again, signed(client, key=second, keyid="second"), {}):
             get(client, headers)
         get(client, signed(client, created=5))
-        get(client, signed(client, created=started - 9))
         client.raw("POST", PATH, body + b" ", signed(client, "POST", PATH, body))
         client = one.client()
         assert client.send("GET", STATUS).status == 200
@@ -351,7 +412,6 @@ def test_metrics_count_by_scheme_key_and_reason(tmp_path: Path) -> None:
         'reason="replay"': "1",
         'reason="signature"': "1",
         'reason="time"': "1",
-        'reason="start"': "1",
         'reason="digest"': "1",
     }
 
@@ -398,95 +458,9 @@ def test_a_signature_is_good_for_its_method_path_and_body_alone(client: Client) 
     assert client.get(a_key("coverXd")).status == 404
 
 
-def test_signatures_from_before_the_start_are_refused(tmp_path: Path) -> None:
-    with running(tmp_path) as gateway:
-        client = gateway.client()
-        headers = signed(client, created=int(time.time()) - 2)
-        gateway.stop()
-        gateway.start()
-        answer = get(gateway.client(), headers)
-        assert answer.status == 401
-        assert int(answer.headers["Retry-After"]) >= 1
-
-
-def test_a_nonce_of_a_clock_that_is_ahead_is_kept_over_a_restart(tmp_path: Path) -> None:
-    """Its `created` lies behind the start: only its nonce can tell that it was used."""
-    with running(tmp_path) as gateway:
-        client = gateway.client()
-        headers = [signed(client, created=int(time.time()) + 40) for _ in range(2)]
-        assert get(client, headers[0]).status == 200
-        gateway.kill()
-        gateway.start()
-        client = gateway.client()
-        assert [get(client, each).status for each in headers] == [401, 200]
-        assert (tmp_path / "wireguard.db.nonces").stat().st_mode & 0o777 == 0o600
-
-
-def test_nonce_file_is_made_anew_when_it_grows_and_drops_what_is_over(tmp_path: Path) -> None:
-    path = tmp_path / "nonces"
-    path.write_text(f"99 {'0' * 32}\n100 {'1' * 32}\ngarbage\n100 {'2' * 31}")
-    turn = 0
-    guard = wggw.NonceGuard(limit=3, steady=lambda: turn)
-    guard.keep(str(path), 100)
-    assert path.read_text() == f"100 {'1' * 32}\n"
-    for turn in range(1, 20):
-        assert guard.first_use("k", str(turn), 200 + turn, 200 + turn, early=True)
-        assert not guard.first_use("k", str(turn), 200 + turn, 200 + turn)
-    assert len(path.read_text().splitlines()) <= 6
-    other = wggw.NonceGuard(limit=3, steady=lambda: turn)
-    other.keep(str(path), 219)
-    assert not other.first_use("k", "19", 219, 219)
-    turn += 1
-    assert other.first_use("k", "19", 300, 220)
-
-
-def test_a_clock_that_jumps_ahead_and_comes_back_makes_no_nonce_new_again() -> None:
-    steady = 0.5
-    guard = wggw.NonceGuard(steady=lambda: steady)
-    assert guard.first_use("k", "n", 160, 100)
-    steady += 1
-    assert guard.first_use("k", "meanwhile", 5160, 5100)
-    steady += 1
-    assert not guard.first_use("k", "n", 160, 102)
-    steady += 58.9
-    assert not guard.first_use("k", "n", 160, 160)
-    steady += 1
-    assert guard.first_use("k", "n", 221, 161)
-
-
-def test_a_nonce_that_cannot_be_kept_is_not_accepted(tmp_path: Path) -> None:
-    guard = wggw.NonceGuard()
-    guard.keep(str(tmp_path / "nonces"), 100)
-    guard._file = io.FileIO("/dev/full", "w")
-    with pytest.raises(wggw.Unavailable):
-        guard.first_use("k", "n", 200, 100, early=True)
-    assert guard.first_use("k", "m", 200, 100)
-
-
-class TornFile(io.FileIO):
-    """Takes a part of what is written, as a disk does that is about to be full."""
-
-    def write(self, data: Any) -> int:
-        return super().write(bytes(data)[:5])
-
-
-def test_a_nonce_that_is_kept_in_part_is_not_accepted_and_spoils_no_other(tmp_path: Path) -> None:
-    path = str(tmp_path / "nonces")
-    guard = wggw.NonceGuard()
-    guard.keep(path, 100)
-    guard._file = TornFile(path, "a")
-    with pytest.raises(wggw.Unavailable):
-        guard.first_use("k", "torn", 200, 100, early=True)
-    assert guard.first_use("k", "next", 200, 100, early=True)
-    other = wggw.NonceGuard()
-    other.keep(path, 100)
-    assert not other.first_use("k", "next", 200, 100)
-
-
 def test_100_000_nonces_cost_the_same_each_and_none_is_accepted_twice() -> None:
     """Steps of Python are counted, because times mean little on a busy machine."""
-    now = 100
-    guard = wggw.NonceGuard(steady=lambda: now)
+    guard = wggw.NonceGuard(60)
 
     def steps(number: int) -> int:
         count = 0
@@ -499,19 +473,18 @@ def test_100_000_nonces_cost_the_same_each_and_none_is_accepted_twice() -> None:
 
         sys.settrace(trace)
         try:
-            assert guard.first_use("k", str(number), 100 + number % 120, 100)
+            assert guard.first_use("k", str(number), 40 + number % 120, 100)
         finally:
             sys.settrace(None)
         return count
 
     first = [steps(number) for number in range(121)]  # also the first of each second
     for number in range(121, 99_990):
-        assert guard.first_use("k", str(number), 100 + number % 120, 100)
+        assert guard.first_use("k", str(number), 40 + number % 120, 100)
     assert {steps(number) for number in range(99_990, 100_000)} <= set(first)
-    assert not any(guard.first_use("k", str(number), 500, 100) for number in range(100_000))
-    now = 501
+    assert not any(guard.first_use("k", str(number), 100, 100) for number in range(100_000))
     assert guard.first_use("k", "0", 501, 501)  # all of them are over and forgotten
-    assert len(guard._live) == 1 and len(guard._by_end) == 1
+    assert len(guard._live) == 1 and len(guard._by_created) == 1
 
 
 def test_schemes_can_be_switched_off(tmp_path: Path) -> None:
@@ -520,15 +493,12 @@ def test_schemes_can_be_switched_off(tmp_path: Path) -> None:
 
 
 def test_full_nonce_table_refuses_and_never_forgets_a_live_one() -> None:
-    now = 50
-    guard = wggw.NonceGuard(limit=3, steady=lambda: now)
-    assert all(guard.first_use("k", str(i), 100, 50) for i in range(3))
+    guard = wggw.NonceGuard(50, limit=3)
+    assert all(guard.first_use("k", str(i), 50, 50) for i in range(3))
     with pytest.raises(wggw.TooManyRequests):
-        guard.first_use("k", "one too many", 100, 50)
-    now = 100
-    assert not guard.first_use("k", "0", 100, 100)
-    now = 101
-    assert guard.first_use("k", "0", 200, 101)
+        guard.first_use("k", "one too many", 50, 50)
+    assert not guard.first_use("k", "0", 50, 100)
+    assert guard.first_use("k", "0", 101, 101)
 
 
 FIELDS = [
@@ -536,6 +506,7 @@ FIELDS = [
     ("a", {"a": (True, {})}),
     ('a=("x" "y";z);p=:AQI=:', {"a": ((("x", {}), ("y", {"z": True})), {"p": b"\1\2"})}),
     ('a="q\\"\\\\"', {"a": ('q"\\', {})}),
+    ("a=1.5, b=-0.125;c=3.0", {"a": (1.5, {}), "b": (-0.125, {"c": 3.0})}),
     ("a=()", {"a": ((), {})}),
 ]
 
@@ -559,7 +530,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("text", [*REFUSED, "a=:A:", "a=1.5", "a=1234567890123456", "a=\u00e9"])
+@pytest.mark.parametrize(
+    "text",
+    [*REFUSED, "a=:A:", "a=1.", "a=1.2345", "a=1234567890123.5", "a=1234567890123456", "a=\u00e9"],
+)
 def test_malformed_structured_fields_are_refused(text: str) -> None:
     with pytest.raises(ValueError):
         wggw.parse_dictionary(text)

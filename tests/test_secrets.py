@@ -48,13 +48,11 @@ def by_private_key(directory: Path, mode: int) -> Any:
 
 
 def by_key_file(directory: Path, mode: int) -> Any:
-    cert, path = str(directory / "cert.pem"), directory / "api.key"
-    wggw.make_certificate(cert, str(directory / "key.pem"), ["localhost"])
+    path = directory / "api.key"
     path.write_text(MARK)
     path.chmod(mode)
-    config = wggw.load_config({"GATEWAY_API_KEY": "x" * 16, "TLS_CERT": cert, "TLS_KEY": cert})
-    parsed = wggw.make_parser().parse_args(["call", "GET", "/", "--key-file", str(path)])
-    return wggw.client_of(config, parsed)
+    line = ["call", "GET", "/", "--url", "https://127.0.0.1", "--fingerprint", "00"]
+    return wggw.client_of(wggw.make_parser().parse_args([*line, "--key-file", str(path)]))
 
 
 READERS: dict[str, Callable[[Path, int], Any]] = {
@@ -141,10 +139,13 @@ SECRETS: dict[str, dict[str, Any]] = {
     "Peer": {"preshared_key": MARK, "public_key": a_key(1)},
     "WirePeer": {"preshared_key": MARK.encode(), "public_key": bytes(32)},
     "Link": {"private_key": MARK.encode()},
+    "Entry": {"payload": MARK.encode()},
     "Device": {"private_key": MARK.encode()},
     "SignedMessage": {"headers": {MARK: MARK}},
     "MessageSignature": {"signature": MARK.encode(), "nonce": MARK, "parameters": MARK},
-    "Record": {"content": MARK.encode()},
+    "Record": {"put": [MARK], "settings": {MARK: MARK}},
+    "Written": {"content": MARK.encode()},
+    "Landing": {"first": 1, "records": [MARK]},
     "NetlinkMessage": {"payload": MARK.encode()},
     "Head": {"headers": {MARK: MARK}, "query": MARK, "target": MARK},
     "Obfuscation": {"header_protection_key": MARK.encode()},
@@ -154,6 +155,7 @@ SECRETS: dict[str, dict[str, Any]] = {
 }
 HARMLESS = {
     *("Caller.key_id", "MessageSignature.key_id", "Change.public_key", "Interface.public_key"),
+    "ChangeRow.public_key",
     *(
         "Config.tls_key",
         "Config.aws_access_key_id",

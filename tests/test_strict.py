@@ -211,11 +211,10 @@ WRONG: dict[str, bytes] = {
     "empty": b'""',
     "other digits": '"١٢٣"'.encode(),
 }
+TEXTS = ("NUL", "empty", "other digits")
 # Which of them are right for a field after all.
 TAKEN = {
-    ("request_id", "NUL"),
-    ("request_id", "empty"),
-    ("request_id", "other digits"),
+    *((field, name) for field in ("request_id", "label") for name in TEXTS),
     ("obfuscation", "true"),
     ("obfuscation", "object"),
 }

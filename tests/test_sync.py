@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import random
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import API_KEY, LONG, Client, GatewayProcess, a_key, encode, running, sign
+from fakes import NOON, World, build, do, submit
+from harness import LONG, Client, GatewayProcess, a_key, encode, running, sign, wait_for
 
 import wggw
 
@@ -101,7 +103,7 @@ def test_a_listing_restores_an_empty_gateway(tmp_path: Path) -> None:
         source.delete(a_key(5))
         before = listed(source)
         assert put(target, before).json == counts(19, 0, 0, 0)
-        drop = ("created_at", "server_public_key")
+        drop = ("created_at", "server_public_key", "sequence")
         assert [{k: v for k, v in c.items() if k not in drop} for c in listed(target)] == [
             {k: v for k, v in c.items() if k not in drop} for c in before
         ]
@@ -204,8 +206,9 @@ BAD: list[tuple[int, str, str, bytes]] = [
     ("status", "detail", "body"), [pytest.param(s, d, b, id=i) for s, d, i, b in BAD]
 )
 def test_what_is_wrong_is_named_by_its_line_and_changes_nothing(
-    client: Client, status: int, detail: str, body: bytes
+    shared_client: Client, status: int, detail: str, body: bytes
 ) -> None:
+    client = shared_client
     client.create(a_key(8))
     before = listed(client)
     kind = {"Content-Type": "application/x-ndjson"}
@@ -218,8 +221,8 @@ def test_what_is_wrong_is_named_by_its_line_and_changes_nothing(
 @pytest.mark.parametrize(
     "body", [b"[", b"[{}", b"{}", b"[{},]", b"[1]", b"[] x", b'[{"a":1,"a":2}]', b"\xff", b"[[]]"]
 )
-def test_arrays_are_read_strictly(client: Client, body: bytes) -> None:
-    answer = client.send("PUT", PATH, body)
+def test_arrays_are_read_strictly(shared_client: Client, body: bytes) -> None:
+    answer = shared_client.send("PUT", PATH, body)
     assert answer.status in (400, 422), answer
 
 
@@ -248,89 +251,49 @@ def test_a_body_that_ends_early_changes_nothing(gateway: GatewayProcess) -> None
 
 # --- in process: faults, and others at the same time ----------------------------------------------
 
-
-class Faulty(wggw.MemoryBackend):
-    """Fails the Nth apply() from now on, once or for good."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.countdown, self.for_good = -1, False
-
-    def apply(self, changes: Sequence[wggw.Change]) -> None:
-        if self.countdown == 0:
-            self.countdown = 0 if self.for_good else -1
-            raise wggw.BackendError("the interface is broken")
-        self.countdown -= self.countdown > 0
-        super().apply(changes)
+Elements = list[dict[str, Any]]
 
 
-class FaultyDisk(wggw.Disk):
-    """Fails the Nth fsync from now on, and every one after it until mended."""
-
-    def __init__(self) -> None:
-        self.countdown = -1
-
-    def fsync(self, handle: int) -> None:
-        if self.countdown == 0:
-            raise OSError(5, "Input/output error")
-        self.countdown -= self.countdown > 0
-        super().fsync(handle)
+def a_world(directory: Path, subnet: str = "10.0.0.0/8") -> World:
+    return build(directory, WG_IPV4_SUBNET=subnet)
 
 
-class Box:
-    """A gateway in this process: memory backend, real files, no server."""
-
-    def __init__(self, directory: Path, subnet: str = "10.0.0.0/8") -> None:
-        self.backend, self.disk = Faulty(), FaultyDisk()
-        environment = {
-            "GATEWAY_API_KEY": API_KEY,
-            "WG_IPV4_SUBNET": subnet,
-            "DB_PATH": str(directory / "wireguard.db"),
-            "WG_BACKEND": "memory",
-        }
-        self.config = wggw.load_config(environment)
-        self.store = wggw.Store(self.config.db_path, "commit", self.disk)
-        self.store.recover()
-        self.gateway = wggw.Gateway(self.config, self.store, time.time)
-        settings = wggw.interface_settings(self.config)[0]
-        self.gateway.start([(settings, wggw.make_link(settings, b"k" * 32), self.backend)])
-
-    def sync(self, elements: Sequence[dict[str, Any]]) -> wggw.DesiredResult:
-        desired = {e["public_key"]: wggw.Desired("line", e) for e in elements}
-        return self.gateway.sync(desired, False, True)
-
-    def state(self) -> tuple[list[wggw.Peer], set[wggw.WirePeer], int]:
-        """Rows, the interface, addresses used; checked against each other."""
-        rows = self.store.peers_after(0, 10**6)
-        wire = {s.peer for s in self.backend.read()}
-        self.gateway.sample()  # takes parked keys away
-        wire = {s.peer for s in self.backend.read()}
-        assert wire == {wggw.wire_peer(p) for p in rows if p.status == "active"}
-        pool = self.gateway.interfaces["wg0"].pools["ipv4"]
-        held = [p.assigned_ip for p in rows if p.assigned_ip]
-        assert pool.used == len(held)
-        assert not any(pool.is_free(address) for address in held)
-        return rows, wire, pool.used
+def sync(world: World, elements: Elements, dry_run: bool = False) -> wggw.DesiredResult:
+    desired = {e["public_key"]: wggw.Desired("line", e) for e in elements}
+    return world.gateway.sync(desired, dry_run, True)
 
 
-def test_an_address_that_a_peer_left_for_another_is_a_released_one_after_a_restart_too(
-    tmp_path: Path,
-) -> None:
-    upcoming: list[str | None] = []
-    for place in range(2):
-        box = Box(tmp_path, "10.0.0.0/28")
-        if place == 0:
-            box.gateway.create({"public_key": a_key(1)})
-            box.sync([{"public_key": a_key(1), "assigned_ip": "10.0.0.9"}])
-        upcoming.append(box.gateway.interfaces["wg0"].pools["ipv4"].peek())
-        box.store.close()
-    assert upcoming == ["10.0.0.3", "10.0.0.3"]
+def peers(world: World) -> list[wggw.Peer]:
+    return world.gateway.run(lambda: world.store.peers_after(0, 10**6))
 
 
-def before_and_after() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def state(world: World) -> tuple[list[wggw.Peer], list[str]]:
+    """Rows, and the addresses that come next; checked against interface, pools and disk."""
+    rows, pool = peers(world), world.gateway.tunnels["wg0"].pools["ipv4"]
+    active = {p.public_key: wggw.wire_peer(p) for p in rows if p.status == "active"}
+    assert world.backend.peers == active
+    held = [p.assigned_ip for p in rows if p.assigned_ip]
+    assert pool.used == len(held)
+    assert not any(pool.is_free(address) for address in held)
+    assert not world.gateway.ledger.in_flight and not world.gateway.ledger.airborne
+    return rows, upcoming(pool)
+
+
+def upcoming(pool: wggw.AddressPool) -> list[str]:
+    """The next addresses that peers would get."""
+    copied, found = copy.deepcopy(pool), list[str]()
+    while len(found) < 20 and (address := copied.peek()) is not None:
+        copied.claim(address)
+        found.append(address)
+    return found
+
+
+def before_and_after() -> tuple[Elements, Elements]:
     """Two states that differ in every way: new, gone, changed and swapped peers."""
-    first = [{"public_key": a_key(n), "assigned_ip": f"10.1.0.{n + 2}"} for n in range(200)]
-    second = [
+    first: Elements = [
+        {"public_key": a_key(n), "assigned_ip": f"10.1.0.{n + 2}"} for n in range(200)
+    ]
+    second: Elements = [
         {
             "public_key": a_key(n),
             "assigned_ip": f"10.1.0.{2 + (n - 100) % 150 if n >= 100 else 210}",
@@ -342,306 +305,324 @@ def before_and_after() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return first, second
 
 
-def test_a_failing_interface_undoes_everything(tmp_path: Path) -> None:
-    box = Box(tmp_path)
+def test_an_address_that_a_peer_left_for_another_is_a_released_one_after_a_restart_too(
+    tmp_path: Path,
+) -> None:
+    world = a_world(tmp_path, "10.0.0.0/28")
+    do(world.gateway, "create", public_key=a_key(1))
+    sync(world, [{"public_key": a_key(1), "assigned_ip": "10.0.0.9"}])
+    assert state(world)[1][0] == "10.0.0.3" and state(world)[1][-1] == "10.0.0.2"
+    upcoming = state(world)[1]
+    world.crash()
+    world.open()
+    assert state(world)[1] == upcoming
+    world.close()
+
+
+def attempt(world: World, elements: Elements) -> bool:
+    """Whether a desired state was taken. Faults end then, and a new snapshot makes it certain."""
+    taken = True
+    try:
+        sync(world, elements)
+    except (wggw.Unavailable, wggw.OutcomeUnknown):
+        taken = False
+        assert world.gateway.degraded()
+    for faults in world.faults:
+        faults.heal()
+    world.gateway.projection.supervise()
+    world.gateway.keeper.heal()
+    assert not world.gateway.degraded()
+    return taken
+
+
+FAULTS: dict[str, Callable[[World, int], None]] = {
+    "disk": lambda w, n: w.disk.fail("write", "fsync", nth=n),
+    "disk, for good": lambda w, n: w.disk.fail("write", "fsync", nth=n, forever=True),
+    "interface refuses": lambda w, n: w.backend.fail("apply", nth=n),
+    "interface refuses, for good": lambda w, n: w.backend.fail("apply", nth=n, forever=True),
+    "interface does half": lambda w, n: w.backend.fail("apply", nth=n, what="half"),
+    "interface's answer is lost": lambda w, n: w.backend.fail("apply", nth=n, what="lost"),
+    "interface hangs": lambda w, n: w.backend.fail("apply", nth=n, what="hangs"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_refused_desired_state_never_changed_anything(tmp_path: Path, fault: str) -> None:
+    world = a_world(tmp_path)
     first, second = before_and_after()
-    box.sync(first)
-    before = box.state()
-    failures = 0
-    for step in range(40):
-        box.backend.countdown = step
-        try:
-            box.sync(second)
+    sync(world, first)
+    before = state(world)
+    for nth in itertools.count(1):
+        FAULTS[fault](world, nth)
+        if attempt(world, second):
             break
-        except wggw.Unavailable:
-            failures += 1
-            box.gateway.supervise()
-            assert box.state() == before, step
-    assert failures > 3
-    box.backend.countdown = -1
-    assert len(box.state()[0]) == len(second)
-    box.gateway.close()
+        assert state(world) == before
+        world.crash()
+        world.open()
+        assert state(world) == before
+    assert nth > 1
+    assert len(state(world)[0]) == len(second)
+    world.close()
 
 
-def test_an_interface_that_stays_broken_is_repaired_to_the_state_before(tmp_path: Path) -> None:
-    box = Box(tmp_path)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_single_change_that_was_acknowledged_meanwhile_outlives_a_failing_desired_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    world = a_world(tmp_path)
     first, second = before_and_after()
-    box.sync(first)
-    before = box.state()
-    box.backend.countdown, box.backend.for_good = 2, True
-    with pytest.raises(wggw.Unavailable):
-        box.sync(second)
-    assert box.gateway.degraded()
-    box.backend.countdown = -1
-    box.gateway.supervise()
-    assert box.state() == before and not box.gateway.degraded()
-    box.gateway.close()
+    sync(world, first)
 
+    def single() -> None:
+        do(world.gateway, "set_status", public_key=a_key(1), status="suspended")
+        do(world.gateway, "delete", public_key=a_key(2))
+        do(world.gateway, "update", public_key=a_key(101), quota_bytes=7)
+        do(world.gateway, "create", public_key=a_key("new"))
+        FAULTS[fault](world, 1)
 
-def test_a_failing_disk_undoes_everything(tmp_path: Path) -> None:
-    box = Box(tmp_path)
-    first, second = before_and_after()
-    box.sync(first)
-    before = box.state()
-    for step in range(10):
-        box.disk.countdown = step
-        try:
-            box.sync(second)
-        except wggw.Unavailable:
-            assert box.store.peers_after(0, 10**6) == before[0]
-            box.disk.countdown = -1
-            box.gateway.heal()
-            assert box.state() == before and not box.gateway.degraded()
-        else:
-            break
-    assert step >= 1
-    box.disk.countdown = -1
-    rows = box.store.peers_after(0, 10**6)
-    again = wggw.Store(box.config.db_path, "commit", wggw.Disk())
-    again.load()
-    assert again.peers_after(0, 10**6) == rows
+    behind_comparing(monkeypatch, single)
+    assert not attempt(world, second)
+    for _ in range(2):
+        rows = {peer.public_key: peer for peer in state(world)[0]}
+        assert rows[a_key(1)].status == "suspended"
+        assert a_key(2) not in rows and a_key("new") in rows
+        assert rows[a_key(101)].quota_bytes == 7
+        world.crash()
+        world.open()
+    world.close()
 
 
 def test_every_prefix_of_the_journal_has_all_of_it_or_nothing(tmp_path: Path) -> None:
-    box = Box(tmp_path)
+    world = a_world(tmp_path)
     first, second = before_and_after()
-    box.sync(first)
-    before = box.state()[0]
-    box.sync(second)
-    after = box.state()[0]
-    journal = Path(box.config.db_path + ".journal")
+    sync(world, first)
+    before = peers(world)
+    sync(world, second)
+    after = peers(world)
+    world.crash()
+    journal = Path(world.config.db_path + ".journal")
     data = journal.read_bytes()
-    ends = [n + 1 for n in range(len(data)) if data[n : n + 1] == b"\n"]
-    seen: list[int] = []
-    for end in ends[1:]:
+    header = data.index(b"\n") + 1
+    seen = []
+    for end in (*range(header, len(data), len(data) // 60), len(data)):
         journal.write_bytes(data[:end])
-        store = wggw.Store(box.config.db_path, "commit", wggw.Disk())
-        store.load()
-        rows = store.peers_after(0, 10**6)
-        assert rows in ([], before, after), end
-        seen.append(len(rows))
-    assert sorted(set(seen)) == sorted({0, len(before), len(after)})
-
-
-def test_a_snapshot_after_an_undone_start_is_whole(tmp_path: Path) -> None:
-    box = Box(tmp_path)
-    first, second = before_and_after()
-    box.sync(first)
-    before = box.state()[0]
-    box.sync(second)
-    journal = Path(box.config.db_path + ".journal")
-    ends = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(ends[:-1]))  # all of it but the end
-    for _ in range(2):
-        store = wggw.Store(box.config.db_path, "commit", wggw.Disk())
-        store.recover()
-        assert store.peers_after(0, 10**6) == before
+        files = wggw.Files(world.config.db_path, "commit", wggw.Disk())
+        store = files.load()
+        assert store.peers_after(0, 10**6) in ([], before, after), end
+        seen.append(len(store.peers_after(0, 10**6)))
         store.close()
+    assert seen == sorted(seen, key=[0, len(before), len(after)].index)
+    assert set(seen) == {0, len(before), len(after)}
 
 
-def between_parts(
-    box: Box, monkeypatch: pytest.MonkeyPatch, after: int, work: Callable[[], object]
-) -> list[object]:
-    """Calls work() once, when the first `after` parts are done; a list with what it returned."""
-    parts, results = [0], list[object]()
-    do_part, sleep = box.gateway._do_part, time.sleep
-
-    def counted(steps: Sequence[wggw.Step]) -> list[wggw.Undo]:
-        parts[0] += 1
-        return do_part(steps)
-
-    def breath(seconds: float) -> None:
-        if parts[0] == after and not results:
-            results.append(None)  # work() may sleep, too
-            results[0] = work()
-        sleep(seconds)
-
-    monkeypatch.setattr(box.gateway, "_do_part", counted)
-    monkeypatch.setattr(time, "sleep", breath)
-    return results
+# --- others at the same time ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["patch", "suspend", "rotate"])
-def test_a_peer_that_swaps_addresses_and_is_changed_meanwhile_gets_its_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+def behind_comparing(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Have work() done when a desired state knows what differs, and has marked nothing yet."""
+    compare = wggw.DesiredState._compare
+
+    def compared(desired: wggw.DesiredState) -> None:
+        compare(desired)
+        work()
+
+    monkeypatch.setattr(wggw.DesiredState, "_compare", compared)
+
+
+def before_landing(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Have work() done when a desired state has marked everything, and submitted nothing yet."""
+    fill = wggw.DesiredState._fill
+
+    def filled(desired: wggw.DesiredState, bulk: wggw.Bulk) -> None:
+        thread = threading.Thread(target=work, daemon=True)  # this one is the owner of the rows
+        fill(desired, bulk)
+        thread.start()
+        started.append(thread)
+
+    started: list[threading.Thread] = []
+    monkeypatch.setattr(wggw.DesiredState, "_fill", filled)
+
+
+SINGLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "patch": ("update", {"dns": "d2"}),
+    "suspend": ("set_status", {"status": "suspended"}),
+    "delete": ("delete", {}),
+    "rotate": ("rotate", {"new_public_key": a_key("new")}),
+}
+
+
+@pytest.mark.parametrize("single", SINGLE)
+def test_a_desired_state_came_later_than_what_changed_while_it_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: str
 ) -> None:
-    box = Box(tmp_path)
-    first = [{"public_key": a_key(n), "assigned_ip": f"10.1.0.{n + 2}"} for n in range(2)]
-    box.sync(first)
-    changes: dict[str, Callable[[], object]] = {
-        "patch": lambda: box.gateway.update(a_key(0), {"dns": "d2"}),
-        "suspend": lambda: box.gateway.set_status(a_key(0), "suspended"),
-        "rotate": lambda: box.gateway.rotate(a_key(0), a_key("new")),
-    }
-    assert between_parts(box, monkeypatch, 1, changes[change]) == []
-    box.sync([{**e, "assigned_ip": f"10.1.0.{3 - n}"} for n, e in enumerate(first)])
-    peers = box.state()[0]
-    assert [peer.assigned_ip for peer in peers] == ["10.1.0.3", "10.1.0.2"]
-    zero = peers[0]
-    assert (zero.dns, zero.status, zero.public_key) in {
-        "patch": [("d2", "active", a_key(0))],
-        "suspend": [("d1", "suspended", a_key(0))],
-        "rotate": [("d1", "active", a_key("new"))],
-    }[change]
-    box.gateway.close()
+    """It wins over the peers that it names, by whatever key, and counts what it did."""
+    world = a_world(tmp_path)
+    sync(world, [{"public_key": a_key(n), "quota_bytes": 5} for n in range(4)])
+    rule, fields = SINGLE[single]
+    behind_comparing(monkeypatch, lambda: do(world.gateway, rule, public_key=a_key(0), **fields))
+    result = sync(world, [{"public_key": a_key(n), "quota_bytes": 6} for n in range(4)])
+    rows = {peer.public_key: peer for peer in state(world)[0]}
+    assert {rows[a_key(n)].quota_bytes for n in range(4)} == {6}
+    counts = {"delete": (1, 3, 0, 0), "rotate": (1, 3, 1, 0)}
+    assert result == counts.get(single, (0, 4, 0, 0))
+    if single == "patch":
+        assert rows[a_key(0)].dns == "d2"
+    if single == "suspend":
+        assert rows[a_key(0)].status == "suspended"
+    assert a_key("new") not in rows  # the peer that the rotation made is the one that it was
+    world.close()
 
 
-def test_an_export_shows_a_desired_state_as_a_whole(
+def test_what_expiry_changed_while_it_compared_is_renewed_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    box = Box(tmp_path)
+    """The gateway's own timers are nobody else: an element that renews a peer is not dropped."""
+    world = a_world(tmp_path)
+    soon, later = int(NOON) + 100, int(NOON) + 10_000
+    sync(world, [{"public_key": a_key(n), "expires_at": soon} for n in range(50)])
+
+    def expire() -> None:
+        world.now = NOON + 200
+        world.gateway.limits.expire()
+        assert world.gateway.run(lambda: world.store.counts["wg0", "suspended"]) == 50
+
+    behind_comparing(monkeypatch, expire)
+    result = sync(world, [{"public_key": a_key(n), "expires_at": later} for n in range(50)])
+    assert result == (0, 50, 0, 0)
+    assert {(p.status, p.expires_at) for p in state(world)[0]} == {("active", later)}
+    world.close()
+
+
+@pytest.mark.parametrize("single", [*SINGLE, "create"])
+def test_a_change_of_the_same_peer_waits_and_is_decided_behind_a_desired_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: str
+) -> None:
+    world = a_world(tmp_path)
+    sync(world, [{"public_key": a_key(n)} for n in range(4)])
+    rule, fields = {**SINGLE, "create": ("create", {})}[single]
+    answers: list[wggw.Outcome] = []
+
+    def change() -> None:
+        answers.append(do(world.gateway, rule, public_key=a_key(0), **fields))
+
+    before_landing(monkeypatch, change)
+    kept = [] if single == "create" else [{"public_key": a_key(0), "quota_bytes": 6}]
+    sync(world, [*kept, *({"public_key": a_key(n)} for n in range(1, 4))])
+    wait_for(lambda: answers)
+    [answer] = answers
+    assert answer.peer.quota_bytes == (None if single == "create" else 6)
+    rows = {peer.public_key: peer for peer in state(world)[0]}
+    assert (a_key(0) in rows) == (single not in ("delete", "rotate"))
+    world.close()
+
+
+def test_changes_of_other_peers_just_happen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = a_world(tmp_path)
+    sync(world, [{"public_key": a_key(n)} for n in range(4)])
+    compared, go_on = threading.Event(), threading.Event()
+    fill = wggw.Bulk.land
+
+    def land(bulk: wggw.Bulk) -> None:
+        monkeypatch.undo()
+        compared.set()
+        assert go_on.wait(30)
+        fill(bulk)
+
+    monkeypatch.setattr(wggw.Bulk, "land", land)
+    elements = [{"public_key": a_key(n), **({"dns": "d2"} if n < 2 else {})} for n in range(4)]
+    worker = threading.Thread(target=sync, args=(world, elements), daemon=True)
+    worker.start()
+    assert compared.wait(30)
+    waiting = submit(world.gateway, "delete", public_key=a_key(0))
+    do(world.gateway, "set_status", public_key=a_key(2), status="suspended")
+    do(world.gateway, "delete", public_key=a_key(3))
+    do(world.gateway, "create", public_key=a_key("new"))
+    go_on.set()
+    worker.join(30)
+    assert waiting().peer.dns == "d2"
+    rows = {peer.public_key: peer for peer in state(world)[0]}
+    assert rows.keys() == {a_key(1), a_key(2), a_key("new")}
+    assert (rows[a_key(1)].dns, rows[a_key(2)].status) == ("d2", "suspended")
+    world.close()
+
+
+def test_an_export_amid_a_desired_state_is_the_state_before_or_behind_it(tmp_path: Path) -> None:
+    world = a_world(tmp_path)
     first, second = before_and_after()
-    box.sync(first)
-    exports: list[bytes] = []
+    sync(world, first)
+    before = peers(world)
+    entered, go_on = threading.Event(), threading.Event()
 
-    def export() -> threading.Thread:
-        thread = threading.Thread(target=lambda: exports.append(box.gateway.export()))
-        thread.start()
-        thread.join(0.3)
-        return thread
+    def hold(kind: str) -> None:
+        if kind == "apply":
+            entered.set()
+            assert go_on.wait(30)
 
-    started = between_parts(box, monkeypatch, 2, export)
-    box.sync(second)
-    (thread,) = started
-    assert isinstance(thread, threading.Thread)
-    thread.join(30)
-    rows = box.store.read_image(exports[0]).peers_after(0, 10**6)
-    assert rows == box.store.peers_after(0, 10**6)
-    box.gateway.close()
+    world.backend.faults.before = hold
+    worker = threading.Thread(target=sync, args=(world, second), daemon=True)
+    worker.start()
+    assert entered.wait(30)
+    assert world.files.read_image(world.gateway.export()).peers_after(0, 10**6) == before
+    go_on.set()
+    worker.join(30)
+    exported = world.files.read_image(world.gateway.export()).peers_after(0, 10**6)
+    assert exported == peers(world) != before
+    world.close()
+
+
+def test_readers_see_every_peer_while_thousands_change(tmp_path: Path) -> None:
+    world = a_world(tmp_path)
+    base = [{"public_key": a_key(n)} for n in range(3000)]
+    sync(world, base)
+    ended, missed = threading.Event(), []
+
+    def read() -> None:
+        dice = random.Random(3)
+        while not ended.is_set():
+            key = a_key(dice.randrange(3000))
+            try:
+                world.gateway.run(lambda k=key: world.gateway.get(k))
+            except wggw.NotFound:
+                missed.append(key)
+            total = world.gateway.run(lambda: sum(world.store.counts.values()))
+            if total != 3000:
+                missed.append(str(total))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    for turn in range(4):
+        sync(world, [{**e, "dns": f"d{turn % 3 + 1}"} for e in base])
+    ended.set()
+    reader.join(30)
+    assert missed == []
+    world.close()
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["fresh ones left", "all used before"])
 def test_a_dry_run_and_a_refusal_do_not_change_which_addresses_come_next(
     tmp_path: Path, full: bool
 ) -> None:
-    box = Box(tmp_path, "10.0.0.0/29")
+    world = a_world(tmp_path, "10.0.0.0/29")
     for number in range(5 if full else 2):
-        box.gateway.create({"public_key": a_key(number)})
+        do(world.gateway, "create", public_key=a_key(number))
     for number in (0, 1, 2) if full else (0, 1):
-        box.gateway.delete(a_key(number))
-    pool = box.gateway.interfaces["wg0"].pools["ipv4"]
-    before = list(pool.upcoming())
-    kept = [{"public_key": peer.public_key} for peer in box.store.peers_after(0, 9)]
-    elements = [*kept, *({"public_key": a_key(n)} for n in (7, 8))]
-    box.gateway.sync({e["public_key"]: wggw.Desired("line", e) for e in elements}, True, True)
-    assert list(pool.upcoming()) == before
+        do(world.gateway, "delete", public_key=a_key(number))
+    before = state(world)
+    elements = [{"public_key": peer.public_key} for peer in before[0]]
+    elements += [{"public_key": a_key(n)} for n in (7, 8)]
+    sync(world, elements, dry_run=True)
+    assert state(world) == before
     with pytest.raises(wggw.Unavailable, match="exhausted"):
-        box.sync([*elements, *({"public_key": a_key(n)} for n in range(20, 25))])
-    assert list(pool.upcoming()) == before
-    box.gateway.close()
-
-
-def test_a_disk_fault_gives_an_address_back_that_a_desired_state_reserved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A DELETE waits for the disk, a desired state reserves what it freed, the disk fails."""
-    box = Box(tmp_path, "10.0.0.0/29")
-    for number in range(5):
-        box.gateway.create({"public_key": a_key(number)})
-    before = box.state()[0]
-    entered, broken, planned = threading.Event(), threading.Event(), threading.Event()
-
-    def fsync(handle: int) -> None:
-        entered.set()
-        broken.wait(30)
-        raise OSError(5, "Input/output error")
-
-    plan = box.gateway._plan
-
-    def planning(desired: dict[str, wggw.Desired]) -> wggw.Plan:
-        made = plan(desired)
-        planned.set()
-        return made
-
-    monkeypatch.setattr(box.disk, "fsync", fsync)
-    monkeypatch.setattr(box.gateway, "_plan", planning)
-    refused: list[str] = []
-
-    def refusal(work: Callable[[], object]) -> threading.Thread:
-        def run() -> None:
-            try:
-                work()
-            except wggw.Unavailable as error:
-                refused.append(error.detail)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        return thread
-
-    threads = [refusal(lambda: box.gateway.delete(a_key(0)))]
-    assert entered.wait(30)
-    elements = [{"public_key": a_key(number)} for number in (1, 2, 3, 4, 9)]
-    threads.append(refusal(lambda: box.sync(elements)))
-    assert planned.wait(30)
-    broken.set()
-    for thread in threads:
-        thread.join(30)
-    assert len(refused) == 2
-    monkeypatch.undo()
-    box.gateway.heal()
-    assert box.state()[0] == before and not box.gateway.degraded()
-    with pytest.raises(wggw.Unavailable, match="exhausted"):
-        box.gateway.create({"public_key": a_key(50)})
-    box.gateway.delete(a_key(1))
-    assert box.gateway.create({"public_key": a_key(51)}).peer.assigned_ip == before[1].assigned_ip
-    box.gateway.close()
-
-
-def test_what_peers_of_a_failed_desired_state_need_back_goes_to_nobody_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of those that swap is deleted when it has another's address."""
-    box = Box(tmp_path)
-    first = [{"public_key": a_key(n), "assigned_ip": f"10.1.0.{n + 2}"} for n in range(60)]
-    box.sync(first)
-    turned = [{**e, "assigned_ip": f"10.1.0.{(n + 1) % 60 + 2}"} for n, e in enumerate(first)]
-
-    def work() -> None:
-        assert box.gateway.delete(a_key(0)).peer.assigned_ip == "10.1.0.3"
-        with pytest.raises(wggw.Conflict, match="not free"):
-            box.gateway.create({"public_key": a_key("other"), "assigned_ip": "10.1.0.3"})
-        box.backend.countdown = 0
-
-    # Parts begin with 50 peers: two in which addresses are let go of, and two that give new ones.
-    started = between_parts(box, monkeypatch, 3, work)
-    with pytest.raises(wggw.Unavailable):
-        box.sync(turned)
-    assert started
-    peers = box.state()[0]
-    assert [p.assigned_ip for p in peers] == [e["assigned_ip"] for e in first[1:]]
-    box.gateway.close()
-
-
-def test_no_change_is_promised_to_a_peer_that_may_be_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    box = Box(tmp_path)
-    key = a_key(0)
-    changes: list[Callable[[], object]] = [
-        lambda: box.gateway.set_status(key, "suspended"),
-        lambda: box.gateway.update(key, {"dns": "d2"}),
-        lambda: box.gateway.rotate(key, a_key("new")),
-        lambda: box.gateway.delete(key),
-        lambda: box.gateway.create({"public_key": key}),
-    ]
-
-    def work() -> None:
-        assert box.gateway.get(key).peer.public_key == key  # readers see parts
-        for change in changes:
-            with pytest.raises(wggw.Unavailable, match="not done yet"):
-                change()
-
-    started = between_parts(box, monkeypatch, 1, work)
-    box.sync([{"public_key": a_key(n)} for n in range(100)])
-    assert started
-    assert changes[0]()
-    box.gateway.close()
+        sync(world, [*elements, *({"public_key": a_key(n)} for n in range(20, 25))])
+    assert state(world) == before
+    world.close()
 
 
 def test_a_family_that_is_not_there_is_blamed_on_the_field_that_names_it(tmp_path: Path) -> None:
-    box = Box(tmp_path)
-    box.gateway.create({"public_key": a_key(1)})
-    box.gateway.interfaces["wg0"].pools.pop("ipv6")  # type: ignore[attr-defined]
+    world = build(tmp_path, WG_IPV6_SUBNET="")
+    do(world.gateway, "create", public_key=a_key(1))
     named: list[tuple[str, dict[str, Any]]] = [
         ("protocol", {"protocol": "dual"}),
         ("tunnel_traffic", {"tunnel_traffic": ["ipv6"]}),
@@ -649,164 +630,72 @@ def test_a_family_that_is_not_there_is_blamed_on_the_field_that_names_it(tmp_pat
     ]
     for field, fields in named:
         for key in (a_key(1), a_key("new")):
-            with pytest.raises(wggw.Invalid, match=f"^{field}: wg0 has no ipv6"):
-                box.sync([{"public_key": key, **fields}])
-    box.gateway.close()
+            with pytest.raises(wggw.Invalid) as caught:
+                sync(world, [{"public_key": key, **fields}])
+            assert caught.value.detail.startswith(f"line: {field}: wg0 has no ipv6")
+    world.close()
 
 
-def test_a_disk_fault_undoes_parts_and_others_changes_in_their_order(
+def test_a_defect_leaves_nothing_marked_or_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A DELETE between parts frees an address, a part gives it away, the disk has neither."""
-    box = Box(tmp_path)
-    first = [{"public_key": a_key(n), "assigned_ip": f"10.1.0.{n + 2}"} for n in range(60)]
-    box.sync(first)
-    before = box.state()
-    turned = [{**e, "assigned_ip": f"10.1.0.{(n + 1) % 60 + 2}"} for n, e in enumerate(first)]
-    entered, broken = threading.Event(), threading.Event()
-    refused: list[str] = []
+    world = a_world(tmp_path)
+    first, second = before_and_after()
+    sync(world, first)
+    before = state(world)
 
-    def fsync(handle: int) -> None:
-        entered.set()
-        broken.wait(30)
-        raise OSError(5, "Input/output error")
-
-    def delete() -> None:
-        try:
-            box.gateway.delete(a_key(55))  # in the second part of those that let go
-        except wggw.Unavailable as error:
-            refused.append(error.detail)
-
-    def work() -> threading.Thread:
-        monkeypatch.setattr(box.disk, "fsync", fsync)
-        thread = threading.Thread(target=delete)
-        thread.start()
-        assert entered.wait(30)
-        return thread
-
-    end_sync = box.store.end_sync
-
-    def end() -> int:
-        broken.set()
-        return end_sync()
-
-    monkeypatch.setattr(box.store, "end_sync", end)
-    started = between_parts(box, monkeypatch, 1, work)
-    with pytest.raises(wggw.Unavailable):
-        box.sync(turned)
-    (thread,) = started
-    assert isinstance(thread, threading.Thread)
-    thread.join(30)
-    monkeypatch.undo()
-    assert len(refused) == 1
-    box.gateway.heal()
-    assert box.state() == before and not box.gateway.degraded()
-    box.gateway.close()
-
-
-def test_a_defect_takes_a_desired_state_back_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    box = Box(tmp_path)
-    elements = [{"public_key": a_key(n)} for n in range(300)]
-    box.sync(elements)
-    before = box.state()
-
-    def defect() -> None:
+    def defect(*_: object) -> None:
         raise MemoryError
 
-    started = between_parts(box, monkeypatch, 1, defect)
-    with pytest.raises(MemoryError):
-        box.sync([{**e, "dns": "d3"} for e in elements])
-    assert started
-    monkeypatch.undo()
-    assert box.state() == before
-    box.gateway.close()
-
-
-def in_turn(work: Callable[[int], None], enough: threading.Event) -> threading.Thread:
-    """Calls work(0), work(1), ... in a thread of its own until it is enough."""
-
-    def run() -> None:
-        number = 0
-        while not enough.is_set():
-            work(number)
-            number += 1
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
+    with monkeypatch.context() as patched:
+        patched.setattr(wggw.Bulk, "land", defect)
+        with pytest.raises(MemoryError):
+            sync(world, second)
+    assert state(world) == before
+    assert sync(world, second).created == 40
+    world.close()
 
 
 def test_rows_interface_and_pools_agree_whatever_others_change_meanwhile(tmp_path: Path) -> None:
-    box = Box(tmp_path)
+    world = a_world(tmp_path)
     base = [{"public_key": a_key(n)} for n in range(1500)]
-    box.sync(base)
+    sync(world, base)
     done: set[str] = set()
-    dice = random.Random(1)
-
-    def work(number: int) -> None:
-        key = a_key(dice.randrange(1500))
-        try:
-            choice = dice.randrange(3)
-            if choice == 0:
-                box.gateway.set_status(key, "suspended")
-                done.add(key)
-            elif choice == 1:
-                box.gateway.delete(key)
-                done.add(key)
-            else:
-                box.gateway.create({"public_key": a_key(("new", number))})
-                done.add(a_key(("new", number)))
-        except wggw.NotFound:
-            pass
-
     enough = threading.Event()
-    other = in_turn(work, enough)
+
+    def work() -> None:
+        dice = random.Random(1)
+        for number in itertools.takewhile(lambda _: not enough.is_set(), itertools.count()):
+            key = a_key(dice.randrange(1500))
+            try:
+                choice = dice.randrange(3)
+                if choice == 0:
+                    do(world.gateway, "set_status", public_key=key, status="suspended")
+                elif choice == 1:
+                    do(world.gateway, "delete", public_key=key)
+                else:
+                    key = a_key(("new", number))
+                    do(world.gateway, "create", public_key=key)
+                done.add(key)
+            except wggw.NotFound:
+                pass
+
+    other = threading.Thread(target=work, daemon=True)
+    other.start()
     try:
         for turn in itertools.count():
-            box.sync([{**e, "dns": f"d{1 + turn % 3}"} for e in base[: 1500 - turn]])
+            sync(world, [{**e, "dns": f"d{1 + turn % 3}"} for e in base[: 1500 - turn]])
             if turn >= 3 and len(done) > 20:
                 break
     finally:
         enough.set()
         other.join()
-    rows = {p.public_key: p for p in box.state()[0]}
-    assert rows.keys() <= done | {e["public_key"] for e in base}
-    box.gateway.close()
-
-
-def test_the_last_single_change_during_one_sync_wins(tmp_path: Path) -> None:
-    """Deterministic: a change comes in between two parts."""
-    box = Box(tmp_path)
-    base = [{"public_key": a_key(n)} for n in range(300)]
-    box.sync(base)
-    late = a_key(299)
-    real = box.gateway._do_part
-    state = {"done": False}
-
-    def part(steps: Sequence[wggw.Step]) -> list[wggw.Undo]:
-        entries = real(steps)
-        if not state["done"]:
-            state["done"] = True
-            threads = [
-                threading.Thread(target=box.gateway.set_status, args=(late, "suspended")),
-                threading.Thread(target=box.gateway.create, args=({"public_key": a_key("x")},)),
-                threading.Thread(target=box.gateway.delete, args=(a_key(298),)),
-            ]
-            for thread in threads:
-                thread.start()
-            state["threads"] = threads
-        return entries
-
-    box.gateway._do_part = part  # type: ignore[method-assign]
-    box.sync([{**e, "dns": "d2"} for e in base])
-    for thread in state["threads"]:  # type: ignore[attr-defined]
-        thread.join()
-    rows = {p.public_key: p for p in box.state()[0]}
-    assert (rows[late].status, a_key(298) in rows, a_key("x") in rows) == ("suspended", False, True)
-    assert rows[a_key(0)].dns == "d2"
-    box.gateway.close()
+    rows = {peer.public_key for peer in state(world)[0]}
+    assert rows <= done | {e["public_key"] for e in base}
+    world.crash()
+    world.open()
+    assert {peer.public_key for peer in state(world)[0]} == rows
+    world.close()
 
 
 def test_a_killed_gateway_has_all_of_it_or_nothing(tmp_path: Path) -> None:
@@ -818,7 +707,9 @@ def test_a_killed_gateway_has_all_of_it_or_nothing(tmp_path: Path) -> None:
             client = gateway.client()
             client.create(a_key("old"))
             kind = {"Content-Type": "application/x-ndjson"}
-            sender = threading.Thread(target=_ignoring, args=(gateway.client(), body, kind))
+            sender = threading.Thread(
+                target=_ignoring, args=(gateway.client(), body, kind), daemon=True
+            )
             sender.start()
             time.sleep(delay)
             gateway.kill()
@@ -842,80 +733,47 @@ PEERS = 60000 if LONG else 5000
 
 
 @pytest.mark.timeout(600)
-def test_the_lock_is_never_held_long(tmp_path: Path) -> None:
+def test_the_rows_are_never_held_long(tmp_path: Path) -> None:
     """Peers made, left, turned and deleted; 60,000 with WGGW_LONG=1.
 
     The holds are measured in the thread's own time: others take the processor meanwhile.
     """
     gc.collect()
     gc.freeze()  # what other tests left in this process is no gateway's
-    box = Box(tmp_path)
-    lock = Timed()
-    box.gateway.lock = lock  # type: ignore[assignment]
-    base = [
+    world = a_world(tmp_path)
+    holds: list[float] = []
+    core, run = world.gateway._core, world.gateway.run
+
+    def timed(function: Callable[[], Any], /) -> Any:
+        def work() -> Any:
+            began = time.thread_time()
+            result = function()
+            holds.append(time.thread_time() - began)
+            return result
+
+        return run(work)
+
+    core.run = world.gateway.run = world.gateway.ledger._run = timed
+    base: Elements = [
         {"public_key": a_key(n), "assigned_ip": f"10.1.{n // 250}.{n % 250 + 2}"}
         for n in range(PEERS)
     ]
     turned = [
         {**e, "assigned_ip": base[(n + 1) % len(base)]["assigned_ip"]} for n, e in enumerate(base)
     ]
-    for name, elements in (("new", base), ("same", base), ("turned", turned), ("none", [])):
+    other = [{**e, "dns": "d2"} for e in turned]
+    states: list[tuple[str, Elements, float]] = [
+        ("new", base, 0.05),
+        ("same", base, 0.05),
+        ("all trade addresses", turned, 9.0),  # then they change at once: see Store._trade()
+        ("changed", other, 0.05),
+        ("none", [], 0.05),
+    ]
+    for name, elements, limit in states:
+        holds.clear()
         started, used = time.monotonic(), time.process_time()
-        print(name, box.sync(elements), f"{time.monotonic() - started:.2f} s", end=" ")
-        print(f"CPU {time.process_time() - used:.2f} s, longest hold {lock.longest * 1000:.1f} ms")
+        print(name, sync(world, elements), f"{time.monotonic() - started:.2f} s", end=" ")
+        print(f"CPU {time.process_time() - used:.2f} s, longest hold {max(holds) * 1000:.1f} ms")
+        assert max(holds) < limit, name
     gc.unfreeze()
-    assert lock.longest < 0.05
-
-
-class Timed:
-    """A lock that knows how long it was held at most."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.longest = 0.0
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._began = time.thread_time()
-
-    def __exit__(self, *_: Any) -> None:
-        self.longest = max(self.longest, time.thread_time() - self._began)
-        self._lock.release()
-
-
-def test_what_a_desired_state_took_away_is_gone_from_a_large_interface_at_its_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(wggw, "SWEEP_PEERS", 0)
-    box = Box(tmp_path)
-    box.sync([{"public_key": a_key(n)} for n in range(20)])
-    box.sync([{"public_key": a_key(n)} for n in range(5)])
-    assert {wggw.encode_key(s.peer.public_key) for s in box.backend.read()} == {
-        a_key(n) for n in range(5)
-    }
-
-
-def test_what_an_interface_kept_when_its_disk_failed_too_is_taken_away(tmp_path: Path) -> None:
-    box = Box(tmp_path)
-    box.disk.countdown, box.backend.countdown = 0, 1
-    with pytest.raises(wggw.Unavailable):
-        box.gateway.create({"public_key": a_key(1)})
-    box.disk.countdown = box.backend.countdown = -1
-    box.gateway.supervise()
-    box.gateway.heal()
-    assert box.state() == ([], set(), 0)
-    assert not box.gateway.degraded()
-
-
-def test_parts_that_an_interface_kept_are_taken_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(wggw, "MAX_PART", 50)
-    box = Box(tmp_path)
-    box.backend.countdown, box.backend.for_good = 2, True
-    with pytest.raises(wggw.Unavailable):
-        box.sync([{"public_key": a_key(number)} for number in range(200)])
-    assert box.backend.read()
-    box.backend.countdown, box.backend.for_good = -1, False
-    box.gateway.supervise()
-    assert box.state() == ([], set(), 0)
+    world.close()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from ipaddress import ip_network
@@ -21,15 +22,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from harness import ROOT, GatewayProcess, a_key, running, wait_for
+from harness import GatewayProcess, a_key, running, wait_for
 
 import wggw
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with running(tmp_path_factory.mktemp("tls")) as gateway:
-        yield gateway
 
 
 def shake_hands(
@@ -288,18 +283,21 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
 
 
+OUTSIDE = ["192.0.2.2", "192.0.2.130", "192.0.2.140"]
+
+
 @pytest.fixture
 def namespaces(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """Two network namespaces, 192.0.2.1 (the gateway's) and 192.0.2.2, joined by a cable.
 
-    The client's has a second address, 192.0.2.130, outside of 192.0.2.0/25.
+    The client's has two more addresses, 192.0.2.130 and .140, outside of 192.0.2.0/25.
     """
     inside, outside = f"wggw-tls-a{os.getpid()}", f"wggw-tls-b{os.getpid()}"
     try:
         ip("netns", "add", inside)
         ip("netns", "add", outside)
         ip("-n", inside, "link", "add", "c0", "type", "veth", "peer", "c0", "netns", outside)
-        for name, addresses in ((inside, ["192.0.2.1"]), (outside, ["192.0.2.2", "192.0.2.130"])):
+        for name, addresses in ((inside, ["192.0.2.1"]), (outside, OUTSIDE)):
             for address in addresses:
                 ip("-n", name, "address", "add", f"{address}/24", "dev", "c0")
             for link in ("lo", "c0"):
@@ -315,38 +313,63 @@ def namespaces(tmp_path: Path) -> Iterator[tuple[str, str]]:
 
 
 PROBE = """
-import socket, ssl, sys
-raw = socket.create_connection(("192.0.2.1", int(sys.argv[2])), 30, (sys.argv[1], 0))
-context = ssl._create_unverified_context()
-try:
-    context.wrap_socket(raw)
-    print("in")
-except OSError:
-    print("out")
+import http.client, ssl, sys
+for path in ("/openapi.json", "/metrics"):
+    context = ssl._create_unverified_context()
+    connection = http.client.HTTPSConnection(
+        "192.0.2.1", int(sys.argv[2]), source_address=(sys.argv[1], 0), timeout=30, context=context
+    )
+    try:
+        connection.request("GET", path, headers={"Authorization": "Bearer " + sys.argv[3]})
+        print(connection.getresponse().status)
+    except OSError:
+        print("out")
 """
+TOKEN = "the-token-of-the-metrics"
 
 
 def test_a_source_that_is_not_allowed_is_cut_off_before_tls(
     tmp_path: Path, namespaces: tuple[str, str]
 ) -> None:
+    """And one of METRICS_ALLOWED gets the metrics, and nothing else."""
     inside, outside = namespaces
     gateway = GatewayProcess(
         tmp_path,
         ["ip", "netns", "exec", inside],
         API_HOST="192.0.2.1",
         ALLOWED_BACKENDS="192.0.2.0/25,2001:db8::/32",
+        METRICS_ALLOWED="192.0.2.140/32",
+        METRICS_TOKEN=TOKEN,
     )
     try:
         gateway.spawn()
         wait_for(lambda: "ready on" in gateway.text(), what="readiness")
-        for source, expected in (("192.0.2.2", "in"), ("192.0.2.130", "out")):
+        expected = (["200", "200"], ["out", "out"], ["403", "200"])
+        for source, told in zip(OUTSIDE, expected, strict=True):
             probe = ["ip", "netns", "exec", outside, sys.executable, "-c", PROBE, source]
             done = subprocess.run(
-                [*probe, str(gateway.port)], capture_output=True, text=True, timeout=60, check=True
+                [*probe, str(gateway.port), TOKEN],
+                capture_output=True,
+                text=True,
+                timeout=100,
+                check=False,
             )
-            assert done.stdout.strip() == expected
+            assert (done.stdout.split(), done.stderr) == (told, ""), source
     finally:
         gateway.close()
+
+
+def test_packet_filters_let_in_whom_the_api_lets_in() -> None:
+    given = {"ALLOWED_BACKENDS": "192.0.2.0/25", "METRICS_ALLOWED": "2001:db8::/64"}
+    environ = {"GATEWAY_API_KEY": "k" * 16, "METRICS_TOKEN": TOKEN, **given}
+    config = wggw.load_config(environ, os.devnull)
+    tunnels = wggw.interface_settings(config)
+    rules = wggw.render_ruleset(config, tunnels)
+    assert "ip saddr != { 192.0.2.0/25 } tcp dport 8000 drop" in rules
+    assert "ip6 saddr != { 2001:db8::/64 } tcp dport 8000 drop" in rules
+    assert "allow from 2001:db8::/64 to any port 8000 proto tcp" in wggw.ufw_rules(config, tunnels)
+    with pytest.raises(wggw.ConfigError, match="METRICS_ALLOWED needs METRICS_TOKEN"):
+        wggw.load_config({**environ, "METRICS_TOKEN": ""}, os.devnull)
 
 
 # --- without the cryptography package ------------------------------------------------------------
@@ -396,33 +419,125 @@ def test_what_needs_cryptography_says_so_and_exits_2(
         gateway.close()
 
 
-# --- a job in a child -----------------------------------------------------------------------------
+# --- the names of the self-made certificate ------------------------------------------------------
 
 
-def test_job_in_a_child_is_done_and_leaves_nothing_imported(tmp_path: Path) -> None:
-    script = (
-        "import sys, wggw; cert, key = sys.argv[1:]; "
-        "wggw.in_child(lambda: wggw.make_certificate(cert, key, ['localhost'])); "
-        "assert 'cryptography' not in sys.modules"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")]
-    subprocess.run(command, cwd=ROOT, check=True)
-    assert (tmp_path / "cert.pem").stat().st_mode & 0o777 == 0o600
+def curl(port: int, host: str, *arguments: str) -> str:
+    """What curl says of a request to the gateway by that name; "" when all is well."""
+    url = f"https://{f'[{host}]' if ':' in host else host}:{port}/healthz"
+    command = ["curl", "-sS", "--fail", "-o", os.devnull, "--max-time", "60", "--noproxy", "*"]
+    command += [] if host[0].isdigit() or ":" in host else ["--resolve", f"{host}:{port}:127.0.0.1"]
+    done = subprocess.run([*command, *arguments, url], capture_output=True, text=True, check=False)
+    return done.stderr
 
 
-@pytest.mark.parametrize(
-    ("raised", "told"),
-    [(ImportError("x"), ImportError), (OSError(errno.EROFS, "x"), OSError)],
-    ids=["missing package", "read-only disk"],
-)
-def test_failure_in_a_child_is_the_caller_s(raised: Exception, told: type[Exception]) -> None:
-    script = (
-        "import wggw\n"
-        "def job(): raise {error}\n"
-        "try: wggw.in_child(job)\n"
-        "except Exception as error: print(type(error).__name__, getattr(error, 'errno', None))\n"
-    ).format(error=f"{type(raised).__name__}{raised.args!r}")
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert done.stdout == f"{told.__name__} {getattr(raised, 'errno', None)}\n"
+def renewed(gateway: GatewayProcess, count: int) -> None:
+    """Reload with the settings of the file, and wait until that was done so many times."""
+    assert gateway.process is not None
+    gateway.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: gateway.text().count("reloaded keys") == count, what="the reload")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_certificate_is_for_the_names_that_backends_use_and_keeps_its_key(tmp_path: Path) -> None:
+    env = tmp_path / ".env"
+    env.write_text("TLS_NAMES=api.example.org,127.0.0.3\n")
+    with running(tmp_path, API_HOST="::") as gateway:
+        cert, key = tmp_path / "cert.pem", (tmp_path / "key.pem").read_bytes()
+        copy = tmp_path / "copy.pem"
+        copy.write_bytes(cert.read_bytes())  # what a backend got
+        trust = ("--cacert", str(copy))
+        for host in ("localhost", "127.0.0.1", "::1", "127.0.0.3", "api.example.org"):
+            assert curl(gateway.port, host, *trust) == "", host
+        assert "SSL" in curl(gateway.port, "127.0.0.4", *trust)
+        pin = re.search(r"key pin (sha256//\S+)", gateway.text())
+        assert pin is not None
+        pinned = ("--insecure", "--pinnedpubkey", pin[1])
+        assert curl(gateway.port, "127.0.0.4", *pinned) == ""
+
+        first = cert.read_bytes()
+        renewed(gateway, 1)
+        assert cert.read_bytes() == first  # nothing has changed
+        for count, name in ((2, "vpn.example.org"), (3, "other.example.org")):
+            env.write_text(f"TLS_NAMES=127.0.0.3\nWG_ENDPOINT={name}\n")
+            renewed(gateway, count)
+            assert f"was renewed (for {name})" in gateway.text()
+            for host in (name, "127.0.0.3", "::1"):
+                assert curl(gateway.port, host, *trust) == "", host
+            assert "SSL" in curl(gateway.port, "api.example.org", *trust)
+            assert curl(gateway.port, name, "--cacert", str(cert)) == ""
+            assert curl(gateway.port, name, *pinned) == ""
+        assert cert.read_bytes().count(b"BEGIN CERTIFICATE") == 2
+        assert (tmp_path / "key.pem").read_bytes() == key
+        assert cert.stat().st_mode & 0o777 == 0o600
+
+
+def settings_for(cert: Path, key: Path, **more: str) -> wggw.Config:
+    given = {"GATEWAY_API_KEY": "k" * 16, "TLS_CERT": str(cert), "TLS_KEY": str(key), **more}
+    return wggw.load_config(given, os.devnull)
+
+
+@pytest.mark.parametrize("days", [3000, 300, -1])
+def test_certificate_near_its_end_is_renewed_under_the_same_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    with monkeypatch.context() as then:
+        then.setattr(wggw, "CERTIFICATE_SECONDS", days * 86400)
+        wggw.make_certificate(str(cert), str(key), ["localhost"])
+    pin = wggw.key_pin(wggw.read_certificate(str(cert)))
+    config = settings_for(cert, key)
+    assert wggw.fit_certificate(config) == (days < 365)
+    own = wggw.read_own_certificate(str(cert))
+    assert own and own.expires > time.time() + 2000 * 86400
+    assert wggw.key_pin(wggw.read_certificate(str(cert))) == pin
+    assert not wggw.fit_certificate(config)
+    assert cert.read_bytes().count(b"BEGIN CERTIFICATE") == 1
+
+
+def test_certificate_of_somebody_else_is_never_renewed(tmp_path: Path) -> None:
+    ca = write_pair(tmp_path, "ca")
+    ours = write_pair(tmp_path, "wggw")  # a CA that has the name by accident
+    bundle = write_pair(tmp_path, "bundle", ours)
+    bundle[0].write_bytes(bundle[0].read_bytes() + ours[0].read_bytes())
+    for pair in (ca, write_pair(tmp_path, "given", ca), bundle):
+        before = pair[0].read_bytes()
+        config = settings_for(*pair, WG_ENDPOINT="vpn.example.org")
+        assert not wggw.fit_certificate(config)
+        assert pair[0].read_bytes() == before
+
+
+def test_certificate_that_cannot_be_renewed_stays_in_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    wggw.make_certificate(str(cert), str(key), ["localhost"])
+    key.write_text("not PEM")
+    assert not wggw.fit_certificate(settings_for(cert, key, WG_ENDPOINT="vpn.example.org"))
+    assert "cannot be renewed" in caplog.text
+
+
+def test_strict_verifiers_accept_first_and_renewed_certificates(tmp_path: Path) -> None:
+    """Python 3.13 asks for what RFC 5280 does by default."""
+    with running(tmp_path) as gateway:
+        for name in ("localhost", "vpn.example.org"):
+            if name != "localhost":
+                (tmp_path / ".env").write_text(f"WG_ENDPOINT={name}\n")
+                renewed(gateway, 1)
+            context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+            context.verify_flags |= ssl.VERIFY_X509_STRICT
+            with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as raw:
+                context.wrap_socket(raw, server_hostname=name).close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_key_pin_is_openssl_s(tmp_path: Path) -> None:
+    """Of a short key and of one whose length takes two bytes."""
+    for kind in (["ec", "-pkeyopt", "ec_paramgen_curve:P-256"], ["rsa:2048"]):
+        openssl = ["openssl", "req", "-x509", "-nodes", "-subj", "/CN=x", "-newkey", *kind]
+        files = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "cert")]
+        subprocess.run([*openssl, *files], check=True, capture_output=True)
+        pipe = "openssl pkey -in key -pubout -outform DER | openssl dgst -sha256 -binary | base64"
+        told = subprocess.run(pipe, shell=True, cwd=tmp_path, check=True, capture_output=True)
+        pin = wggw.key_pin(wggw.read_certificate(str(tmp_path / "cert")))
+        assert pin == f"sha256//{told.stdout.decode().strip()}"

@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,26 +47,28 @@ def a_peer(number: int, public_key: str, interface: str) -> wggw.Peer:
 
 def write_peers(path: Path, peers: Sequence[wggw.Peer], snapshot: bool) -> None:
     """Files with these peers: a snapshot, or an empty one and a journal record for each."""
-    store = wggw.Store(str(path), "commit", wggw.Disk())
-    store.recover()
-    number = 0
-    for peer in peers:
-        step = [wggw.Step(None, peer)]
-        store.apply(step)
-        number = store.commit(step)
-    store.wait(number)
+    files = wggw.Files(str(path), "none" if snapshot else "commit", wggw.Disk())
+    store = files.load()
+    files.begin(store)
+    for number, peer in enumerate(peers, 1):
+        record = wggw.Record([peer])
+        store.apply(record)
+        if not snapshot:
+            files.journal.write(number, [wggw.encode_record(record)], False)
     if snapshot:
-        store.write_copy(str(path))
-        Path(f"{path}.journal").unlink()
-    store.close()
+        files.renew(0, files.image(store, 0))
+    else:
+        files.journal.flush()
+    files.close()
 
 
 def recovery(path: str) -> dict[str, Any]:
     """Seconds and processor seconds of reading snapshot and journal."""
-    store = wggw.Store(path, "commit", wggw.Disk())
+    files = wggw.Files(path, "commit", wggw.Disk())
     started, used = time.perf_counter(), time.process_time()
     with wggw.collector_off():
-        store.recover()
+        store = files.load()
+        files.begin(store)
     return {
         "seconds": time.perf_counter() - started,
         "processor": time.process_time() - used,
@@ -74,13 +77,12 @@ def recovery(path: str) -> dict[str, Any]:
 
 
 def hold(path: str) -> dict[str, Any]:
-    """How long a snapshot holds the lock, ms: the median and the longest of 20."""
-    store = wggw.Store(path, "commit", wggw.Disk())
-    store.load()
+    """How long a snapshot holds the owner of the rows, ms: the median and the longest of 20."""
+    store = wggw.Files(path, "commit", wggw.Disk()).load()
     times = []
     for _ in range(20):
         started = time.perf_counter()
-        store.image()
+        store.image(store.number, False, True)
         times.append((time.perf_counter() - started) * 1000)
     times.sort()
     return {"median": times[10], "longest": times[-1]}
@@ -125,8 +127,8 @@ def own_cost(kind: str, name: str, count: str) -> dict[str, Any]:
 
 def sampling(kind: str, name: str, path: str) -> dict[str, Any]:
     """Processor seconds of one sample, and of `wg show NAME dump`, of a running interface."""
-    store = wggw.Store(path, "none", wggw.Disk())
-    store.load()
+    files = wggw.Files(path, "none", wggw.Disk())
+    store = files.load()
     link = a_link(name)
     backend: Any = a_backend(kind, link)
     if kind == "netlink":
@@ -137,13 +139,23 @@ def sampling(kind: str, name: str, path: str) -> dict[str, Any]:
         "WG_IPV4_SUBNET": "10.0.0.0/8",
     }
     config = wggw.load_config(environment)
-    gateway = wggw.Gateway(config, store, time.time)
+    lock = threading.RLock()
+
+    def run(function: Callable[[], Any]) -> Any:
+        with lock:
+            return function()
+
+    gateway = wggw.Gateway(config, store, files, time.time, run)
     settings = wggw.interface_settings(config)[0]
-    gateway._add_interface(settings, link, backend, None)
+    tunnel = wggw.Tunnel(settings, link, backend, None)
+    device = backend.read(()).device
+    tunnel.link = link._replace(private_key=device.private_key, listen_port=device.listen_port)
+    gateway.tunnels[name] = tunnel
+    gateway.ledger.start()
     samples, dumps = [], []
     for _ in range(5):
         used = time.process_time()
-        gateway.sample()
+        gateway.projection.sample()
         samples.append(time.process_time() - used)
         used = _children()
         subprocess.run(["wg", "show", name, "dump"], stdout=subprocess.DEVNULL, check=True)

@@ -204,6 +204,8 @@ class Scratch:
                 ["wireguard-go", "-f", name], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             wait_for(lambda: Path(f"/var/run/wireguard/{name}.sock").exists(), what=name)
+        # A backend is set up on it, too, which takes none without the gateway's mark.
+        subprocess.run(["ip", "link", "set", "dev", name, "alias", "wggw"], check=True)
         self._key = random_key()
         self.empty()
 

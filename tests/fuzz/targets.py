@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,8 +77,7 @@ def body(data: bytes) -> None:
 def uapi(data: bytes) -> None:
     """A userspace WireGuard's answer."""
     with contextlib.suppress(wggw.BackendError):
-        _, states = wggw.decode_uapi_device([data])
-        check_states(states)
+        check_states(wggw.read_uapi_device([data]))
 
 
 def netlink(data: bytes) -> None:
@@ -88,11 +88,13 @@ def netlink(data: bytes) -> None:
             if message.type == wggw.NLMSG_ERROR:
                 number, words = wggw.parse_nl_error(message.payload, message.flags)
                 assert 0 <= number < 4096 and words.isprintable() is not None
-        check_states(wggw.decode_wg_device(message.payload for message in messages)[1])
+        for family in (wggw.WIREGUARD_FAMILY, wggw.GenericFamily(1, 3, True)):
+            check_states(wggw.read_wg_device([m.payload for m in messages], family))
 
 
-def check_states(states: list[wggw.PeerState]) -> None:
-    for state in states:
+def check_states(reading: wggw.Reading) -> None:
+    assert reading.peers == len(reading.changed) + reading.unreadable
+    for _, state in reading.changed:
         assert len(state.peer.public_key) == wggw.KEY_BYTES
         assert len(state.peer.preshared_key) in (0, wggw.KEY_BYTES)
         assert list(state.peer.allowed_ips) == sorted(state.peer.allowed_ips)
@@ -116,7 +118,6 @@ def query(data: bytes) -> None:
             "".join(pair).encode("utf-8")
     with contextlib.suppress(ValueError):
         assert wggw._query_cursor(text) >= 0
-    wggw._query_parameter(text, text[:8])
 
 
 def env(data: bytes) -> None:
@@ -135,6 +136,29 @@ def env(data: bytes) -> None:
                 assert value not in str(error).removeprefix(setting.name)
 
 
+def journal(data: bytes) -> None:
+    """A journal's file, and what its records do to rows; both a start's way and a salvage's."""
+    with contextlib.suppress(wggw.DamagedError, wggw.ConfigError):
+        file = wggw.parse_journal(data, "name")
+        assert file.size + file.torn == len(data)
+        for _ in wggw.Store().replay(file, "name"):
+            pass
+    with contextlib.suppress(wggw.ConfigError):
+        file = wggw.JournalReader(data, "name", None, salvage=True).read()
+        for _ in wggw.Store().replay(file, "name", salvage=True):
+            pass
+
+
+def record(data: bytes) -> None:
+    """A record behind a good checksum: it applies as a whole, or the start is refused."""
+    version = 1 if data[:1] == b"1" else 2
+    columns = b",".join(name.encode() for name in wggw.Peer._fields)
+    text = b"wggw-journal 1 0" if version == 1 else b"wggw-journal 2 0 " + columns
+    content = data if version == 2 else data[1:]
+    lines = b"".join(content.splitlines())
+    journal(b"%b %08x\n" % (text, zlib.crc32(text)) + wggw.journal_line(1, 0, lines))
+
+
 def certificate(data: bytes) -> None:
     """A certificate in DER."""
     with contextlib.suppress(ValueError):
@@ -143,7 +167,19 @@ def certificate(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (head, fields, body, uapi, netlink, key, query, env, certificate)
+    for target in (
+        head,
+        fields,
+        body,
+        uapi,
+        netlink,
+        key,
+        query,
+        env,
+        journal,
+        record,
+        certificate,
+    )
 }
 
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """A stand-in for amneziawg-go where that cannot be had: wireguard-go behind an obfuscating relay.
 
-    amneziawg_stand_in.py -f NAME
+    amneziawg_stand_in.py [--like VERSION] -f NAME      # 3.1 by default
+    amneziawg_stand_in.py --version
 
-It takes AmneziaWG's keys over UAPI as the real program does, and puts packets on the wire with
-their paddings, headers and decoys, written from the facts about the protocol. Header protection
-is not the real algorithm: it only makes sure that both sides need the same key. It shows that
+It takes AmneziaWG's keys over UAPI as the real program of that version does, with what it refuses
+and what it forgets, and puts packets on the wire with their paddings, headers, trailers and decoys,
+written from the facts about the protocol. Header protection is not the real algorithm: it only
+makes sure that both sides need the same key; and data packets have no trailers. It shows that
 interfaces and clients are set up alike; that the real program understands them only that shows.
 """
 
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 INNER, OUTER = "/var/run/wireguard", "/var/run/amneziawg"
 SIZES = {1: 148, 2: 92, 3: 64, 4: 32}  # initiation, response, cookie; transport at least
@@ -36,6 +39,35 @@ RANGES = (
 FLAGS = ("random_trailers", "disable_cookies")
 KEYS = (*NUMBERS, *HEADERS, *DECOYS, "header_protection_key", *RANGES, *FLAGS)
 EMPTY = ("", "0", "false", "00" * 32)
+FLAG_VALUES = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+TRAILER_WINDOW = 500
+
+
+class Version(NamedTuple):
+    """How a version of amneziawg-go differs from others."""
+
+    keys: tuple[str, ...]  # that a set may hold
+    tags: tuple[str, ...]  # of I1 to I5
+    forgets: bool  # a set with one of its keys resets those that it does not hold
+    checks: bool  # that sizes differ and that Jmin is not above Jmax
+    wide: bool = True  # headers may be ranges
+    no_zero: bool = False  # Jc, Jmin and Jmax cannot be set to 0
+    drops: bool = False  # what has the size of another kind of packet and no header in its place
+    tells_old: bool = False  # headers from before, after it went back to WireGuard's
+
+
+AT_1_0 = ("jc", "jmin", "jmax", "s1", "s2", *HEADERS)
+AT_2_0 = (*NUMBERS, *HEADERS, *DECOYS)
+AT_3_0 = (*AT_2_0, "header_protection_key", *RANGES)
+NEW_TAGS = ("b", "t", "r", "rc", "rd", "d", "ds", "dz")
+VERSIONS = {
+    "0.2.12": Version(AT_1_0, (), True, True, wide=False, tells_old=True),
+    "0.2.13": Version(AT_2_0, ("b", "c", "t", "r", "wt"), True, True, wide=False, tells_old=True),
+    "0.2.15": Version(AT_2_0, ("b", "c", "t", "r", "rc", "rd"), True, True, drops=True),
+    "0.2.16": Version(AT_2_0, NEW_TAGS, False, False, no_zero=True),
+    "3.0": Version(AT_3_0, NEW_TAGS, False, False),
+    "3.1": Version((*AT_3_0, *FLAGS), NEW_TAGS, False, False),
+}
 
 
 def ends(text: str) -> tuple[int, int]:
@@ -49,18 +81,32 @@ def ends(text: str) -> tuple[int, int]:
 class Shape:
     """What packets look like, from the device keys. Raises ValueError as the program refuses."""
 
-    def __init__(self, given: dict[str, str]) -> None:
+    def __init__(self, given: dict[str, str], version: Version) -> None:
         self.given = given
+        self.drops = version.drops
         self.numbers = {name: int(given.get(name, "0")) for name in NUMBERS}
         self.headers = [ends(given.get(h, str(i))) for i, h in enumerate(HEADERS, 1)]
         for i, (low, high) in enumerate(self.headers):
             if any(low <= b and a <= high for a, b in self.headers[i + 1 :]):
+                raise ValueError
+            if low != high and not version.wide:
                 raise ValueError
         self.key = bytes.fromhex(given.get("header_protection_key", ""))
         if any(self.key) and min(self.numbers[f"s{i}"] for i in SIZES) < 12:
             raise ValueError
         for name in RANGES:
             ends(given.get(name, "0"))
+        if version.checks:
+            sizes = [self.numbers[f"s{kind}"] + size for kind, size in SIZES.items()]
+            if len(set(sizes)) < 4 or self.numbers["jmin"] > self.numbers["jmax"]:
+                raise ValueError
+        self.decoys_given = [tags_of(given[name]) for name in DECOYS if given.get(name)]
+        for tags in self.decoys_given:
+            check_tags(tags, version)
+        names = [name for name in DECOYS if given.get(name)]
+        if version.checks and names != list(DECOYS[: len(names)]):
+            raise ValueError
+        self.trailers = FLAG_VALUES[given.get("random_trailers", "0")]
 
     def mask(self, packet: bytes) -> int:
         if not any(self.key):
@@ -72,38 +118,62 @@ class Shape:
         low, high = self.headers[kind - 1]
         padding = secrets.token_bytes(self.numbers[f"s{kind}"])
         header = (low + secrets.randbelow(high - low + 1)) ^ self.mask(padding)
-        return padding + struct.pack("<I", header) + message[4:]
+        packet = padding + struct.pack("<I", header) + message[4:]
+        if self.trailers and kind != 4 and len(packet) < TRAILER_WINDOW:
+            packet += secrets.token_bytes(secrets.randbelow(TRAILER_WINDOW - len(packet)))
+        return packet
 
     def show(self, packet: bytes) -> bytes | None:
         for kind, size in SIZES.items():
             start = self.numbers[f"s{kind}"]
-            fits = len(packet) >= start + size if kind == 4 else len(packet) == start + size
-            if not fits:
+            longer = len(packet) > start + size and (kind == 4 or self.trailers)
+            if len(packet) != start + size and not longer:
                 continue
             low, high = self.headers[kind - 1]
             header = struct.unpack_from("<I", packet, start)[0] ^ self.mask(packet)
+            if self.drops and not any(a <= header <= b for a, b in self.headers):
+                return None
             if low <= header <= high:
-                return struct.pack("<I", kind) + packet[start + 4 :]
+                end = len(packet) if kind == 4 else start + size
+                return struct.pack("<I", kind) + packet[start + 4 : end]
         return None
 
     def decoys(self) -> list[bytes]:
-        made = [decoy(self.given[name]) for name in DECOYS if self.given.get(name)]
+        made = [decoy(tags) for tags in self.decoys_given]
         low, high = self.numbers["jmin"], self.numbers["jmax"]
         sizes = [low + secrets.randbelow(high - low + 1) for _ in range(self.numbers["jc"])]
         return made + [secrets.token_bytes(size) for size in sizes]
 
 
-def decoy(text: str) -> bytes:
+def tags_of(text: str) -> list[tuple[str, str]]:
+    """What stands between < and >; what stands outside is not looked at."""
+    found = [part.partition(">")[0].split() for part in text.split("<")[1:]]
+    return [(words[0], "".join(words[1:2])) for words in found]
+
+
+def check_tags(tags: list[tuple[str, str]], version: Version) -> None:
+    names = [name for name, _ in tags]
+    if any(name not in version.tags for name in names):
+        raise ValueError
+    if version.checks and max(names.count("t"), names.count("c")) > 1:
+        raise ValueError
+    for name, argument in tags:
+        if name in ("r", "rc", "rd") and not int(argument) <= (1000 if version.checks else 65535):
+            raise ValueError
+        if name == "b" and not bytes.fromhex(argument.removeprefix("0x")):
+            raise ValueError
+
+
+def decoy(tags: list[tuple[str, str]]) -> bytes:
+    letters = {"r": bytes(range(256)), "rd": b"0123456789", "rc": b"abcdefghijk", "dz": b"\0"}
     made = b""
-    for tag in text.strip("<>").split("><"):
-        name, _, argument = tag.partition(" ")
+    for name, argument in tags:
         if name == "b":
             made += bytes.fromhex(argument.removeprefix("0x"))
-        elif name == "t":
+        elif name in ("t", "c"):
             made += struct.pack(">I", int(time.time()))
-        else:
-            letters = {"r": bytes(range(256)), "rd": b"0123456789", "rc": b"abcdefghijk"}[name]
-            made += bytes(secrets.choice(letters) for _ in range(int(argument)))
+        elif name in letters:
+            made += bytes(secrets.choice(letters[name]) for _ in range(int(argument)))
     return made
 
 
@@ -111,7 +181,7 @@ class Relay:
     """Between the wire and wireguard-go's port on loopback: a local socket for each far address."""
 
     def __init__(self, inner_port: int) -> None:
-        self.shape = Shape({})
+        self.shape = Shape({}, VERSIONS["3.1"])
         self.inner = ("127.0.0.1", inner_port)
         self.lock = threading.Lock()
         self.locals: dict[tuple[str, int], socket.socket] = {}
@@ -172,7 +242,8 @@ def split_endpoint(text: str) -> tuple[str, int]:
 class Control:
     """UAPI: AmneziaWG's keys are kept here, the rest goes to wireguard-go."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, version: Version) -> None:
+        self.version = version
         self.inner_path = f"{INNER}/{name}.sock"
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.bind(("127.0.0.1", 0))
@@ -180,6 +251,7 @@ class Control:
         self.relay = Relay(inner_port)
         self.lock = threading.Lock()
         self.given: dict[str, str] = {}
+        self.headers_told: dict[str, str] = {}
         self.ask(f"set=1\nlisten_port={inner_port}\n\n")
 
     def ask(self, request: str) -> str:
@@ -192,14 +264,23 @@ class Control:
         return answer.decode()
 
     def set(self, lines: list[str]) -> str:
-        given, passed, in_peer, port = dict(self.given), [], False, None
+        passed: list[str] = []
+        device = [line for line in lines if line.partition("=")[0] in KEYS]
+        given = dict(self.given)
+        if device and self.version.forgets:  # but not packets, unless there are others
+            new = [line for line in device if line[:2] in DECOYS and not line.endswith("=")]
+            given = {} if new else {name: given[name] for name in DECOYS if name in given}
+        in_peer, port = False, None
         for line in lines:
             key, _, value = line.partition("=")
             in_peer |= key == "public_key"
             if not in_peer and key in KEYS:
-                given.pop(key, None)
+                if not self.is_taken(key, value):
+                    return "errno=-22\n\n"
                 if value not in EMPTY:
                     given[key] = value
+                elif not (key in DECOYS and self.version.forgets):
+                    given.pop(key, None)
             elif not in_peer and key == "listen_port":
                 port = int(value)
             elif key == "endpoint":
@@ -207,9 +288,12 @@ class Control:
                 passed.append(f"endpoint=127.0.0.1:{local.getsockname()[1]}")
             else:
                 passed.append(line)
+        numbers = {name: int(given.get(name, "0")) for name in ("jc", "jmin", "jmax")}
+        if self.version.checks and numbers["jc"] and numbers["jmin"] == numbers["jmax"]:
+            given["jmax"] = str(numbers["jmax"] + 1)
         try:
-            shape = Shape(given)
-        except ValueError:
+            shape = Shape(given, self.version)
+        except (ValueError, KeyError, IndexError):
             return "errno=-22\n\n"
         try:
             if port is not None:
@@ -217,7 +301,16 @@ class Control:
         except OSError:
             return "errno=-98\n\n"
         self.given, self.relay.shape = given, shape
+        if self.version.tells_old:
+            self.headers_told |= {h: given[h] for h in HEADERS if int(given.get(h, "0")) > 4}
         return self.ask("\n".join(["set=1", *passed, "", ""]))
+
+    def is_taken(self, key: str, value: str) -> bool:
+        if key in FLAGS and value not in FLAG_VALUES:
+            return False
+        if self.version.no_zero and key in ("jc", "jmin", "jmax") and value == "0":
+            return False
+        return key in self.version.keys
 
     def get(self) -> str:
         ports = {local.getsockname()[1]: far for far, local in self.relay.locals.items()}
@@ -226,7 +319,10 @@ class Control:
             key, _, value = line.partition("=")
             if key == "listen_port":
                 shown.append(f"listen_port={self.relay.port()}")
-                shown += [f"{name}={self.given[name]}" for name in KEYS if name in self.given]
+                told = {**self.given, **self.headers_told}
+                shown += [f"{name}={told[name]}" for name in KEYS if name in told]
+                absent = [f for f in FLAGS if f in self.version.keys and f not in self.given]
+                shown += [f"{name}=0" for name in absent]
             elif key == "endpoint":
                 far = ports.get(int(value.rpartition(":")[2]))
                 shown += [f"endpoint=[{far[0]}]:{far[1]}"] if far else []
@@ -252,7 +348,11 @@ def die_with_parent() -> None:
 
 
 def main() -> None:
-    name = sys.argv[-1]
+    like = sys.argv[sys.argv.index("--like") + 1] if "--like" in sys.argv else "3.1"
+    version, name = VERSIONS[like], sys.argv[-1]
+    if name == "--version":
+        print(f"amneziawg-go {like}")
+        return
     daemon = subprocess.Popen(["wireguard-go", "-f", name], preexec_fn=die_with_parent)  # noqa: PLW1509
     # The interface's end is wireguard-go's, and so the program's.
     threading.Thread(target=lambda: os._exit(daemon.wait() and 1), daemon=True).start()
@@ -261,7 +361,7 @@ def main() -> None:
     control = None
     while control is None:
         with contextlib.suppress(ConnectionError):
-            control = Control(name)
+            control = Control(name, version)
     os.makedirs(OUTER, mode=0o700, exist_ok=True)
     path = f"{OUTER}/{name}.sock"
     with contextlib.suppress(FileNotFoundError):

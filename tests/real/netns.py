@@ -303,7 +303,9 @@ class Stream:
             self._sender.bind((sender, 0))
         self._to = (address, self._receiver.getsockname()[1])
         self._ended = threading.Event()
-        self._threads = [threading.Thread(target=t) for t in (self._send, self._receive)]
+        self._threads = [
+            threading.Thread(target=t, daemon=True) for t in (self._send, self._receive)
+        ]
 
     def __enter__(self) -> Stream:
         for thread in self._threads:
@@ -361,7 +363,7 @@ class RunningPing:
             )
         os.close(its_end)
         self._output = b""
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def __enter__(self) -> RunningPing:

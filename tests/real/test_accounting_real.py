@@ -1,5 +1,8 @@
 """Totals against the clients' own counters, to the byte; expiry is in test_tunnel.py, quota here.
 
+What a peer moved since the last sample before it leaves the interface is not counted, so tests wait
+for a sample before they let it leave. From there on nothing is lost.
+
 What the gateway's interface receives is what the client's sent, as long as nothing is lost on the
 way: on a veth pair with a few packets nothing is. Nothing but the tests' pings is sent by itself:
 no keepalive before 10 s without an answer.
@@ -73,7 +76,8 @@ class Account:
         wait_for(lambda: self.said() == self.truth(), what=f"{self.truth()}, not {self.said()}")
 
     def cut_off(self, change: Callable[[], Answer]) -> None:
-        """A change that ends the session: what was counted until then is in the totals at once."""
+        """A change that ends the session, behind a sample of all that was counted until then."""
+        self.becomes_true()
         before = self.truth()
         answer = change()
         after = self.truth()

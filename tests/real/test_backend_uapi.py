@@ -63,6 +63,7 @@ class TestUapiBackend(InterfaceContract):
         netns.freeze(pid)
         monkeypatch.setattr(wggw, "BACKEND_TIMEOUT", 0.2)
         for each in (backend, second):
+            each._control.close()  # a connection keeps the timeout that it began with
             for _ in range(wggw.HUNG_TIMEOUTS):
                 assert each.alive()
                 with pytest.raises(wggw.BackendError, match="no answer within"):
@@ -151,11 +152,12 @@ def test_a_program_that_hangs_is_a_backend_error_in_time(
     interface: interfaces.Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wggw, "BACKEND_TIMEOUT", 0.3)
+    monkeypatch.setitem(wggw.UAPI_DIRECTORIES, interface.link.kind, str(tmp_path))
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / f"{interface.link.name}.sock"))
         silent.listen()
-        backend = wggw.UapiBackend(interface.link, None, str(tmp_path))
+        backend = wggw.UapiBackend(interface.link, None)
         interface.backends.append(backend)
-        for call in (backend.setup, backend.read, lambda: put(backend, peer("a"))):
+        for call in (backend.setup, lambda: backend.read(()), lambda: put(backend, peer("a"))):
             with pytest.raises(wggw.BackendError):
                 call()

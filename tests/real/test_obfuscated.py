@@ -1,8 +1,9 @@
 """Obfuscated tunnels through real packets: what the API answers is all that a client needs.
 
-amneziawg-go is used where it is on PATH (tests/run builds it where Go can fetch it), with every
-generation and preset. Elsewhere amneziawg_stand_in.py takes its place, for two of them, or for all
-with WGGW_LONG=1; what only the real program can show is then skipped.
+amneziawg-go is used where it is on PATH, in all versions that are there (see awg_programs.py;
+tests/run builds the newest where Go can fetch it), with every generation and preset. Elsewhere
+amneziawg_stand_in.py takes its place, for some of them, or for all with WGGW_LONG=1; what only the
+real program can show is then skipped.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ import contextlib
 import json
 import os
 import re
-import shlex
-import shutil
 import socket
 import struct
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import awg_programs
 import netns
 import pytest
+from awg_programs import SOCKETS, uapi
 from backend_contract import output
 from harness import LONG, Client, GatewayProcess, a_key, wait_for
 from netns import Topology
@@ -33,38 +33,28 @@ import wggw
 
 pytestmark = pytest.mark.real
 
-SOCKETS = Path("/var/run/amneziawg")
-PROGRAM = shutil.which("amneziawg-go")
 AWG_GATEWAY = ("10.78.0.1", "fd78::1")
 PORT = 51999
+PROGRAM = bool(awg_programs.REAL)
 SETS = [(g, p) for g in wggw.GENERATIONS for p in wggw.PRESETS if (g, p) != ("1.0", "dns")]
 
 
 @pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """amneziawg-go, or the stand-in under its name, first on PATH."""
+def program(tmp_path: Path) -> Path:
+    """The newest amneziawg-go, or the stand-in under its name."""
     netns.need("wireguard-go", "wg", tun=True)
-    if PROGRAM is not None:
-        return PROGRAM
-    directory = tmp_path / "bin"
-    directory.mkdir()
-    stand_in = Path(__file__).with_name("amneziawg_stand_in.py")
-    path = directory / "amneziawg-go"
-    command = shlex.join([sys.executable, str(stand_in)])
-    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
-    return str(path)
+    return awg_programs.install(awg_programs.newest(), tmp_path / "bin")
 
 
 @pytest.fixture
 def gateway(
-    program: str, topology: Topology, settings: dict[str, str], tmp_path: Path
+    program: Path, topology: Topology, settings: dict[str, str], tmp_path: Path
 ) -> Iterator[GatewayProcess]:
     """A plain and an obfuscated interface, not started yet."""
     name = netns.unique()
     more = {
         "WG_BACKEND": "uapi",
+        "PATH": awg_programs.path_with(program.parent),
         "AWG_INTERFACE": name,
         "AWG_IPV4_SUBNET": "10.78.0.0/24",
         "AWG_IPV6_SUBNET": "fd78::/64",
@@ -75,17 +65,6 @@ def gateway(
     process.close()
     (SOCKETS / f"{name}.sock").unlink(missing_ok=True)
     netns.forget_socket(name)
-
-
-def uapi(name: str, request: str, directory: Path = SOCKETS) -> str:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(30)
-        connection.connect(str(directory / f"{name}.sock"))
-        connection.sendall(request.encode())
-        answer = b""
-        while not answer.endswith(b"\n\n"):
-            answer += connection.recv(65536)
-    return answer.decode()
 
 
 def uapi_lines(text: str, private_key: str, changes: dict[str, str]) -> list[str]:
@@ -102,6 +81,8 @@ def uapi_lines(text: str, private_key: str, changes: dict[str, str]) -> list[str
             continue
         name = names.get(key) or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
         value = private_key if name == "private_key" else value
+        if name in ("random_trailers", "disable_cookies"):  # parse_bool() of awg's config.c
+            value = {"on": "1", "off": "0"}[value]
         if name in ("private_key", "public_key", "preshared_key", "header_protection_key"):
             value = base64.b64decode(value).hex()
         for part in value.split(", ") if name == "allowed_ip" else [changes.get(name, value)]:
@@ -115,9 +96,11 @@ def uapi_lines(text: str, private_key: str, changes: dict[str, str]) -> list[str
 class HiddenClient:
     """An AmneziaWG client in a client's namespace, set up from our file and nothing else."""
 
-    def __init__(self, topology: Topology, number: int = 0) -> None:
+    def __init__(self, topology: Topology, program: Path, number: int = 0) -> None:
+        self.program = program
         self.namespace = topology.clients[number]
         self.name = netns.unique()
+        self.process: subprocess.Popen[bytes] | None = None
         self.private_key = output("wg", "genkey").strip()
         self.public_key = subprocess.run(
             ["wg", "pubkey"], input=self.private_key, capture_output=True, text=True, check=True
@@ -126,16 +109,7 @@ class HiddenClient:
     def connect(self, text: str, **changes: str) -> None:
         """`changes` are device keys that differ from the file."""
         with self.namespace.inside():
-            subprocess.Popen(
-                ["amneziawg-go", "-f", self.name],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        path = SOCKETS / f"{self.name}.sock"
-        wait_for(path.exists, what="amneziawg-go of the client")
-        wait_for(self._listens, what="its socket")
+            self.process = awg_programs.start(self.program, self.name)
         found = dict(re.findall(r"^(Address|MTU) = (.+)$", text, re.MULTILINE))
         lines = uapi_lines(text, self.private_key, changes)
         answer = uapi(self.name, "\n".join(["set=1", *lines, "", ""]))
@@ -146,11 +120,6 @@ class HiddenClient:
             f"route add 10.78.0.0/24 dev {self.name}",
             f"route add fd78::/64 dev {self.name}",
         )
-
-    def _listens(self) -> bool:
-        with contextlib.suppress(OSError):
-            return uapi(self.name, "get=1\n\n").endswith("errno=0\n\n")
-        return False
 
     def ping(self, target: str, count: int = 3, wait: int = 60) -> int:
         """How many of `count` pings are answered within `wait` seconds."""
@@ -165,14 +134,13 @@ class HiddenClient:
         return all(self.ping(target) == 3 for target in AWG_GATEWAY)
 
     def end(self) -> None:
-        """The program is killed with its namespace; its sockets are files."""
-        (SOCKETS / f"{self.name}.sock").unlink(missing_ok=True)
-        netns.forget_socket(self.name)
+        if self.process is not None:
+            awg_programs.end(self.process, self.name)
 
 
 @pytest.fixture
-def hidden(topology: Topology, program: str) -> Iterator[HiddenClient]:
-    client = HiddenClient(topology)
+def hidden(topology: Topology, program: Path) -> Iterator[HiddenClient]:
+    client = HiddenClient(topology, program)
     yield client
     client.end()
 
@@ -205,7 +173,7 @@ class Capture:
         self.sent: list[bytes] = []
         self.received: list[bytes] = []
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._read)
+        self._thread = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> Capture:
         self._thread.start()
@@ -403,18 +371,287 @@ def end_program(name: str) -> None:
     os.kill(struct.unpack("3i", credentials)[0], 9)
 
 
-@pytest.mark.skipif(PROGRAM is None, reason="needs amneziawg-go (tests/run builds it with Go)")
-def test_real_amneziawg_go_accepts_generated_parameters_and_prints_what_was_set(
-    topology: Topology, hidden: HiddenClient
+# --- generations, presets and versions of programs ------------------------------------------------
+
+FEW = [("1.0", "strong"), ("1.5", "dns"), ("1.5", "strong"), ("2.0", "strong"), ("3.1", "default")]
+NO_REAL = pytest.mark.skipif(not PROGRAM, reason="needs amneziawg-go on PATH")
+NO_TOOLS = pytest.mark.skipif(
+    not (PROGRAM and awg_programs.TOOLS), reason="needs amneziawg-go and awg on PATH"
+)
+
+
+def speaks(label: str, generation: str) -> bool:
+    return awg_programs.generation(label) >= generation
+
+
+@pytest.mark.parametrize(("generation", "preset"), SETS if PROGRAM or LONG else FEW)
+def test_clients_of_every_version_that_knows_the_generation_connect(
+    topology: Topology, gateway: GatewayProcess, tmp_path: Path, generation: str, preset: str
 ) -> None:
-    with topology.clients[0].inside():
-        subprocess.Popen(["amneziawg-go", "-f", hidden.name], start_new_session=True)
-    wait_for(hidden._listens, what="amneziawg-go")
-    actual = wggw.PLAIN
-    for number in range(50 * len(SETS)):
-        wanted = wggw.generate_obfuscation(*SETS[number % len(SETS)]).parameters
-        lines = wggw.encode_uapi_parameters(wanted, actual)
-        assert uapi(hidden.name, f"set=1\n{lines}\n") == "errno=0\n\n", lines
-        printed = uapi(hidden.name, "get=1\n\n")[:-1].encode()
-        actual = wggw.decode_uapi_device([printed])[0].obfuscation
-        assert actual == wanted
+    speak(gateway, generation, preset)
+    api = gateway.start().client()
+    connected = {}
+    for label in filter(lambda label: speaks(label, generation), awg_programs.LABELS):
+        client = HiddenClient(topology, awg_programs.install(label, tmp_path / label))
+        try:
+            client.connect(create(api, client))
+            connected[label] = client.reaches()
+        except AssertionError as error:
+            connected[label] = str(error)
+        finally:
+            client.end()
+    assert connected and set(connected.values()) == {True}, connected
+
+
+def of_each_version() -> list[tuple[str, str, str]]:
+    if PROGRAM or LONG:
+        return [(label, *pair) for label in awg_programs.LABELS for pair in SETS]
+    return [("stand-in 0.2.12", "1.0", "default"), ("stand-in 0.2.13", "1.5", "strong")]
+
+
+@pytest.mark.parametrize("case", of_each_version(), ids=" ".join)
+def test_a_gateway_with_a_program_of_every_version_speaks_what_it_knows(
+    topology: Topology, gateway: GatewayProcess, tmp_path: Path, case: tuple[str, str, str]
+) -> None:
+    label, generation, preset = case
+    if not speaks(label, generation):
+        pytest.skip(f"{label} is older than generation {generation}")
+    path = awg_programs.install(label, tmp_path / label)
+    gateway.settings["PATH"] = awg_programs.path_with(path.parent)
+    shown = speak(gateway, generation, preset)
+    api = gateway.start().client()
+    wanted = wggw.parse_obfuscation(shown).parameters
+    assert awg_programs.parameters(gateway.settings["AWG_INTERFACE"]) == wanted
+    client = HiddenClient(topology, path)
+    try:
+        client.connect(create(api, client))
+        assert client.reaches()
+        # Only one value changes, and nobody is cut off: programs up to 0.2.15 forget the others
+        # when a set does not hold them, obfuscation ends, and plain clients pass.
+        changed = {**shown, "jc": shown["jc"] + 1}
+        del changed["parameters_version"]
+        answer = api.send("POST", "/api/v1/obfuscation/rotate", {"parameters": changed})
+        assert (answer.status, answer.json["cut_off_peers"]) == (200, 0), answer
+        assert client.reaches()
+        name = gateway.settings["AWG_INTERFACE"]
+        assert awg_programs.parameters(name) == wanted._replace(jc=wanted.jc + 1)
+    finally:
+        client.end()
+
+
+@contextlib.contextmanager
+def backend_of(label: str, directory: Path, spoken: wggw.Obfuscation) -> Iterator[wggw.UapiBackend]:
+    """A program's interface in a namespace of its own, set up to speak."""
+    path, name = awg_programs.install(label, directory), netns.unique()
+    link = wggw.Link(name, ("10.79.0.1/24",), 1340, PORT, bytes(range(40, 72)), spoken)
+    with netns.Namespace() as namespace, namespace.inside():
+        backend = wggw.UapiBackend(link, str(path))
+        try:
+            backend.setup()
+            yield backend
+        finally:
+            backend.close()
+            end_program(name)
+            netns.forget_socket(name)
+
+
+def set_by_hand(name: str, **values: Any) -> None:
+    told = awg_programs.parameters(name)
+    lines = wggw.encode_uapi_parameters(told._replace(**values), told)
+    assert uapi(name, f"set=1\n{lines}\n") == "errno=0\n\n"
+
+
+SOME = awg_programs.LABELS if PROGRAM or LONG else ["stand-in 0.2.13", "stand-in 3.1"]
+BY_HAND: dict[str, Any] = {
+    "jc": 2, "jmin": 31, "jmax": 1000, "s1": 13, "h4": wggw.Span(77, 77), "i1": "<r 7>",
+    "i2": "<t><r 9>", "s4": 39, "h1": wggw.Span(70, 75), "rekey_timeout": wggw.Span(7, 9),
+    "content_padding_addition": wggw.Span(3, 3), "header_protection_key": bytes(range(32)),
+    "random_trailers": False, "disable_cookies": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("label", SOME)
+def test_each_parameter_that_others_change_is_seen_and_put_back(
+    label: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = awg_programs.generation(label)
+    spoken = wggw.generate_obfuscation(newest, "strong").parameters
+    with backend_of(label, tmp_path, spoken) as backend:
+        link = backend._link
+        for name, value in BY_HAND.items():
+            known = wggw.generation_of(wggw.PLAIN._replace(**{name: value})) <= newest
+            if not known or value == getattr(spoken, name):
+                continue
+            set_by_hand(link.name, **{name: value})
+            assert backend.read(()).device_differs(link), name
+            backend.setup()
+            assert not backend.read(()).device_differs(link), name
+            assert awg_programs.parameters(link.name) == spoken
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("label", SOME)
+def test_what_a_program_cannot_do_is_said_once_and_not_set_again_and_again(
+    label: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Programs up to 0.2.15 keep packets that were emptied and tell a larger Jmax, for example."""
+    spoken = wggw.generate_obfuscation(awg_programs.generation(label), "strong").parameters
+    plain = wggw.PLAIN._replace(jc=3, jmin=40, jmax=50)
+    no_packets = dict.fromkeys(("i1", "i2", "i3"), "")
+    before: list[str] = []
+    with backend_of(label, tmp_path, spoken) as backend:
+        for wanted in (spoken._replace(jmin=50, jmax=50), spoken._replace(**no_packets), plain):
+            caplog.clear()
+            link = backend._link._replace(obfuscation=wanted)
+            for _ in range(3):
+                backend.setup(link)
+                assert not backend.read(()).device_differs(link)
+            told = awg_programs.parameters(link.name)
+            odd = wggw.unlike(told, wanted, wggw.Obfuscation._fields)
+            warned = [record.getMessage() for record in caplog.records]
+            assert len(warned) == (bool(odd) and odd != before), (odd, warned)
+            before = odd
+            assert all(f"reports other values of {', '.join(odd)} than" in text for text in warned)
+            set_by_hand(link.name, jc=11)
+            assert backend.read(()).device_differs(link)
+
+
+@pytest.mark.parametrize("label", [x for x in awg_programs.LABELS if re.search(r"0\.2\.1[6-9]", x)])
+def test_junk_that_cannot_be_set_to_0_again_is_refused_by_name_and_stays_when_others_set_it(
+    label: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet = wggw.generate_obfuscation("2.0", "light").parameters._replace(jc=0, jmin=0, jmax=0)
+    with backend_of(label, tmp_path, quiet) as backend:
+        link = backend._link
+        set_by_hand(link.name, jc=5, s1=quiet.s1 + 1)
+        backend.setup()
+        assert not backend.read(()).device_differs(link)
+        assert awg_programs.parameters(link.name) == quiet._replace(jc=5)
+        backend.setup()
+        assert caplog.text.count("reports other values of Jc than were set") == 1
+        backend.setup(link._replace(obfuscation=quiet._replace(jc=3)))
+        words = "; Jc: amneziawg-go 0.2.16 to 0.2.19, of generation 2.0, cannot set it to 0 again"
+        with pytest.raises(wggw.ParametersRefused, match=words):
+            backend.setup(link)
+
+
+@pytest.mark.parametrize(
+    ("like", "values", "words"),
+    [
+        ("0.2.12", {"i1": "<r 20>"}, "I1: it came with generation 1.5: kernel module v1.0.2025"),
+        (
+            "0.2.13",
+            {"h1": "50-60", "h2": 70, "h3": 80, "h4": 90},
+            "H1: a range came with generation 2.0",
+        ),
+        ("0.2.13", {"i1": "<rd 20>"}, "I1: each of <rd>, <rc> came with generation 2.0"),
+        ("3.0", {"random_trailers": "on"}, "RandomTrailers: it came with generation 3.1"),
+    ],
+)
+def test_a_program_that_is_too_old_ends_the_start_with_what_it_does_not_know(
+    gateway: GatewayProcess, tmp_path: Path, like: str, values: dict[str, Any], words: str
+) -> None:
+    path = awg_programs.install(f"stand-in {like}", tmp_path / like)
+    gateway.settings["PATH"] = awg_programs.path_with(path.parent)
+    gateway.settings["AWG_PARAMS"] = json.dumps({"s1": 20, "s2": 30, **values})
+    assert gateway.spawn().wait(60) != 0
+    assert words in gateway.text()
+    assert "Traceback" not in gateway.text()
+
+
+def test_a_client_without_the_trailers_of_the_interface_gets_nothing(
+    topology: Topology, gateway: GatewayProcess, hidden: HiddenClient
+) -> None:
+    speak(gateway, "3.1", "light")
+    text = create(gateway.start().client(), hidden)
+    assert "\nRandomTrailers = on\n" in text
+    hidden.connect(text, random_trailers="0")
+    assert hidden.ping(AWG_GATEWAY[0], count=2, wait=4) == 0
+
+
+@NO_REAL
+def test_real_programs_accept_generated_parameters_and_print_what_was_set(
+    topology: Topology,
+) -> None:
+    for label, path in awg_programs.REAL.items():
+        pairs = [pair for pair in SETS if speaks(label, pair[0])]
+        with awg_programs.running(path) as name:
+            actual = awg_programs.parameters(name)
+            assert actual == wggw.PLAIN
+            for number in range(20 * len(pairs)):
+                generation, preset = pairs[number % len(pairs)]
+                wanted = wggw.generate_obfuscation(generation, preset).parameters
+                lines = wggw.encode_uapi_parameters(wanted, actual)
+                assert uapi(name, f"set=1\n{lines}\n") == "errno=0\n\n", (label, lines)
+                actual = awg_programs.parameters(name)
+                assert wggw.same_language(wanted, actual), label
+
+
+@NO_TOOLS
+def test_awg_of_every_version_takes_the_files_of_its_generation(tmp_path: Path) -> None:
+    key = base64.b64encode(bytes(range(32))).decode()
+    with awg_programs.running(awg_programs.REAL[awg_programs.newest()]) as name:
+        for label in awg_programs.TOOLS:
+            for generation, preset in SETS:
+                if awg_programs.tools_generation(label) < generation:
+                    continue
+                state = wggw.generate_obfuscation(generation, preset)
+                lines = "\n".join(wggw.awg_quick(wggw.show_state(state)))
+                text = f"[Interface]\nPrivateKey = {key}\n{lines}\n"
+                assert awg_programs.awg(label, name, text) == "", (label, text)
+                spoken = awg_programs.parameters(name)
+                assert spoken == state.parameters, (label, text)
+                shown = awg_programs.showconf(label, name)
+                assert wggw.parse_obfuscation(wggw.parse_awg_file(shown)).parameters == spoken
+                assert wggw.read_foreign(shown.encode()).peers == []
+                lines = wggw.encode_uapi_parameters(wggw.PLAIN, spoken)
+                assert uapi(name, f"set=1\n{lines}\n") == "errno=0\n\n"
+                assert awg_programs.parameters(name) == wggw.PLAIN
+
+
+# --- loss -----------------------------------------------------------------------------------------
+
+PING_SIZES = (8, 16, 24, 56, 64, 100, 128, 200, 256, 500, 1000, 1300)
+
+
+def received(client: HiddenClient, size: int, count: int) -> int:
+    command = ["ping", "-n", "-q", "-f", "-c", str(count), "-s", str(size), AWG_GATEWAY[0]]
+    with client.namespace.inside():
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    match = re.search(r"(\d+) received", done.stdout)
+    assert match, done.stdout + done.stderr
+    return int(match[1])
+
+
+@NO_REAL
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not LONG, reason="needs WGGW_LONG=1: it takes a quarter of an hour")
+@pytest.mark.parametrize("generation", wggw.GENERATIONS)
+def test_no_ping_is_lost_to_parameters(
+    topology: Topology, gateway: GatewayProcess, tmp_path: Path, generation: str
+) -> None:
+    """Ten sets, the clients of all versions that speak the generation in turn."""
+    labels = [label for label in awg_programs.LABELS if speaks(label, generation)]
+    presets = [preset for preset, row in wggw.PRESETS.items() if row.since <= generation]
+    lost = {}
+    api = None
+    for number in range(10):
+        label = labels[number % len(labels)]
+        client = HiddenClient(topology, awg_programs.install(label, tmp_path / str(number)))
+        state = wggw.generate_obfuscation(generation, presets[number % len(presets)])
+        shown = wggw.show_state(state)
+        del shown["parameters_version"]
+        if api is None:
+            gateway.settings["AWG_PARAMS"] = json.dumps(shown)
+            api = gateway.start().client()
+        else:
+            body = {"parameters": shown, "confirm": True}
+            assert api.send("POST", "/api/v1/obfuscation/rotate", body).status == 200
+        client.connect(create(api, client))
+        assert client.reaches()
+        for size in PING_SIZES:
+            missing = 4000 - received(client, size, 4000)
+            if missing:
+                lost[label, size] = missing
+        client.end()
+    assert lost == {}

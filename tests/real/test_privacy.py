@@ -11,7 +11,9 @@ from pathlib import Path
 
 import netns
 import pytest
-from harness import API_KEY, wait_for
+from fakes import do
+from harness import wait_for
+from inside import Inside
 from netns import Topology, Tunnel, output
 
 import wggw
@@ -20,43 +22,8 @@ pytestmark = pytest.mark.real
 HOUR = 3600
 
 
-class Parts:
-    """A gateway with a wireguard-go (or kernel) interface and a clock that can be moved on."""
-
-    def __init__(self, topology: Topology, directory: Path) -> None:
-        self.ahead = 0.0
-        environment = {
-            "GATEWAY_API_KEY": API_KEY,
-            "WG_INTERFACE": topology.interface,
-            "WG_IPV4_SUBNET": topology.SUBNETS[0],
-            "WG_IPV6_SUBNET": topology.SUBNETS[1],
-            "WG_ENDPOINT": topology.ENDPOINT,
-            "WG_PRIVATE_KEY_FILE": str(directory / "privatekey"),
-            "DB_PATH": str(directory / "wireguard.db"),
-            "PRIVACY_SCRUB": str(HOUR),
-        }
-        self.config = wggw.load_config(environment)
-        self.store = wggw.open_store(self.config)
-        self.store.recover()
-        self.gateway = wggw.Gateway(self.config, self.store, lambda: time.time() + self.ahead)
-        [settings] = wggw.interface_settings(self.config)
-        link = wggw.make_link(settings, wggw.load_private_key(settings))
-        self.backend = wggw.open_backend("auto", link)
-        self.gateway.start([(settings, link, self.backend)])
-        self.name = link.name
-
-    def close(self) -> None:
-        self.gateway.close()
-        self.store.close()
-
-    def connect(self, topology: Topology, number: int) -> Tunnel:
-        tunnel = topology.tunnel(number)
-        fields = {"public_key": tunnel.public_key, "protocol": "dual"}
-        outcome = self.gateway.create(fields)
-        [interface] = self.gateway.interfaces.values()
-        tunnel.connect(wggw.configuration(outcome.peer, outcome.traffic, interface, self.config, 0))
-        assert tunnel.ping(Topology.GATEWAY[0], count=1) == {Topology.GATEWAY[0]: 1}
-        return tunnel
+class Parts(Inside):
+    """What the tests look at."""
 
     def endpoint(self, tunnel: Tunnel) -> str:
         return self.shown("endpoints", tunnel)[0]
@@ -82,7 +49,7 @@ class Parts:
 
         def steady() -> tuple[int] | None:
             before = self.counted(tunnel)
-            self.gateway.sample()
+            self.gateway.projection.sample()
             return (before,) if before == self.counted(tunnel) else None
 
         return int(wait_for(steady, 30, "a sample without a packet in between")[0])
@@ -101,7 +68,7 @@ class Parts:
 def parts(topology: Topology, tmp_path: Path) -> Iterator[Parts]:
     if not netns.kernel_has_wireguard():
         netns.need("wireguard-go", tun=True)
-    made = Parts(topology, tmp_path)
+    made = Parts(topology, tmp_path, PRIVACY_SCRUB=str(HOUR))
     yield made
     made.close()
 
@@ -109,8 +76,8 @@ def parts(topology: Topology, tmp_path: Path) -> Iterator[Parts]:
 def test_a_silent_peers_endpoint_is_forgotten_its_total_is_not_and_it_comes_back(
     parts: Parts, topology: Topology
 ) -> None:
-    silent, lively = parts.connect(topology, 0), parts.connect(topology, 1)
-    parts.gateway.sample()
+    silent, lively = parts.connect(0), parts.connect(1)
+    parts.gateway.projection.sample()
     assert parts.endpoint(silent).startswith("192.0.2.2:")
     parts.settle(silent)
     silent.namespace.ip(f"link set {silent.name} down")
@@ -118,13 +85,13 @@ def test_a_silent_peers_endpoint_is_forgotten_its_total_is_not_and_it_comes_back
     assert before > 0
 
     parts.ahead = HOUR + 5  # so is the lively one's handshake: it is scrubbed as well
-    parts.gateway.sample()
+    parts.gateway.projection.sample()
     assert parts.endpoint(silent) == parts.endpoint(lively) == "(none)"
     assert parts.counted(silent) == 0
     assert parts.total(silent) == before
     handshake = parts.gateway.get(silent.public_key).traffic.last_handshake
     assert abs(handshake - time.time()) < 60
-    parts.gateway.sample()
+    parts.gateway.projection.sample()
     assert parts.total(silent) == before
 
     # The peer is still one: the client's next handshake brings everything back.
@@ -145,11 +112,11 @@ def test_a_silent_peers_endpoint_is_forgotten_its_total_is_not_and_it_comes_back
 def test_peers_with_a_younger_handshake_keep_their_session(
     parts: Parts, topology: Topology
 ) -> None:
-    tunnel = parts.connect(topology, 0)
+    tunnel = parts.connect(0)
     before = parts.shown("latest-handshakes", tunnel), parts.endpoint(tunnel)
     for ahead in (0, HOUR - 60):
         parts.ahead = ahead
-        parts.gateway.sample()
+        parts.gateway.projection.sample()
     assert (parts.shown("latest-handshakes", tunnel), parts.endpoint(tunnel)) == before
     assert tunnel.ping(Topology.GATEWAY[0], count=2) == {Topology.GATEWAY[0]: 2}
 
@@ -159,11 +126,11 @@ def test_an_endpoint_without_a_handshake_is_forgotten_at_the_second_look(
 ) -> None:
     """Such as one that somebody set: in the first look it might be a handshake under way."""
     tunnel = topology.tunnel(0)
-    parts.gateway.create({"public_key": tunnel.public_key})
+    do(parts.gateway, "create", public_key=tunnel.public_key)
     output("wg", "set", parts.name, "peer", tunnel.public_key, "endpoint", "192.0.2.9:5")
-    parts.gateway.sample()
+    parts.gateway.projection.sample()
     assert parts.endpoint(tunnel) == "192.0.2.9:5"
-    parts.gateway.sample()
+    parts.gateway.projection.sample()
     assert parts.endpoint(tunnel) == "(none)"
 
 
@@ -171,7 +138,7 @@ def test_a_failing_interface_is_repaired_after_a_scrub(
     parts: Parts, topology: Topology, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worst moment: the peer is removed and not yet back."""
-    tunnel = parts.connect(topology, 0)
+    tunnel = parts.connect(0)
     parts.ahead = HOUR + 5
     apply = parts.backend.apply
 
@@ -182,9 +149,10 @@ def test_a_failing_interface_is_repaired_after_a_scrub(
     with monkeypatch.context() as patched:
         patched.setattr(parts.backend, "apply", half)
         with pytest.raises(wggw.BackendError):
-            parts.gateway.sample()
+            parts.gateway.projection.sample()
     assert parts.gateway.degraded()
-    parts.gateway.supervise()
+    parts.gateway.projection.supervise()
+    parts.gateway.projection.sample()
     assert not parts.gateway.degraded()
     parts.ahead = 0
     tunnel.reconnect()

@@ -24,7 +24,7 @@ key=$({ echo "$source $registers"; cat "$here/kernel.config"; } | sha256sum | cu
 kernel=$cache/linux-$key
 
 if [[ ${1:-} != --path && ! -x $kernel ]]; then
-  dpkg -s "${packages[@]}" >/dev/null 2>&1 || apt-get install -qy "${packages[@]}" >&2
+  dpkg -s "${packages[@]}" >/dev/null 2>&1 || apt-get -o DPkg::Lock::Timeout=600 install -qy "${packages[@]}" >&2
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
   tar -C "$work" -xf "/usr/src/$source.tar.xz"

@@ -45,7 +45,7 @@ image=$cache/$suite-$key.img
 [[ -n $only_path || -s $image ]] && { echo "$image"; exit 0; }
 
 [[ $EUID == 0 ]] || { echo "root.sh: needs root" >&2; exit 1; }
-dpkg -s debootstrap e2fsprogs >/dev/null 2>&1 || apt-get install -qy debootstrap e2fsprogs >&2
+dpkg -s debootstrap e2fsprogs >/dev/null 2>&1 || apt-get -o DPkg::Lock::Timeout=600 install -qy debootstrap e2fsprogs >&2
 options=(--variant=minbase)
 if [[ $suite == noble ]]; then
   script=/usr/share/debootstrap/scripts/gutsy  # what the scripts of all later suites are links to

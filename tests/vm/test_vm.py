@@ -54,6 +54,11 @@ def test_gateway_on_kernel_wireguard(guest: Guest) -> None:
     run_inside(guest, "vm/inside/check_gateway.py", 900)
 
 
+def test_an_interface_is_adopted_on_kernel_wireguard(guest: Guest) -> None:
+    name = "test_two_thousand_peers_are_taken_over_and_no_packet_is_lost"
+    run_inside(guest, f"real/test_adopt.py::{name}", 900)
+
+
 # --- power cuts -----------------------------------------------------------------------------------
 
 State = Any  # [status, IPv4, IPv6], or None where there is no such peer

@@ -16,6 +16,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -38,26 +39,12 @@ class NotBuilt(Exception):
 
 
 def _made_by(script: str, *arguments: str) -> Path:
-    """The path that a build script prints. Builds only when WGGW_VM_BUILD is set: it takes long."""
-    command = [str(HERE / script)]
-    if not os.environ.get("WGGW_VM_BUILD"):
-        command.append("--path")
-    done = subprocess.run(
-        [*command, *arguments],
-        stdin=subprocess.DEVNULL,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    lines = done.stderr.strip().splitlines() or ["no reason given"]
-    if done.returncode:
-        raise NotBuilt(f"tests/vm/{script} failed: {lines[-1]}")
-    path = Path(done.stdout.splitlines()[-1])
+    """The path of what a build script makes."""
+    command = [str(HERE / script), "--path", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    path = Path(done.stdout.strip())
     if not path.exists():
-        raise NotBuilt(
-            f"{path} is not there: make it with tests/vm/{' '.join([script, *arguments])}, "
-            "or set WGGW_VM_BUILD=1"
-        )
+        raise NotBuilt(f"{path} is not there: tests/vm/{' '.join([script, *arguments])} makes it")
     return path
 
 
@@ -79,9 +66,14 @@ class Result(NamedTuple):
 
 
 class Guest:
-    """One machine; start() and run() boot it anew each time, from the disk as it was left."""
+    """One machine; start(), run() and boot() boot it anew each time, from the disk as it was left.
 
-    def __init__(self, directory: Path, kernel: Path, image: Path, memory: str = "1536M") -> None:
+    Without an image it has no disk: see boot().
+    """
+
+    def __init__(
+        self, directory: Path, kernel: Path, image: Path | None = None, memory: str = "1536M"
+    ) -> None:
         self.host = directory / "host"
         self.host.mkdir(parents=True)
         self._directory, self._kernel, self._image = directory, kernel, image
@@ -103,21 +95,20 @@ class Guest:
     def start(self, script: str) -> None:
         """Boot and run the script; its output is in output() as it comes."""
         (self.host / "job").write_text(PRELUDE + script)
+        self.boot(
+            f"ubd0={self._directory / 'disk.cow'},{self._image}",
+            f"job={self.host}",
+            *["root=/dev/ubda", "rw", "systemd.show_status=false"],
+        )
+
+    def boot(self, *words: str) -> None:
+        """Boot with these words on the kernel's command line."""
         command = [
             str(self._kernel),
             f"mem={self._memory}",
-            f"ubd0={self._directory / 'disk.cow'},{self._image}",
             f"uml_dir={self._directory}",
-            "umid=guest",
-            f"job={self.host}",
-            *[
-                "root=/dev/ubda",
-                "rw",
-                "con=null",
-                "con0=fd:0,fd:1",
-                "quiet",
-                "systemd.show_status=false",
-            ],
+            *["umid=guest", "con=null", "con0=fd:0,fd:1", "quiet"],
+            *words,
         ]
         with self._console.open("wb") as console:
             self._process = subprocess.Popen(
@@ -152,7 +143,16 @@ class Guest:
             # The session holds the kernel, its disk's thread and the guest's processes.
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            self._wait_for_the_group(self._process.pid)
         self._process = None
+
+    @staticmethod
+    def _wait_for_the_group(group: int) -> None:
+        """The kernel's other processes end a little later, and hold the disk's lock until then."""
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(3000):
+                os.killpg(group, 0)
+                time.sleep(0.01)
 
     def output(self) -> str:
         """What the job printed so far."""

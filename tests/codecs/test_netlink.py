@@ -1,8 +1,4 @@
-"""The netlink codec: golden bytes written down from the kernel's headers, and garbled messages.
-
-The golden bytes are struct nlattr (length, type, payload, padding to 4 bytes) by hand, as
-include/uapi/linux/netlink.h and include/uapi/linux/wireguard.h define them.
-"""
+"""The netlink codec: golden bytes written down from the kernel's headers, and garbled messages."""
 
 from __future__ import annotations
 
@@ -10,20 +6,19 @@ import struct
 import sys
 from collections.abc import Callable
 
+import golden
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import wggw
 from wggw import (
     Change,
     CodecError,
     Device,
     NetlinkMessage,
     PeerState,
-    Reading,
     WirePeer,
-    decode_wg_device,
+    decode_routes,
     decode_wg_peer,
     encode_wg_batches,
     genl,
@@ -32,7 +27,7 @@ from wggw import (
     parse_nl_attributes,
     parse_nl_error,
     parse_nl_messages,
-    sample_wg_device,
+    read_wg_device,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -44,78 +39,8 @@ V4 = bytes([10, 0, 1, 2, 32])
 V6 = bytes.fromhex("fd424242000100000000000000000002") + b"\x80"
 
 
-def octets(text: str) -> bytes:
-    """Hex with comments behind `;` -> bytes."""
-    return bytes.fromhex("".join(line.partition(";")[0] for line in text.splitlines()))
-
-
-SET_PEER = octets(f"""
-    0800 0200 77673000      ; WGDEVICE_A_IFNAME "wg0\\0"
-    a000 0880               ; WGDEVICE_A_PEERS, nested
-      9c00 0080             ;   the first one
-        2400 0100 {"aa" * 32} ;   WGPEER_A_PUBLIC_KEY
-        0800 0300 02000000  ;     WGPEER_A_FLAGS: WGPEER_F_REPLACE_ALLOWEDIPS
-        2400 0200 {"cc" * 32} ;   WGPEER_A_PRESHARED_KEY
-        4800 0980           ;     WGPEER_A_ALLOWEDIPS, nested
-          1c00 0080         ;       the first one
-            0600 0100 0200 0000   ; WGALLOWEDIP_A_FAMILY: AF_INET, padding
-            0800 0200 0a000102    ; WGALLOWEDIP_A_IPADDR
-            0500 0300 20 000000   ; WGALLOWEDIP_A_CIDR_MASK: 32, padding
-          2800 0080
-            0600 0100 0a00 0000   ; AF_INET6
-            1400 0200 fd424242000100000000000000000002
-            0500 0300 80 000000   ; 128
-""")
-
-REMOVE_PEER = octets(f"""
-    0800 0200 77673000
-    3400 0880
-      3000 0080
-        2400 0100 {"bb" * 32}
-        0800 0300 01000000  ; WGPEER_F_REMOVE_ME
-""")
-
-# One dump in two messages, as genl payloads: the second goes on with the first's peer.
-DUMP_1 = octets(f"""
-    00 01 0000              ; struct genlmsghdr: WG_CMD_GET_DEVICE, version 1
-    0600 0600 6cca 0000     ; WGDEVICE_A_LISTEN_PORT 51820
-    0800 0700 00000000      ; WGDEVICE_A_FWMARK
-    0800 0100 05000000      ; WGDEVICE_A_IFINDEX
-    0800 0200 77673000      ; WGDEVICE_A_IFNAME
-    2400 0300 {"dd" * 32}   ; WGDEVICE_A_PRIVATE_KEY
-    2400 0400 {"ee" * 32}   ; WGDEVICE_A_PUBLIC_KEY
-    c000 0880               ; WGDEVICE_A_PEERS
-      bc00 0080
-        2400 0100 {"aa" * 32}
-        2400 0200 {"cc" * 32}
-        1400 0600 0026376900000000 0500000000000000 ; WGPEER_A_LAST_HANDSHAKE_TIME
-        0600 0500 1900 0000 ; WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL 25
-        0c00 0800 0002000000000000 ; WGPEER_A_TX_BYTES 512
-        0c00 0700 0001000000000000 ; WGPEER_A_RX_BYTES 256
-        0800 0a00 01000000  ; WGPEER_A_PROTOCOL_VERSION
-        1400 0400 0200 ca6c c0000207 0000000000000000 ; WGPEER_A_ENDPOINT, sockaddr_in
-        2000 0980
-          1c00 0080
-            0600 0100 0200 0000
-            0800 0200 0a000102
-            0500 0300 20 000000
-""")
-
-DUMP_2 = octets(f"""
-    00 01 0000
-    b800 0880
-      5400 0080
-        2400 0100 {"aa" * 32}
-        2c00 0980
-          2800 0080
-            0600 0100 0a00 0000
-            1400 0200 fd424242000100000000000000000002
-            0500 0300 80 000000
-      6000 0080
-        2400 0100 {"bb" * 32}
-        2400 0200 {"00" * 32} ; no preshared key
-        1400 0600 0000000000000000 0000000000000000 ; no handshake yet
-""")
+GOLDEN = golden.sections("netlink")
+DUMP_1, DUMP_2 = GOLDEN["dump 1"], GOLDEN["dump 2"]
 
 PEER_A = WirePeer(KEY_A, PSK, (V4, V6))
 PEER_B = WirePeer(KEY_B, b"", ())
@@ -123,17 +48,17 @@ STATES = [PeerState(PEER_A, 0x69372600, 256, 512, located=True), PeerState(PEER_
 
 
 def test_set_peer_is_the_golden_bytes() -> None:
-    assert [*encode_wg_batches("wg0", [Change(KEY_A, PEER_A)])] == [SET_PEER]
+    assert [*encode_wg_batches("wg0", [Change(KEY_A, PEER_A)])] == [GOLDEN["set peer"]]
 
 
 def test_peer_without_preshared_key_clears_the_one_it_had() -> None:
     bare = PEER_A._replace(preshared_key=b"")
-    expected = SET_PEER.replace(b"\xcc" * 32, bytes(32))
+    expected = GOLDEN["set peer"].replace(b"\xcc" * 32, bytes(32))
     assert [*encode_wg_batches("wg0", [Change(KEY_A, bare)])] == [expected]
 
 
 def test_remove_peer_is_the_golden_bytes() -> None:
-    assert [*encode_wg_batches("wg0", [Change(KEY_B, None)])] == [REMOVE_PEER]
+    assert [*encode_wg_batches("wg0", [Change(KEY_B, None)])] == [GOLDEN["remove peer"]]
 
 
 def test_nothing_to_do_is_no_message() -> None:
@@ -142,41 +67,47 @@ def test_nothing_to_do_is_no_message() -> None:
 
 def test_message_is_the_golden_bytes() -> None:
     message = NetlinkMessage(0x1C, 0x5, 7, genl(1, 1, b"abcd"))
-    golden = octets("18000000 1c00 0500 07000000 00000000 01 01 0000 61626364")
-    assert nl_message(message) == golden
-    assert [*parse_nl_messages(golden * 2)] == [message, message]
+    assert nl_message(message) == GOLDEN["message"]
+    assert [*parse_nl_messages(GOLDEN["message"] * 2)] == [message, message]
 
 
 def test_dump_over_two_messages_merges_the_peer_that_they_share() -> None:
-    assert decode_wg_device([DUMP_1, DUMP_2]) == (Device(PRIVATE, 51820), STATES)
+    assert golden.netlink([DUMP_1, DUMP_2]) == (Device(PRIVATE, 51820), STATES)
 
 
-def test_sample_decodes_only_what_changed() -> None:
+def test_peers_with_keys_that_begin_alike_are_kept_apart() -> None:
+    """AmneziaWG's module tells a peer's flags before its key."""
+    keys = [bytes(31) + bytes([number]) for number in range(1, 4)]
+    flags = nl_attribute(3, struct.pack("=I", 8))
+    blocks = [nl_attribute(0x8000, flags + nl_attribute(1, key)) for key in keys]
+    shared = nl_attribute(0x8000, flags + nl_attribute(1, keys[-1]))  # its other allowed IPs
+    messages = [genl(0, 1, nl_attribute(0x8008, part)) for part in (b"".join(blocks), shared)]
+    _, found = golden.netlink(messages)
+    assert [state.peer.public_key for state in found] == keys
+
+
+def test_known_peers_are_not_decoded() -> None:
     payloads = [DUMP_1, DUMP_2]
-    first = sample_wg_device(payloads, set())
-    cut = PEER_A._replace(allowed_ips=(V4,))  # more of them stand in the second message
-    assert [state for _, state in first.changed] == [STATES[0]._replace(peer=cut), STATES[1]]
+    first = read_wg_device(payloads)
     marks = {mark for mark, _ in first.changed}
-    assert sample_wg_device(payloads, marks) == Reading(2, [], marks)
-    shaken = DUMP_2.replace(octets("0600" + "00" * 16), octets("0600 01" + "00" * 15))
-    ((_, state),) = sample_wg_device([DUMP_1, shaken], marks).changed
+    again = read_wg_device(payloads, known=marks)
+    assert (again.peers, again.changed, again.same) == (2, [], marks)
+    shaken = DUMP_2.replace(golden.octets("0600" + "00" * 16), golden.octets("0600 01" + "00" * 15))
+    ((_, state),) = read_wg_device([DUMP_1, shaken], known=marks).changed
     assert (state.peer.public_key, state.last_handshake) == (KEY_B, 1)
+    moved = DUMP_2.replace(V6[:-1], V6[:-2] + b"\3")  # in the second message
+    ((_, state),) = read_wg_device([DUMP_1, moved], known=marks).changed
+    assert state.peer.public_key == KEY_A
 
 
-# STATES[0] as the kernel puts it, up to the endpoint.
-FRONT = [
-    nl_attribute(1, KEY_A),
-    nl_attribute(2, PSK),
-    nl_attribute(6, struct.pack("=qq", 0x69372600, 5)),
-    nl_attribute(5, struct.pack("=H", 25)),
-    nl_attribute(8, struct.pack("=Q", 512)),
-    nl_attribute(7, struct.pack("=Q", 256)),
-    nl_attribute(10, struct.pack("=I", 1)),
-]
+def test_a_peer_that_cannot_be_read_spoils_no_other() -> None:
+    counted = DUMP_1.replace(struct.pack("=Q", 256), b"\xff" * 8)
+    reading = read_wg_device([counted, DUMP_2])
+    assert (reading.peers, reading.unreadable) == (2, 1)
+    assert [state for _, state in reading.changed] == STATES[1:]
 
 
-def test_usual_layout_and_any_other_order_say_the_same() -> None:
-    """The kernel's own order is decoded at once, any other one attribute by attribute."""
+def test_attributes_may_come_in_any_order() -> None:
     networks = []
     for network, family in ((V4, 2), (V6, 10)):
         parts = [
@@ -185,73 +116,33 @@ def test_usual_layout_and_any_other_order_say_the_same() -> None:
             nl_attribute(2, network[:-1]),
         ]
         networks.append(parts)
-    parts = [*FRONT, nl_attribute(4, bytes(16))]
+    parts = [  # STATES[0] as the kernel puts it
+        nl_attribute(1, KEY_A),
+        nl_attribute(2, PSK),
+        nl_attribute(6, struct.pack("=qq", 0x69372600, 5)),
+        nl_attribute(5, struct.pack("=H", 25)),
+        nl_attribute(8, struct.pack("=Q", 512)),
+        nl_attribute(7, struct.pack("=Q", 256)),
+        nl_attribute(10, struct.pack("=I", 1)),
+        nl_attribute(4, bytes(16)),
+    ]
     for order in (lambda items: items, lambda items: items[::-1]):
         allowed = b"".join(nl_attribute(0x8000, b"".join(order(entry))) for entry in networks)
         data = b"".join(order([*parts, nl_attribute(0x8009, allowed)]))
         assert decode_wg_peer(data) == STATES[0]
 
 
-def kernel_peer(endpoint: int, networks: tuple[bytes, ...]) -> bytes:
-    """A peer as the kernel of Linux 6.12 puts it, with an endpoint of so many bytes."""
-    parts = [*FRONT]
-    if endpoint:
-        parts.append(nl_attribute(4, bytes(endpoint)))
-    entries = [
-        nl_attribute(3, network[-1:])
-        + nl_attribute(1, struct.pack("=H", 2 if len(network) == 5 else 10))
-        + nl_attribute(2, network[:-1])
-        for network in networks
-    ]
-    allowed = b"".join(nl_attribute(0x8000, entry) for entry in entries)
-    return b"".join([*parts, nl_attribute(0x8009, allowed)])
-
-
-USUAL = [
-    (endpoint, networks) for endpoint in (0, 16, 28) for networks in ((), (V4,), (V6,), (V4, V6))
-]
-
-
-@pytest.mark.parametrize(("endpoint", "networks"), USUAL)
-def test_usual_peers_are_decoded_at_once(endpoint: int, networks: tuple[bytes, ...]) -> None:
-    data = kernel_peer(endpoint, networks)
-    state = PeerState(WirePeer(KEY_A, PSK, networks), 0x69372600, 256, 512, endpoint > 0)
-    assert wggw._decode_usual_peer(data) == wggw._decode_any_peer(data) == state
-
-
-@given(
-    usual=st.sampled_from(USUAL),
-    edits=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), max_size=3),
-    end=st.integers(0, 300) | st.none(),
-)
-@example(usual=(0, (V4, V6)), edits=[], end=None)
-def test_what_is_decoded_at_once_is_what_the_long_way_says(
-    usual: tuple[int, tuple[bytes, ...]], edits: list[tuple[int, int]], end: int | None
-) -> None:
-    data = bytearray(kernel_peer(*usual))
-    for position, value in edits:
-        data[position % len(data)] = value
-    block = bytes(data[:end])
-    try:
-        expected = wggw._decode_any_peer(block)
-    except CodecError:
-        try:
-            assert wggw._decode_usual_peer(block) is None
-        except CodecError:
-            pass
-    else:
-        assert wggw._decode_usual_peer(block) in (None, expected)
-
-
 def test_dump_without_a_private_key_has_none() -> None:
-    device, states = decode_wg_device([DUMP_1.replace(PRIVATE, bytes(32))])
+    device, states = golden.netlink([DUMP_1.replace(PRIVATE, bytes(32))])
     assert device == Device(b"", 51820)
     assert states[0].peer.allowed_ips == (V4,)
 
 
 def test_handshake_of_nanoseconds_alone_has_happened() -> None:
-    early = DUMP_1.replace(octets("0026376900000000 05"), octets("0000000000000000 05"))
-    assert decode_wg_device([early])[1][0].last_handshake == 1
+    early = DUMP_1.replace(
+        golden.octets("0026376900000000 05"), golden.octets("0000000000000000 05")
+    )
+    assert golden.netlink([early])[1][0].last_handshake == 1
 
 
 CAPPED_TLVS = 0x300  # NLM_F_CAPPED | NLM_F_ACK_TLVS
@@ -299,6 +190,7 @@ PEERS = st.builds(
     KEYS,
     st.one_of(st.just(b""), KEYS.filter(any)),
     st.lists(NETWORKS, max_size=4).map(lambda found: tuple(sorted(found))),
+    st.just(""),  # nftables has the class
 )
 
 
@@ -306,7 +198,7 @@ PEERS = st.builds(
 @given(peers=st.lists(PEERS, max_size=8, unique_by=lambda peer: peer.public_key))
 def test_encoded_peers_are_decoded_as_they_were(peers: list[WirePeer]) -> None:
     payloads = encode_wg_batches("wg0", [Change(peer.public_key, peer) for peer in peers])
-    _, states = decode_wg_device([genl(0, 1, payload) for payload in payloads])
+    _, states = golden.netlink([genl(0, 1, payload) for payload in payloads])
     assert [state.peer for state in states] == peers
 
 
@@ -341,7 +233,7 @@ def test_batches_stay_below_64k_and_keep_every_peer_once_in_order(
     payloads = [*encode_wg_batches("wg0", changes)]
     assert max(map(len, payloads)) < 0xFFFF - 64
     assert len(payloads) < 5000 * 200 / (30 * 1024)
-    _, states = decode_wg_device([genl(0, 1, payload) for payload in payloads])
+    _, states = golden.netlink([genl(0, 1, payload) for payload in payloads])
     assert [s.peer.public_key for s in states] == [p.public_key for p in peers]
     kept = [state.peer for n, state in enumerate(states) if n % 7]
     assert kept == [peer for n, peer in enumerate(peers) if n % 7]
@@ -350,8 +242,19 @@ def test_batches_stay_below_64k_and_keep_every_peer_once_in_order(
 # --- garbled --------------------------------------------------------------------------------------
 
 
+def decode_payload(data: bytes) -> object:
+    """CodecError when the device or any of its peers cannot be read."""
+    reading = read_wg_device([data])
+    if reading.unreadable:
+        raise CodecError("a peer")
+    return reading
+
+
 def decode_datagram(data: bytes) -> object:
-    return decode_wg_device([message.payload for message in parse_nl_messages(data)])
+    reading = read_wg_device([message.payload for message in parse_nl_messages(data)])
+    if reading.unreadable:
+        raise CodecError("a peer")
+    return reading.device, golden.states(reading)
 
 
 def survives(decode: Callable[[bytes], object], data: bytes) -> bool:
@@ -378,7 +281,7 @@ def test_every_truncation_is_a_codec_error_or_a_value() -> None:
 
 def test_every_truncation_of_one_payload_is_a_codec_error_or_a_value() -> None:
     for length in range(len(DUMP_1)):
-        survives(lambda data: decode_wg_device([data]), DUMP_1[:length])
+        survives(decode_payload, DUMP_1[:length])
 
 
 def test_every_garbled_byte_is_a_codec_error_or_a_value() -> None:
@@ -394,7 +297,7 @@ def test_every_garbled_byte_is_a_codec_error_or_a_value() -> None:
 @given(data=st.binary(max_size=120))
 def test_any_bytes_are_a_codec_error_or_a_value(data: bytes) -> None:
     survives(decode_datagram, data)
-    survives(lambda raw: decode_wg_device([raw]), data)
+    survives(decode_payload, data)
     survives(lambda raw: parse_nl_error(raw, CAPPED_TLVS), data)
     survives(lambda raw: [*parse_nl_attributes(raw)], data)
     survives(lambda raw: [*parse_nl_attributes(nl_attribute(8, raw))], data)
@@ -411,7 +314,40 @@ def test_any_bytes_are_a_codec_error_or_a_value(data: bytes) -> None:
         ("address", nl_attribute(1, KEY_A) + nl_attribute(9, nl_attribute(0, b""))),
     ],
 )
-def test_peer_with_a_wrong_attribute_is_a_codec_error(what: str, wrong: bytes) -> None:
+def test_peer_with_a_wrong_attribute_is_unreadable(what: str, wrong: bytes) -> None:
     message = bytes(4) + nl_attribute(8, nl_attribute(0, wrong))
-    with pytest.raises(CodecError):
-        decode_wg_device([message])
+    reading = read_wg_device([message])
+    assert (reading.peers, reading.unreadable, reading.changed) == (1, 1, []), what
+
+
+def route(family: int, length: int, kind: int, *attributes: tuple[int, str]) -> bytes:
+    """struct rtmsg (linux/rtnetlink.h) and attributes."""
+    head = struct.pack("=BBBBBBBBI", family, length, 0, 0, 254, 2, 0, kind, 0)
+    return head + b"".join(nl_attribute(n, bytes.fromhex(value)) for n, value in attributes)
+
+
+def test_routes_are_those_that_lead_somewhere() -> None:
+    payloads = [
+        route(2, 0, 1, (5, "c0000201"), (4, "02000000")),  # default via 192.0.2.1
+        route(2, 24, 1, (1, "0a000100"), (4, "03000000")),
+        route(2, 32, 2, (1, "0a000107"), (4, "03000000")),  # local
+        route(2, 32, 3, (1, "0a0001ff"), (4, "03000000")),  # broadcast
+        route(2, 8, 6, (1, "0a000000")),  # blackhole
+        route(10, 64, 1, (1, "fd42424200010000" + "00" * 8), (9, "00" * 8)),  # several ways
+        route(28, 20, 1, (1, "00010000")),  # MPLS
+    ]
+    found = [(str(network), index) for network, index in decode_routes(payloads)]
+    assert found == [
+        ("0.0.0.0/0", 2),
+        ("10.0.1.0/24", 3),
+        ("10.0.1.7/32", 3),
+        ("fd42:4242:1::/64", 0),
+    ]
+
+
+@given(st.binary(max_size=64))
+def test_garbled_route_is_a_codec_error(payload: bytes) -> None:
+    try:
+        decode_routes([payload])
+    except CodecError:
+        pass

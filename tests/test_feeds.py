@@ -1,0 +1,226 @@
+"""/api/v1/changes and /usage. Who follows them through histories: model/test_followers.py."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import build, do
+from harness import Client, a_key, ok, path_key, running, wait_for
+
+import wggw
+
+PEERS = "/api/v1/configurations/"
+
+
+class Follower:
+    """A backend that knows nothing but what the feed says."""
+
+    def __init__(self) -> None:
+        self.after = 0
+        self.peers: dict[str, wggw.Peer] = {}
+        self.begun = 0
+
+    def catch_up(self, store: wggw.Store, limit: int) -> None:
+        while True:
+            try:
+                store.check_feed(self.after)
+            except wggw.Gone:
+                self.after, self.peers = 0, {}
+                self.begun += 1
+                continue
+            found = store.changes(self.after, limit)
+            sequences = [change.sequence for change in found]
+            assert sequences == sorted(set(sequences))
+            for change in found:
+                if change.peer is None:
+                    self.peers.pop(change.public_key, None)
+                else:
+                    self.peers[change.public_key] = change.peer
+            last = sequences[-1] if found else 0
+            self.after = store.next_after(self.after, last, len(found) == limit)
+            if len(found) < limit:
+                return
+
+
+def listed(store: wggw.Store) -> dict[str, wggw.Peer]:
+    return {peer.public_key: peer for peer in store.peers_after(0, 10_000)}
+
+
+def test_changes_that_a_crash_took_make_followers_begin_again(tmp_path: Path) -> None:
+    world = build(tmp_path, DURABILITY="none")
+    do(world.gateway, "create", public_key=a_key(1))
+    world.gateway.keeper.snapshot()
+    kept = world.store.sequence
+    do(world.gateway, "create", public_key=a_key(2))
+    seen = world.store.sequence
+    world.crash()
+    world.open()
+    assert list(listed(world.store)) == [a_key(1)]
+    world.store.check_feed(kept)
+    for after in (seen, seen + 5):
+        with pytest.raises(wggw.Gone):
+            world.store.check_feed(after)
+    do(world.gateway, "create", public_key=a_key(3))
+    assert world.store.sequence > seen
+    with pytest.raises(wggw.Gone):
+        world.store.check_feed(seen)
+    assert [c.public_key for c in world.store.changes(kept, 9)] == [a_key(3)]
+    world.close()
+
+
+def test_deletions_beyond_memory_make_followers_begin_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(wggw, "MAX_GONE", 3)
+    world = build(tmp_path)
+    for number in range(6):
+        do(world.gateway, "create", public_key=a_key(number))
+    before = world.store.sequence
+    for number in range(4):
+        do(world.gateway, "delete", public_key=a_key(number))
+    with pytest.raises(wggw.Gone):
+        world.store.check_feed(before)
+    world.store.check_feed(before + 1)
+    for reopened in range(2):
+        beginner = Follower()
+        beginner.catch_up(world.store, 1)
+        assert (beginner.peers, beginner.begun) == (listed(world.store), 0), reopened
+        world.reopen()
+    world.close()
+
+
+def test_old_gaps_become_a_floor() -> None:
+    feed = wggw.Feed()
+    for start in range(70):
+        begin = max([0, *(end for _, end in feed.gaps)]) + 5
+        feed = feed.skipped(begin, float(start))
+    assert len(feed.gaps) == 64 and 0 < feed.floor < feed.gaps[0][0]
+    assert wggw.Feed.parse(feed.encode()) == feed
+    for bad in ("{}", '{"gaps": [[2, 1]], "floor": 0}', '{"gaps": [[1]], "floor": 0}', "[]"):
+        with pytest.raises((ValueError, TypeError, KeyError)):
+            wggw.Feed.parse(bad)
+
+
+# --- over HTTP ------------------------------------------------------------------------------------
+
+
+def test_changes_over_http(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        api = gateway.client()
+        made = ok(api.create(a_key(1), label="one"))
+        ok(api.create(a_key(2)))
+        ok(api.delete(a_key(2)))
+        first = ok(api.send("GET", "/api/v1/changes"))
+        [change] = first["changes"]
+        assert change["configuration"] == ok(api.get(a_key(1)))
+        assert change["sequence"] == change["configuration"]["sequence"] == made["sequence"]
+        assert (change["deleted"], change["public_key"]) == (False, a_key(1))
+        assert change["time"] == made["created_at"] or change["time"] > made["created_at"]
+        again = ok(api.send("GET", f"/api/v1/changes?after={first['next']}"))
+        assert again == {"changes": [], "next": first["next"]}
+        since = ok(api.send("GET", f"/api/v1/changes?after={change['sequence']}"))["changes"]
+        assert [(c["public_key"], c["deleted"], c["configuration"]) for c in since] == [
+            (a_key(2), True, None)
+        ]
+        body = {"new_public_key": a_key(3)}
+        ok(api.send("POST", f"{PEERS}{path_key(a_key(1))}/rotate", body))
+        since = ok(api.send("GET", f"/api/v1/changes?after={first['next']}"))["changes"]
+        assert {c["public_key"]: c["deleted"] for c in since} == {a_key(1): True, a_key(3): False}
+        page = ok(api.send("GET", f"/api/v1/changes?after={first['next']}&limit=1"))
+        rest = ok(api.send("GET", f"/api/v1/changes?after={page['next']}&limit=5"))
+        assert page["changes"] + rest["changes"] == since
+        assert api.send("GET", f"/api/v1/changes?after={10**18}").status == 410
+        for wrong in ("after=x", "limit=0", "limit=1001", "wait=61", "wait=-1"):
+            assert api.send("GET", f"/api/v1/changes?{wrong}").status == 422
+        assert api.send("GET", "/api/v1/changes?since=1").status == 400
+
+
+def waiting(client: Client, path: str) -> tuple[threading.Thread, list[tuple[float, Any]]]:
+    answers: list[tuple[float, Any]] = []
+
+    def ask() -> None:
+        answer = client.send("GET", path)
+        answers.append((time.monotonic(), answer.json))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    return thread, answers
+
+
+def test_a_request_waits_for_the_first_change(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        api = gateway.client()
+        ok(api.create(a_key(1)))
+        after = ok(api.send("GET", "/api/v1/changes"))["next"]
+        path = f"/api/v1/changes?after={after}&wait=30"
+        asked = [waiting(gateway.client(), path) for _ in range(20)]
+        time.sleep(0.5)
+        assert not any(answers for _, answers in asked)
+        began = time.monotonic()
+        ok(api.create(a_key(2)))
+        for thread, answers in asked:
+            thread.join(20)
+            [(when, answer)] = answers
+            assert when - began < 25
+            assert [c["public_key"] for c in answer["changes"]] == [a_key(2)]
+        after = answer["next"]
+        began = time.monotonic()
+        nothing = ok(api.send("GET", f"/api/v1/changes?after={after}&wait=1"))
+        assert nothing == {"changes": [], "next": after}
+        assert 0.9 < time.monotonic() - began < 10
+
+
+def test_who_waits_is_answered_when_the_gateway_stops(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        ok(gateway.client().create(a_key(1)))
+        after = ok(gateway.client().send("GET", "/api/v1/changes"))["next"]
+        thread, answers = waiting(gateway.client(), f"/api/v1/changes?after={after}&wait=60")
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert gateway.stop() == 0
+        assert time.monotonic() - began < 25
+        thread.join(30)
+        assert answers[0][1] == {"changes": [], "next": after}
+
+
+def test_usage_has_those_whose_totals_changed(tmp_path: Path) -> None:
+    world = build(tmp_path)
+    for number in range(5):
+        do(world.gateway, "create", public_key=a_key(number))
+    for number in range(3):
+        world.backend.move(a_key(number), 100 + number, 7, int(world.now))
+    world.gateway.projection.sample()
+    store = world.store
+    first = store.usage(0, 2)
+    assert [key for _, key, _ in first] == [a_key(0), a_key(1)]
+    after = store.next_after(0, first[-1][0], True)
+    [(_, key, traffic)] = store.usage(after, 2)
+    assert (key, traffic.rx_bytes, traffic.tx_bytes) == (a_key(2), 102, 7)
+    after = store.sequence
+    world.gateway.projection.sample()
+    assert store.usage(after, 9) == []
+    world.backend.move(a_key(4), 1)
+    world.gateway.projection.sample()
+    assert [key for _, key, _ in store.usage(after, 9)] == [a_key(4)]
+    assert store.changes(after, 9) == []  # traffic is no change
+    before = store.usage(0, 9)
+    world.crash()
+    world.open()
+    assert world.store.usage(0, 9) == before
+    world.close()
+
+
+def test_usage_over_http(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        api = gateway.client()
+        ok(api.create(a_key(1)))
+        first = ok(api.send("GET", "/api/v1/usage"))
+        assert first["usage"] == [] and first["next"] > 0
+        assert ok(api.send("GET", f"/api/v1/usage?after={first['next']}")) == first
+        assert api.send("GET", f"/api/v1/usage?after={10**18}").status == 410
+        assert api.send("GET", "/api/v1/usage?limit=10001").status == 422
+        wait_for(lambda: True)

@@ -1,0 +1,350 @@
+"""What other programs kept, read into the fields of the API: real-life files, and garbled ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import GatewayProcess, a_key, running
+from hypothesis import given
+from hypothesis import strategies as st
+
+import wggw
+
+FILES = Path(__file__).parent / "data" / "moving-in"
+PEERS = "/api/v1/configurations/"
+KEYS = [f"Q2x1YjAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMD{end}=" for end in ("E", "I", "M", "Q")]
+
+
+def read(name: str) -> wggw.FoundState:
+    return wggw.read_foreign((FILES / name).read_bytes())
+
+
+def ancestor(script: str | None = None) -> bytes:
+    db = sqlite3.connect(":memory:")
+    db.executescript(script or (FILES / "ancestor.sql").read_text())
+    return db.serialize()
+
+
+def by_key(state: wggw.FoundState) -> dict[str, wggw.FoundPeer]:
+    return {peer.fields["public_key"]: peer for peer in state.peers}
+
+
+def test_wg_quick_file_keeps_names_addresses_and_preshared_keys() -> None:
+    state = read("wg0.conf")
+    office, phone = (by_key(state)[key] for key in KEYS[:2])
+    assert office.fields == {
+        "public_key": KEYS[0],
+        "preshared_key": "cHNrMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDE=",
+        "assigned_ip": "10.8.0.2",
+        "assigned_ipv6": "fd00:8::2",
+        "label": "laptop of the office",
+    }
+    assert phone.fields["label"] == "phone"
+    assert (phone.fields["assigned_ip"], phone.fields["assigned_ipv6"]) == ("10.8.0.3", "fd00:8::3")
+    assert not phone.reason
+
+
+def test_what_does_not_fit_is_told_by_line_and_reason() -> None:
+    state = read("wg0.conf")
+    branch, bare = by_key(state)[KEYS[2]], by_key(state)[KEYS[3]]
+    assert branch.place == "line 25" and branch.fields["label"] == "branch"
+    assert branch.reason == "192.168.40.0/24 is routed to it: a peer has addresses only"
+    assert bare.reason == "it has no address"
+    assert state.notes == [
+        "line 7: the gateway does not use PostUp",
+        "line 8: the gateway does not use PostDown",
+    ]
+
+
+@pytest.mark.parametrize("name", ["awg0-1.0.conf", "awg0-2.0.conf", "awg0-3.1.conf"])
+def test_obfuscated_server_keeps_its_parameters(name: str) -> None:
+    state = read(name)
+    [peer] = state.peers
+    asked = wggw.awg_values(peer.fields.pop("obfuscation"))
+    assert peer.fields == {"public_key": KEYS[0], "assigned_ip": "10.8.1.2"}
+    parameters = wggw.parse_awg_file((FILES / name).read_text())
+    spoken = wggw.parse_obfuscation(parameters).parameters
+    assert asked == {name: getattr(spoken, name) for name in wggw.AWG_SHARED}
+
+
+def test_wg_easy_names_become_labels_and_disabled_suspended() -> None:
+    first, second = read("wg-easy.json").peers
+    assert first.fields["label"] == 'laptop "A" ü' and first.fields["status"] == "active"
+    assert first.fields["preshared_key"].startswith("cHNr")
+    assert second.fields == {
+        "public_key": KEYS[1],
+        "assigned_ip": "10.8.0.3",
+        "status": "suspended",
+    }
+
+
+def test_previous_gateways_database() -> None:
+    first, second = wggw.read_foreign(ancestor()).peers
+    assert first.fields == {
+        "public_key": KEYS[0],
+        "assigned_ip": "10.0.1.2",
+        "assigned_ipv6": "fd42:4242:1::2",
+        "port": 51820,
+        "tunnel_traffic": ["ipv4", "ipv6"],
+        "dns": "d1",
+        "status": "active",
+    }
+    assert second.fields["status"] == "suspended" and "assigned_ipv6" not in second.fields
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"# nothing\n", "neither"),
+        (b"GATEWAY_API_KEY=secret-of-somebody\n", "line 1"),
+        (b"[Interface]\n[Route]\n", "line 2"),
+        (b"[Peer]\nnonsense\n", "line 2"),
+        (b"[1, 2]", "neither"),
+        (b'{"public_key": 1}\n3\n', "line 2"),
+        (b'[{"public_key": 1}, 2]', "peer 2"),
+        (b'{"clients": {"a": 1}}', "client 1"),
+        (b"\xff\xfe", "utf-8"),
+        (b"SQLite format 3\0" + bytes(84), "SQLite"),
+        (ancestor("CREATE TABLE t (a)"), "not the previous gateway's"),
+        (ancestor("CREATE VIEW wg_configs AS SELECT 1 AS public_key"), "not the previous"),
+        (ancestor("CREATE TABLE wg_configs (public_key)"), "damaged"),
+    ],
+)
+def test_what_is_something_else_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as raised:
+        wggw.read_foreign(data)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("AllowedIPs = 10.8.0.2/32", "it has no public key"),
+        ("PublicKey = a\nPublicKey = b", "it has several public keys"),
+        ("PublicKey = a\nAllowedIPs = 10.8.0.2, 10.8.0.3", "it has several IPv4 addresses"),
+        ("PublicKey = a\nAllowedIPs = 0.0.0.0/0", "0.0.0.0/0 is routed to it"),
+        ("PublicKey = a\nAllowedIPs = fd00::/64", "fd00::/64 is routed to it"),
+        ("PublicKey = a\nAllowedIPs = here", "here is not an IP address or network"),
+        ("PublicKey = a\nColour = red", "colour is not a known line"),
+    ],
+)
+def test_peer_that_cannot_be_taken_has_the_reason(text: str, reason: str) -> None:
+    [peer] = wggw.read_foreign(f"[Peer]\n{text}\n".encode()).peers
+    assert peer.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("# laptop\n[Peer]", "laptop"),
+        ("### begin laptop ###\n[Peer]", "laptop"),
+        ("# Name = laptop\n[Peer]", "laptop"),
+        ("# first\n\n# laptop\n[Peer]", "laptop"),
+        ("[Peer]\n# friendly_name=laptop", "laptop"),
+        ("[Peer] # laptop", "laptop"),
+        ("# one\n[Peer]\n# friendly_name: laptop", "laptop"),
+        ("### end other ###\n[Peer]", None),
+        ("#\n[Peer]", None),
+    ],
+)
+def test_comment_is_a_peers_name(text: str, label: str | None) -> None:
+    [peer] = wggw.read_foreign(f"{text}\nPublicKey = k\nAllowedIPs = 10.8.0.2\n".encode()).peers
+    assert peer.fields.get("label") == label
+
+
+def test_name_belongs_to_one_peer() -> None:
+    text = "# one\n[Peer]\nPublicKey = a\n[Peer]\nPublicKey = b\n"
+    assert [p.fields.get("label") for p in wggw.read_foreign(text.encode()).peers] == ["one", None]
+
+
+def test_list_that_the_api_gave_is_taken_back() -> None:
+    peer = {"public_key": KEYS[0], "assigned_ip": "10.8.0.2", "online": True, "dns_servers": []}
+    wanted = {"public_key": KEYS[0], "assigned_ip": "10.8.0.2"}
+    for text in (
+        json.dumps({"configurations": [peer], "next_cursor": None}),
+        json.dumps([peer]),
+        json.dumps(peer) + "\n\n" + json.dumps(peer) + "\n",
+        json.dumps(peer),
+    ):
+        assert all(p.fields == wanted for p in wggw.read_foreign(text.encode()).peers)
+
+
+@given(st.one_of(st.binary(max_size=300), st.text(max_size=300).map(str.encode)))
+def test_garbled_files_are_refused_or_read(data: bytes) -> None:
+    try:
+        state = wggw.read_foreign(data)
+    except ValueError:
+        return
+    assert all(isinstance(peer.fields, dict) for peer in state.peers)
+
+
+@given(st.data())
+def test_a_file_that_was_changed_is_refused_or_read(data: st.DataObject) -> None:
+    names = ["wg0.conf", "wg-easy.json", "awg0-3.1.conf"]
+    text = bytearray((FILES / data.draw(st.sampled_from(names))).read_bytes())
+    text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        wggw.read_foreign(bytes(text))
+    except ValueError:
+        pass
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["# ", "[Peer]\n", "a=", "AllowedIPs=1,", "{", "[", '{"a":', "[{},", "\\", "name=", "\n", "=#"],
+)
+def test_cost_grows_with_the_file_and_no_faster(piece: str) -> None:
+    def cost(size: int) -> float:
+        data = (piece * (size // len(piece))).encode()
+        started = time.thread_time()
+        try:
+            wggw.read_foreign(data)
+        except ValueError:
+            pass
+        return time.thread_time() - started
+
+    low, high = math.inf, math.inf
+    for _ in range(40):  # the least of many: others on the machine are left out
+        low, high = min(low, cost(40_000)), min(high, cost(160_000))
+        if high < 5 * low + 0.002:
+            return
+    raise AssertionError((low, high))
+
+
+def test_secrets_are_not_shown() -> None:
+    state = read("wg0.conf")
+    assert "cHNr" not in repr(state)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+SETTINGS = {"WG_IPV4_SUBNET": "10.8.0.0/24", "WG_IPV6_SUBNET": "fd00:8::/64"}
+
+
+@pytest.fixture(scope="module")
+def running_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    with running(tmp_path_factory.mktemp("moving"), **SETTINGS) as process:
+        yield process
+
+
+@pytest.fixture
+def gateway(running_gateway: GatewayProcess) -> GatewayProcess:
+    """Without peers."""
+    answer = running_gateway.client().send("PUT", f"{PEERS}?allow_mass_delete=true", [])
+    assert answer.status == 200
+    return running_gateway
+
+
+def command(
+    gateway: GatewayProcess, *arguments: str, given: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*gateway.program, "import", *arguments],
+        cwd=gateway.directory,
+        env={"PATH": os.environ["PATH"], **gateway.settings},
+        input=given,
+        capture_output=True,
+        check=False,
+    )
+
+
+def peers_of(gateway: GatewayProcess) -> dict[str, dict[str, Any]]:
+    page = gateway.client().send("GET", f"{PEERS}?limit=1000").json
+    return {peer["public_key"]: peer for peer in page["configurations"]}
+
+
+def test_nothing_is_changed_unless_all_fits_or_skip_says_so(gateway: GatewayProcess) -> None:
+    file = str(FILES / "wg0.conf")
+    refused = command(gateway, file)
+    assert refused.returncode == 1 and peers_of(gateway) == {}
+    assert b"line 25 (Q2x1YjAw): 192.168.40.0/24 is routed to it" in refused.stderr
+    assert b"2 of 4 peers do not fit, and nothing was changed" in refused.stderr
+    done = command(gateway, file, "--skip")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (
+        0,
+        b"done: 2 created, 0 existed, 0 refused",
+    )
+    found = peers_of(gateway)
+    assert {key: (p["label"], p["assigned_ip"]) for key, p in found.items()} == {
+        KEYS[0]: ("laptop of the office", "10.8.0.2"),
+        KEYS[1]: ("phone", "10.8.0.3"),
+    }
+
+
+def test_peers_that_are_there_stay_with_merge_and_go_with_replace(gateway: GatewayProcess) -> None:
+    file = str(FILES / "wg-easy.json")
+    client = gateway.client()
+    assert client.create(a_key("own"), assigned_ip="10.8.0.9").status == 200
+    assert client.create(KEYS[0], label="mine").status == 200
+    asked = command(gateway, file)
+    assert asked.returncode == 1 and b"the gateway has 2 peers" in asked.stderr
+    dry = command(gateway, file, "--merge", "--dry-run")
+    assert dry.stdout.endswith(b"would create 1 peers; 1 exist, and stay as they are\n")
+    assert len(peers_of(gateway)) == 2
+    merged = command(gateway, file, "--merge")
+    assert merged.stdout.endswith(b"done: 1 created, 1 existed, 0 refused\n")
+    assert b"exists with another" in merged.stderr and b"label" in merged.stderr
+    found = peers_of(gateway)
+    assert found[KEYS[0]]["label"] == "mine" and found[KEYS[1]]["status"] == "suspended"
+    assert a_key("own") in found
+    dry = command(gateway, file, "--replace", "--dry-run")
+    assert b"would be: 0 created, 1 updated, 1 deleted, 1 unchanged" in dry.stdout
+    done = command(gateway, "-", "--replace", given=(FILES / "wg-easy.json").read_bytes())
+    assert done.returncode == 0 and b"done: 0 created, 1 updated" in done.stdout
+    found = peers_of(gateway)
+    assert sorted(found) == sorted(KEYS[:2]) and found[KEYS[0]]["label"] == 'laptop "A" ü'
+
+
+def test_refused_peers_are_told_and_the_exit_code_says_so(gateway: GatewayProcess) -> None:
+    lines = b'{"public_key": "%b", "assigned_ip": "10.9.0.1"}\n' % KEYS[0].encode()
+    done = command(gateway, "-", given=lines)
+    assert done.returncode == 1
+    assert b"refused: assigned_ip: " in done.stderr
+    assert done.stdout.endswith(b"done: 0 created, 0 existed, 1 refused\n")
+
+
+def test_call_sends_lines_as_lines(gateway: GatewayProcess) -> None:
+    lines = "".join(json.dumps({"public_key": key}) + "\n" for key in KEYS[:2])
+    done = subprocess.run(
+        [*gateway.program, "call", "PUT", PEERS, "--data", lines],
+        cwd=gateway.directory,
+        env={"PATH": os.environ["PATH"], **gateway.settings},
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["created"] == 2
+    assert wggw.content_type(b'{"a": 1}') == wggw.content_type(b"[1]") == "application/json"
+    assert wggw.content_type(b'{"a": 1}\n{"a": 2}\n') == "application/x-ndjson"
+
+
+def test_a_start_on_the_previous_gateways_database_says_what_it_is(tmp_path: Path) -> None:
+    data = ancestor()
+    (tmp_path / "wireguard.db").write_bytes(data)
+    process = GatewayProcess(tmp_path)
+    try:
+        assert process.spawn().wait(60) == 2
+        said = process.text()
+        assert "is the database of the gateway before wggw, which wggw does not change" in said
+        assert "wggw import" in said and "damaged" not in said and "Traceback" not in said
+        assert (tmp_path / "wireguard.db").read_bytes() == data
+        assert not (tmp_path / "wireguard.db.journal").exists()
+        process.settings["DB_PATH"] = str(tmp_path / "new.db")
+        process.start()
+        done = command(process, str(tmp_path / "wireguard.db"))
+        assert done.returncode == 0, done.stderr
+        assert {key: p["status"] for key, p in peers_of(process).items()} == {
+            KEYS[0]: "active",
+            KEYS[1]: "suspended",
+        }
+    finally:
+        process.close()
