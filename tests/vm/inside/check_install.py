@@ -406,13 +406,19 @@ def nothing_is_lost() -> Iterator[None]:
         print(f"measured: {received} pings and {int(taken) * 8} bytes of TCP, none lost")
 
 
-def test_restart_kill_and_upgrade_lose_nothing(tmp_path: Path) -> None:
-    tree = tmp_path / "new"
+def later_version(directory: Path) -> Path:
+    """A tree to install from, whose program differs in one line."""
+    tree = directory / "new"
     tree.mkdir()
     for name in ("install.sh", "wggw.service", "wggw.py"):
         shutil.copy(TREE / name, tree / name)
     with (tree / "wggw.py").open("a") as program:
         program.write("# a later version\n")
+    return tree
+
+
+def test_restart_kill_and_upgrade_lose_nothing(tmp_path: Path) -> None:
+    tree = later_version(tmp_path)
     with nothing_is_lost():
         first = main_pid()
         sh("systemctl", "restart", "wggw")
@@ -508,6 +514,38 @@ def test_failing_start_says_why_in_the_status() -> None:
     finally:
         ENV.write_text(text)
     sh("systemctl", "restart", "wggw")
+
+
+def test_mutual_tls_and_one_address_are_in_no_command_s_way(tmp_path: Path) -> None:
+    """Commands on this host, an upgrade included, need neither certificate nor address."""
+    openssl = ("openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    authority, key, client = (tmp_path / name for name in ("ca.pem", "ca.key", "client.pem"))
+    sh(*openssl, "-x509", *f"-keyout {key} -out {authority} -subj /CN=backends".split())
+    signed = f"-keyout {client}.key -out {client} -subj /CN=backend -CA {authority} -CAkey {key}"
+    sh(*openssl, "-x509", *signed.split())
+    trusted = ENV.parent / "backends.pem"
+    shutil.copy(authority, trusted)
+    trusted.chmod(0o644)
+    text = ENV.read_text()
+    try:
+        done = install("--set", f"TLS_CLIENT_CA={trusted}", "--set", "API_HOST=198.18.0.1")
+        assert done.returncode == 0, done.stderr
+        url = "https://198.18.0.1:8000/healthz"
+        assert not in_ns("backend", "curl", "-sk", "--max-time", "5", url).stdout
+        given = ("--cert", str(client), "--key", f"{client}.key")
+        assert in_ns("backend", "curl", "-sk", *given, url).stdout == '{"status":"alive"}'
+        for command in ("status", "peers", "doctor", "net show"):
+            shown = run("wggw", *command.split(), "--env-file", str(ENV))
+            assert shown.returncode == 0, f"{command}: {shown.stdout}{shown.stderr}"
+        done = install("--upgrade", tree=later_version(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert PROGRAM.read_text().endswith("# a later version\n")
+    finally:
+        ENV.write_text(text)
+        trusted.unlink()
+    done = install("--upgrade")
+    assert done.returncode == 0, done.stderr
+    assert api("GET", "/api/v1/server/status")["status"] == "healthy"
 
 
 def test_ufw_has_our_rules_and_keeps_the_others() -> None:
