@@ -157,7 +157,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 PYTHON_VERSION = ".".join(map(str, sys.version_info[:3]))
 
 # ==================================================================================================
