@@ -16596,8 +16596,8 @@ class ApiClient:
             raise StartError(f"cannot connect to {self}: {_reason(error)}") from None
         return connection
 
-    def _headers(self, _method: str, _path: str, body: bytes) -> dict[str, str]:
-        return {"Content-Type": content_type(body)} if body else {}
+    def _headers(self, method: str, path: str, body: bytes) -> dict[str, str]:
+        return {"Content-Type": content_type(method, path, body)} if body else {}
 
 
 class RemoteClient(ApiClient):
@@ -16654,14 +16654,10 @@ class RemoteClient(ApiClient):
         return {**headers, "Signature-Input": given, "Signature": mac}
 
 
-def content_type(body: bytes) -> str:
-    """The type of a body: JSON lines are several objects, which together are not JSON."""
-    try:
-        json.loads(body)
-    except ValueError:
-        if body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}":
-            return "application/x-ndjson"
-    return "application/json"
+def content_type(method: str, path: str, body: bytes) -> str:
+    """The type of a body. Only a desired state may be JSON lines: then it begins with an object."""
+    desired_state = method == "PUT" and path.partition("?")[0].rstrip("/") == CONFIGURATIONS_PATH
+    return "application/" + ("x-ndjson" if desired_state and body.lstrip()[:1] == b"{" else "json")
 
 
 def config_of(arguments: argparse.Namespace, key_needed: bool = False) -> Config:
