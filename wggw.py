@@ -17386,6 +17386,8 @@ def command_snapshot(arguments: argparse.Namespace) -> int:
             status, content = client.call("GET", path)
         if status != HTTPStatus.OK:
             decode_answer(status, content)
+        if arguments.decrypt:
+            content = decode_snapshot(content, open_files(config_of(arguments)).vault, "the export")
         try:
             Disk().replace(file, [content])
         except OSError as error:
@@ -17870,6 +17872,7 @@ COMMANDS = (
                  help="export: write the file, mode 0600; import: replace all peers of the gateway "
                  "by those of the file"),
         argument("file", help="the file; export replaces an existing one"),
+        flag("--decrypt", "export: write the file unencrypted, even if SNAPSHOT_KEY is set"),
         flag("--dry-run", "import: change nothing, and print what would be done"),
         argument("--replace-key", dest="replace_key", action="store_const", const=True,
                  help="import: give the interface the key that the file's peers know"),
