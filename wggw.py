@@ -157,7 +157,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 PYTHON_VERSION = ".".join(map(str, sys.version_info[:3]))
 
 # ==================================================================================================
@@ -2133,15 +2133,15 @@ class AwgPreset(NamedTuple):
 _DNS_QUERY = "<r 2><b 0x010000010000000000000a><rc 10><b 0x03636f6d0000010001>"
 PRESETS: dict[str, AwgPreset] = {
     "default": AwgPreset(
-        "hides first bytes and sizes of handshakes behind junk, and from 1.5 a random first packet",
+        "hides the first bytes and the sizes of handshakes; from 1.5 a random packet comes first",
         "1.0", Span(3, 5), Span(40, 40), Span(70, 70), Span(15, 150), Span(12, 20), ("<r {size}>",),
     ),
     "light": AwgPreset(
-        "hides first bytes and sizes only, with the fewest bytes: mobile clients, small MTUs",
+        "as default, with the fewest bytes: for mobile clients and small MTUs",
         "1.0", Span(2, 3), Span(24, 32), Span(48, 64), Span(15, 40), Span(12, 12), (),
     ),
     "strong": AwgPreset(
-        "hides also where the handshake is among many packets, of sizes that data has",
+        "as default, and hides the handshake among many packets as large as data",
         "1.0", Span(6, 9), Span(50, 120), Span(400, 900), Span(60, 300), Span(20, 36),
         ("<r {size}>", "<rd {size}>", "<b 0x{hex}><r {size}>"),
     ),
@@ -16596,8 +16596,8 @@ class ApiClient:
             raise StartError(f"cannot connect to {self}: {_reason(error)}") from None
         return connection
 
-    def _headers(self, _method: str, _path: str, body: bytes) -> dict[str, str]:
-        return {"Content-Type": content_type(body)} if body else {}
+    def _headers(self, method: str, path: str, body: bytes) -> dict[str, str]:
+        return {"Content-Type": content_type(method, path, body)} if body else {}
 
 
 class RemoteClient(ApiClient):
@@ -16654,14 +16654,10 @@ class RemoteClient(ApiClient):
         return {**headers, "Signature-Input": given, "Signature": mac}
 
 
-def content_type(body: bytes) -> str:
-    """The type of a body: JSON lines are several objects, which together are not JSON."""
-    try:
-        json.loads(body)
-    except ValueError:
-        if body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}":
-            return "application/x-ndjson"
-    return "application/json"
+def content_type(method: str, path: str, body: bytes) -> str:
+    """The type of a body. Only a desired state may be JSON lines: then it begins with an object."""
+    desired_state = method == "PUT" and path.partition("?")[0].rstrip("/") == CONFIGURATIONS_PATH
+    return "application/" + ("x-ndjson" if desired_state and body.lstrip()[:1] == b"{" else "json")
 
 
 def config_of(arguments: argparse.Namespace, key_needed: bool = False) -> Config:
@@ -17390,6 +17386,8 @@ def command_snapshot(arguments: argparse.Namespace) -> int:
             status, content = client.call("GET", path)
         if status != HTTPStatus.OK:
             decode_answer(status, content)
+        if arguments.decrypt:
+            content = decode_snapshot(content, open_files(config_of(arguments)).vault, "the export")
         try:
             Disk().replace(file, [content])
         except OSError as error:
@@ -17825,10 +17823,11 @@ class Command(NamedTuple):
 # fmt: off
 _REMOTE = (
     argument("--url", help="ask the gateway at this https URL instead of this host's"),
-    argument("--key-file", help="the file of the API key, mode 0600"),
-    argument("--fingerprint", help="the SHA-256 of the gateway's certificate"),
-    argument("--key-id", help="the key's id, for rfc9421; default: default"),
-    argument("--scheme", choices=("legacy", "rfc9421"), help="default: legacy"),
+    argument("--key-file", help="a file with the API key, mode 0600"),
+    argument("--fingerprint", help="the SHA-256 of its certificate, as its log shows it"),
+    argument("--key-id", help="the key id, for --scheme rfc9421; default: 'default'"),
+    argument("--scheme", choices=("legacy", "rfc9421"),
+             help="how requests are signed; default: legacy"),
 )
 _JSON = flag("--json", "print the API's JSON, for programs")
 _DRY_RUN = flag("--dry-run", "change nothing, and print what would be done")
@@ -17836,7 +17835,8 @@ _SKIP = flag("--skip", "leave out the peers that do not fit")
 _PEER = (argument("name", help="the peer's label or public key"), *_REMOTE)
 _RANDOM = (
     argument("--generation", choices=GENERATIONS,
-             help="the newest that all clients support; default: the oldest that has the preset"),
+             help="of AmneziaWG: the newest that all clients support; default: the oldest that "
+             "has the preset"),
     argument("--preset", choices=tuple(PRESETS), default=DEFAULT_PRESET,
              help="; ".join(f"{name}: {row.text}" for name, row in PRESETS.items())),
 )
@@ -17844,28 +17844,28 @@ GROUPS = {"awg": "make, show or change AmneziaWG's parameters", "peer": "show or
 COMMANDS = (
     Command("serve", command_serve, "run the gateway", "--env-file /etc/wggw/wggw.env"),
     Command("net", command_net,
-            "set up, remove or show the host's network around the interfaces; run it as root",
+            "set up, remove or show interfaces, forwarding, NAT and packet filter; run it as root",
             "show\nup", (
         argument("action", choices=("up", "down", "show"),
                  help="up: make interfaces, forwarding, NAT and packet filter; down: remove them; "
                  "show: print them, and other firewalls that may drop packets"),
         flag("--keep-interfaces", "down: keep the interfaces, and with them all tunnels"))),
     Command("check", command_check,
-            "verify snapshot and journal, and write nothing; exit code 3 when they are damaged",
+            "verify snapshot and journal, and change nothing; exit code 3 when they are damaged",
             "\n--repair", (
         flag("--repair", "write what is readable to a new file, and print how to use it"),)),
     Command("copy", command_copy, "show, verify or replace the remote copy at SNAPSHOT_URL",
             "show\nverify", (
         argument("action", choices=("show", "verify", "claim"),
-                 help="show: list the last epochs and who held them; verify: read the copy as a "
-                 "boot would; claim: with the gateway stopped, make this host's files its newest "
-                 "state"),)),
+                 help="show: list the last starts of gateways that wrote to it (epochs); verify: "
+                 "read it as a boot would, and write nothing; claim: with the gateway stopped, "
+                 "make this host's files its newest state"),)),
     Command("call", command_call, "send one request to the API, and print the answer",
             "GET /api/v1/server/status\n"
             "POST /api/v1/configurations --data '{\"public_key\": \"…\"}'\n"
             "POST /api/v1/configurations/batch --data @operations.json", (
         argument("method", help="GET, POST, PUT, PATCH or DELETE"),
-        argument("path", help="with its query, such as /api/v1/configurations?limit=10"),
+        argument("path", help="path and query, such as /api/v1/configurations?limit=10"),
         argument("--data", help="the body: a text, @FILE, or @- for standard input"), *_REMOTE)),
     Command("snapshot", command_snapshot,
             "export the gateway's whole state to a file, or import it from one",
@@ -17874,6 +17874,7 @@ COMMANDS = (
                  help="export: write the file, mode 0600; import: replace all peers of the gateway "
                  "by those of the file"),
         argument("file", help="the file; export replaces an existing one"),
+        flag("--decrypt", "export: write the file unencrypted, even if SNAPSHOT_KEY is set"),
         flag("--dry-run", "import: change nothing, and print what would be done"),
         argument("--replace-key", dest="replace_key", action="store_const", const=True,
                  help="import: give the interface the key that the file's peers know"),
@@ -17882,7 +17883,8 @@ COMMANDS = (
         *_REMOTE)),
     Command("import", command_import, "create the peers of another program's file",
             "/etc/wireguard/wg0.conf --dry-run\nwg-easy.json --merge --skip", (
-        argument("file", help="the file, or - for standard input"),
+        argument("file", help="- for standard input, or a file: of wg-quick, `wg showconf`, "
+                 "`awg showconf`, wg-easy up to 14, the gateway before wggw, or a JSON list"),
         flag("--merge", "keep the gateway's peers, and add those of the file"),
         flag("--replace", "update the gateway's peers, and delete those that the file lacks"),
         _DRY_RUN, _SKIP, *_REMOTE)),
@@ -17890,14 +17892,15 @@ COMMANDS = (
             "take over a live interface with its peers; run it as root, with the gateway stopped",
             "--dry-run\n--interface wg1 --yes", (
         argument("--interface", default="wg0", help="the interface; default: wg0"),
-        flag("--yes", "do not ask for a confirmation"), _DRY_RUN, _SKIP)),
+        flag("--yes", "do not ask for a confirmation"), _DRY_RUN,
+        flag("--skip", "leave out the peers that do not fit, which cuts them off"))),
     Command("awg generate", command_awg_generate,
             "print new random parameters, for AWG_PARAMS or for `wggw awg rotate --params`",
             "--preset strong >awg.json", _RANDOM),
     Command("awg show", command_awg_show,
             "print the gateway's parameters, and how many peers use them", "", _REMOTE),
     Command("awg rotate", command_awg_rotate,
-            "change the gateway's parameters; without --yes only if no client is cut off",
+            "change the gateway's parameters; if that cuts clients off, it needs --yes",
             "--params @awg.json\n--preset strong --yes", (
         argument("--params",
                  help="the parameters: JSON, @FILE, or @- for standard input; default: random"),
@@ -17916,7 +17919,7 @@ COMMANDS = (
                  help="list at most this many"),
         flag("--online", "only peers that are online"),
         argument("--sort", choices=tuple(PEER_ORDERS), default="created",
-                 help="created (default): the oldest first; key: by their text; others: the "
+                 help="created (default): oldest first; key: in alphabetical order; others: "
                  "largest or latest first"),
         _JSON, *_REMOTE)),
     Command("peer add", command_peer_add,
@@ -17924,7 +17927,8 @@ COMMANDS = (
             "laptop >laptop.conf\nphone --set quota_bytes=50000000000 | qrencode -t ansiutf8", (
         argument("name", help="the peer's label"),
         argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                 help="a field of the API's create; default: an address in each family"),
+                 help="a field of the API's create, such as quota_bytes=5000000000; repeat for "
+                 "more"),
         *_REMOTE)),
     Command("peer show", command_peer_show, "show all that the gateway knows of the peer",
             "laptop", (_JSON, *_PEER)),
@@ -17990,7 +17994,7 @@ def make_parser() -> argparse.ArgumentParser:
             (remote if (names, options) in _REMOTE else command).add_argument(*names, **options)
         text = "the settings file; default: ./.env"
         if row.run is not command_serve:
-            text += f", or without settings there and in the environment {INSTALLED_SETTINGS}"
+            text += f"; if it and the environment have no settings, {INSTALLED_SETTINGS}"
         command.add_argument("--env-file", metavar="PATH", help=text)
     return parser
 

@@ -217,6 +217,26 @@ def test_sealed_snapshot_needs_the_same_key(
         assert "SNAPSHOT_KEY" in check_refused(gateway, sealed).json["detail"]
 
 
+def test_key_on_disk_can_be_changed(tmp_path: Path) -> None:
+    """As docs/SECURITY.md says: from an unencrypted export, which the next start encrypts anew."""
+    with running(tmp_path, SNAPSHOT_KEY=SECRET) as gateway:
+        change_all_sorts(gateway)
+        before = without_own_key(state(gateway))
+        done = gateway.command("snapshot", "export", "--decrypt", "state.db")
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "state.db").read_bytes().startswith(wggw.SQLITE_MAGIC)
+        gateway.stop()
+        (tmp_path / "old").mkdir()
+        for path in tmp_path.glob("wireguard.db*"):
+            path.rename(tmp_path / "old" / path.name)
+        (tmp_path / "state.db").rename(tmp_path / "wireguard.db")
+        gateway.settings["SNAPSHOT_KEY"] = "another key for what lies on disk"
+        gateway.start()
+        assert without_own_key(state(gateway)) == before
+        for path in tmp_path.glob("wireguard.db*"):
+            assert path.is_socket() or not path.read_bytes().startswith(wggw.SQLITE_MAGIC), path
+
+
 def edited(image: bytes, tmp_path: Path, *statements: str) -> bytes:
     """The database changed by other hands, its checksum right all the same."""
     path = tmp_path / "edited.db"

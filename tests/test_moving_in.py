@@ -303,6 +303,9 @@ def test_peers_that_are_there_stay_with_merge_and_go_with_replace(gateway: Gatew
     assert done.returncode == 0 and b"done: 0 created, 1 updated" in done.stdout
     found = peers_of(gateway)
     assert sorted(found) == sorted(KEYS[:2]) and found[KEYS[0]]["label"] == 'laptop "A" ü'
+    line = b'{"public_key": "%b"}\n' % KEYS[0].encode()
+    done = command(gateway, "-", "--replace", given=line)
+    assert done.returncode == 0 and sorted(peers_of(gateway)) == [KEYS[0]], done.stderr
 
 
 def test_refused_peers_are_told_and_the_exit_code_says_so(gateway: GatewayProcess) -> None:
@@ -323,8 +326,11 @@ def test_call_sends_lines_as_lines(gateway: GatewayProcess) -> None:
         check=True,
     )
     assert json.loads(done.stdout)["created"] == 2
-    assert wggw.content_type(b'{"a": 1}') == wggw.content_type(b"[1]") == "application/json"
-    assert wggw.content_type(b'{"a": 1}\n{"a": 2}\n') == "application/x-ndjson"
+    state = "/api/v1/configurations/?dry_run=true"
+    assert wggw.content_type("PUT", state, b"[1]") == "application/json"
+    assert wggw.content_type("POST", "/api/v1/configurations", b"{}") == "application/json"
+    for body in (b'{"a": 1}\n{"a": 2}\n', b'{"a": 1}'):
+        assert wggw.content_type("PUT", state, body) == "application/x-ndjson"
 
 
 def test_a_start_on_the_previous_gateways_database_says_what_it_is(tmp_path: Path) -> None:

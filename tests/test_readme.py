@@ -118,6 +118,21 @@ def test_commands_of_the_documents_are_the_programs(path: Path) -> None:
             assert end.code == 0, line  # --version
 
 
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """What links may name in a document, as GitHub makes it from the headings."""
+    text = FENCED.sub("", path.read_text("utf-8"))
+    return {re.sub(r"[^\w\- ]", "", h).replace(" ", "-").lower() for h in HEADING.findall(text)}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_headings_that_links_name_exist(path: Path) -> None:
+    for target, heading in re.findall(r"\]\((?!https:)([^)#]*)#([^)]+)\)", path.read_text("utf-8")):
+        assert heading in anchors((path.parent / target) if target else path), (target, heading)
+
+
 def test_every_command_is_in_the_list() -> None:
     listed = {line[0] for line in typed((ROOT / "docs/COMMANDS.md").read_text("utf-8"))}
     [group] = [a for a in wggw.make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
