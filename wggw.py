@@ -4310,7 +4310,6 @@ _TOTALS = (
     "coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), coalesce(t.last_handshake, 0), p.sequence "
     "FROM peers p LEFT JOIN traffic t ON t.id = p.id"
 )
-_PAGE = f"SELECT {', '.join(f'p.{name}' for name in Peer._fields)}, {_TOTALS}"
 _TRAFFIC = "SELECT id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake FROM traffic"
 _PUT_TRAFFIC = """
     INSERT INTO traffic (id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake, sequence)
@@ -4336,6 +4335,128 @@ _BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  name
         ("last_handshake", MAX_TIME),
     )
 )
+
+_TIME = "strftime('%Y-%m-%dT%H:%M:%SZ', {}, 'unixepoch')"  # as rfc3339() writes it
+_ONLINE = "(p.status = 'active' AND coalesce(t.last_handshake, 0) > :online_since)"
+_OF_FAMILIES = (
+    "json(CASE p.tunnel_traffic WHEN 'ipv4' THEN '[{0}]' WHEN 'ipv6' THEN '[{1}]' "
+    "ELSE '[{0},{1}]' END)"
+)
+# The members of a configuration, in their order: what each is in SQL, with the tables of
+# _SHOWN_FROM. SQLite writes them as JSON, in a quarter of the time that Python needs.
+# fmt: off
+CONFIGURATION_SQL: Mapping[str, str] = {
+    "public_key": "p.public_key",
+    "status": "p.status",
+    "status_reason": "p.status_reason",
+    "assigned_ip": "p.assigned_ip",
+    "assigned_ipv6": "p.assigned_ipv6",
+    "tunnel_traffic": _OF_FAMILIES.format('"ipv4"', '"ipv6"'),
+    "allowed_ips": _OF_FAMILIES.format('"0.0.0.0/0"', '"::/0"'),
+    "dns": "coalesce(p.dns, i.dns)",
+    "dns_servers": "json(coalesce(c.servers, '[]'))",
+    "port": "coalesce(p.port, i.port)",
+    "interface": "p.interface",
+    "server_public_key": "i.public_key",
+    "endpoint": "e.endpoint",
+    "mtu": "i.mtu",
+    "persistent_keepalive": "p.persistent_keepalive",
+    "expires_at": _TIME.format("p.expires_at"),
+    "quota_bytes": "p.quota_bytes",
+    "quota_period": "p.quota_period",
+    "quota_used": "max(0, coalesce(t.rx_bytes + t.tx_bytes, 0) - p.quota_base)",
+    "created_at": _TIME.format("p.created_at"),
+    "request_id": "p.request_id",
+    "label": "p.label",
+    "service_class": "p.service_class",
+    "obfuscation":
+        "json(CASE WHEN i.state IS NOT NULL THEN shown_obfuscation(i.state, p.obfuscation) END)",
+    "online": f"json(iif({_ONLINE}, 'true', 'false'))",
+    "last_handshake": _TIME.format("nullif(t.last_handshake, 0)"),
+    "rx_bytes": "coalesce(t.rx_bytes, 0)",
+    "tx_bytes": "coalesce(t.tx_bytes, 0)",
+    "sequence": "p.sequence",
+}
+# fmt: on
+_SHOWN_FROM = """
+    FROM peers p LEFT JOIN traffic t ON t.id = p.id
+    LEFT JOIN view_interfaces i ON i.name = p.interface
+    LEFT JOIN view_endpoints e ON e.interface = p.interface AND e.port = coalesce(p.port, i.port)
+    LEFT JOIN view_choices c ON c.name = coalesce(p.dns, i.dns)
+"""
+# What the view adds to the rows. Only the connection has these tables; no snapshot does.
+_VIEW_SCHEMA = """
+    PRAGMA temp_store = MEMORY;
+    CREATE TEMP TABLE view_interfaces (
+        name TEXT PRIMARY KEY,
+        public_key TEXT,
+        mtu INTEGER,
+        state TEXT,  -- of its obfuscation
+        port INTEGER,  -- of peers that have none of their own
+        dns TEXT  -- as port
+    ) WITHOUT ROWID;
+    CREATE TEMP TABLE view_endpoints (
+        interface TEXT, port INTEGER, endpoint TEXT, PRIMARY KEY (interface, port)
+    ) WITHOUT ROWID;
+    CREATE TEMP TABLE view_choices (name TEXT PRIMARY KEY, servers TEXT) WITHOUT ROWID;
+"""
+
+
+@functools.lru_cache(maxsize=256)
+def _configuration_sql(names: Iterable[str]) -> str:
+    """A configuration with these members, as an expression whose value is JSON."""
+    members = ", ".join(f"'{name}', {CONFIGURATION_SQL[name]}" for name in names)
+    return f"json_object({members})"
+
+
+ALL_MEMBERS = tuple(CONFIGURATION_SQL)
+_SHOWN = _configuration_sql(ALL_MEMBERS)
+_SHOW = f"SELECT {_SHOWN} {_SHOWN_FROM} WHERE p.public_key = :public_key"
+_NAMED = (*Peer._fields, "sequence")
+# The same of a row that need not be in the tables: these names hide them.
+_SHOW_GIVEN = (
+    f"WITH peers ({', '.join(_NAMED)}) AS (VALUES ({', '.join(f':{n}' for n in _NAMED)})), "
+    f"traffic AS (SELECT :id AS id, :rx_bytes AS rx_bytes, :tx_bytes AS tx_bytes, "
+    f":last_handshake AS last_handshake) {_SHOW}"
+)
+_CHANGES = f"""
+    SELECT p.sequence, json_object('sequence', p.sequence, 'time', {_TIME.format("p.changed_at")},
+        'deleted', json('false'), 'public_key', p.public_key, 'configuration', {_SHOWN})
+    {_SHOWN_FROM} WHERE p.sequence > :after AND p.sequence <= :until
+    ORDER BY p.sequence LIMIT :limit
+"""
+_DELETIONS = f"""
+    SELECT sequence, json_object('sequence', sequence, 'time', {_TIME.format("at")},
+        'deleted', json('true'), 'public_key', public_key, 'configuration', NULL)
+    FROM gone WHERE sequence > :after AND sequence <= :until ORDER BY sequence LIMIT :limit
+"""  # noqa: S608  names of this file
+_USAGE = f"""
+    SELECT t.sequence, json_object('public_key', p.public_key, 'rx_bytes', t.rx_bytes,
+        'tx_bytes', t.tx_bytes, 'last_handshake', {_TIME.format("nullif(t.last_handshake, 0)")})
+    FROM traffic t JOIN peers p ON p.id = t.id
+    WHERE t.sequence > :after AND t.sequence <= :until ORDER BY t.sequence LIMIT :limit
+"""  # noqa: S608  names of this file
+
+
+@functools.lru_cache(maxsize=1024)
+def shown_obfuscation(state: str, own: str | None) -> str:
+    """What a client of an obfuscated interface must know, as JSON. SQL calls it.
+
+    `state` is what encode_state() made of the interface's state, `own` the client's own values.
+    These are the parameters that both sides share, the client's own values, and for values that the
+    client did not choose the interface's, as a suggestion. A client with a ContentPaddingAddition
+    of its own sends packets of other sizes: `warnings` says when some of them get lost.
+    """
+    decoded = decode_state(state)
+    values = decode_own_values(own or "{}")
+    parameters = decoded.parameters._replace(**values)
+    warnings = loss_warnings(parameters) if "content_padding_addition" in values else []
+    shown = {
+        "enabled": True,
+        **show_state(decoded._replace(parameters=parameters)),
+        **({"warnings": warnings} if warnings else {}),
+    }
+    return json.dumps(shown)
 
 
 # The name in Store.private_keys of the API's certificate and key. No interface can have it.
@@ -4546,34 +4667,44 @@ _BAD_RECORD = (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError, O
 
 
 class Filter(NamedTuple):
-    """Which peers a list shows. `reason` is a status_reason.
-
-    `online` chooses by whether the last handshake came after `online_since` (Unix seconds).
-    """
+    """Which peers a list shows. `reason` is a status_reason."""
 
     status: str | None = None
     interface: str | None = None
     online: bool | None = None
-    online_since: int = 0
     reason: str | None = None
     label: str | None = None
     request_id: str | None = None
 
 
-class ChangeRow(NamedTuple):
-    """A key's latest change, `at` Unix seconds. Peer and totals are None after a deletion."""
+class Served(NamedTuple):
+    """What an interface is to its clients."""
 
-    sequence: int
-    at: int
+    settings: InterfaceSettings
     public_key: str
-    peer: Peer | None
-    traffic: Traffic | None
+    mtu: int
+    obfuscation: ObfuscationState | None
+
+
+class View(NamedTuple):
+    """What configurations show besides the rows.
+
+    A peer is online when its last handshake came after `online_since` (Unix seconds). `choices` are
+    the DNS servers by choice; the first choice is that of peers that have none of their own.
+    """
+
+    online_since: int
+    choices: Mapping[str, Sequence[str]]
+    interfaces: tuple[Served, ...]
 
 
 class Page(NamedTuple):
-    """Some peers of a list. The next page begins behind the id `after`; the last page has None."""
+    """Some peers of a list: their ids and their configurations as JSON.
 
-    rows: list[tuple[Peer, Traffic]]
+    The next page begins behind the id `after`; the last page has None.
+    """
+
+    rows: list[tuple[int, str]]
     after: int | None
 
 
@@ -4602,6 +4733,8 @@ def open_memory() -> sqlite3.Connection:
         "file:wggw?vfs=memdb", uri=True, check_same_thread=False, isolation_level=None
     )
     configure_memory(db)
+    db.executescript(_VIEW_SCHEMA)
+    db.create_function("shown_obfuscation", 2, shown_obfuscation, deterministic=True)
     return db
 
 
@@ -4747,6 +4880,7 @@ class Store:
         self.next_id = 1
         self.restarted: dict[int, tuple[int, int]] = {}  # see replay()
         self._any_released = False  # whether `released` may have rows
+        self._viewed: tuple[Any, ...] = ()  # what the tables of _VIEW_SCHEMA hold
         self._db = open_memory()
         make_schema(self._db)
 
@@ -4766,7 +4900,7 @@ class Store:
             if name.startswith("private_key ")
         }
         self._db.close()
-        self._db, self.loaded = db, True
+        self._db, self._viewed, self.loaded = db, (), True
         self._load_counts()
 
     def take(self, other: Store) -> None:
@@ -5096,45 +5230,97 @@ class Store:
         row = self._db.execute(f"{_TRAFFIC} WHERE id = ?", (peer_id,)).fetchone()
         return TrafficRow._make(row) if row else TrafficRow(peer_id, 0, 0, 0, 0, 0)
 
-    def shown(self, public_key: str) -> tuple[Peer, Traffic] | None:
-        """A peer and its totals."""
-        row = self._db.execute(f"{_PAGE} WHERE p.public_key = ?", (public_key,)).fetchone()
-        return _row_of_page(row) if row else None
+    def totals_after(self, after: int, limit: int) -> list[tuple[int, str, str, Traffic]]:
+        """(id, interface, key, totals) of peers with an id above `after`."""
+        named = f"SELECT p.id, p.interface, p.public_key, {_TOTALS}"
+        rows = self._db.execute(f"{named} WHERE p.id > ? ORDER BY p.id LIMIT ?", (after, limit))
+        return [(*row[:3], Traffic._make(row[3:])) for row in rows]
 
-    def page(self, after: int, limit: int, chosen: Filter) -> Page:
+    def show(self, public_key: str, view: View) -> str | None:
+        """A peer's configuration as JSON."""
+        values = {**self._prepare(view), "public_key": public_key}
+        row: tuple[str] | None = self._db.execute(_SHOW, values).fetchone()
+        return row[0] if row else None
+
+    def show_given(self, peer: Peer, traffic: Traffic, view: View) -> str:
+        """The configuration of a peer as it was, which has changed or gone since."""
+        values = {**self._prepare(view), **peer._asdict(), **traffic._asdict()}
+        text: str = self._db.execute(_SHOW_GIVEN, values).fetchone()[0]
+        return text
+
+    def _prepare(self, view: View) -> dict[str, Any]:
+        """Write the view into its tables if it has changed. Returns the parameter of _ONLINE."""
+        if view[1:] != self._viewed:
+            default = next(iter(view.choices))
+            for table, rows in (
+                ("view_choices", [(name, json.dumps(of)) for name, of in view.choices.items()]),
+                (
+                    "view_interfaces",
+                    [
+                        (of.name, key, mtu, state and encode_state(state), of.ports[0], default)
+                        for of, key, mtu, state in view.interfaces
+                    ],
+                ),
+                (
+                    "view_endpoints",
+                    [
+                        (of.name, port, of.endpoint(port))
+                        for of, *_ in view.interfaces
+                        for port in of.ports
+                    ],
+                ),
+            ):
+                self._db.execute(f"DELETE FROM {table}")  # noqa: S608  names of this file
+                for row in rows:
+                    marks = ", ".join("?" * len(row))
+                    self._db.execute(f"INSERT INTO {table} VALUES ({marks})", row)  # noqa: S608  as above
+            self._viewed = view[1:]
+        return {"online_since": view.online_since}
+
+    def page(
+        self,
+        after: int,
+        limit: int,
+        chosen: Filter,
+        view: View,
+        names: tuple[str, ...] = ALL_MEMBERS,
+    ) -> Page:
         """Up to `limit` peers with an id above `after`, in order of creation.
 
         No index knows which peers are online. With this filter a page reads at most PAGE_SCAN peers
         and may therefore be shorter than `limit`.
         """
+        values: dict[str, Any] = {**self._prepare(view), "after": after, "limit": limit + 1}
+        conditions = ["p.id > :after"]
         exact = (chosen.label, chosen.request_id, chosen.reason)
-        conditions: dict[str, Any] = {"p.id > ?": after}
         for name, value in zip(("label", "request_id", "status_reason"), exact, strict=True):
             if value is not None:
-                conditions[f"p.{name} = ?"] = value
+                conditions.append(f"p.{name} = :{name}")
+                values[name] = value
         last = MAX_INTEGER
         if chosen.online is not None:
-            last = conditions["p.id <= ?"] = self._scan_end(after)
-            online = "(p.status = 'active' AND coalesce(t.last_handshake, 0) > ?)"
-            conditions[online if chosen.online else f"NOT {online}"] = chosen.online_since
+            last = values["last"] = self._scan_end(after)
+            conditions += ["p.id <= :last", _ONLINE if chosen.online else f"NOT {_ONLINE}"]
         kinds: list[dict[str, Any]] = [{}]
         if chosen.status is not None or chosen.interface is not None:
             # The index lists each kind by id: read `limit` of each, then keep the first ones.
             kinds = [
-                {"p.interface = ?": name, "p.status = ?": status}
+                {"interface": name, "status": status}
                 for name, status in self.counts
                 if chosen.interface in (None, name) and chosen.status in (None, status)
             ]
-        rows: list[Sequence[Any]] = []
+            conditions += ["p.interface = :interface", "p.status = :status"]
+        query = (
+            f"SELECT p.id, {_configuration_sql(names)} {_SHOWN_FROM} "
+            f"WHERE {' AND '.join(conditions)} ORDER BY p.id LIMIT :limit"
+        )
+        rows: list[tuple[int, str]] = []
         for kind in kinds:
-            wanted = conditions | kind
-            query = f"{_PAGE} WHERE {' AND '.join(wanted)} ORDER BY p.id LIMIT ?"
-            rows += self._db.execute(query, (*wanted.values(), limit + 1))
-        rows.sort(key=lambda row: int(row[0]))
-        shown = [_row_of_page(row) for row in rows[:limit]]
+            rows += self._db.execute(query, values | kind)
+        rows.sort()
         if len(rows) > limit:
-            return Page(shown, shown[-1][0].id)
-        return Page(shown, last if last < self.next_id - 1 else None)
+            return Page(rows[:limit], rows[limit - 1][0])
+        return Page(rows, last if last < self.next_id - 1 else None)
 
     def check_feed(self, after: int) -> None:
         """Raises Gone when some change behind this sequence is no longer remembered.
@@ -5154,35 +5340,24 @@ class Store:
             return self.sequence
         return -last if after <= 0 else last
 
-    def changes(self, after: int, limit: int) -> list[ChangeRow]:
-        """The changes behind a sequence: each key once, ordered by its latest change."""
-        begun, after = after != 0, abs(after)
-        query = _PAGE.replace(" FROM ", ", p.changed_at FROM ", 1)
-        rows = self._db.execute(
-            f"{query} WHERE p.sequence > ? AND p.sequence <= ? ORDER BY p.sequence LIMIT ?",
-            (after, self.sequence, limit),
-        ).fetchall()
-        found: list[ChangeRow] = []
-        for row in rows:
-            peer, traffic = _row_of_page(row[:-1])
-            found.append(ChangeRow(traffic.sequence, row[-1], peer.public_key, peer, traffic))
-        gone = self._db.execute(
-            "SELECT sequence, at, public_key, NULL, NULL FROM gone "
-            "WHERE sequence > ? AND sequence <= ? ORDER BY sequence LIMIT ?",
-            (after, self.sequence, limit if begun else 0),  # a new client knows no deleted key
-        )
-        found += map(ChangeRow._make, gone)
-        return sorted(found, key=lambda change: change.sequence)[:limit]
+    def changes(self, after: int, limit: int, view: View) -> list[tuple[int, str]]:
+        """The changes behind a sequence, as (sequence, JSON): each key once, at its latest change.
 
-    def usage(self, after: int, limit: int) -> list[tuple[int, str, Traffic]]:
-        """(sequence, key, totals) of peers whose totals changed, ordered by sequence."""
-        rows = self._db.execute(
-            "SELECT t.sequence, p.public_key, t.rx_bytes, t.tx_bytes, t.last_handshake "
-            "FROM traffic t JOIN peers p ON p.id = t.id "
-            "WHERE t.sequence > ? AND t.sequence <= ? ORDER BY t.sequence LIMIT ?",
-            (abs(after), self.sequence, limit),
-        )
-        return [(row[0], row[1], Traffic._make((*row[2:], 0))) for row in rows]
+        A deleted key has no configuration.
+        """
+        values = {**self._prepare(view), "after": abs(after), "until": self.sequence}
+        rows: list[tuple[int, str]] = self._db.execute(
+            _CHANGES, values | {"limit": limit}
+        ).fetchall()
+        if after:  # a new client knows no deleted key
+            rows += self._db.execute(_DELETIONS, values | {"limit": limit})
+            rows.sort()
+        return rows[:limit]
+
+    def usage(self, after: int, limit: int) -> list[tuple[int, str]]:
+        """(sequence, JSON) of the totals of peers whose totals changed, ordered by sequence."""
+        values = {"after": abs(after), "until": self.sequence, "limit": limit}
+        return self._db.execute(_USAGE, values).fetchall()
 
     def _scan_end(self, after: int) -> int:
         row = self._db.execute(
@@ -5320,11 +5495,6 @@ class Store:
 
     def close(self) -> None:
         self._db.close()
-
-
-def _row_of_page(row: Sequence[Any]) -> tuple[Peer, Traffic]:
-    width = len(Peer._fields)
-    return Peer._make(row[:width]), Traffic._make(row[width:])
 
 
 def _slices(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
@@ -10316,6 +10486,9 @@ def _addresses(peer: Peer | None) -> list[HeldAddress]:
     return held
 
 
+NO_PEER = "no peer has this public key"
+
+
 def pool_usage(given: Iterable[AddressPool | None]) -> dict[str, Any]:
     """The pools of one family added up, with the gateway's address in the first one."""
     pools = [pool for pool in given if pool is not None]
@@ -10388,6 +10561,9 @@ class Tunnel:
                     "excluded there, or given twice"
                 ) from None
         return pools
+
+    def served(self) -> Served:
+        return Served(self.settings, self.public_key, self.link.mtu, self.obfuscation)
 
     def with_defaults(self, peer: Peer, config: Config) -> Peer:
         """The peer with the DNS choice and the port that it follows by default."""
@@ -10579,7 +10755,7 @@ class Rules:
         self._core.ledger.check(public_key)
         peer = self._core.store.get(public_key)
         if peer is None:
-            raise NotFound("no peer has this public key")
+            raise NotFound(NO_PEER)
         return peer
 
     def _over(self, peer: Peer) -> str | None:
@@ -11730,13 +11906,6 @@ class Gateway:
         if not operations:
             reply(results)
 
-    def get(self, public_key: str) -> Outcome:
-        """Owner."""
-        found = self.store.shown(public_key)
-        if found is None:
-            raise NotFound("no peer has this public key")
-        return Outcome(False, *found)
-
     def usage(self, interface: str | None = None) -> dict[str, dict[str, Any]]:
         """The pools of each family, of one interface or all: totals and all held addresses.
 
@@ -11763,6 +11932,18 @@ class Gateway:
     def online_since(self) -> int:
         """A peer with a handshake after this time (Unix seconds) is online."""
         return int(self._core.clock()) - ONLINE_SECONDS
+
+    def get(self, public_key: str) -> Outcome:
+        """Owner."""
+        peer = self.store.get(public_key)
+        if peer is None:
+            raise NotFound(NO_PEER)
+        return self._outcome(False, peer)
+
+    def view(self) -> View:
+        """What configurations show besides the rows. Owner."""
+        served = tuple([tunnel.served() for tunnel in self.tunnels.values()])
+        return View(self.online_since(), self.config.dns_servers, served)
 
     def figures(self) -> Figures:
         """Owner."""
@@ -12329,16 +12510,11 @@ PEER_METRICS = (
 
 def render_peers(gateway: Gateway) -> Iterator[str]:
     """Prometheus text with every peer's traffic. The label has only the start of the key."""
-    rows: list[tuple[str, Traffic]] = []
-    after = 0
-    while page := gateway.run(
-        functools.partial(gateway.store.page, after, READ_CHUNK, Filter())
-    ).rows:
-        rows += [
-            (_labels(interface=peer.interface, key=short_key(peer.public_key)), traffic)
-            for peer, traffic in page
-        ]
-        after = page[-1][0].id
+    read = functools.partial(gateway.store.totals_after, limit=READ_CHUNK)
+    rows = [
+        (_labels(interface=interface, key=short_key(key)), traffic)
+        for _, interface, key, traffic in chunks(gateway.run, read)
+    ]
     yield from _families(PEER_METRICS, rows)
 
 
@@ -12673,126 +12849,54 @@ def about(schema: Schema, text: str) -> Schema:
     return {**schema, "description": text}
 
 
-@functools.lru_cache(maxsize=1024)
-def shown_obfuscation(state: ObfuscationState | None, own: str | None) -> dict[str, Any] | None:
-    """What a client of an obfuscated interface must know, or None for a plain interface.
-
-    These are the parameters that both sides share, the client's own values, and for values that the
-    client did not choose the interface's, as a suggestion. A client with a ContentPaddingAddition
-    of its own sends packets of other sizes: `warnings` says when some of them get lost. The result
-    is cached, so do not change it.
-    """
-    if state is None:
-        return None
-    values = decode_own_values(own or "{}")
-    parameters = state.parameters._replace(**values)
-    warnings = loss_warnings(parameters) if "content_padding_addition" in values else []
-    return {
-        "enabled": True,
-        **show_state(state._replace(parameters=parameters)),
-        **({"warnings": warnings} if warnings else {}),
-    }
-
-
-EVERYWHERE = {"ipv4": "0.0.0.0/0", "ipv6": "::/0"}
-
-
-class View(NamedTuple):
-    """What a peer's configuration is made of. The peer comes from Tunnel.with_defaults().
-
-    A peer is online when its last handshake came after `online_since`.
-    """
-
-    peer: Peer
-    traffic: Traffic
-    tunnel: Tunnel
-    config: Config
-    online_since: int
-
-    @property
-    def families(self) -> list[str]:
-        return self.peer.tunnel_traffic.split(",")
-
-
 class Shown(NamedTuple):
-    """A member of a configuration: how to get its value, its schema, and what it means."""
+    """A member of a configuration: its schema, and what it means."""
 
-    value: Callable[[View], Any]
     schema: Schema
     note: str = ""
 
 
 # fmt: off
+# Their values: see CONFIGURATION_SQL.
 CONFIGURATION: dict[str, Shown] = {
-    "public_key": Shown(lambda v: v.peer.public_key, KEY_SCHEMA),
-    "status": Shown(lambda v: v.peer.status, STATUS),
+    "public_key": Shown(KEY_SCHEMA),
+    "status": Shown(STATUS),
     "status_reason": Shown(
-        lambda v: v.peer.status_reason, or_null(one_of(REASONS)),
-        "why the gateway suspended it; null when it did not"),
-    "assigned_ip": Shown(lambda v: v.peer.assigned_ip, or_null(IPV4)),
-    "assigned_ipv6": Shown(lambda v: v.peer.assigned_ipv6, or_null(IPV6)),
-    "tunnel_traffic": Shown(
-        lambda v: v.families, FAMILIES_SCHEMA, "what the client sends through the tunnel"),
-    "allowed_ips": Shown(
-        lambda v: [EVERYWHERE[family] for family in v.families],
-        TEXTS, "the same as networks, for the client's AllowedIPs"),
-    "dns": Shown(lambda v: v.peer.dns, TEXT, "a key of DNS_SERVERS"),
-    "dns_servers": Shown(
-        lambda v: v.config.dns_servers.get(v.peer.dns or "", ()),
-        TEXTS, "the addresses and search domains of that choice"),
-    "port": Shown(
-        lambda v: v.peer.port, {"type": "integer", "minimum": 1, "maximum": 65535}, "UDP"),
-    "interface": Shown(lambda v: v.peer.interface, TEXT),
-    "server_public_key": Shown(lambda v: v.tunnel.public_key, KEY_SCHEMA),
-    "endpoint": Shown(
-        lambda v: v.tunnel.settings.endpoint(cast(int, v.peer.port)), or_null(TEXT),
-        "WG_ENDPOINT with the port; null when that is not set"),
-    "mtu": Shown(lambda v: v.tunnel.link.mtu, COUNT),
-    "persistent_keepalive": Shown(
-        lambda v: v.peer.persistent_keepalive, COUNT, "seconds, for the client's configuration"),
-    "expires_at": Shown(
-        lambda v: None if v.peer.expires_at is None else rfc3339(v.peer.expires_at),
-        or_null(TIME_SCHEMA)),
-    "quota_bytes": Shown(
-        lambda v: v.peer.quota_bytes, or_null(COUNT), "received and sent bytes together"),
+        or_null(one_of(REASONS)), "why the gateway suspended it; null when it did not"),
+    "assigned_ip": Shown(or_null(IPV4)),
+    "assigned_ipv6": Shown(or_null(IPV6)),
+    "tunnel_traffic": Shown(FAMILIES_SCHEMA, "what the client sends through the tunnel"),
+    "allowed_ips": Shown(TEXTS, "the same as networks, for the client's AllowedIPs"),
+    "dns": Shown(TEXT, "a key of DNS_SERVERS"),
+    "dns_servers": Shown(TEXTS, "the addresses and search domains of that choice"),
+    "port": Shown({"type": "integer", "minimum": 1, "maximum": 65535}, "UDP"),
+    "interface": Shown(TEXT),
+    "server_public_key": Shown(KEY_SCHEMA),
+    "endpoint": Shown(or_null(TEXT), "WG_ENDPOINT with the port; null when that is not set"),
+    "mtu": Shown(COUNT),
+    "persistent_keepalive": Shown(COUNT, "seconds, for the client's configuration"),
+    "expires_at": Shown(or_null(TIME_SCHEMA)),
+    "quota_bytes": Shown(or_null(COUNT), "received and sent bytes together"),
     "quota_period": Shown(
-        lambda v: v.peer.quota_period, or_null(one_of(PERIODS)),
-        "the quota starts again with each; null: never"),
+        or_null(one_of(PERIODS)), "the quota starts again with each; null: never"),
     "quota_used": Shown(
-        lambda v: max(0, v.traffic.total - v.peer.quota_base), COUNT,
-        "bytes since the period began or reset-quota was called; also without a quota"),
-    "created_at": Shown(lambda v: rfc3339(v.peer.created_at), TIME_SCHEMA),
-    "request_id": Shown(lambda v: v.peer.request_id, or_null(TEXT)),
-    "label": Shown(lambda v: v.peer.label, or_null(TEXT)),
-    "service_class": Shown(
-        lambda v: v.peer.service_class, or_null(TEXT),
-        "a name of SERVICE_CLASSES; null: no limits"),
-    "obfuscation": Shown(
-        lambda v: shown_obfuscation(v.tunnel.obfuscation, v.peer.obfuscation),
-        or_null(FREE_OBJECT)),
-    "online": Shown(
-        lambda v: v.peer.status == "active" and v.traffic.last_handshake > v.online_since,
-        FLAG, f"the last handshake is less than {ONLINE_SECONDS} s ago"),
-    "last_handshake": Shown(
-        lambda v: rfc3339(v.traffic.last_handshake) if v.traffic.last_handshake else None,
-        or_null(TIME_SCHEMA)),
-    "rx_bytes": Shown(
-        lambda v: v.traffic.rx_bytes, COUNT,
-        "received from the client since the peer was created"),
-    "tx_bytes": Shown(lambda v: v.traffic.tx_bytes, COUNT, "sent to the client"),
-    "sequence": Shown(
-        lambda v: v.traffic.sequence, COUNT, "of its latest change: see /api/v1/changes"),
+        COUNT, "bytes since the period began or reset-quota was called; also without a quota"),
+    "created_at": Shown(TIME_SCHEMA),
+    "request_id": Shown(or_null(TEXT)),
+    "label": Shown(or_null(TEXT)),
+    "service_class": Shown(or_null(TEXT), "a name of SERVICE_CLASSES; null: no limits"),
+    "obfuscation": Shown(or_null(FREE_OBJECT)),
+    "online": Shown(FLAG, f"the last handshake is less than {ONLINE_SECONDS} s ago"),
+    "last_handshake": Shown(or_null(TIME_SCHEMA)),
+    "rx_bytes": Shown(COUNT, "received from the client since the peer was created"),
+    "tx_bytes": Shown(COUNT, "sent to the client"),
+    "sequence": Shown(COUNT, "of its latest change: see /api/v1/changes"),
 }
 # fmt: on
 CONFIGURATION_SCHEMA: dict[str, Schema] = {
     name: about(row.schema, row.note) if row.note else row.schema
     for name, row in CONFIGURATION.items()
 }
-
-
-def configuration(view: View, names: Iterable[str] = CONFIGURATION) -> dict[str, Any]:
-    """A peer as the API shows it, with all members or those named."""
-    return {name: CONFIGURATION[name].value(view) for name in names}
 
 
 def awg_quick(shown: Mapping[str, Any]) -> Iterator[str]:
@@ -13192,16 +13296,13 @@ class App:
         """The body, decoded with the route's table."""
         return parse_fields(self._json_body(request), request.route.fields)
 
-    def _show_outcome(self, outcome: Outcome) -> dict[str, Any]:
-        return configuration(self._view(outcome.peer, outcome.traffic))
-
-    def _view(self, peer: Peer, traffic: Traffic) -> View:
-        tunnel = self.gateway.tunnels[peer.interface]
-        peer = tunnel.with_defaults(peer, self.config)
-        return View(peer, traffic, tunnel, self.config, self.gateway.online_since())
+    def _show(self, outcome: Outcome) -> str:
+        """The peer's configuration as JSON."""
+        view = self.gateway.view()
+        return self.gateway.store.show_given(outcome.peer, outcome.traffic, view)
 
     def _change(
-        self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], dict[str, Any]]
+        self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], str]
     ) -> Later[Response]:
         """Let a rule decide; the answer comes when its decision has landed."""
         later = Later[Response]()
@@ -13210,7 +13311,7 @@ class App:
             if isinstance(outcome, GatewayError):
                 later.give(problem(outcome))
             else:
-                self._give(later, lambda: Response(200, encode_json(show(outcome))))
+                self._give(later, lambda: Response(200, show(outcome).encode("utf-8")))
 
         self.gateway.change(name, fields, reply)
         return later
@@ -13264,14 +13365,16 @@ class App:
     def _create(self, body: Mapping[str, Any], entry: LogEntry) -> Later[Response]:
         fields = parse_create(body)
         entry.peer = short_key(fields["public_key"])
-        return self._change("create", fields, lambda outcome: self._created(outcome, fields))
+        return self._change(
+            "create", fields, lambda outcome: _JSON_ENCODER.encode(self._created(outcome, fields))
+        )
 
     def _created(self, outcome: Outcome, fields: Mapping[str, Any]) -> dict[str, Any]:
-        view = self._view(outcome.peer, outcome.traffic)
-        shown = configuration(view)
-        differs = [] if outcome.changed else differing(view.peer, fields)
-        if differs:
-            shown["differs"] = differs
+        shown: dict[str, Any] = json.loads(self._show(outcome))
+        if not outcome.changed:
+            tunnel = self.gateway.tunnels[outcome.peer.interface]
+            differs = differing(tunnel.with_defaults(outcome.peer, self.config), fields)
+            shown |= {"differs": differs} if differs else {}
         if fields["ignored"]:
             shown["ignored"] = fields["ignored"]
         shown["peer_status"] = shown["status"]
@@ -13314,7 +13417,7 @@ class App:
         if name == "create":
             return self._created(result, fields)
         if name in ("update", "rotate", "reset-quota"):
-            shown = self._show_outcome(result)
+            shown = json.loads(self._show(result))
             return {**shown, "status": OPERATIONS[name].said, "peer_status": shown["status"]}
         return {"status": OPERATIONS[name].said, "public_key": result.peer.public_key}
 
@@ -13340,14 +13443,14 @@ class App:
 
     def update_peer(self, request: Request) -> Later[Response]:
         fields = {**self._fields(request), "public_key": request.key}
-        return self._change("update", fields, self._show_outcome)
+        return self._change("update", fields, self._show)
 
     def rotate_peer(self, request: Request) -> Later[Response]:
         fields = {**self._fields(request), "public_key": request.key}
-        return self._change("rotate", fields, self._show_outcome)
+        return self._change("rotate", fields, self._show)
 
     def reset_quota(self, request: Request) -> Later[Response]:
-        return self._change("reset_quota", {"public_key": request.key}, self._show_outcome)
+        return self._change("reset_quota", {"public_key": request.key}, self._show)
 
     def list_peers(self, request: Request) -> Later[Response]:
         query = request.query
@@ -13355,35 +13458,36 @@ class App:
             query.get("status"),
             self._named_interface(query),
             query.get("online"),
-            self.gateway.online_since(),
             query.get("status_reason"),
             query.get("label"),
             query.get("request_id"),
         )
-        limit = query.get("limit", DEFAULT_PAGE)
-        page = self.gateway.store.page(query.get("cursor", 0), limit, chosen)
+        limit, names = query.get("limit", DEFAULT_PAGE), query.get("fields", ALL_MEMBERS)
         later = Later[Response]()
-        self._work_on(later, self._encode_page(page, query.get("fields", CONFIGURATION), later))
-        return later
 
-    def _encode_page(
-        self, page: Page, names: Iterable[str], later: Later[Response]
-    ) -> Iterator[None]:
-        texts: list[str] = []
-        for rows in _slices(page.rows):
-            shown = [configuration(self._view(*row), names) for row in rows]
-            texts.append(_JSON_ENCODER.encode(shown)[1:-1])
-            yield
-        cursor = _JSON_ENCODER.encode(None if page.after is None else _encode_cursor(page.after))
-        text = f'{{"configurations":[{",".join(texts)}],"next_cursor":{cursor}}}'
-        later.give(Response(200, text.encode("utf-8")))
+        def steps() -> Iterator[None]:
+            texts: list[str] = []
+            after: int | None = query.get("cursor", 0)
+            full = True
+            while after is not None and full and len(texts) < limit:
+                wanted = min(limit - len(texts), READ_CHUNK)
+                page = self.gateway.store.page(after, wanted, chosen, self.gateway.view(), names)
+                texts += (text for _, text in page.rows)
+                after, full = page.after, len(page.rows) == wanted
+                yield
+            cursor = "null" if after is None else f'"{_encode_cursor(after)}"'
+            text = f'{{"configurations":[{",".join(texts)}],"next_cursor":{cursor}}}'
+            later.give(Response(200, text.encode("utf-8")))
+
+        self._work_on(later, steps())
+        return later
 
     def list_changes(self, request: Request) -> Response | Later[Response]:
         query, store = request.query, self.gateway.store
         after, limit = query.get("after", 0), query.get("limit", MAX_PAGE)
         store.check_feed(after)
         wait = query.get("wait", 0)
-        if not wait or self._stopping or store.changes(after, 1):
+        if not wait or self._stopping or store.changes(after, 1, self.gateway.view()):
             return self._changes(after, limit)
         later = Later[Response]()
         if not self._waiting:
@@ -13394,21 +13498,17 @@ class App:
 
     def _changes(self, after: int, limit: int) -> Response:
         store = self.gateway.store
-        found = store.changes(after, limit)
-        shown = [
-            {
-                "sequence": change.sequence,
-                "time": rfc3339(change.at),
-                "deleted": change.peer is None,
-                "public_key": change.public_key,
-                "configuration": change.peer
-                and configuration(self._view(change.peer, cast(Traffic, change.traffic))),
-            }
-            for change in found
-        ]
-        last = found[-1].sequence if found else 0
-        following = store.next_after(after, last, len(found) == limit)
-        return Response(200, encode_json({"changes": shown, "next": following}))
+        found = store.changes(after, limit, self.gateway.view())
+        return self._feed("changes", found, after, limit)
+
+    def _feed(
+        self, name: str, found: Sequence[tuple[int, str]], after: int, limit: int
+    ) -> Response:
+        """An answer with what is behind the sequence `after`, as (sequence, JSON)."""
+        last = found[-1][0] if found else 0
+        following = self.gateway.store.next_after(after, last, len(found) == limit)
+        text = f'{{"{name}":[{",".join(text for _, text in found)}],"next":{following}}}'
+        return Response(200, text.encode("utf-8"))
 
     def _wake_waiting(self) -> None:
         """Answer the requests that wait for changes, if there are any. Owner."""
@@ -13438,38 +13538,27 @@ class App:
         store = self.gateway.store
         after, limit = request.query.get("after", 0), request.query.get("limit", MAX_USAGE)
         store.check_feed(after)
-        found = store.usage(after, limit)
-        shown = [
-            {
-                "public_key": key,
-                "rx_bytes": traffic.rx_bytes,
-                "tx_bytes": traffic.tx_bytes,
-                "last_handshake": rfc3339(traffic.last_handshake)
-                if traffic.last_handshake
-                else None,
-            }
-            for _, key, traffic in found
-        ]
-        following = store.next_after(after, found[-1][0] if found else 0, len(found) == limit)
-        return Response(200, encode_json({"usage": shown, "next": following}))
+        return self._feed("usage", store.usage(after, limit), after, limit)
 
     def get_peer(self, request: Request) -> Response:
-        outcome = self.gateway.run(lambda: self.gateway.get(request.key))
-        shown = self._show_outcome(outcome)
         if request.query.get("format") == "wg-quick":
-            text = wg_quick(shown, outcome.peer.preshared_key)
-            return Response(200, text.encode("utf-8"), "text/plain; charset=utf-8")
-        return Response(200, encode_json(shown))
+            outcome = self.gateway.get(request.key)
+            file = wg_quick(json.loads(self._show(outcome)), outcome.peer.preshared_key)
+            return Response(200, file.encode("utf-8"), "text/plain; charset=utf-8")
+        text = self.gateway.store.show(request.key, self.gateway.view())
+        if text is None:
+            raise NotFound(NO_PEER)
+        return Response(200, text.encode("utf-8"))
 
     def set_peer_status(self, request: Request) -> Later[Response]:
         status = self._fields(request)["status"]
         said = "updated" if status == "active" else "suspended"
         fields = {"public_key": request.key, "status": status}
-        return self._change("set_status", fields, lambda _: {"status": said})
+        return self._change("set_status", fields, lambda _: f'{{"status":"{said}"}}')
 
     def delete_peer(self, request: Request) -> Later[Response]:
         fields = {"public_key": request.key}
-        return self._change("delete", fields, lambda _: {"status": "deleted"})
+        return self._change("delete", fields, lambda _: '{"status":"deleted"}')
 
     def _named_interface(self, query: Mapping[str, Any]) -> str | None:
         name: str | None = query.get("interface")

@@ -216,7 +216,7 @@ def seen(world: World) -> Any:
     """All that can be seen of rows and pools."""
     [tunnel] = world.gateway.tunnels.values()
     return (
-        world.gateway.run(lambda: world.store.page(0, 1000, wggw.Filter())),
+        world.rows(),
         world.gateway.usage(tunnel.name),
         {family: pool.peek() for family, pool in tunnel.pools.items()},
     )
@@ -518,7 +518,7 @@ def test_a_defect_in_showing_what_was_done_is_an_answer_and_breaks_nothing(
     def defect(*_: object) -> None:
         raise KeyError("a defect")
 
-    monkeypatch.setattr(wggw.App, "_view", defect)
+    monkeypatch.setattr(wggw.Store, "_prepare", defect)
     create = {"public_key": a_key(1)}
     bodies = {
         "create_peer": create,

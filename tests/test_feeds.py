@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from harness import Client, a_key, ok, path_key, running, wait_for
 import wggw
 
 PEERS = "/api/v1/configurations/"
+VIEW = wggw.View(0, {"d1": ("1.1.1.1",)}, ())
 
 
 class Follower:
@@ -21,7 +23,7 @@ class Follower:
 
     def __init__(self) -> None:
         self.after = 0
-        self.peers: dict[str, wggw.Peer] = {}
+        self.peers: dict[str, Any] = {}
         self.begun = 0
 
     def catch_up(self, store: wggw.Store, limit: int) -> None:
@@ -32,22 +34,27 @@ class Follower:
                 self.after, self.peers = 0, {}
                 self.begun += 1
                 continue
-            found = store.changes(self.after, limit)
-            sequences = [change.sequence for change in found]
+            found = store.changes(self.after, limit, VIEW)
+            sequences = [sequence for sequence, _ in found]
             assert sequences == sorted(set(sequences))
-            for change in found:
-                if change.peer is None:
-                    self.peers.pop(change.public_key, None)
+            for sequence, text in found:
+                change = json.loads(text)
+                key, configuration = change["public_key"], change["configuration"]
+                assert change["sequence"] == sequence
+                assert change["deleted"] == (configuration is None)
+                if configuration is None:
+                    self.peers.pop(key, None)
                 else:
-                    self.peers[change.public_key] = change.peer
+                    self.peers[key] = configuration
             last = sequences[-1] if found else 0
             self.after = store.next_after(self.after, last, len(found) == limit)
             if len(found) < limit:
                 return
 
 
-def listed(store: wggw.Store) -> dict[str, wggw.Peer]:
-    return {peer.public_key: peer for peer in store.peers_after(0, 10_000)}
+def listed(store: wggw.Store) -> dict[str, Any]:
+    keys = [peer.public_key for peer in store.peers_after(0, 10_000)]
+    return {key: json.loads(store.show(key, VIEW) or "null") for key in keys}
 
 
 def test_changes_that_a_crash_took_make_followers_begin_again(tmp_path: Path) -> None:
@@ -68,7 +75,8 @@ def test_changes_that_a_crash_took_make_followers_begin_again(tmp_path: Path) ->
     assert world.store.sequence > seen
     with pytest.raises(wggw.Gone):
         world.store.check_feed(seen)
-    assert [c.public_key for c in world.store.changes(kept, 9)] == [a_key(3)]
+    [(_, change)] = world.store.changes(kept, 9, VIEW)
+    assert json.loads(change)["public_key"] == a_key(3)
     world.close()
 
 
@@ -195,18 +203,26 @@ def test_usage_has_those_whose_totals_changed(tmp_path: Path) -> None:
         world.backend.move(a_key(number), 100 + number, 7, int(world.now))
     world.gateway.projection.sample()
     store = world.store
-    first = store.usage(0, 2)
-    assert [key for _, key, _ in first] == [a_key(0), a_key(1)]
-    after = store.next_after(0, first[-1][0], True)
-    [(_, key, traffic)] = store.usage(after, 2)
-    assert (key, traffic.rx_bytes, traffic.tx_bytes) == (a_key(2), 102, 7)
+
+    def keys(after: int, limit: int) -> list[str]:
+        return [json.loads(text)["public_key"] for _, text in store.usage(after, limit)]
+
+    assert keys(0, 2) == [a_key(0), a_key(1)]
+    after = store.next_after(0, store.usage(0, 2)[-1][0], True)
+    [(_, text)] = store.usage(after, 2)
+    assert json.loads(text) == {
+        "public_key": a_key(2),
+        "rx_bytes": 102,
+        "tx_bytes": 7,
+        "last_handshake": wggw.rfc3339(world.now),
+    }
     after = store.sequence
     world.gateway.projection.sample()
-    assert store.usage(after, 9) == []
+    assert keys(after, 9) == []
     world.backend.move(a_key(4), 1)
     world.gateway.projection.sample()
-    assert [key for _, key, _ in store.usage(after, 9)] == [a_key(4)]
-    assert store.changes(after, 9) == []  # traffic is no change
+    assert keys(after, 9) == [a_key(4)]
+    assert store.changes(after, 9, VIEW) == []  # traffic is no change
     before = store.usage(0, 9)
     world.crash()
     world.open()
