@@ -523,24 +523,6 @@ def sections(shown: dict[str, Any], preshared_key: str | None = None) -> dict[st
     return {name: dict(parser[name]) for name in parser.sections()}
 
 
-def test_wg_quick_text_has_what_the_client_needs() -> None:
-    assert sections(SHOWN, a_key("psk")) == {
-        "Interface": {
-            "PrivateKey": "REPLACE_WITH_THE_CLIENT_PRIVATE_KEY",
-            "Address": "10.0.1.2/32, fd42::2/128",
-            "DNS": "1.1.1.1, 2620:fe::fe",
-            "MTU": "1420",
-        },
-        "Peer": {
-            "PublicKey": a_key("server"),
-            "PresharedKey": a_key("psk"),
-            "AllowedIPs": "0.0.0.0/0, ::/0",
-            "Endpoint": "vpn.example.org:51820",
-            "PersistentKeepalive": "25",
-        },
-    }
-
-
 def test_wg_quick_text_leaves_out_what_is_not_there() -> None:
     found = sections({**SHOWN, "assigned_ip": None, "endpoint": None})
     assert found["Interface"]["Address"] == "fd42::2/128"
