@@ -69,9 +69,15 @@ def client(gateway: GatewayProcess) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    """The same for all tests of a module that leave behind nothing which others would meet."""
-    with running(tmp_path_factory.mktemp("shared")) as process:
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayProcess]:
+    """One gateway for all tests of a module that leave behind nothing which others would meet.
+
+    The module says with SHARED_SETTINGS what differs from the defaults.
+    """
+    settings = getattr(request.module, "SHARED_SETTINGS", {})
+    with running(tmp_path_factory.mktemp("shared"), **settings) as process:
         yield process
 
 

@@ -40,6 +40,13 @@ from harness import (
 PEERS = "/api/v1/configurations/"
 SHARED_SECRET = "tqgwn3SOq4m1mS0xk1Vf3u0Zb5mY8i0h3nq7m1T2d0A="
 METRICS_TOKEN = "a-token-for-the-metrics"
+SHARED_SETTINGS = {
+    "WG_IPV4_SUBNET": "10.9.0.0/16",  # with room for every test's peers
+    "WG_EXTRA_PORTS": "53,443",
+    "WG_ENDPOINT": "vpn.example.com",
+    "GATEWAY_PUBLIC_KEY": SHARED_SECRET,
+    "METRICS_TOKEN": METRICS_TOKEN,
+}
 NUMBERS = itertools.count()
 
 # The contract's field list, sorted apart from what only an answer to create has.
@@ -54,20 +61,6 @@ CONFIGURATION = {
 def fresh() -> str:
     """A key that no other test uses."""
     return a_key(("api", next(NUMBERS)))
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    """One gateway for the module, with room for every test's peers."""
-    with running(
-        tmp_path_factory.mktemp("api"),
-        WG_IPV4_SUBNET="10.9.0.0/16",
-        WG_EXTRA_PORTS="53,443",
-        WG_ENDPOINT="vpn.example.com",
-        GATEWAY_PUBLIC_KEY=SHARED_SECRET,
-        METRICS_TOKEN=METRICS_TOKEN,
-    ) as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

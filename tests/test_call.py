@@ -31,13 +31,7 @@ import wggw
 
 PEERS = "/api/v1/configurations/"
 OTHER_KEY = "another secret of a backend 0123"
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    keys = json.dumps({"billing": OTHER_KEY})
-    with running(tmp_path_factory.mktemp("call"), GATEWAY_API_KEYS=keys) as gateway:
-        yield gateway
+SHARED_SETTINGS = {"GATEWAY_API_KEYS": json.dumps({"billing": OTHER_KEY})}
 
 
 class Done(NamedTuple):

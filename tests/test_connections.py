@@ -37,6 +37,7 @@ from test_rfc9421 import signed as signed_rfc9421
 import wggw
 
 PEERS = "/api/v1/configurations/"
+SHARED_SETTINGS = {"WG_IPV4_SUBNET": "10.9.0.0/16"}
 # Seconds that a request may take beside slow clients, where it takes about 1 ms on an idle machine:
 # this, or ten times what it took before them. Who is held up waits for their deadlines, 10 s.
 MEDIAN_LIMIT = 0.05
@@ -100,12 +101,6 @@ def head(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> 
 
 def signed(method: str, path: str, body: bytes = b"", **more: str) -> bytes:
     return head(method, path, {**sign(body), **more}, body)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with running(tmp_path_factory.mktemp("connections"), WG_IPV4_SUBNET="10.9.0.0/16") as gateway:
-        yield gateway
 
 
 @pytest.fixture

@@ -19,21 +19,12 @@ from typing import Any
 
 import pytest
 from fakes import NOON, World, build, do, submit
-from harness import Client, GatewayProcess, a_key, running, wait_for
+from harness import Client, GatewayProcess, a_key, wait_for
 
 import wggw
 
 PEERS = "/api/v1/configurations/"
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with running(
-        tmp_path_factory.mktemp("defects"),
-        WG_IPV4_SUBNET="10.7.0.8/29",
-        GATEWAY_PUBLIC_KEY="a shared secret of two sides",
-    ) as gateway:
-        yield gateway
+SHARED_SETTINGS = {"WG_IPV4_SUBNET": "10.7.0.8/29"}
 
 
 @pytest.fixture

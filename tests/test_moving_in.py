@@ -8,12 +8,11 @@ import os
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import GatewayProcess, a_key, running
+from harness import GatewayProcess, a_key
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -228,21 +227,14 @@ def test_secrets_are_not_shown() -> None:
 
 # --- the command ----------------------------------------------------------------------------------
 
-SETTINGS = {"WG_IPV4_SUBNET": "10.8.0.0/24", "WG_IPV6_SUBNET": "fd00:8::/64"}
-
-
-@pytest.fixture(scope="module")
-def running_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with running(tmp_path_factory.mktemp("moving"), **SETTINGS) as process:
-        yield process
+SHARED_SETTINGS = {"WG_IPV4_SUBNET": "10.8.0.0/24", "WG_IPV6_SUBNET": "fd00:8::/64"}
 
 
 @pytest.fixture
-def gateway(running_gateway: GatewayProcess) -> GatewayProcess:
+def gateway(shared: GatewayProcess) -> GatewayProcess:
     """Without peers."""
-    answer = running_gateway.client().send("PUT", f"{PEERS}?allow_mass_delete=true", [])
-    assert answer.status == 200
-    return running_gateway
+    assert shared.client().send("PUT", f"{PEERS}?allow_mass_delete=true", []).status == 200
+    return shared
 
 
 def command(
