@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,18 +70,6 @@ def key_of_file(gateway: GatewayProcess) -> str:
     return wggw.encode_key(wggw.x25519_public(wggw.decode_key(text)))
 
 
-def command(gateway: GatewayProcess, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*gateway.program, *words],
-        cwd=gateway.directory,
-        env={"PATH": os.environ["PATH"], **gateway.settings},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
 def test_import_onto_another_key_is_refused_unless_it_says_what_becomes_of_it(clear: Pair) -> None:
     theirs, mine = clear.keys
     for query in ("", "?dry_run=true"):
@@ -106,7 +92,7 @@ def test_import_onto_another_key_is_refused_unless_it_says_what_becomes_of_it(cl
         [reason] = found["reasons"]
         assert found["status"] == "degraded" and public_key(clear.new) == mine
         assert f"its public key is {mine}, but" in reason and f"3 peers name {theirs}" in reason
-        assert f"name {theirs}" in command(clear.new, "doctor").stdout
+        assert f"name {theirs}" in clear.new.command("doctor").stdout
         assert clear.new.is_ready()  # it does what it is asked to
         clear.new.stop()
         clear.new.start()
@@ -130,9 +116,9 @@ def test_the_sealed_key_is_applied_when_asked(sealed: Pair, tmp_path: Path) -> N
     theirs, mine = sealed.keys
     (tmp_path / "state").write_bytes(sealed.image)
     words = ("snapshot", "import", str(tmp_path / "state"))
-    refused = command(sealed.new, *words, "--dry-run")
+    refused = sealed.new.command(*words, "--dry-run")
     assert refused.returncode == 1 and theirs in refused.stderr
-    dry = command(sealed.new, *words, "--dry-run", "--replace-key")
+    dry = sealed.new.command(*words, "--dry-run", "--replace-key")
     assert dry.stdout.startswith("would import: 3 peers\n1 peers are cut off")
     assert (public_key(sealed.new), key_of_file(sealed.new)) == (mine, mine)
 
@@ -145,7 +131,7 @@ def test_the_sealed_key_is_applied_when_asked(sealed: Pair, tmp_path: Path) -> N
     assert status(sealed.new)["total_peers"] == 1
     blocked.rmdir()
 
-    done = command(sealed.new, *words, "--replace-key")
+    done = sealed.new.command(*words, "--replace-key")
     assert done.stdout.startswith("imported: 3 peers\n1 peers are cut off"), done.stderr
     for _ in range(2):
         assert (public_key(sealed.new), key_of_file(sealed.new)) == (theirs, theirs)

@@ -234,31 +234,6 @@ def test_records_with_unknown_parts_are_refused(journalled: tuple[Gateway, bytes
     assert set(listed(gateway.client())) == set(KEPT)
 
 
-def test_a_line_that_was_changed_is_refused_and_a_torn_one_is_dropped(
-    journalled: tuple[Gateway, bytes],
-) -> None:
-    gateway, journal = journalled
-    lines = journal.rstrip(b"\n").split(b"\n")
-    middle = len(lines) // 2
-    at = len(lines[middle]) * 3 // 4
-    other = b"7" if lines[middle][at : at + 1] != b"7" else b"8"
-    changed = lines[middle][:at] + other + lines[middle][at + 1 :]
-    for bad in (
-        [*lines[:middle], changed, *lines[middle + 1 :]],
-        [*lines[:middle], *lines[middle + 1 :]],  # one is missing
-        [*lines[:middle], lines[middle + 1], lines[middle], *lines[middle + 2 :]],
-        [*lines, lines[-1]],  # one twice
-    ):
-        gateway.journal.write_bytes(b"\n".join(bad) + b"\n")
-        code, said = gateway.refused_start()
-        assert code == DAMAGED, (code, said)
-    gateway.journal.write_bytes(journal[:-20])
-    gateway.start()
-    client = gateway.client()
-    assert set(listed(client)) == set(KEPT)
-    assert client.get(KEPT[0]).json["quota_bytes"] is None
-
-
 # --- files that go away while it runs -------------------------------------------------------------
 
 
