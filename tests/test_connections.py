@@ -185,17 +185,6 @@ def test_slow_clients_delay_nobody_and_are_ended_by_their_deadlines(
             connection.close()
 
 
-def test_500_idle_connections_delay_nobody(shared: GatewayProcess) -> None:
-    client = shared.client()
-    before = median(client)
-    with contextlib.ExitStack() as stack:
-        for _ in range(250):  # half of them in TLS, half of them before it
-            stack.callback(Wire(shared.port).close)
-            raw = socket.create_connection(("127.0.0.1", shared.port), timeout=30)
-            stack.callback(raw.close)
-        check_quick(shared, client, before)
-
-
 def open_files(gateway: GatewayProcess) -> int:
     assert gateway.process is not None
     try:

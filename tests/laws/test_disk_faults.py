@@ -187,28 +187,6 @@ def test_a_start_without_one_of_the_two_is_refused(
         assert set(listed(gateway.client())) == set(KEPT)
 
 
-def test_a_snapshot_and_a_journal_of_different_times_are_refused(tmp_path: Path) -> None:
-    """What was between the two is nowhere."""
-    with memory_gateway(tmp_path) as gateway:
-        client = gateway.client()
-        assert client.create(a_key(0)).status == 200
-        gateway.kill()
-        old = gateway.journal.read_bytes(), gateway.database.read_bytes()
-        for number in range(1, 4):
-            gateway.start()
-            assert gateway.client().create(a_key(number)).status == 200
-            gateway.stop()
-        now = gateway.journal.read_bytes(), gateway.database.read_bytes()
-        gateway.database.write_bytes(old[1])
-        for path in tmp_path.glob("wireguard.db.*previous*"):
-            path.unlink()
-        code, said = gateway.refused_start()
-        assert code == DAMAGED, (code, said)
-        gateway.database.write_bytes(now[1])
-        gateway.start()
-        assert set(listed(gateway.client())) == {a_key(number) for number in range(4)}
-
-
 @pytest.fixture
 def journalled(tmp_path: Path) -> Iterator[tuple[Gateway, bytes]]:
     """A gateway that was killed, and its journal, whose last line is of a create and a patch."""
