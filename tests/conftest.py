@@ -29,23 +29,26 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The files that take longest, in the order in which they begin: begun last, one would have the
 # others wait for it.
 FIRST = (
-    "test_ownership.py",
-    "test_tunnel.py",
-    "test_obfuscated.py",
-    "test_service_classes.py",
-    "test_remote_serve.py",
-    "test_answers_only_when_disk_and_interface_have_it.py",
-    "test_disk_faults.py",
-    "test_hung.py",
-    "test_readme.py",
-    "test_cli.py",
-    "test_connections.py",
-    "test_remote.py",
-    "test_drift.py",
     "test_install.py",
-    "test_kill.py",
-    "test_storm.py",
+    "test_ownership.py",
+    "test_remote_serve.py",
+    "test_obfuscated.py",
+    "test_restart.py",
+    "test_tunnel.py",
+    "test_faults.py",
+    "test_service_classes.py",
+    "test_disk_faults.py",
+    "test_cli.py",
+    "test_sync.py",
+    "test_schemathesis.py",
+    "test_import.py",
+    "test_readme.py",
+    "test_obfuscated_api.py",
+    "test_answers_only_when_disk_and_interface_have_it.py",
+    "test_acknowledged_is_never_taken_back.py",
+    "test_connections.py",
     "test_hostile.py",
+    "test_kill.py",
 )
 RANK = {name: rank for rank, name in enumerate(FIRST)}
 
@@ -68,9 +71,15 @@ def client(gateway: GatewayProcess) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    """The same for all tests of a module that leave behind nothing which others would meet."""
-    with running(tmp_path_factory.mktemp("shared")) as process:
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayProcess]:
+    """One gateway for all tests of a module that leave behind nothing which others would meet.
+
+    The module says with SHARED_SETTINGS what differs from the defaults.
+    """
+    settings = getattr(request.module, "SHARED_SETTINGS", {})
+    with running(tmp_path_factory.mktemp("shared"), **settings) as process:
         yield process
 
 

@@ -23,6 +23,7 @@ from harness import (
     encode,
     free_port,
     path_key,
+    run_wggw,
     running,
     wait_for,
 )
@@ -31,41 +32,27 @@ import wggw
 
 PEERS = "/api/v1/configurations/"
 OTHER_KEY = "another secret of a backend 0123"
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    keys = json.dumps({"billing": OTHER_KEY})
-    with running(tmp_path_factory.mktemp("call"), GATEWAY_API_KEYS=keys) as gateway:
-        yield gateway
+SHARED_SETTINGS = {"GATEWAY_API_KEYS": json.dumps({"billing": OTHER_KEY})}
 
 
 class Done(NamedTuple):
     """How a command ended."""
 
     code: int
-    out: bytes
+    out: str
     err: str
 
 
 def call(
     gateway: GatewayProcess, *arguments: str, given: bytes = b"", command: str = "call", **more: str
 ) -> Done:
-    """Run it as an operator of that gateway would; no secret may show, nor a traceback."""
-    environment = {"PATH": os.environ["PATH"], **gateway.settings, **more}
-    done = subprocess.run(
-        [*PROGRAM, command, *arguments],
-        cwd=gateway.directory,
-        env=environment,
-        input=given,
-        capture_output=True,
-        timeout=60,
-        check=False,
+    """Run it as an operator of that gateway would; no secret may show."""
+    done = run_wggw(
+        gateway.directory, command, *arguments, given=given, **{**gateway.settings, **more}
     )
     for secret in (API_KEY, OTHER_KEY):
-        assert secret.encode() not in done.stdout + done.stderr
-    assert b"Traceback" not in done.stderr, done.stderr.decode()
-    return Done(done.returncode, done.stdout, done.stderr.decode())
+        assert secret not in done.stdout + done.stderr
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def fingerprint(gateway: GatewayProcess) -> str:
@@ -90,18 +77,18 @@ def test_every_method_works_in_both_schemes(shared: GatewayProcess, scheme: str)
     path = PEERS + path_key(a_key(scheme))
     body = encode({"public_key": a_key(scheme)}).decode()
     steps = [
-        (("POST", PEERS, "--data", body), b'"created"'),
-        (("GET", path), b'"active"'),
-        (("PUT", path + "/status", "--data", '{"status":"suspended"}'), b'"suspended"'),
-        (("PATCH", path, "--data", '{"quota_bytes":5}'), b'"quota_bytes":5'),
-        (("GET", PEERS + "?status=suspended&limit=5"), a_key(scheme).encode()),
-        (("DELETE", path), b'"deleted"'),
+        (("POST", PEERS, "--data", body), '"created"'),
+        (("GET", path), '"active"'),
+        (("PUT", path + "/status", "--data", '{"status":"suspended"}'), '"suspended"'),
+        (("PATCH", path, "--data", '{"quota_bytes":5}'), '"quota_bytes":5'),
+        (("GET", PEERS + "?status=suspended&limit=5"), a_key(scheme)),
+        (("DELETE", path), '"deleted"'),
     ]
     for arguments, told in steps:
         done = call(shared, *arguments, *elsewhere(shared), "--scheme", scheme)
         assert (done.code, done.err) == (0, ""), done
-        assert told in done.out.replace(b'": ', b'":'), done
-        assert done.out.endswith(b"\n")
+        assert told in done.out.replace('": ', '":'), done
+        assert done.out.endswith("\n")
 
 
 @pytest.mark.parametrize("scheme", ["legacy", "rfc9421"])
@@ -164,23 +151,11 @@ def test_a_host_without_any_setting_asks_a_gateway_elsewhere(
     (tmp_path / "key").touch(0o600)
     (tmp_path / "key").write_text(API_KEY)
     given = {"call": ["GET", PEERS], "snapshot": ["export", "state"]}.get(command, [])
-    line = [*PROGRAM, command, *given, "--url", f"https://127.0.0.1:{shared.port}"]
+    line = [command, *given, "--url", f"https://127.0.0.1:{shared.port}"]
     line += ["--fingerprint", fingerprint(shared)]
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*line, *more],
-            cwd=tmp_path,
-            env={"PATH": os.environ["PATH"]},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    done = run("--key-file", "key")
+    done = run_wggw(tmp_path, *line, "--key-file", "key")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
-    done = run()
+    done = run_wggw(tmp_path, *line)
     assert (done.returncode, done.stderr) == (2, "wggw: --url needs --key-file and --fingerprint\n")
 
 
@@ -226,7 +201,7 @@ def test_impossible_request_is_exit_1_and_one_line(
     given = elsewhere(shared)
     done = call(shared, *arguments[:2], *given, *arguments[2:])  # the last --url counts
     assert done.code == 1, done
-    assert done.out == b""
+    assert done.out == ""
     assert done.err.startswith("wggw: ") and named in done.err
     assert done.err.count("\n") == 1
 
@@ -323,7 +298,7 @@ def test_the_key_itself_is_never_sent(shared: GatewayProcess, tmp_path: Path, sc
             *("--url", f"https://127.0.0.1:{recorder.port}"),
             *("--fingerprint", hashlib.sha256(certificate).hexdigest()),
         )
-        assert (done.code, done.out) == (0, b"{}\n")
+        assert (done.code, done.out) == (0, "{}\n")
     assert recorder.received.startswith(b"GET " + PEERS.encode())
     assert API_KEY.encode() not in recorder.received
 
@@ -354,7 +329,7 @@ def test_strange_answers_are_told_without_a_traceback(
             command=command,
         )
     if command == "call" and b"200 OK\r\nContent-Length: 6\r" in answer:
-        assert (done.code, done.out) == (0, b"<html>\n")
+        assert (done.code, done.out) == (0, "<html>\n")
     else:
         assert done.code == 1, done
         assert done.err.startswith("wggw: ")
@@ -382,7 +357,7 @@ def test_the_key_is_in_no_argument_of_a_process(shared: GatewayProcess, tmp_path
     assert b'"created"' in out
     assert API_KEY.encode() not in out
     for command in ("call", "snapshot"):
-        text = call(shared, "--help", command=command).out.decode()
+        text = call(shared, "--help", command=command).out
         options = {word.strip("[],") for word in text.split() if "--" in word}
         assert options & {"--key", "--secret", "--api-key"} == set()
         assert "--key-file" in options

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import http.client
 import ipaddress
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from harness import Answer, Client, GatewayProcess, a_key, running, wait_for
+from harness import Answer, Client, a_key, running
 
 CLIENTS = 64
 
@@ -172,35 +170,3 @@ def test_sync_during_changes_touches_no_peer_that_is_right(crowd: list[Client]) 
     assert results
     assert all(r["added"] == r["updated"] == r["removed"] == 0 for r in results), results
     check_agreement(crowd[0])
-
-
-def test_a_kill_amid_the_crowd_leaves_no_address_twice(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    gateway = GatewayProcess(tmp_path_factory.mktemp("killed"))
-    acknowledged: dict[str, str] = {}
-
-    def work(client: Client, number: int) -> None:
-        with contextlib.suppress(OSError, http.client.HTTPException):  # that is the kill
-            for turn in range(1000):
-                key = a_key(("killed", number, turn))
-                answer = client.create(key)
-                if answer.status == 200:
-                    acknowledged[key] = answer.json["assigned_ip"]
-
-    try:
-        gateway.start()
-        clients = [gateway.client() for _ in range(16)]
-        with ThreadPoolExecutor(16) as pool:
-            futures = [pool.submit(work, client, n) for n, client in enumerate(clients)]
-            wait_for(lambda: len(acknowledged) > 60)
-            gateway.kill()
-            for future in futures:
-                future.result(60)
-        gateway.start()
-        client = gateway.client()
-        stored = {row["public_key"]: row["assigned_ip"] for row in peers(client)}
-        assert acknowledged.items() <= stored.items()
-        check_agreement(client)
-    finally:
-        gateway.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
@@ -209,11 +208,8 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
     "SNAPSHOT_URL": (
         [("", None), ("https://h.example/a", "https://h.example/a")],
         [
-            "http://h.example",
-            "https://",
-            "https://u:p@h/",
-            "https://h/?a",
-            "s3://B/",
+            *("http://h.example", "https://", "https://u:p@h/", "https://h/?a", "https://h/a b"),
+            *("https://h:99999/", "s3://B/", "s3:///a", "file:///a"),
         ],
     ),
     "SNAPSHOT_TOKEN": (
@@ -512,16 +508,6 @@ def test_any_text_is_parsed_or_refused_by_name(setting: Setting, text: str) -> N
         assert setting.name in str(error) or "TLS_CERT" in str(error)
     else:
         assert isinstance(config, Config)
-
-
-@given(text=ANY_TEXT)
-def test_any_env_file_is_parsed_or_refused_by_line(text: str) -> None:
-    try:
-        values = read_env_file(text, "name")
-    except ConfigError as error:
-        assert re.fullmatch(r"name line \d+: expected KEY=VALUE", str(error))
-    else:
-        assert all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) for name in values)
 
 
 # --- names that are none --------------------------------------------------------------------------

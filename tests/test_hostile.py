@@ -46,11 +46,7 @@ LIMIT = 0.05
 TRIES = 5
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    settings = {"LOG_LEVEL": "warning", "WG_IPV4_SUBNET": "10.9.0.0/16"}
-    with running(tmp_path_factory.mktemp("hostile"), **settings) as gateway:
-        yield gateway
+SHARED_SETTINGS = {"LOG_LEVEL": "warning", "WG_IPV4_SUBNET": "10.9.0.0/16"}
 
 
 def memory(gateway: GatewayProcess) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from fakes import World, build, do, submit
-from harness import API_KEY, LONG, Answer, GatewayProcess, a_key, running, wait_for
+from harness import API_KEY, LONG, Answer, GatewayProcess, a_key, running, some, wait_for
 from test_restart import change_all_sorts, state
 
 import wggw
@@ -203,7 +203,8 @@ def test_truncated_and_extended_snapshots_are_refused(victim: GatewayProcess, go
 
 
 def test_flipped_bits_are_refused(victim: GatewayProcess, good: bytes) -> None:
-    for position in [*range(0, 100, 7), *range(100, len(good), len(good) // 40)]:
+    places = [*range(0, 100, 7), *range(100, len(good), len(good) // 40)]
+    for position in some(places, 12):  # each byte of a file: test_journal.py
         data = good[:position] + bytes([good[position] ^ 0x10]) + good[position + 1 :]
         check_refused(victim, data, position)
 

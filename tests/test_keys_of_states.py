@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,18 +72,6 @@ def key_of_file(gateway: GatewayProcess) -> str:
     return wggw.encode_key(wggw.x25519_public(wggw.decode_key(text)))
 
 
-def command(gateway: GatewayProcess, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*gateway.program, *words],
-        cwd=gateway.directory,
-        env={"PATH": os.environ["PATH"], **gateway.settings},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
 def test_import_onto_another_key_is_refused_unless_it_says_what_becomes_of_it(clear: Pair) -> None:
     theirs, mine = clear.keys
     for query in ("", "?dry_run=true"):
@@ -107,7 +94,7 @@ def test_import_onto_another_key_is_refused_unless_it_says_what_becomes_of_it(cl
         [reason] = found["reasons"]
         assert found["status"] == "degraded" and public_key(clear.new) == mine
         assert f"its public key is {mine}, but" in reason and f"3 peers name {theirs}" in reason
-        assert f"name {theirs}" in command(clear.new, "doctor").stdout
+        assert f"name {theirs}" in clear.new.command("doctor").stdout
         assert clear.new.is_ready()  # it does what it is asked to
         clear.new.stop()
         clear.new.start()
@@ -131,9 +118,9 @@ def test_the_sealed_key_is_applied_when_asked(sealed: Pair, tmp_path: Path) -> N
     theirs, mine = sealed.keys
     (tmp_path / "state").write_bytes(sealed.image)
     words = ("snapshot", "import", str(tmp_path / "state"))
-    refused = command(sealed.new, *words, "--dry-run")
+    refused = sealed.new.command(*words, "--dry-run")
     assert refused.returncode == 1 and theirs in refused.stderr
-    dry = command(sealed.new, *words, "--dry-run", "--replace-key")
+    dry = sealed.new.command(*words, "--dry-run", "--replace-key")
     assert dry.stdout.startswith("would import: 3 peers\n1 peers are cut off")
     assert (public_key(sealed.new), key_of_file(sealed.new)) == (mine, mine)
 
@@ -147,7 +134,7 @@ def test_the_sealed_key_is_applied_when_asked(sealed: Pair, tmp_path: Path) -> N
     assert status(sealed.new)["total_peers"] == 1
     blocked.rmdir()
 
-    done = command(sealed.new, *words, "--replace-key")
+    done = sealed.new.command(*words, "--replace-key")
     assert done.stdout.startswith("imported: 3 peers\n1 peers are cut off"), done.stderr
     for _ in range(2):
         assert (public_key(sealed.new), key_of_file(sealed.new)) == (theirs, theirs)
@@ -174,7 +161,7 @@ def test_a_key_where_the_service_may_not_write_is_moved_before_it_is_replaced(
     new.prefix = ["unshare", "--mount", "sh", "-c", mount, str(closed.parent)]
     new.settings["WG_PRIVATE_KEY_FILE"] = str(closed)
     new.start()
-    refused = command(new, *words)
+    refused = new.command(*words)
     assert refused.returncode == 1 and public_key(new) == mine
     for part in ("Read-only file system", "name it in WG_PRIVATE_KEY_FILE, and restart"):
         assert part in refused.stderr
@@ -183,7 +170,7 @@ def test_a_key_where_the_service_may_not_write_is_moved_before_it_is_replaced(
     new.settings["WG_PRIVATE_KEY_FILE"] = str(own)
     new.start()
     assert public_key(new) == mine
-    assert command(new, *words).returncode == 0
+    assert new.command(*words).returncode == 0
     assert public_key(new) == key_of_file(new) == sealed.keys[0]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import PROGRAM, GatewayProcess, a_key, running, wait_for
+from harness import GatewayProcess, a_key, run_wggw, running, wait_for
 from test_tls import write_pair
 
 STATUS, PEERS = "/api/v1/server/status", "/api/v1/configurations/"
@@ -24,15 +24,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebod
 def ask(gateway: GatewayProcess, *line: str, **more: str) -> subprocess.CompletedProcess[str]:
     """A command with the gateway's settings; it gets no key, because it needs none."""
     settings = {k: v for k, v in gateway.settings.items() if k != "GATEWAY_API_KEY"}
-    return subprocess.run(
-        [*PROGRAM, *line],
-        cwd=gateway.directory,
-        env={"PATH": os.environ["PATH"], **settings, **more},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    return run_wggw(gateway.directory, *line, **settings, **more)
 
 
 @contextlib.contextmanager

@@ -41,11 +41,12 @@ def line_of(gateway: GatewayProcess, request_id: str) -> dict[str, str]:
     return {name: text for name, text in match.groupdict().items() if text is not None}
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> object:
-    keys = '{"second": "another key of theirs"}'
-    with running(tmp_path_factory.mktemp("log"), GATEWAY_API_KEYS=keys) as process:
-        yield process
+SHARED_SETTINGS = {"GATEWAY_API_KEYS": '{"second": "another key of theirs"}'}
+
+
+@pytest.fixture
+def gateway(shared: GatewayProcess) -> GatewayProcess:
+    return shared
 
 
 def ask(client: Client, method: str, path: str, body: object, name: str) -> int:

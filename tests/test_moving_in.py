@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import GatewayProcess, a_key, running
+from harness import GatewayProcess, a_key, run_wggw
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -228,34 +226,20 @@ def test_secrets_are_not_shown() -> None:
 
 # --- the command ----------------------------------------------------------------------------------
 
-SETTINGS = {"WG_IPV4_SUBNET": "10.8.0.0/24", "WG_IPV6_SUBNET": "fd00:8::/64"}
-
-
-@pytest.fixture(scope="module")
-def running_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with running(tmp_path_factory.mktemp("moving"), **SETTINGS) as process:
-        yield process
+SHARED_SETTINGS = {"WG_IPV4_SUBNET": "10.8.0.0/24", "WG_IPV6_SUBNET": "fd00:8::/64"}
 
 
 @pytest.fixture
-def gateway(running_gateway: GatewayProcess) -> GatewayProcess:
+def gateway(shared: GatewayProcess) -> GatewayProcess:
     """Without peers."""
-    answer = running_gateway.client().send("PUT", f"{PEERS}?allow_mass_delete=true", [])
-    assert answer.status == 200
-    return running_gateway
+    assert shared.client().send("PUT", f"{PEERS}?allow_mass_delete=true", []).status == 200
+    return shared
 
 
 def command(
     gateway: GatewayProcess, *arguments: str, given: bytes = b""
-) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [*gateway.program, "import", *arguments],
-        cwd=gateway.directory,
-        env={"PATH": os.environ["PATH"], **gateway.settings},
-        input=given,
-        capture_output=True,
-        check=False,
-    )
+) -> subprocess.CompletedProcess[str]:
+    return run_wggw(gateway.directory, "import", *arguments, given=given, **gateway.settings)
 
 
 def peers_of(gateway: GatewayProcess) -> dict[str, dict[str, Any]]:
@@ -267,12 +251,12 @@ def test_nothing_is_changed_unless_all_fits_or_skip_says_so(gateway: GatewayProc
     file = str(FILES / "wg0.conf")
     refused = command(gateway, file)
     assert refused.returncode == 1 and peers_of(gateway) == {}
-    assert b"line 25 (Q2x1YjAw): 192.168.40.0/24 is routed to it" in refused.stderr
-    assert b"2 of 4 peers do not fit, and nothing was changed" in refused.stderr
+    assert "line 25 (Q2x1YjAw): 192.168.40.0/24 is routed to it" in refused.stderr
+    assert "2 of 4 peers do not fit, and nothing was changed" in refused.stderr
     done = command(gateway, file, "--skip")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (
         0,
-        b"done: 2 created, 0 existed, 0 refused",
+        "done: 2 created, 0 existed, 0 refused",
     )
     found = peers_of(gateway)
     assert {key: (p["label"], p["assigned_ip"]) for key, p in found.items()} == {
@@ -287,20 +271,20 @@ def test_peers_that_are_there_stay_with_merge_and_go_with_replace(gateway: Gatew
     assert client.create(a_key("own"), assigned_ip="10.8.0.9").status == 200
     assert client.create(KEYS[0], label="mine").status == 200
     asked = command(gateway, file)
-    assert asked.returncode == 1 and b"the gateway has 2 peers" in asked.stderr
+    assert asked.returncode == 1 and "the gateway has 2 peers" in asked.stderr
     dry = command(gateway, file, "--merge", "--dry-run")
-    assert dry.stdout.endswith(b"would create 1 peers; 1 exist, and stay as they are\n")
+    assert dry.stdout.endswith("would create 1 peers; 1 exist, and stay as they are\n")
     assert len(peers_of(gateway)) == 2
     merged = command(gateway, file, "--merge")
-    assert merged.stdout.endswith(b"done: 1 created, 1 existed, 0 refused\n")
-    assert b"exists with another" in merged.stderr and b"label" in merged.stderr
+    assert merged.stdout.endswith("done: 1 created, 1 existed, 0 refused\n")
+    assert "exists with another" in merged.stderr and "label" in merged.stderr
     found = peers_of(gateway)
     assert found[KEYS[0]]["label"] == "mine" and found[KEYS[1]]["status"] == "suspended"
     assert a_key("own") in found
     dry = command(gateway, file, "--replace", "--dry-run")
-    assert b"would be: 0 created, 1 updated, 1 deleted, 1 unchanged" in dry.stdout
+    assert "would be: 0 created, 1 updated, 1 deleted, 1 unchanged" in dry.stdout
     done = command(gateway, "-", "--replace", given=(FILES / "wg-easy.json").read_bytes())
-    assert done.returncode == 0 and b"done: 0 created, 1 updated" in done.stdout
+    assert done.returncode == 0 and "done: 0 created, 1 updated" in done.stdout
     found = peers_of(gateway)
     assert sorted(found) == sorted(KEYS[:2]) and found[KEYS[0]]["label"] == 'laptop "A" ü'
     line = b'{"public_key": "%b"}\n' % KEYS[0].encode()
@@ -312,19 +296,13 @@ def test_refused_peers_are_told_and_the_exit_code_says_so(gateway: GatewayProces
     lines = b'{"public_key": "%b", "assigned_ip": "10.9.0.1"}\n' % KEYS[0].encode()
     done = command(gateway, "-", given=lines)
     assert done.returncode == 1
-    assert b"refused: assigned_ip: " in done.stderr
-    assert done.stdout.endswith(b"done: 0 created, 0 existed, 1 refused\n")
+    assert "refused: assigned_ip: " in done.stderr
+    assert done.stdout.endswith("done: 0 created, 0 existed, 1 refused\n")
 
 
 def test_call_sends_lines_as_lines(gateway: GatewayProcess) -> None:
     lines = "".join(json.dumps({"public_key": key}) + "\n" for key in KEYS[:2])
-    done = subprocess.run(
-        [*gateway.program, "call", "PUT", PEERS, "--data", lines],
-        cwd=gateway.directory,
-        env={"PATH": os.environ["PATH"], **gateway.settings},
-        capture_output=True,
-        check=True,
-    )
+    done = gateway.command("call", "PUT", PEERS, "--data", lines)
     assert json.loads(done.stdout)["created"] == 2
     state = "/api/v1/configurations/?dry_run=true"
     assert wggw.content_type("PUT", state, b"[1]") == "application/json"

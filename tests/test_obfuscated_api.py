@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fakes import World, build, do
-from harness import PROGRAM, ROOT, Client, GatewayProcess, a_key, ok, run_wggw, running
+from harness import LONG, PROGRAM, ROOT, Client, GatewayProcess, a_key, ok, run_wggw, running
 
 import wggw
 
@@ -257,23 +257,12 @@ def test_a_rotation_of_own_values_is_not_undone_by_a_restart(both: GatewayProces
     api = both.client()
     ok(api.create(a_key(1), obfuscation=ON))
     done = ok(api.send("POST", ROTATE, {"parameters": {**PARAMS, "jc": 9}}))
-    assert (done["cut_off_peers"], done["warnings"]) == (0, [])
+    assert (done["cut_off_peers"], done["parameters_version"], done["warnings"]) == (0, 1, [])
+    assert ok(api.get(a_key(1)))["obfuscation"]["jc"] == 9
     both.stop()
     both.start()
     assert spoken(both)["parameters"]["jc"] == 9
     assert "AWG_PARAMS differs from the parameters of awg0 (Jc)" in both.text()
-
-
-def test_a_change_of_random_trailers_cuts_clients_off(api: Client) -> None:
-    ok(api.create(a_key(1), obfuscation=ON))
-    trailers = {"parameters": {**PARAMS, "h1": 100, "h2": 300, "RandomTrailers": "on"}}
-    assert "1 peers" in detail(api.send("POST", ROTATE, trailers), 409)
-    done = ok(api.send("POST", ROTATE, {**trailers, "confirm": True}))
-    assert (done["cut_off_peers"], done["parameters_version"]) == (1, 2)
-    off = {"parameters": {**trailers["parameters"], "RandomTrailers": "off"}}
-    assert "1 peers" in detail(api.send("POST", ROTATE, off), 409)
-    text = api.get(a_key(1), "?format=wg-quick").body.decode()
-    assert "\nRandomTrailers = on\n" in text
 
 
 def test_unwise_parameters_are_taken_with_a_warning(api: Client, both: GatewayProcess) -> None:
@@ -291,7 +280,7 @@ def test_unwise_parameters_are_taken_with_a_warning(api: Client, both: GatewayPr
     assert f"warning: {warning}\n" in done_by_hand and "warning: Jc: " in done_by_hand
 
 
-@pytest.mark.parametrize("generation", ["1.0", "2.0", "3.1"])
+@pytest.mark.parametrize("generation", ["1.0", "2.0", "3.1"] if LONG else ["3.1"])
 def test_parameters_from_a_file_as_awg_shows_it(tmp_path: Path, generation: str) -> None:
     path = tmp_path / "awg0.conf"
     path.write_bytes((ROOT / f"tests/data/awg0-{generation}.conf").read_bytes())
@@ -343,13 +332,6 @@ def test_rotation_says_whom_it_cuts_off_and_wants_to_be_confirmed(
     assert (spoken(both)["parameters"]["s1"], spoken(both)["parameters_version"]) == (31, 2)
     record = both.directory / "wireguard.db.journal"
     assert b'"set":{"obfuscation":' in record.read_bytes()
-
-
-def test_what_need_not_match_is_changed_without_cutting_anybody_off(api: Client) -> None:
-    ok(api.create(a_key(1), obfuscation=ON))
-    done = ok(api.send("POST", ROTATE, {"parameters": {**PARAMS, "jc": 9}}))
-    assert (done["cut_off_peers"], done["parameters_version"]) == (0, 1)
-    assert ok(api.get(a_key(1)))["obfuscation"]["jc"] == 9
 
 
 def test_rotation_makes_parameters_of_a_generation_and_preset(api: Client) -> None:
@@ -455,11 +437,8 @@ def test_awg_generate_show_and_rotate(both: GatewayProcess) -> None:
     assert spoken(both)["generation"] == "2.0"
 
 
-@pytest.mark.parametrize("words", ["on off", "ON OFF", "1 0", "true false"])
-def test_a_file_of_awg_brings_peers_where_its_parameters_are_spoken(
-    tmp_path: Path, words: str
-) -> None:
-    on, off = words.split()
+def test_a_file_of_awg_brings_peers_where_its_parameters_are_spoken(tmp_path: Path) -> None:
+    on, off = "ON", "OFF"  # other words: test_obfuscation.py
     text = (ROOT / "tests/data/awg0-3.1.conf").read_text()
     assert "RandomTrailers = on\n" in text
     text = text.replace("= on\n", f"= {on}\nDisableCookies = {off}\n")

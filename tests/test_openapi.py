@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from harness import Client, a_key, path_key, running
+from harness import Client, a_key, path_key
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import wggw
@@ -125,19 +125,15 @@ def test_who_guesses_is_told_to_wait_wherever_there_is_something_to_guess(guard:
             assert "429" in described(route)["responses"]
 
 
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with running(tmp_path_factory.mktemp("gateway")) as process:
-        yield process.client()
-
-
 @pytest.mark.parametrize("route", wggw.ROUTES, ids=lambda r: f"{r.method} {r.template}")
-def test_a_row_that_asks_for_a_signature_gets_one(api: Client, route: wggw.ApiRoute) -> None:
+def test_a_row_that_asks_for_a_signature_gets_one(
+    shared_client: Client, route: wggw.ApiRoute
+) -> None:
     operation = described(route)
     path = route.template.replace("{public_key}", path_key(a_key("nobody")))
     forged = {"signature": "0" * 64, "timestamp": str(int(time.time()))}
     for headers in ({}, forged):
-        answer = api.raw(route.method, path, b"", headers)
+        answer = shared_client.raw(route.method, path, b"", headers)
         if {} in operation["security"]:
             assert answer.status == 200
             continue

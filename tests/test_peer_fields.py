@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Answer, Client, GatewayProcess, a_key, ok, path_key, running
+from harness import Answer, Client, a_key, ok, path_key, running
 
 import wggw
 
 PEERS = "/api/v1/configurations/"
 CLASSES = '{"slow": {"down": "1mbit"}, "fast": {}}'
+SHARED_SETTINGS = {"SERVICE_CLASSES": CLASSES}
 
 
 def path_of(key: str) -> str:
     return PEERS + path_key(key)
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    directory = tmp_path_factory.mktemp("fields")
-    with running(directory, SERVICE_CLASSES=CLASSES) as process:
-        yield process
-
-
 @pytest.fixture
-def api(gateway: GatewayProcess) -> Client:
-    return gateway.client()
+def api(shared_client: Client) -> Client:
+    return shared_client
 
 
 def listed(api: Client, query: str) -> list[dict[str, Any]]:

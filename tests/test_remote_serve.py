@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import GatewayProcess, a_key, free_port, running, some, wait_for
+from harness import PROGRAM, GatewayProcess, a_key, free_port, running, some, wait_for
 from objects import S3, SECRET_KEY, TOKEN, TlsStore, real_s3, tls_store
 from test_obfuscated_api import BOTH
 from test_remote import BASE
@@ -441,7 +442,15 @@ def test_claim_makes_the_files_here_the_newest_state(tmp_path: Path, server: Tls
         assert new.stop() == 0
         expected |= create(old, 3)
         assert old.stop() == 0
-        claimed = old.command("copy", "claim")
+        claimed = subprocess.run(  # a process: until its end, the files are its own
+            [*PROGRAM, "copy", "claim"],
+            cwd=old.directory,
+            env={"PATH": os.environ["PATH"], **old.settings},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
         assert claimed.returncode == 0 and "epoch 3 holds" in claimed.stdout, claimed
         for gateway in (old, new):
             gateway.start()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
-import re
 import shutil
 import signal
 import socket
@@ -23,8 +21,6 @@ from harness import (
     API_KEY,
     PROGRAM,
     WGGW,
-    Answer,
-    Client,
     GatewayProcess,
     a_key,
     encode,
@@ -82,11 +78,12 @@ def change_all_sorts(gateway: GatewayProcess) -> None:
 # --- TERM and KILL -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", ["", "a key for what lies on disk"], ids=["clear", "sealed"])
 @pytest.mark.parametrize("end", [GatewayProcess.stop, GatewayProcess.kill], ids=["TERM", "KILL"])
 def test_no_acknowledged_change_is_lost(
-    tmp_path: Path, end: Callable[[GatewayProcess], int]
+    tmp_path: Path, end: Callable[[GatewayProcess], int], key: str
 ) -> None:
-    with running(tmp_path) as gateway:
+    with running(tmp_path, SNAPSHOT_KEY=key) as gateway:
         change_all_sorts(gateway)
         before = state(gateway)
         for _ in range(2):  # what a start leaves behind must hold, too
@@ -95,24 +92,6 @@ def test_no_acknowledged_change_is_lost(
             assert state(gateway) == before
         synced = gateway.client().send("POST", "/api/v1/sync-ips").json
         assert (synced["added"], synced["updated"], synced["removed"]) == (0, 0, 0)
-
-
-def test_a_change_that_was_just_acknowledged_survives_a_kill(tmp_path: Path) -> None:
-    """One kind of change per life; each kill comes right behind the answer."""
-    with running(tmp_path) as gateway:
-        steps: list[tuple[Callable[[Client], Answer], int, str | None]] = [
-            (lambda c: c.create(a_key(1)), 200, "active"),
-            (lambda c: c.status(a_key(1), "suspended"), 200, "suspended"),
-            (lambda c: c.status(a_key(1), "active"), 200, "active"),
-            (lambda c: c.delete(a_key(1)), 404, None),
-        ]
-        for change, status, shown in steps:
-            assert change(gateway.client()).status == 200
-            gateway.kill()
-            gateway.start()
-            found = gateway.client().get(a_key(1))
-            assert found.status == status
-            assert shown is None or found.json["status"] == shown
 
 
 @pytest.mark.parametrize("end", [GatewayProcess.stop, GatewayProcess.kill], ids=["TERM", "KILL"])
@@ -134,20 +113,6 @@ def test_a_suspended_peers_address_is_never_given_away_after_a_restart(
         assert client.create(a_key(9), assigned_ip=held[1]).status == 409
         assert client.status(a_key(1), "active").status == 200
         assert client.get(a_key(1)).json["assigned_ip"] == held[1]
-
-
-def test_the_order_of_released_addresses_survives_restarts(tmp_path: Path) -> None:
-    with running(tmp_path, WG_IPV4_SUBNET="10.7.0.8/29") as gateway:
-        client = gateway.client()
-        for number in range(5):
-            client.create(a_key(number))
-        for number, end in ((4, gateway.stop), (0, gateway.kill), (2, gateway.stop)):
-            gateway.client().delete(a_key(number))
-            end()
-            gateway.start()
-        client = gateway.client()
-        given = [client.create(a_key(("new", n))).json["assigned_ip"] for n in range(3)]
-        assert given == ["10.7.0.14", "10.7.0.10", "10.7.0.12"]
 
 
 def test_a_fresh_machine_without_a_database_starts(tmp_path: Path) -> None:
@@ -338,54 +303,6 @@ def left(killed: Path, tmp_path: Path) -> Iterator[GatewayProcess]:
         yield gateway
 
 
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 0x20
-    path.write_bytes(content)
-
-
-def check_refused(gateway: GatewayProcess, name: str) -> None:
-    """Exit 3, the file named, and every file left as it is."""
-    paths = sorted(gateway.directory.glob("wireguard.db*"))
-    before = {path: path.read_bytes() for path in paths}
-    code, text = ended(gateway)
-    assert code == 3, text
-    last = text.splitlines()[-1]
-    assert str(gateway.directory / name) in last, last
-    assert re.search(r"restore|repair", last), last  # what to do
-    assert {p: p.read_bytes() for p in sorted(gateway.directory.glob("wireguard.db*"))} == before
-
-
-@pytest.mark.parametrize("kind", ["garbage", "empty", "cut in half", "the magic is damaged"])
-def test_a_damaged_snapshot_is_exit_3_that_names_the_file(left: GatewayProcess, kind: str) -> None:
-    path = left.directory / "wireguard.db"
-    content = path.read_bytes()
-    path.write_bytes(
-        {
-            "garbage": os.urandom(len(content)),
-            "empty": b"",
-            "cut in half": content[: len(content) // 2],
-            "the magic is damaged": b"X" + content[1:],
-        }[kind]
-    )
-    check_refused(left, "wireguard.db")
-
-
-def test_a_missing_snapshot_beside_a_journal_is_exit_3(left: GatewayProcess) -> None:
-    (left.directory / "wireguard.db").unlink()
-    check_refused(left, "wireguard.db")
-
-
-@pytest.mark.parametrize("where", ["header", "first record", "middle record"])
-def test_a_damaged_journal_is_exit_3_that_names_the_file(left: GatewayProcess, where: str) -> None:
-    path = left.directory / "wireguard.db.journal"
-    lines = path.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 11  # a header and ten records
-    number = {"header": 0, "first record": 1, "middle record": 5}[where]
-    flip(path, sum(map(len, lines[:number])) + len(lines[number]) // 2)
-    check_refused(left, "wireguard.db.journal")
-
-
 @pytest.mark.parametrize("lost", [1, 30])
 def test_a_torn_last_record_is_dropped_and_every_earlier_one_kept(
     left: GatewayProcess, lost: int
@@ -452,22 +369,6 @@ def test_durability_interval_loses_at_most_a_second(tmp_path: Path) -> None:
         assert gateway.stop() == 0
         gateway.start()
         assert gateway.client().get(a_key(2)).status == 200
-
-
-def test_a_change_of_durability_loses_nothing(tmp_path: Path) -> None:
-    with stopped(tmp_path) as gateway:
-        for number, durability in enumerate(("commit", "none", "commit", "interval", "none")):
-            gateway.settings["DURABILITY"] = durability
-            gateway.start()
-            gateway.client().create(a_key(number))
-            if durability == "commit":
-                gateway.kill()
-            else:
-                assert gateway.stop() == 0
-        gateway.settings["DURABILITY"] = "commit"
-        gateway.start()
-        found = [gateway.client().get(a_key(number)).status for number in range(5)]
-        assert found == [200] * 5
 
 
 # --- SIGHUP --------------------------------------------------------------------------------------

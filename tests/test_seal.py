@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import base64
-import binascii
-import re
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import GatewayProcess, a_key, running
-from test_restart import change_all_sorts, ended, state
+from test_restart import ended, state
 
 SECRET = "a key for what lies on disk"
 
@@ -76,17 +72,6 @@ def test_nothing_on_disk_can_be_read(tmp_path: Path) -> None:
         check_unreadable(plain, create_some(gateway, 0))
 
 
-@pytest.mark.parametrize("end", [GatewayProcess.stop, GatewayProcess.kill], ids=["TERM", "KILL"])
-def test_sealed_state_comes_back(tmp_path: Path, end: Callable[[GatewayProcess], int]) -> None:
-    with running(tmp_path, SNAPSHOT_KEY=SECRET) as gateway:
-        change_all_sorts(gateway)
-        before = state(gateway)
-        for _ in range(2):
-            end(gateway)
-            gateway.start()
-            assert state(gateway) == before
-
-
 # --- the wrong key, no key, the first key ---------------------------------------------------------
 
 
@@ -110,51 +95,3 @@ def test_wrong_key_is_exit_2_that_names_the_setting(tmp_path: Path, key: str | N
         gateway.settings["SNAPSHOT_KEY"] = SECRET
         gateway.start()
         assert state(gateway) == before
-
-
-def test_turning_the_key_on_leaves_nothing_plain(tmp_path: Path) -> None:
-    with running(tmp_path, SNAPSHOT_INTERVAL="0.2") as gateway:
-        peers = create_some(gateway, 0)
-        gateway.stop()
-        gateway.start()
-        peers += create_some(gateway, 10)
-        before = state(gateway)
-        gateway.kill()
-        assert (tmp_path / "wireguard.db.previous").exists()
-        gateway.settings["SNAPSHOT_KEY"] = SECRET
-        gateway.start()
-        assert state(gateway) == before
-        check_unreadable(tmp_path, peers)
-        gateway.kill()
-        check_unreadable(tmp_path, peers)
-        gateway.start()
-        assert state(gateway) == before
-
-
-def test_no_nonce_is_used_twice_on_disk_over_kills(tmp_path: Path) -> None:
-    """Of a real process: one salt and nonce never has two ciphertexts."""
-    sealed: dict[tuple[bytes, bytes], set[bytes]] = {}
-    with running(tmp_path, SNAPSHOT_KEY=SECRET, SNAPSHOT_INTERVAL="0.2") as gateway:
-        for life in range(4):
-            create_some(gateway, 10 * life)
-            gateway.kill()
-            for path in tmp_path.glob("wireguard.db.journal*"):
-                collect_lines(path.read_bytes(), sealed)
-            journal = tmp_path / "wireguard.db.journal"
-            if journal.exists():  # it is not for a moment of a rotation
-                journal.write_bytes(journal.read_bytes()[: -life or None])
-            gateway.start()
-    assert len(sealed) > 12
-    assert all(len(texts) == 1 for texts in sealed.values())
-
-
-def collect_lines(data: bytes, sealed: dict[tuple[bytes, bytes], set[bytes]]) -> None:
-    header, *lines = data.splitlines()
-    found = re.fullmatch(
-        rb"wggw-journal 2 \d+ [a-z_0-9,]+ ([0-9a-f]{32}) [0-9a-f]{16} [0-9a-f]{8}", header
-    )
-    assert found, header
-    assert b"%08x" % zlib.crc32(header[:-9]) == header[-8:]
-    for line in lines:
-        text = binascii.a2b_base64(line.split(b" ")[3])
-        sealed.setdefault((found[1], text[:12]), set()).add(text)

@@ -68,6 +68,7 @@ READERS: dict[str, Callable[[Path, int], Any]] = {
     [
         *((name, mode) for name in READERS for mode in (0o602, 0o620, 0o777)),
         *((name, mode) for name in READERS if name != "--env-file" for mode in (0o604, 0o644)),
+        ("WG_PRIVATE_KEY_FILE", 0o640),
     ],
 )
 def test_a_file_of_secrets_that_is_too_open_is_refused_by_name(

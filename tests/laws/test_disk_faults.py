@@ -187,28 +187,6 @@ def test_a_start_without_one_of_the_two_is_refused(
         assert set(listed(gateway.client())) == set(KEPT)
 
 
-def test_a_snapshot_and_a_journal_of_different_times_are_refused(tmp_path: Path) -> None:
-    """What was between the two is nowhere."""
-    with memory_gateway(tmp_path) as gateway:
-        client = gateway.client()
-        assert client.create(a_key(0)).status == 200
-        gateway.kill()
-        old = gateway.journal.read_bytes(), gateway.database.read_bytes()
-        for number in range(1, 4):
-            gateway.start()
-            assert gateway.client().create(a_key(number)).status == 200
-            gateway.stop()
-        now = gateway.journal.read_bytes(), gateway.database.read_bytes()
-        gateway.database.write_bytes(old[1])
-        for path in tmp_path.glob("wireguard.db.*previous*"):
-            path.unlink()
-        code, said = gateway.refused_start()
-        assert code == DAMAGED, (code, said)
-        gateway.database.write_bytes(now[1])
-        gateway.start()
-        assert set(listed(gateway.client())) == {a_key(number) for number in range(4)}
-
-
 @pytest.fixture
 def journalled(tmp_path: Path) -> Iterator[tuple[Gateway, bytes]]:
     """A gateway that was killed, and its journal, whose last line is of a create and a patch."""
@@ -232,31 +210,6 @@ def test_records_with_unknown_parts_are_refused(journalled: tuple[Gateway, bytes
     gateway.journal.write_bytes(journal)
     gateway.start()
     assert set(listed(gateway.client())) == set(KEPT)
-
-
-def test_a_line_that_was_changed_is_refused_and_a_torn_one_is_dropped(
-    journalled: tuple[Gateway, bytes],
-) -> None:
-    gateway, journal = journalled
-    lines = journal.rstrip(b"\n").split(b"\n")
-    middle = len(lines) // 2
-    at = len(lines[middle]) * 3 // 4
-    other = b"7" if lines[middle][at : at + 1] != b"7" else b"8"
-    changed = lines[middle][:at] + other + lines[middle][at + 1 :]
-    for bad in (
-        [*lines[:middle], changed, *lines[middle + 1 :]],
-        [*lines[:middle], *lines[middle + 1 :]],  # one is missing
-        [*lines[:middle], lines[middle + 1], lines[middle], *lines[middle + 2 :]],
-        [*lines, lines[-1]],  # one twice
-    ):
-        gateway.journal.write_bytes(b"\n".join(bad) + b"\n")
-        code, said = gateway.refused_start()
-        assert code == DAMAGED, (code, said)
-    gateway.journal.write_bytes(journal[:-20])
-    gateway.start()
-    client = gateway.client()
-    assert set(listed(client)) == set(KEPT)
-    assert client.get(KEPT[0]).json["quota_bytes"] is None
 
 
 # --- files that go away while it runs -------------------------------------------------------------

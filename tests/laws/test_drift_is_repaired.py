@@ -75,6 +75,12 @@ class Seen:
     def gives_a_peer_the_default_route(self) -> None:
         self.interface.set("peer", ONE, "allowed-ips", "0.0.0.0/0")
 
+    def takes_a_peers_address(self) -> None:
+        self.interface.set("peer", ONE, "allowed-ips", "")
+
+    def removes_everything(self) -> None:
+        netns.output("wg", "setconf", self.interface.name, "/dev/null")
+
     def adds_an_address(self) -> None:
         mine = self.addresses[ONE]
         self.interface.set("peer", ONE, "allowed-ips", f"{mine}/32,203.0.113.7/32")
@@ -110,6 +116,8 @@ PEERS: list[Callable[[Seen], None]] = [
     Seen.moves_an_address,
     Seen.swaps_two_addresses,
     Seen.gives_a_peer_the_default_route,
+    Seen.takes_a_peers_address,
+    Seen.removes_everything,
     Seen.adds_an_address,
     Seen.sets_a_preshared_key,
     Seen.changes_a_preshared_key,

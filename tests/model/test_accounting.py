@@ -269,18 +269,6 @@ def test_one_direction_that_fell_proves_that_both_began_anew(
     world.close()
 
 
-def test_what_the_disk_refused_to_note_is_counted_later(world: World) -> None:
-    world.backend.move(a_key(1), 7)
-    world.disk.fail("write")
-    world.gateway.projection.sample()
-    assert total(world) == (0, 0)
-    world.gateway.projection.sample()  # the disk has failed: nothing is noted
-    world.gateway.keeper.heal()
-    world.gateway.projection.sample()
-    assert total(world) == (7, 0)
-    world.close()
-
-
 def test_a_quota_ends_with_the_sample_that_finds_it_used_up_also_over_a_rotation(
     world: World,
 ) -> None:
@@ -293,17 +281,6 @@ def test_a_quota_ends_with_the_sample_that_finds_it_used_up_also_over_a_rotation
     peer = world.gateway.get(a_key(2)).peer
     assert (peer.status, peer.status_reason) == ("suspended", "quota")
     assert world.backend.peers == {}
-    world.close()
-
-
-def test_one_peer_that_cannot_be_read_keeps_no_other_from_being_counted(world: World) -> None:
-    do(world.gateway, "create", public_key=a_key(2))
-    for number in (1, 2):
-        world.backend.move(a_key(number), 10)
-    world.backend.unreadable = {a_key(2)}
-    with contextlib.suppress(wggw.BackendError):
-        world.gateway.projection.sample()
-    assert total(world) == (10, 0)
     world.close()
 
 

@@ -4,7 +4,8 @@ Two or three gateways with wggw's own Copier, on a store that delays uploads, lo
 cuts gateways off; gateways are killed, and come back with their disk or with an empty one. Each
 call to the store is a point where any other gateway may go on, or an upload from before arrives.
 
-WGGW_SCHEDULES says how many schedules (default 300), WGGW_SEED with which one to begin.
+WGGW_SCHEDULES says how many schedules (default 150, with WGGW_LONG=1 600), WGGW_SEED with which
+one to begin.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from harness import LONG
 
 import wggw
 from wggw import Copier, CopyError, CopySettings, Epochs, Written
 
-SCHEDULES = int(os.environ.get("WGGW_SCHEDULES", "300"))
+SCHEDULES = int(os.environ.get("WGGW_SCHEDULES") or (600 if LONG else 150))
 SEED = int(os.environ.get("WGGW_SEED", "1"))
 
 

@@ -291,7 +291,7 @@ CHOSEN = CASES if LONG else [(n, f) for n, f in CASES if f == "clear"]
 @pytest.mark.parametrize(("name", "form"), CHOSEN)
 def test_a_disk_fault_at_each_call(tmp_path: Path, name: str, form: str, fault: str) -> None:
     stage = Stage(tmp_path, OPERATIONS[name], **FORMS[form])
-    for nth in some(range(1, stage.calls + 1), 4):
+    for nth in some(range(1, stage.calls + 1), 3):
         world = stage.begin()
         error = errno.ENOSPC if fault == "full" else errno.EIO
         world.disk.fail(nth=nth, forever=fault == "forever", error=error)
@@ -310,7 +310,7 @@ def test_a_crash_at_each_call(tmp_path: Path, name: str, form: str) -> None:
     """Before it, in the middle of it, behind it; and after a fault that was answered."""
     stage = Stage(tmp_path, OPERATIONS[name], **FORMS[form])
     for where in ("before", "middle", "after", "fault"):
-        for nth in some(range(1, stage.calls + 1), 3):
+        for nth in some(range(1, stage.calls + 1), 2):
             world = stage.begin()
             if where == "fault":
                 world.disk.fail(nth=nth)

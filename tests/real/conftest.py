@@ -26,7 +26,7 @@ def settings(topology: netns.Topology) -> dict[str, str]:
         "WG_ENDPOINT": topology.ENDPOINT,
         "WG_IPV4_SUBNET": topology.SUBNETS[0],
         "WG_IPV6_SUBNET": topology.SUBNETS[1],
-        "SAMPLE_INTERVAL": "1",
+        "SAMPLE_INTERVAL": "0.3",
     }
 
 

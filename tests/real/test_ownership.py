@@ -328,9 +328,9 @@ FOREIGN_IN_SHORT: dict[str, tuple[Callable[[Host], None], ...]] = {
         uninstall,
     ),
     "wg0 with peers and the key of our own settings": (net_up, foreground_with_kept_settings),
-    "awg0 with peers": (serve, net_down, first_run_in_the_foreground),
-    "a bridge": (net_up, net_down),
-    "a dummy, or another kind where the kernel has none": (serve, run_with_kept_settings),
+    "awg0 with peers": (net_down, first_run_in_the_foreground),
+    "a bridge": (net_up,),
+    "a dummy, or another kind where the kernel has none": (run_with_kept_settings,),
     "a tun of another program": (serve,),
 }
 
@@ -472,9 +472,9 @@ OWN_ACTIONS = (
 
 
 OWN_IN_SHORT = {
-    "no interface": (own_net_up, own_uninstall_after_edits),
-    "own interface": (own_serve, own_net_down, own_run_with_kept_settings, own_uninstall),
-    "own interface with lost state": (own_serve, own_first_run),
+    "no interface": (own_uninstall_after_edits,),
+    "own interface": (own_serve, own_net_down, own_run_with_kept_settings),
+    "own interface with lost state": (own_first_run,),
     "own interface from before the marks": (own_serve, own_net_up, own_uninstall),
 }
 
