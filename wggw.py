@@ -109,6 +109,7 @@ import binascii
 import bisect
 import collections
 import contextlib
+import difflib
 import email.utils
 import enum
 import errno
@@ -993,37 +994,15 @@ def _check_names(values: Iterable[str], path: str) -> None:
 
 def _misspelt(given: Iterable[str]) -> list[tuple[str, str]]:
     """Names that are almost certainly misspelt settings, each with the most similar setting."""
-    names = {setting.name for setting in SETTINGS}
+    names = [setting.name for setting in SETTINGS]
     found = []
     for name in given:
-        if name in names:
-            continue
-        upper = name.upper()[:MAX_TEXT]
         meant = name.startswith(("WG_", "AWG_", "SNAPSHOT_", "GATEWAY_"))
-        # Cheap bounds for two edits, so that most names are never compared in full.
-        near = [
-            known
-            for known in names
-            if meant or (abs(len(known) - len(upper)) <= 2 and len({*known} ^ {*upper}) <= 4)
-        ]
-        distance, nearest = min(
-            ((_distance(upper, known), known) for known in near), default=(9, "")
-        )
-        if distance <= 2 or meant:
-            found.append((name, nearest))
+        likeness = 0.0 if meant else 0.85  # the share of letters in common: one of ten is wrong
+        near = difflib.get_close_matches(name.upper()[:MAX_TEXT], names, 1, likeness)
+        if near and name not in names:
+            found.append((name, near[0]))
     return found
-
-
-def _distance(left: str, right: str) -> int:
-    """The Levenshtein distance of two texts."""
-    row = list(range(len(right) + 1))
-    for number, letter in enumerate(left, 1):
-        before, row[0] = row[0], number
-        for place, other in enumerate(right, 1):
-            changed = before + (letter != other)
-            before = row[place]
-            row[place] = min(changed, before + 1, row[place - 1] + 1)
-    return row[-1]
 
 
 def _parse_setting(setting: Setting, values: Mapping[str, str], key_needed: bool) -> Any:
@@ -3376,41 +3355,55 @@ def load_private_key(settings: InterfaceSettings, kept: str | None = None) -> by
 CERTIFICATE_NAME = "wggw"  # the issuer of self-made certificates, by which they are recognised
 
 
-def make_certificate(
-    cert_path: str, key_path: str, names: Sequence[str], renews: bool = False
-) -> None:
+def make_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> None:
     """Write a self-signed P-256 pair, valid for ten years, for `names` (hosts or addresses).
 
-    With `renews`, the new certificate is for the existing key and replaces the existing one. The
-    key's first certificate signs it and stays in the file behind it, so that it is accepted
-    by clients that pinned the key, and by clients that trust a copy of the former file. A first
+    Raises ImportError, OSError, ValueError.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    Disk().replace(key_path, [key.private_bytes(pem, form, serialization.NoEncryption())])
+    ends = int(time.time()) + CERTIFICATE_SECONDS
+    Disk().replace(cert_path, [_sign_certificate(key, names, CERTIFICATE_NAME, ends)])
+
+
+def renew_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> None:
+    """Replace the certificate of make_certificate() by a new one for the same key.
+
+    The key's first certificate signs it and stays in the file behind it, so that it is accepted by
+    clients that pinned the key, and by clients that trust a copy of the former file. A first
     certificate that expires soon is dropped. Raises ImportError, OSError, ValueError.
     """
     from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    pem, der = serialization.Encoding.PEM, serialization.Encoding.DER
+    key: Any = serialization.load_pem_private_key(Path(key_path).read_bytes(), None)
+    root = x509.load_pem_x509_certificates(Path(cert_path).read_bytes())[-1]
+    kind = (der, serialization.PublicFormat.SubjectPublicKeyInfo)
+    if root.public_key().public_bytes(*kind) != key.public_key().public_bytes(*kind):
+        raise ValueError("TLS_CERT was signed with another key than TLS_KEY")
+    now, expires = int(time.time()), certificate_expiry(root.public_bytes(der))
+    if expires > now + RENEWAL_SECONDS:
+        signed = _sign_certificate(key, names, f"{CERTIFICATE_NAME} renewed", expires)
+        Disk().replace(cert_path, [signed, root.public_bytes(pem)])
+    else:
+        ends = now + CERTIFICATE_SECONDS
+        Disk().replace(cert_path, [_sign_certificate(key, names, CERTIFICATE_NAME, ends)])
+
+
+def _sign_certificate(key: Any, names: Sequence[str], subject: str, ends: int) -> bytes:
+    """A certificate in PEM, valid until `ends` (Unix seconds)."""
+    from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
 
     def named(text: str) -> Any:
         return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
 
-    pem, der = serialization.Encoding.PEM, serialization.Encoding.DER
-    now = int(time.time())
-    ends = now + CERTIFICATE_SECONDS
-    key: Any
-    subject, first = CERTIFICATE_NAME, b""
-    if renews:
-        key = serialization.load_pem_private_key(Path(key_path).read_bytes(), None)
-        root = x509.load_pem_x509_certificates(Path(cert_path).read_bytes())[-1]
-        kind = (der, serialization.PublicFormat.SubjectPublicKeyInfo)
-        if root.public_key().public_bytes(*kind) != key.public_key().public_bytes(*kind):
-            raise ValueError("TLS_CERT was signed with another key than TLS_KEY")
-        expires = certificate_expiry(root.public_bytes(der))
-        if expires > now + RENEWAL_SECONDS:
-            ends, first = expires, root.public_bytes(pem)
-            subject = f"{CERTIFICATE_NAME} renewed"
-    else:
-        key = ec.generate_private_key(ec.SECP256R1())
-    public = key.public_key()
+    public, yesterday = key.public_key(), int(time.time()) - 86400
     signs = [True, *[False] * 4, True, *[False] * 3]  # digital_signature and key_cert_sign
     certificate = (
         x509.CertificateBuilder()
@@ -3418,7 +3411,7 @@ def make_certificate(
         .issuer_name(named(CERTIFICATE_NAME))
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.fromtimestamp(now - 86400, timezone.utc))
+        .not_valid_before(datetime.fromtimestamp(yesterday, timezone.utc))
         .not_valid_after(datetime.fromtimestamp(ends, timezone.utc))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.KeyUsage(*signs), critical=True)
@@ -3427,11 +3420,7 @@ def make_certificate(
         .add_extension(x509.SubjectAlternativeName([_alternative_name(n) for n in names]), False)
         .sign(key, hashes.SHA256())
     )
-    if not renews:
-        private = serialization.PrivateFormat.PKCS8
-        text = key.private_bytes(pem, private, serialization.NoEncryption())
-        Disk().replace(key_path, [text])
-    Disk().replace(cert_path, [certificate.public_bytes(pem), first])
+    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 class OwnCertificate(NamedTuple):
@@ -14166,17 +14155,6 @@ def render_response(
 # ==================================================================================================
 
 
-class Handler(Protocol):
-    """A socket in the loop: what to call when it is ready, and after its deadline."""
-
-    handle: int
-    deadline: float  # of time.monotonic(); math.inf: none
-
-    def ready(self, mask: int) -> None: ...
-
-    def expire(self) -> None: ...
-
-
 class Loop:
     """One thread for sockets, posted functions, work in slices and deadlines.
 
@@ -14187,7 +14165,7 @@ class Loop:
         self.after_round: Callable[[], None] = lambda: None
         self.now = time.monotonic()
         self._poll = select.epoll()
-        self._handlers: dict[int, Handler] = {}
+        self._handlers: dict[int, Connection | Listener] = {}
         self._inbox: collections.deque[Callable[[], None]] = collections.deque()
         self._work: collections.deque[Iterator[Any]] = collections.deque()
         self._again: collections.deque[Connection] = collections.deque()  # with buffered requests
@@ -14244,14 +14222,14 @@ class Loop:
         if not advance(steps):
             self._work.append(steps)
 
-    def add(self, handler: Handler) -> None:
+    def add(self, handler: Connection | Listener) -> None:
         self._handlers[handler.handle] = handler
         self._poll.register(handler.handle, select.EPOLLIN)
 
-    def want(self, handler: Handler, events: int) -> None:
+    def want(self, handler: Connection | Listener, events: int) -> None:
         self._poll.modify(handler.handle, events)
 
-    def remove(self, handler: Handler) -> None:
+    def remove(self, handler: Connection | Listener) -> None:
         if self._handlers.pop(handler.handle, None) is not None:
             self._poll.unregister(handler.handle)
 
@@ -14318,7 +14296,7 @@ class Connection:
 
     def __init__(self, server: Server, connected: socket.socket, source: str) -> None:
         self.handle = connected.fileno()
-        self.deadline = math.inf
+        self.deadline = math.inf  # of time.monotonic()
         self.group = address_group(source)
         self.trusted = False  # whether it has carried an authentic request
         self.phase = Phase.HEAD
@@ -14470,16 +14448,14 @@ class Connection:
             self._wait(Phase.ANSWER, LANDING_DEADLINE)
             wanted = early.wanted
 
-            def raise_ceiling() -> None:
+            def raise_ceiling() -> Callable[[], None]:
                 try:
                     self._server.app.nonces.raise_ceiling(wanted)
                 except OSError as error:
-                    refusal = Unavailable(f"the nonce cannot be kept: {_reason(error)}")
-                    self._loop.post(lambda: self._refuse(refusal))
-                else:
-                    self._loop.post(lambda: self._try(data))
+                    raise Unavailable(f"the nonce cannot be kept: {_reason(error)}") from None
+                return lambda: self._try(data)
 
-            self._start_worker(raise_ceiling, self._refuse)
+            self._start_worker(raise_ceiling)
 
     def _begin_request(self) -> None:
         self._admitted = None
@@ -14522,7 +14498,7 @@ class Connection:
         self._unread = False
         self._wait(Phase.ANSWER, LANDING_DEADLINE + admitted.route.patience)
         if admitted.route.place == "worker":
-            self._start_thread(lambda: self._server.app.answer(admitted, body))
+            self._answer_in_worker(admitted, body)
         else:
             self._server.app.answer_later(admitted, body, self._reply)
         return True
@@ -14533,45 +14509,41 @@ class Connection:
         """Let a thread read the body, in pieces or whole, and make the answer."""
         self._loop.remove(self)
         self.phase, self.deadline = Phase.ANSWER, math.inf
-        pieces = self.read_pieces(admitted.head)
+        self._answer_in_worker(admitted, self.read_pieces(admitted.head))
 
-        def answer() -> Response:
-            body = pieces if admitted.route.streamed else b"".join(pieces)
-            return self._server.app.answer(admitted, body)
+    def _answer_in_worker(self, admitted: Admitted, body: bytes | Iterator[bytes]) -> None:
+        def answer() -> Callable[[], None]:
+            whole = body if isinstance(body, bytes) or admitted.route.streamed else b"".join(body)
+            return functools.partial(self._reply, self._server.app.answer(admitted, whole))
 
-        self._start_thread(answer)
+        self._start_worker(answer)
 
-    def _start_thread(self, answer: Callable[[], Response]) -> None:
+    def _start_worker(self, work: Callable[[], Callable[[], None]]) -> None:
+        """Call `work` in a thread of its own, and then what it returns in the loop."""
+
         def call() -> None:
             try:
-                response = answer()
+                then = work()
             except GatewayError as error:
-                response = problem(error)
+                then = functools.partial(self._refuse, error)
             except OSError:
-                self._loop.post(self.close)
-                return
-            self._loop.post(lambda: self._take_back(response))
+                then = self.close
+            self._loop.post(lambda: self._take_back(then))
 
-        self._start_worker(call, lambda error: self._take_back(problem(error)))
-
-    @staticmethod
-    def _start_worker(work: Callable[[], None], refuse: Callable[[GatewayError], None]) -> None:
         try:
-            threading.Thread(target=work, name="worker", daemon=True).start()
+            threading.Thread(target=call, name="worker", daemon=True).start()
         except RuntimeError as error:  # the system allows no further thread
             LOG.warning("a request was refused, because no thread can be started: %s", error)
-            refuse(
-                Unavailable("too many requests at once: try again", headers=[("Retry-After", "1")])
-            )
+            again = [("Retry-After", "1")]
+            refusal = Unavailable("too many requests at once: try again", headers=again)
+            self._take_back(functools.partial(self._refuse, refusal))
 
-    def _take_back(self, response: Response) -> None:
-        if (
-            self.phase is not Phase.CLOSED
-            and cast(Admitted, self._admitted).route.place == "reader"
-        ):
+    def _take_back(self, then: Callable[[], None]) -> None:
+        handed_over = self._admitted is not None and self._admitted.route.place == "reader"
+        if handed_over and self.phase is not Phase.CLOSED:
             self._loop.add(self)
             self._events = select.EPOLLIN
-        self._reply(response)
+        then()
 
     def read_pieces(self, head: Head) -> Iterator[bytes]:
         """The body in pieces. Raises GatewayError when it ends early or takes too long."""
@@ -14961,6 +14933,9 @@ def source_of(address: Any) -> str:
     return str(getattr(parsed, "ipv4_mapped", None) or parsed)
 
 
+# --- the process ----------------------------------------------------------------------------------
+
+
 def hide_memory() -> None:
     """Forbid core dumps and debuggers of the same user: keys are in this memory (prctl(2)).
 
@@ -15022,6 +14997,9 @@ def stop_timers(timers: Sequence[Timer]) -> None:
         timer.join(max(0.0, deadline - time.monotonic()))
 
 
+# --- the certificate ----------------------------------------------------------------------------
+
+
 def host_addresses() -> Iterator[str]:
     """This host's source addresses towards the internet. connect() sends no packet here."""
     for family, far in ((socket.AF_INET, "1.1.1.1"), (socket.AF_INET6, "2606:4700:4700::1111")):
@@ -15059,7 +15037,7 @@ def fit_certificate(config: Config) -> bool:
         if own is None or (not lacking and own.expires > time.time() + RENEWAL_SECONDS):
             return False
         owner = os.stat(cert)
-        make_certificate(cert, config.tls_key, certificate_names(config), renews=True)
+        renew_certificate(cert, config.tls_key, certificate_names(config))
         if os.geteuid() == 0:
             os.chown(cert, owner.st_uid, owner.st_gid)
     except (ImportError, OSError, ValueError) as error:
@@ -15085,36 +15063,22 @@ def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, in
     cert, key = config.tls_cert, config.tls_key
     fit_certificate(config)
     if make_pair and not os.path.exists(cert) and not os.path.exists(key):
-        try:
-            make_certificate(cert, key, certificate_names(config))
-        except ImportError:
-            raise ConfigError(
-                f"TLS_CERT {cert!r} does not exist: install python3-cryptography, with which the "
-                "gateway makes one, or put a certificate and its key there"
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"TLS_CERT {cert!r} cannot be made: {_reason(error)}") from None
-        LOG.info("made a self-signed certificate: %s", cert)
+        _make_pair(config)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    what = f"TLS_CERT {cert!r}, TLS_KEY {key!r}: not usable PEM files"
     try:
         check_private("TLS_KEY", key)
         context.load_cert_chain(cert, key, password="")  # never ask on a terminal
         certificate = read_certificate(cert)
         expires = certificate_expiry(certificate)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"TLS_CERT {cert!r}, TLS_KEY {key!r}: not usable PEM files: {_reason(error)}"
-        ) from None
-    if config.tls_client_ca:
-        context.verify_mode = ssl.CERT_REQUIRED
-        try:
+        if config.tls_client_ca:
+            what = f"TLS_CLIENT_CA {config.tls_client_ca!r}: not a usable PEM file"
+            context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(config.tls_client_ca)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"TLS_CLIENT_CA {config.tls_client_ca!r}: not a usable PEM file: {_reason(error)}"
-            ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what}: {_reason(error)}") from None
     fingerprint = hashlib.sha256(certificate).hexdigest()
     LOG.info("certificate SHA-256 fingerprint %s, key pin %s", fingerprint, key_pin(certificate))
     if expires < time.time() + EXPIRY_WARNING:
@@ -15123,6 +15087,51 @@ def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, in
             rfc3339(expires),
         )
     return context, expires
+
+
+def _make_pair(config: Config) -> None:
+    """Make a self-signed certificate and its key. Raises ConfigError."""
+    cert = config.tls_cert
+    try:
+        make_certificate(cert, config.tls_key, certificate_names(config))
+    except ImportError:
+        raise ConfigError(
+            f"TLS_CERT {cert!r} does not exist: install python3-cryptography, with which the "
+            "gateway makes one, or put a certificate and its key there"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"TLS_CERT {cert!r} cannot be made: {_reason(error)}") from None
+    LOG.info("made a self-signed certificate: %s", cert)
+
+
+def keep_certificate(config: Config, store: Store, lacked: bool) -> bool:
+    """With SNAPSHOT_KEY the snapshots hold the certificate, next to the interfaces' keys.
+
+    A node that `lacked` one gets the one from the snapshot in place of the temporary one that was
+    made while waiting for the copy, so that backends see the fingerprint that they pinned. Returns
+    whether it got one.
+    """
+    paths, kept = (config.tls_cert, config.tls_key), store.private_keys.get(CERTIFICATE_ROW)
+    taken = False
+    try:
+        if lacked and kept:
+            for path, text in zip(paths, json.loads(kept), strict=True):
+                Disk().replace(path, [text.encode("ascii")])
+            taken = True
+            fit_certificate(config)
+        if config.snapshot_key:
+            texts = [Path(path).read_text("ascii") for path in paths]
+            store.private_keys[CERTIFICATE_ROW] = json.dumps(texts)
+    except (OSError, ValueError) as error:
+        LOG.warning(
+            "the snapshot and TLS_CERT do not have the same certificate: %s; make TLS_CERT and "
+            "TLS_KEY readable and writable for the gateway",
+            _reason(error),
+        )
+    return taken
+
+
+# --- the log, files and locks ---------------------------------------------------------------------
 
 
 class LogWriter(logging.Handler):
@@ -15331,13 +15340,33 @@ class Manager:
             out.sendto(text.encode("utf-8", "replace"), name)
 
 
+def plan_links(
+    config: Config, store: Store, rows: Sequence[InterfaceSettings], keys: Sequence[bytes]
+) -> tuple[list[Link], ObfuscationState | None, bool]:
+    """The interfaces as settings, rows and private keys want them.
+
+    Also returns AmneziaWG's parameters, if there is an interface for them, and whether these are
+    new. Raises ConfigError.
+    """
+    obfuscation, is_new = None, False
+    if config.awg_interface is not None:
+        obfuscation, is_new = initial_obfuscation(config.awg_params, store, config.awg_interface)
+    spoken = obfuscation.parameters if obfuscation else None
+    try:
+        links = [
+            make_link(row, key, spoken if row.prefix == AWG_PREFIX else None)
+            for row, key in zip(rows, keys, strict=True)
+        ]
+    except ValueError as error:
+        raise ConfigError(f"AWG_PARAMS: {error}") from None
+    return links, obfuscation, is_new
+
+
 class Service:
     """The whole service: builds the parts, runs until SIGTERM, reloads on SIGHUP."""
 
     def __init__(self, load: Callable[[], Config]) -> None:
         self._load = load
-        self._lacks_certificate = False  # at the start
-        self._has_certificate_of_copy = False
         self._may_lack = False  # the state may lack changes that clients have seen
         self._private_keys: list[bytes] = []  # of the interfaces
         self._manager = Manager(os.environ)
@@ -15356,55 +15385,74 @@ class Service:
             log.drain(LOG_END_SECONDS)
 
     def _run(self, config: Config, log: LogWriter) -> int:
+        self._prepare_process()
+        self._build(config, log)
+        self._lock(config)
+        with collector_off():
+            if not self._recover(config):
+                return 0
+            self._bring_up(config)
+        timers = self._start_timers(config, self._app, self._host)
+        self._announce(config)
+        self._wait()
+        self._stop(timers)
+        return 0
+
+    def _prepare_process(self) -> None:
         hide_memory()
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
-        threading.stack_size(512 * 1024)  # bytes; a thread per connection
+        threading.stack_size(512 * 1024)  # bytes; a thread per handshake
         sys.setswitchinterval(SWITCH_INTERVAL)
         gc.set_threshold(COLLECT_AFTER, 10, 10)
-        files, store, loop = open_files(config), Store(), Loop()
-        gateway = Gateway(config, store, files, time.time, loop.run)
-        host = HostMetrics(os.path.dirname(config.db_path) or ".")
-        app = App(config, gateway, time.time, host, loop.work, call_at=loop.call_at)
+
+    def _build(self, config: Config, log: LogWriter) -> None:
+        """Make the parts. From now on the gateway answers that it starts, and nothing else."""
+        self._loop = loop = Loop()
+        self._gateway = Gateway(config, Store(), open_files(config), time.time, loop.run)
+        self._host = HostMetrics(os.path.dirname(config.db_path) or ".")
+        self._app = app = App(
+            config, self._gateway, time.time, self._host, loop.work, call_at=loop.call_at
+        )
         app.nonces.close(time.time())  # until the nonces of the last run are loaded
-        self._lacks_certificate = not os.path.exists(config.tls_cert)
+        self._lacked_certificate = not os.path.exists(config.tls_cert)
         tls, app.metrics.certificate_expires = make_tls(config)
-        server = Server(config, app, tls, loop, log)
+        self._server = Server(config, app, tls, loop, log)
         log.start()  # not before: make_tls() may want to fork
         loop.start()
+
+    def _lock(self, config: Config) -> None:
+        """Keep other gateways off the files and interfaces. Raises StartError."""
         lock_database(config.db_path)
-        server.listen_locally(config.db_path)
+        self._server.listen_locally(config.db_path)
         if config.wg_backend != "memory":
             self._locks = [lock_interface(row.name) for row in interface_settings(config)]
-        with collector_off():
-            if not self._recover(config, gateway, app):
-                return 0
-            if self._has_certificate_of_copy:
-                server.tls, app.metrics.certificate_expires = make_tls(config, make_pair=False)
-            self._bring_up(config, gateway)
-        timers = self._start_timers(config, app, host)
-        loop.after_round = self._end_of_round(gateway)
+
+    def _announce(self, config: Config) -> None:
+        self._loop.after_round = self._end_of_round(self._gateway)
         bytes(LARGEST_BLOCK)  # see warm_up()
         gc.freeze()  # present objects stay: the collector need not scan them
         LOG.info("ready on %s port %d", config.api_host, config.api_port)
-        self._manager.tell("READY=1", self._state(gateway))
-        self._wait(server, app)
+        self._manager.tell("READY=1", self._state(self._gateway))
+
+    def _stop(self, timers: Sequence[Timer]) -> None:
+        """Stop within END_SECONDS. What could not be written by then is named in the log."""
         self._manager.tell("STOPPING=1", "STATUS=stopping")
         ends = time.monotonic() + END_SECONDS
-        server.drain()
+        self._server.drain()
         stop_timers(timers)
+        app = self._app
         left = ["used signatures", "the last snapshot", *["the remote copy"] * bool(app.copier)]
         last = threading.Thread(target=self._write_the_rest, args=(app, left), daemon=True)
         last.start()
         last.join(max(0.0, ends - time.monotonic()))
         if left:
             LOG.warning("stopped, but these were not written in time: %s", ", ".join(left))
-        for tunnel in gateway.tunnels.values():
+        for tunnel in self._gateway.tunnels.values():
             tunnel.backend.close()
-        loop.stop()
+        self._loop.stop()
         LOG.info("stopped")
-        return 0
 
     def _write_the_rest(self, app: App, left: list[str]) -> None:
         """Write the last files of an orderly stop, and remove each from `left` once written."""
@@ -15423,23 +15471,11 @@ class Service:
             app.copier.finish(STOP_SECONDS)
         left.clear()
 
-    def _bring_up(self, config: Config, gateway: Gateway) -> None:
+    def _bring_up(self, config: Config) -> None:
         """Open the interfaces and make them equal to the recovered rows."""
-        rows = with_kept(interface_settings(config), gateway.store, config)
-        obfuscation: ObfuscationState | None = None
-        is_new = False
-        if config.awg_interface is not None:
-            obfuscation, is_new = initial_obfuscation(
-                config.awg_params, gateway.store, config.awg_interface
-            )
-        spoken = obfuscation.parameters if obfuscation else None
-        try:
-            links = [
-                make_link(row, key, spoken if row.prefix == AWG_PREFIX else None)
-                for row, key in zip(rows, self._private_keys, strict=True)
-            ]
-        except ValueError as error:
-            raise ConfigError(f"AWG_PARAMS: {error}") from None
+        store = self._gateway.store
+        rows = with_kept(interface_settings(config), store, config)
+        links, obfuscation, is_new = plan_links(config, store, rows, self._private_keys)
         backends = [self._open(config, link) for link in links]
         table = None
         if config.wg_backend != "memory":
@@ -15449,7 +15485,7 @@ class Service:
                 ClassedBackend(backend, table, list(row.subnets.values()))
                 for row, backend in zip(rows, backends, strict=True)
             ]
-        gateway.start(
+        self._gateway.start(
             list(zip(rows, links, backends, strict=True)),
             obfuscation,
             is_new,
@@ -15457,8 +15493,9 @@ class Service:
             self._may_lack or config.durability != "commit",
         )
 
-    def _recover(self, config: Config, gateway: Gateway, app: App) -> bool:
+    def _recover(self, config: Config) -> bool:
         """Fill the store from the files or the remote copy. False when SIGTERM came first."""
+        gateway, app = self._gateway, self._app
         store, files = gateway.store, gateway.files
         store.take(files.load())
         first, loaded = not files.snapshot_time, store.number
@@ -15477,36 +15514,14 @@ class Service:
         app.keep_nonces(config.db_path + ".nonces", first, store.number != loaded)
         claim_interfaces(config, lambda: store)  # before anything is made or changed
         self._load_keys(config, store)  # before the first snapshot, which contains them
-        self._keep_certificate(config, gateway)
+        if keep_certificate(config, store, self._lacked_certificate):
+            tls, app.metrics.certificate_expires = make_tls(config, make_pair=False)
+            self._server.tls = tls
         self._keep_gateways(config, store)
         files.begin(store)
         if app.copier:
             gateway.ledger.on_written = app.copier.begin()
         return True
-
-    def _keep_certificate(self, config: Config, gateway: Gateway) -> None:
-        """With SNAPSHOT_KEY the snapshots hold the certificate, next to the interfaces' keys.
-
-        On a node without a certificate, the one from the snapshot replaces the temporary one that
-        was made while waiting for the copy, so that backends see the fingerprint that they pinned.
-        """
-        paths, keys = (config.tls_cert, config.tls_key), gateway.store.private_keys
-        kept = keys.get(CERTIFICATE_ROW)
-        try:
-            if self._lacks_certificate and kept:
-                for path, text in zip(paths, json.loads(kept), strict=True):
-                    Disk().replace(path, [text.encode("ascii")])
-                self._has_certificate_of_copy = True
-                fit_certificate(config)
-            if gateway.files.vault:
-                texts = [Path(path).read_text("ascii") for path in paths]
-                keys[CERTIFICATE_ROW] = json.dumps(texts)
-        except (OSError, ValueError) as error:
-            LOG.warning(
-                "the snapshot and TLS_CERT do not have the same certificate: %s; make TLS_CERT and "
-                "TLS_KEY readable and writable for the gateway",
-                _reason(error),
-            )
 
     @staticmethod
     def _keep_gateways(config: Config, store: Store) -> None:
@@ -15685,21 +15700,22 @@ class Service:
 
         return end
 
-    def _wait(self, server: Server, app: App) -> None:
+    def _wait(self) -> None:
+        """Serve until a signal ends it; SIGHUP reloads what a running gateway can change."""
         while (number := self._signals.recv(1)[0]) == signal.SIGHUP:
             self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 config = self._load()
                 # A running gateway makes no new pair: its clients know the old one.
                 tls, expires = make_tls(config, make_pair=False)
-                app.gateway.change_classes(config.service_classes)
-                app.reload(config)
+                self._gateway.change_classes(config.service_classes)
+                self._app.reload(config)
             except StartError as error:
                 LOG.error("reload refused, the old settings and certificate stay: %s", error)
                 self._manager.tell("READY=1", f"STATUS=reload refused: {error}")
                 continue
-            server.tls, server.allowed = tls, api_sources(config)
-            app.metrics.certificate_expires = expires
+            self._server.tls, self._server.allowed = tls, api_sources(config)
+            self._app.metrics.certificate_expires = expires
             LOG.info("reloaded keys, allowlist, certificate and service classes")
             self._manager.tell("READY=1", "STATUS=serving: reloaded")
         LOG.info("%s: stopping", signal.Signals(number).name)
@@ -16337,7 +16353,8 @@ class Adoption:
         """Differences between the interface's AmneziaWG parameters and settings or database."""
         if self._row.prefix != AWG_PREFIX:
             return
-        ours = self._obfuscation(self._store)[0].parameters
+        name = cast(str, self._config.awg_interface)
+        ours = initial_obfuscation(self._config.awg_params, self._store, name)[0].parameters
         if other := unlike(ours, self.live.device.obfuscation, Obfuscation._fields):
             where = "the database" if self._store.meta("obfuscation") else "AWG_PARAMS"
             yield f"{where} has another {', '.join(other)} than {self.live.name}"
@@ -16345,10 +16362,6 @@ class Adoption:
             make_link(self._row, self.live.device.private_key, ours)
         except ValueError as error:
             yield str(error)
-
-    def _obfuscation(self, store: Store) -> tuple[ObfuscationState, bool]:
-        name = cast(str, self._config.awg_interface)
-        return initial_obfuscation(self._config.awg_params, store, name)
 
     def check_peers(self, state: FoundState) -> FoundState:
         """The same peers, with a reason for each that settings or database do not allow."""
@@ -16424,11 +16437,9 @@ class Adoption:
         config = self._config
         files, store, loop = open_files(config), Store(), Loop()
         store.take(files.load())
-        obfuscation, is_new = (
-            self._obfuscation(store) if config.awg_interface is not None else (None, False)
-        )
         rows = interface_settings(config)
-        keys = {row.name: load_private_key(row, store.private_keys.get(row.name)) for row in rows}
+        keys = [load_private_key(row, store.private_keys.get(row.name)) for row in rows]
+        links, obfuscation, is_new = plan_links(config, store, rows, keys)
         store.private_keys[self.live.name] = encode_key(self.live.device.private_key)
         if not files.snapshot_time:  # otherwise `serve` takes its first start for one after a crash
             nonces = NonceGuard(config.max_timestamp_diff)
@@ -16436,10 +16447,7 @@ class Adoption:
             nonces.close(time.time())
         files.begin(store)
         gateway = Gateway(config, store, files, time.time, loop.run)
-        opened = []
-        for row in rows:
-            ours = obfuscation.parameters if obfuscation and row.prefix == AWG_PREFIX else None
-            opened.append((row, make_link(row, keys[row.name], ours), MemoryBackend()))
+        opened = [(row, link, MemoryBackend()) for row, link in zip(rows, links, strict=True)]
         loop.start()
         gateway.start(opened, obfuscation, is_new)
         try:

@@ -653,7 +653,7 @@ def test_a_handshake_that_gives_way_ends_at_once(server: wggw.Server) -> None:
         with contextlib.suppress(ConnectionError):
             assert first.recv(1) == b""
         assert time.monotonic() - started < wggw.HANDSHAKE_DEADLINE / 2
-        assert len(server._connections) == 2
+        wait_for(lambda: len(server._connections) == 2, what="two that remain")
 
 
 def test_idle_connections_wake_nobody(server: wggw.Server, monkeypatch: pytest.MonkeyPatch) -> None:
