@@ -6,8 +6,8 @@ A VPN provider's backend tells the gateway over HTTPS which peers may connect. T
 addresses, configures the WireGuard interface, reports usage, and restores all this after a restart.
 
 A request's path
-    A thread of server.Server does the TLS handshake and hands the connection to server.Loop, the
-    one thread that owns rows and connections. The loop reads a head; http.App verifies its
+    server.Loop, the one thread that owns rows and connections, accepts a connection; another
+    thread does the TLS handshake and hands it back. The loop reads a head; http.App verifies its
     signature and finds the route; the body is decoded once, into frozen values. A read is answered
     from the rows. A change is decided by gateway.Rules and becomes a ledger.Flight. The ledger's
     lander, another thread, takes all waiting flights: it writes their records to the journal with
@@ -109,6 +109,7 @@ import binascii
 import bisect
 import collections
 import contextlib
+import difflib
 import email.utils
 import enum
 import errno
@@ -153,7 +154,6 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
@@ -199,6 +199,7 @@ MAX_THROTTLED = 4096  # addresses whose authentication failures are counted
 MAX_SIGNATURES = 8  # signatures of one message
 MAX_FIELD_PARTS = 1024  # parts of a structured field: eight signatures over a full head need 700
 
+LISTEN_QUEUE = 512  # connections that the kernel holds until they are accepted
 RESERVED_FILES = 128  # open files that connections may not use
 HANDSHAKE_DEADLINE = 10.0  # seconds for the TLS handshake
 HEAD_DEADLINE = 10.0  # seconds from the first byte of a request to the end of its head
@@ -206,6 +207,7 @@ BODY_DEADLINE = 30.0  # seconds for a request's body
 LANDING_DEADLINE = 40.0  # seconds that a change may take before its connection is closed
 WRITE_DEADLINE = 30.0  # seconds in which a client must read SEND_BYTES of an answer
 IDLE_DEADLINE = 75.0  # seconds between two requests of a connection
+SWEEP_SECONDS = 1.0  # between two looks at the deadlines of all connections
 SEND_BYTES = 64 * 1024
 REQUESTS_A_ROUND = 4  # requests of one connection before the loop turns to the others
 RECEIVE_BYTES = 16 * 1024  # one TLS record; larger buffers cost page faults in every request
@@ -992,37 +994,15 @@ def _check_names(values: Iterable[str], path: str) -> None:
 
 def _misspelt(given: Iterable[str]) -> list[tuple[str, str]]:
     """Names that are almost certainly misspelt settings, each with the most similar setting."""
-    names = {setting.name for setting in SETTINGS}
+    names = [setting.name for setting in SETTINGS]
     found = []
     for name in given:
-        if name in names:
-            continue
-        upper = name.upper()[:MAX_TEXT]
         meant = name.startswith(("WG_", "AWG_", "SNAPSHOT_", "GATEWAY_"))
-        # Cheap bounds for two edits, so that most names are never compared in full.
-        near = [
-            known
-            for known in names
-            if meant or (abs(len(known) - len(upper)) <= 2 and len({*known} ^ {*upper}) <= 4)
-        ]
-        distance, nearest = min(
-            ((_distance(upper, known), known) for known in near), default=(9, "")
-        )
-        if distance <= 2 or meant:
-            found.append((name, nearest))
+        likeness = 0.0 if meant else 0.85  # the share of letters in common: one of ten is wrong
+        near = difflib.get_close_matches(name.upper()[:MAX_TEXT], names, 1, likeness)
+        if near and name not in names:
+            found.append((name, near[0]))
     return found
-
-
-def _distance(left: str, right: str) -> int:
-    """The Levenshtein distance of two texts."""
-    row = list(range(len(right) + 1))
-    for number, letter in enumerate(left, 1):
-        before, row[0] = row[0], number
-        for place, other in enumerate(right, 1):
-            changed = before + (letter != other)
-            before = row[place]
-            row[place] = min(changed, before + 1, row[place - 1] + 1)
-    return row[-1]
 
 
 def _parse_setting(setting: Setting, values: Mapping[str, str], key_needed: bool) -> Any:
@@ -3375,41 +3355,55 @@ def load_private_key(settings: InterfaceSettings, kept: str | None = None) -> by
 CERTIFICATE_NAME = "wggw"  # the issuer of self-made certificates, by which they are recognised
 
 
-def make_certificate(
-    cert_path: str, key_path: str, names: Sequence[str], renews: bool = False
-) -> None:
+def make_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> None:
     """Write a self-signed P-256 pair, valid for ten years, for `names` (hosts or addresses).
 
-    With `renews`, the new certificate is for the existing key and replaces the existing one. The
-    key's first certificate signs it and stays in the file behind it, so that it is accepted
-    by clients that pinned the key, and by clients that trust a copy of the former file. A first
+    Raises ImportError, OSError, ValueError.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    Disk().replace(key_path, [key.private_bytes(pem, form, serialization.NoEncryption())])
+    ends = int(time.time()) + CERTIFICATE_SECONDS
+    Disk().replace(cert_path, [_sign_certificate(key, names, CERTIFICATE_NAME, ends)])
+
+
+def renew_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> None:
+    """Replace the certificate of make_certificate() by a new one for the same key.
+
+    The key's first certificate signs it and stays in the file behind it, so that it is accepted by
+    clients that pinned the key, and by clients that trust a copy of the former file. A first
     certificate that expires soon is dropped. Raises ImportError, OSError, ValueError.
     """
     from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    pem, der = serialization.Encoding.PEM, serialization.Encoding.DER
+    key: Any = serialization.load_pem_private_key(Path(key_path).read_bytes(), None)
+    root = x509.load_pem_x509_certificates(Path(cert_path).read_bytes())[-1]
+    kind = (der, serialization.PublicFormat.SubjectPublicKeyInfo)
+    if root.public_key().public_bytes(*kind) != key.public_key().public_bytes(*kind):
+        raise ValueError("TLS_CERT was signed with another key than TLS_KEY")
+    now, expires = int(time.time()), certificate_expiry(root.public_bytes(der))
+    if expires > now + RENEWAL_SECONDS:
+        signed = _sign_certificate(key, names, f"{CERTIFICATE_NAME} renewed", expires)
+        Disk().replace(cert_path, [signed, root.public_bytes(pem)])
+    else:
+        ends = now + CERTIFICATE_SECONDS
+        Disk().replace(cert_path, [_sign_certificate(key, names, CERTIFICATE_NAME, ends)])
+
+
+def _sign_certificate(key: Any, names: Sequence[str], subject: str, ends: int) -> bytes:
+    """A certificate in PEM, valid until `ends` (Unix seconds)."""
+    from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
 
     def named(text: str) -> Any:
         return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
 
-    pem, der = serialization.Encoding.PEM, serialization.Encoding.DER
-    now = int(time.time())
-    ends = now + CERTIFICATE_SECONDS
-    key: Any
-    subject, first = CERTIFICATE_NAME, b""
-    if renews:
-        key = serialization.load_pem_private_key(Path(key_path).read_bytes(), None)
-        root = x509.load_pem_x509_certificates(Path(cert_path).read_bytes())[-1]
-        kind = (der, serialization.PublicFormat.SubjectPublicKeyInfo)
-        if root.public_key().public_bytes(*kind) != key.public_key().public_bytes(*kind):
-            raise ValueError("TLS_CERT was signed with another key than TLS_KEY")
-        expires = certificate_expiry(root.public_bytes(der))
-        if expires > now + RENEWAL_SECONDS:
-            ends, first = expires, root.public_bytes(pem)
-            subject = f"{CERTIFICATE_NAME} renewed"
-    else:
-        key = ec.generate_private_key(ec.SECP256R1())
-    public = key.public_key()
+    public, yesterday = key.public_key(), int(time.time()) - 86400
     signs = [True, *[False] * 4, True, *[False] * 3]  # digital_signature and key_cert_sign
     certificate = (
         x509.CertificateBuilder()
@@ -3417,7 +3411,7 @@ def make_certificate(
         .issuer_name(named(CERTIFICATE_NAME))
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.fromtimestamp(now - 86400, timezone.utc))
+        .not_valid_before(datetime.fromtimestamp(yesterday, timezone.utc))
         .not_valid_after(datetime.fromtimestamp(ends, timezone.utc))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.KeyUsage(*signs), critical=True)
@@ -3426,11 +3420,7 @@ def make_certificate(
         .add_extension(x509.SubjectAlternativeName([_alternative_name(n) for n in names]), False)
         .sign(key, hashes.SHA256())
     )
-    if not renews:
-        private = serialization.PrivateFormat.PKCS8
-        text = key.private_bytes(pem, private, serialization.NoEncryption())
-        Disk().replace(key_path, [text])
-    Disk().replace(cert_path, [certificate.public_bytes(pem), first])
+    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 class OwnCertificate(NamedTuple):
@@ -12377,8 +12367,8 @@ BATCH_RULES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 # ==================================================================================================
 # metrics: what the host and the process are doing, counters, Prometheus text
 #
-# The loop counts each request in RequestMetrics. A worker renders the text of /metrics: it copies
-# the counters under their lock, and asks the loop for figures of the rows.
+# The loop counts each request in RequestMetrics. A worker renders the text of /metrics, and asks
+# the loop for figures of the rows.
 # Never here: decisions.
 # ==================================================================================================
 
@@ -12424,25 +12414,26 @@ class HostMetrics:
 
 
 class RequestMetrics:
-    """Counts and durations of requests, by method, route template and status."""
+    """Counts and durations of requests, by method, route template and status.
+
+    The loop counts; only refused() may be called by workers, too.
+    """
 
     def __init__(self) -> None:
         self.certificate_expires = 0  # Unix seconds
-        self._lock = threading.Lock()
         self._counts: collections.Counter[tuple[str, str, int]] = collections.Counter()
         self._durations: dict[str, Histogram] = collections.defaultdict(Histogram)
         self._callers: collections.Counter[Caller] = collections.Counter()
         self._refused: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()  # around _refused
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
-        with self._lock:
-            self._counts[method, route, status] += 1
-            self._durations[route].observe(seconds)
+        self._counts[method, route, status] += 1
+        self._durations[route].observe(seconds)
 
     def signed(self, caller: Caller) -> None:
         """Count an authentic request."""
-        with self._lock:
-            self._callers[caller] += 1
+        self._callers[caller] += 1
 
     def refused(self, reason: str) -> None:
         """Count a failed authentication."""
@@ -12450,57 +12441,91 @@ class RequestMetrics:
             self._refused[reason] += 1
 
     def render(self) -> Iterator[str]:
-        with self._lock:
-            counts = sorted(self._counts.items())
-            durations = sorted(self._durations.items())
-            callers, refused = sorted(self._callers.items()), sorted(self._refused.items())
-        yield from _family(
-            ("wggw_http_requests_total", "counter", "Requests answered."),
-            ((_labels(method=m, route=r, status=str(s)), count) for (m, r, s), count in counts),
-        )
-        name = "wggw_http_request_duration_seconds"
-        yield from _family((name, "histogram", "From the head's end to the answer's."), ())
-        for route, histogram in durations:
-            yield from histogram.render(name, f'route="{route}"')
-        yield from _family(
-            ("wggw_signed_requests_total", "counter", "Authentic requests by scheme and key id."),
-            ((_labels(scheme=c.scheme, key_id=c.key_id), count) for c, count in callers),
-        )
-        yield from _family(
-            ("wggw_auth_failures_total", "counter", "Failed authentications by reason."),
-            ((_labels(reason=reason), count) for reason, count in refused),
-        )
-        name = "wggw_certificate_expiry_timestamp_seconds"
-        yield from _single(
-            (name, "gauge", "When the TLS certificate expires.", self.certificate_expires)
-        )
+        """Prometheus text. For workers: sorted() copies the items of one moment."""
+        counts, durations = sorted(self._counts.items()), sorted(self._durations.items())
+        callers, refused = sorted(self._callers.items()), sorted(self._refused.items())
+        yield from _metrics(
+            ("wggw_http_requests_total", "counter", "Requests answered.",
+                [(_labels(method=m, route=r, status=str(s)), n) for (m, r, s), n in counts]),
+            ("wggw_http_request_duration_seconds", "histogram",
+                "From the head's end to the answer's.",
+                [(_labels(route=route), histogram) for route, histogram in durations]),
+            ("wggw_signed_requests_total", "counter", "Authentic requests by scheme and key id.",
+                [(_labels(scheme=c.scheme, key_id=c.key_id), n) for c, n in callers]),
+            ("wggw_auth_failures_total", "counter", "Failed authentications by reason.",
+                [(_labels(reason=reason), n) for reason, n in refused]),
+            ("wggw_certificate_expiry_timestamp_seconds", "gauge",
+                "When the TLS certificate expires.", self.certificate_expires),
+        )  # fmt: skip
 
 
-def _family(head: tuple[str, str, str], rows: Iterable[tuple[str, float]]) -> Iterator[str]:
-    """A metric of (name, type, help) with a line for each (labels, value)."""
-    name, kind, text = head
-    yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
-    for labels, value in rows:
-        yield f"{name}{labels} {value}\n"
+Value = int | float | Histogram
 
 
-def _single(*metrics: tuple[str, str, str, float]) -> Iterator[str]:
-    """Metrics of (name, type, help, value) without labels."""
-    for name, kind, text, value in metrics:
-        yield from _family((name, kind, text), [("", value)])
-
-
-def _families(
-    table: Sequence[tuple[str, str, str, str]], rows: Sequence[tuple[str, Any]]
-) -> Iterator[str]:
-    """A metric for each (name, type, help, field) of a table. Rows are (labels, object)."""
-    for name, kind, text, field_name in table:
-        values = ((labels, getattr(row, field_name)) for labels, row in rows)
-        yield from _family((name, kind, text), values)
+def _metrics(*table: tuple[str, str, str, Value | Iterable[tuple[str, Value]]]) -> Iterator[str]:
+    """Prometheus text of rows (name, type, help, given): a value, or a list of (labels, value)."""
+    for name, kind, text, given in table:
+        yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+        for labels, value in [("", given)] if isinstance(given, Value) else given:
+            if isinstance(value, Histogram):
+                yield from value.render(name, labels)
+            else:
+                yield f"{name}{{{labels}}} {value}\n" if labels else f"{name} {value}\n"
 
 
 def _labels(**labels: str) -> str:
-    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
+    return ",".join(f'{name}="{value}"' for name, value in labels.items())
+
+
+def render_gateway(gateway: Gateway) -> Iterator[str]:
+    """Prometheus text with the gateway's own figures.
+
+    An interface's traffic includes the traffic of deleted peers. For workers.
+    """
+    figures = gateway.run(gateway.figures)
+    tunnels = [(_labels(interface=name), gateway.tunnels[name]) for name in sorted(gateway.tunnels)]
+    pools = [(_labels(interface=i, family=f), use) for (i, f), use in figures.pools.items()]
+    yield from _metrics(
+        ("wggw_peers", "gauge", "Peers by interface, state, and why they are suspended.",
+            [(f"{labels},{_labels(state=state, reason=reason)}", number)
+             for labels, t in tunnels for state, reason, number in figures.states(t.name)]),
+        ("wggw_pool_used_addresses", "gauge", "Assigned addresses.",
+            [(labels, use["used"]) for labels, use in pools]),
+        ("wggw_pool_total_addresses", "gauge", "Addresses that peers can have.",
+            [(labels, use["total"]) for labels, use in pools]),
+        ("wggw_interface_receive_bytes_total", "counter", "Bytes received from peers.",
+            [(labels, t.traffic.rx_bytes) for labels, t in tunnels]),
+        ("wggw_interface_transmit_bytes_total", "counter", "Bytes sent to peers.",
+            [(labels, t.traffic.tx_bytes) for labels, t in tunnels]),
+        ("wggw_interface_failures_total", "counter", "Times it was unusable or changed by others.",
+            [(labels, t.failures) for labels, t in tunnels]),
+        ("wggw_peers_online", "gauge", "Peers with a handshake in 180 s.", figures.online),
+        ("wggw_degraded", "gauge", "1 when something is wrong.", int(bool(figures.degraded))),
+        ("wggw_journal_records_total", "counter", "Number of the last record.", figures.number),
+        ("wggw_journal_bytes", "gauge", "Size of the journal.", figures.journal_bytes),
+        ("wggw_snapshot_timestamp_seconds", "gauge", "Last snapshot.", figures.snapshot_time),
+        ("wggw_snapshot_bytes", "gauge", "Size of the last snapshot.", figures.snapshot_bytes),
+        ("wggw_journal_sync_duration_seconds", "histogram", "A write to the journal and its fsync.",
+            gateway.files.journal.syncs),
+    )  # fmt: skip
+    if figures.classes:
+        yield from _render_classes(figures.classes)
+
+
+def _render_classes(figures: Sequence[ClassFigures]) -> Iterator[str]:
+    classes = [(_labels(service_class=row.name), row) for row in figures]
+    return _metrics(
+        ("wggw_class_peers", "gauge", "Peers by service class.",
+            [(labels, row.peers) for labels, row in classes]),
+        ("wggw_class_addresses", "gauge", "Their addresses in the kernel, by class.",
+            [(labels, row.addresses) for labels, row in classes]),
+        ("wggw_class_expected_addresses", "gauge", "What it should have, by class.",
+            [(labels, row.expected) for labels, row in classes]),
+        ("wggw_class_dropped_bytes_total", "counter",
+            "Bytes dropped for a service class: above its rates, or for their destination.",
+            [(f"{labels},{_labels(reason=reason)}", number)
+             for labels, row in classes for reason, number in row.dropped.items()]),
+    )  # fmt: skip
 
 
 def render_copy(state: CopyState, replaced: bool = False) -> Iterator[str]:
@@ -12515,76 +12540,7 @@ def render_copy(state: CopyState, replaced: bool = False) -> Iterator[str]:
         ("sent_bytes_total", "counter", "Bytes sent to the store.", state.bytes_sent),
         ("received_bytes_total", "counter", "Bytes read from the store.", state.bytes_received),
     ):
-        yield from _single((f"wggw_remote_copy_{suffix}", kind, text, value))
-
-
-def render_gateway(gateway: Gateway) -> Iterator[str]:
-    """Prometheus text with the gateway's own figures."""
-    figures = gateway.run(gateway.figures)
-    tunnels = sorted(gateway.tunnels.values(), key=lambda tunnel: tunnel.name)
-    yield from _family(
-        ("wggw_peers", "gauge", "Peers by interface, state, and why they are suspended."),
-        (
-            (_labels(interface=tunnel.name, state=state, reason=reason), number)
-            for tunnel in tunnels
-            for state, reason, number in figures.states(tunnel.name)
-        ),
-    )
-    for key, text in (("used", "Assigned addresses."), ("total", "Addresses that peers can have.")):
-        yield from _family(
-            (f"wggw_pool_{key}_addresses", "gauge", text),
-            (
-                (_labels(interface=name, family=family), usage[key])
-                for (name, family), usage in figures.pools.items()
-            ),
-        )
-    interfaces = [(_labels(interface=tunnel.name), tunnel) for tunnel in tunnels]
-    yield from _families(TRAFFIC_COUNTERS, [(labels, t.traffic) for labels, t in interfaces])
-    yield from _family(
-        ("wggw_interface_failures_total", "counter", "Times it was unusable or changed by others."),
-        ((labels, tunnel.failures) for labels, tunnel in interfaces),
-    )
-    if figures.classes:
-        classes = [(_labels(service_class=row.name), row) for row in figures.classes]
-        yield from _families(CLASS_GAUGES, classes)
-        name = "wggw_class_dropped_bytes_total"
-        text = "Bytes dropped for a service class: above its rates, or for their destination."
-        yield from _family(
-            (name, "counter", text),
-            (
-                (_labels(service_class=row.name, reason=reason), number)
-                for row in figures.classes
-                for reason, number in row.dropped.items()
-            ),
-        )
-    yield from _single(
-        ("wggw_peers_online", "gauge", "Peers with a handshake in 180 s.", figures.online),
-        ("wggw_degraded", "gauge", "1 when something is wrong.", int(bool(figures.degraded))),
-        ("wggw_journal_records_total", "counter", "Number of the last record.", figures.number),
-        ("wggw_journal_bytes", "gauge", "Size of the journal.", figures.journal_bytes),
-        ("wggw_snapshot_timestamp_seconds", "gauge", "Last snapshot.", figures.snapshot_time),
-        ("wggw_snapshot_bytes", "gauge", "Size of the last snapshot.", figures.snapshot_bytes),
-    )
-    name = "wggw_journal_sync_duration_seconds"
-    yield from _family((name, "histogram", "A write to the journal and its fsync."), ())
-    yield from gateway.files.journal.syncs.render(name)
-
-
-# Tables for _families(). An interface's traffic includes the traffic of deleted peers.
-CLASS_GAUGES = (
-    ("wggw_class_peers", "gauge", "Peers by service class.", "peers"),
-    ("wggw_class_addresses", "gauge", "Their addresses in the kernel, by class.", "addresses"),
-    ("wggw_class_expected_addresses", "gauge", "What it should have, by class.", "expected"),
-)
-TRAFFIC_COUNTERS = (
-    ("wggw_interface_receive_bytes_total", "counter", "Bytes received from peers.", "rx_bytes"),
-    ("wggw_interface_transmit_bytes_total", "counter", "Bytes sent to peers.", "tx_bytes"),
-)
-PEER_METRICS = (
-    ("wggw_peer_receive_bytes_total", "counter", "Bytes received from a peer.", "rx_bytes"),
-    ("wggw_peer_transmit_bytes_total", "counter", "Bytes sent to a peer.", "tx_bytes"),
-    ("wggw_peer_last_handshake_timestamp_seconds", "gauge", "0: never.", "last_handshake"),
-)
+        yield from _metrics((f"wggw_remote_copy_{suffix}", kind, text, value))
 
 
 def render_peers(gateway: Gateway) -> Iterator[str]:
@@ -12594,7 +12550,14 @@ def render_peers(gateway: Gateway) -> Iterator[str]:
         (_labels(interface=interface, key=short_key(key)), traffic)
         for _, interface, key, traffic in chunks(gateway.run, read)
     ]
-    yield from _families(PEER_METRICS, rows)
+    return _metrics(
+        ("wggw_peer_receive_bytes_total", "counter", "Bytes received from a peer.",
+            ((labels, traffic.rx_bytes) for labels, traffic in rows)),
+        ("wggw_peer_transmit_bytes_total", "counter", "Bytes sent to a peer.",
+            ((labels, traffic.tx_bytes) for labels, traffic in rows)),
+        ("wggw_peer_last_handshake_timestamp_seconds", "gauge", "0: never.",
+            ((labels, traffic.last_handshake) for labels, traffic in rows)),
+    )  # fmt: skip
 
 
 def render_process(started: float) -> Iterator[str]:
@@ -12602,7 +12565,7 @@ def render_process(started: float) -> Iterator[str]:
     pages = Path("/proc/self/statm").read_text("ascii").split()[:2]
     virtual, resident = (int(number) * os.sysconf("SC_PAGE_SIZE") for number in pages)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield from _single(
+    yield from _metrics(
         ("process_start_time_seconds", "gauge", "Unix time of the start.", started),
         ("process_cpu_seconds_total", "counter", "User and system.", time.process_time()),
         ("process_resident_memory_bytes", "gauge", "Memory in RAM.", resident),
@@ -12612,7 +12575,7 @@ def render_process(started: float) -> Iterator[str]:
         ("process_threads", "gauge", "Threads.", threading.active_count()),
     )
     labels = _labels(version=__version__, python_version=PYTHON_VERSION)
-    yield from _family(("wggw_build_info", "gauge", "Versions."), [(labels, 1)])
+    yield from _metrics(("wggw_build_info", "gauge", "Versions.", [(labels, 1)]))
 
 
 # ==================================================================================================
@@ -14347,14 +14310,15 @@ def render_response(
 # Nothing in it may block or take longer than a few milliseconds: long work runs in slices, or in
 # its own thread, which asks for slices by Loop.run().
 #
-# Commands on this host connect to a Unix socket, and the loop itself accepts them (LocalListener).
-# Every other connection begins in its own thread of Server, which does the TLS handshake within a
-# deadline and hands the connection to the loop. A thread takes the connection back to read a long
-# body, and returns it with the answer. While a request waits for its answer, the loop reads only
-# what fits into the buffer: a client that does not read its answers gets no further answers.
+# The loop accepts connections. Commands on this host connect to a Unix socket. For every other
+# connection a thread does the TLS handshake within a deadline, and hands it to the loop. A thread
+# takes the connection back to read a long body, and returns it with the answer. While a request
+# waits for its answer, the loop reads only what fits into the buffer: a client that does not read
+# its answers gets no further answers.
 #
-# A few locks remain, each held for a few instructions: Server's around the table of connections
-# (the accepting thread makes room in it, the loop uses it), and those of the log and the metrics.
+# Once a second the loop looks for connections whose deadline has passed. So a deadline costs a
+# request one assignment, and any number of idle connections wakes nobody; each deadline is up to
+# SWEEP_SECONDS late.
 # Never here: routes.
 # ==================================================================================================
 
@@ -14362,21 +14326,24 @@ def render_response(
 class Loop:
     """One thread for sockets, posted functions, work in slices and deadlines.
 
-    It calls `after_round` at the end of each round.
+    It calls `after_round` at the end of each round. `now` is when the round began (monotonic).
     """
 
     def __init__(self) -> None:
         self.after_round: Callable[[], None] = lambda: None
+        self.now = time.monotonic()
         self._poll = select.epoll()
-        self._handlers: dict[int, Connection | LocalListener] = {}
+        self._handlers: dict[int, Connection | Listener] = {}
         self._inbox: collections.deque[Callable[[], None]] = collections.deque()
         self._work: collections.deque[Iterator[Any]] = collections.deque()
         self._again: collections.deque[Connection] = collections.deque()  # with buffered requests
-        self._deadlines: list[tuple[float, int, Callable[[], None]]] = []
+        self._calls: list[tuple[float, int, Callable[[], None]]] = []  # a heap, by time
         self._order = itertools.count()
+        self._next_sweep = 0.0
         self._asleep = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poll.register(self._bell, select.EPOLLIN)
+        # Edge-triggered: each write wakes the loop, which then need not read the counter.
+        self._poll.register(self._bell, select.EPOLLIN | select.EPOLLET)
         self._thread = threading.Thread(target=self._rounds, name="loop", daemon=True)
         self._stopping = False
 
@@ -14423,16 +14390,16 @@ class Loop:
         if not advance(steps):
             self._work.append(steps)
 
-    def add(self, connection: Connection | LocalListener) -> None:
-        self._handlers[connection.handle] = connection
-        self._poll.register(connection.handle, select.EPOLLIN)
+    def add(self, handler: Connection | Listener) -> None:
+        self._handlers[handler.handle] = handler
+        self._poll.register(handler.handle, select.EPOLLIN)
 
-    def want(self, connection: Connection, events: int) -> None:
-        self._poll.modify(connection.handle, events)
+    def want(self, handler: Connection | Listener, events: int) -> None:
+        self._poll.modify(handler.handle, events)
 
-    def remove(self, connection: Connection | LocalListener) -> None:
-        if self._handlers.pop(connection.handle, None) is not None:
-            self._poll.unregister(connection.handle)
+    def remove(self, handler: Connection | Listener) -> None:
+        if self._handlers.pop(handler.handle, None) is not None:
+            self._poll.unregister(handler.handle)
 
     def once_more(self, connection: Connection) -> None:
         """Call advance() in the next round, after other connections."""
@@ -14440,7 +14407,7 @@ class Loop:
 
     def call_at(self, when: float, function: Callable[[], None]) -> None:
         """Call a function at the time `when` (monotonic seconds)."""
-        heapq.heappush(self._deadlines, (when, next(self._order), function))
+        heapq.heappush(self._calls, (when, next(self._order), function))
 
     def _rounds(self) -> None:
         while not self._stopping:
@@ -14454,30 +14421,28 @@ class Loop:
         busy = self._inbox or self._work or self._again
         events = self._poll.poll(0 if busy else self._patience())
         self._asleep = False
+        self.now = time.monotonic()
         for _ in range(len(self._inbox)):
             self._inbox.popleft()()
         for _ in range(len(self._again)):
             self._again.popleft().advance()
         for handle, mask in events:
-            connection_or_none = self._handlers.get(handle)
-            if connection_or_none is not None:
-                connection_or_none.ready(mask)
-            elif handle == self._bell:
-                os.eventfd_read(self._bell)
+            if handler := self._handlers.get(handle):
+                handler.ready(mask)
         for _ in range(len(self._work)):
             self.work(self._work.popleft())
-        self._expire()
+        while self._calls and self._calls[0][0] <= self.now:
+            heapq.heappop(self._calls)[2]()
+        if self.now >= self._next_sweep:
+            self._next_sweep = self.now + SWEEP_SECONDS
+            for handler in [h for h in self._handlers.values() if h.deadline <= self.now]:
+                handler.expire()
         self.after_round()
 
     def _patience(self) -> float:
-        """The seconds until the next deadline, at most 1."""
-        deadline = self._deadlines[0][0] if self._deadlines else math.inf
-        return min(1.0, max(0.0, deadline - time.monotonic()))
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            heapq.heappop(self._deadlines)[2]()
+        """The seconds until the next sweep or call."""
+        wake = min(self._next_sweep, self._calls[0][0]) if self._calls else self._next_sweep
+        return max(0.0, wake - time.monotonic())
 
 
 class Phase(enum.Enum):
@@ -14497,8 +14462,9 @@ class Connection:
     Only the loop calls it, except that the thread that reads a long body calls read_pieces().
     """
 
-    def __init__(self, server: Server, connected: ssl.SSLSocket | LocalSocket, source: str) -> None:
+    def __init__(self, server: Server, connected: socket.socket, source: str) -> None:
         self.handle = connected.fileno()
+        self.deadline = math.inf  # of time.monotonic()
         self.group = address_group(source)
         self.trusted = False  # whether it has carried an authentic request
         self.phase = Phase.HEAD
@@ -14510,8 +14476,6 @@ class Connection:
         self._scanned = 0  # bytes of the buffer without the end of a head
         self._out = memoryview(b"")
         self._unread = False  # there is input that will never be read
-        self._deadline = math.inf
-        self._wakes = math.inf  # when the loop calls expire()
         self._events = select.EPOLLIN
         # The following belong to the present request.
         self._admitted: Admitted | None = None
@@ -14531,8 +14495,6 @@ class Connection:
         """The loop takes the connection over."""
         self._loop.add(self)
         self._wait_for_head()
-        self._receive()  # the TLS layer may hold data that came with the handshake
-        self.advance()
 
     def ready(self, mask: int) -> None:
         """The socket can be read or written."""
@@ -14559,24 +14521,13 @@ class Connection:
             self._loop.once_more(self)
 
     def expire(self) -> None:
-        """Act on the deadline if it has passed."""
-        now = time.monotonic()
-        self._wakes = math.inf
-        if self.phase is Phase.CLOSED:
-            return
-        if now < self._deadline:
-            self._wake_at_deadline()
-            return
+        """Its deadline has passed."""
+        self.deadline = math.inf
         if self.phase is Phase.HEAD and self._buffer:
             self._refuse(Timeout("the head did not arrive in time"))
         elif self.phase is Phase.BODY:
             self._refuse(Timeout("the body did not arrive in time"))
         else:
-            self.close()
-
-    def cut(self) -> None:
-        """Close to make room, unless an authentic request is being answered."""
-        if not (self.busy and self.trusted):
             self.close()
 
     def close(self) -> None:
@@ -14589,15 +14540,7 @@ class Connection:
         self._server.leave(self)
 
     def _wait(self, phase: Phase, seconds: float) -> None:
-        self.phase = phase
-        self._deadline = time.monotonic() + seconds
-        if self._deadline < self._wakes:
-            self._wake_at_deadline()
-
-    def _wake_at_deadline(self) -> None:
-        if self._deadline != math.inf:
-            self._wakes = self._deadline
-            self._loop.call_at(self._deadline, self.expire)
+        self.phase, self.deadline = phase, self._loop.now + seconds
 
     def _want(self, events: int) -> None:
         if events != self._events:
@@ -14609,10 +14552,7 @@ class Connection:
     def _receive(self) -> bool:
         """Add received data to the buffer. Whether there was any."""
         try:
-            data = self._socket.recv(RECEIVE_BYTES)
-            while data and self._socket.pending():
-                self._buffer += data
-                data = self._socket.recv(RECEIVE_BYTES)
+            data = self._socket.recv(RECEIVE_BYTES)  # takes a whole record, so TLS holds none back
         except (ssl.SSLWantReadError, BlockingIOError):
             return False
         except ssl.SSLWantWriteError:
@@ -14676,16 +14616,14 @@ class Connection:
             self._wait(Phase.ANSWER, LANDING_DEADLINE)
             wanted = early.wanted
 
-            def raise_ceiling() -> None:
+            def raise_ceiling() -> Callable[[], None]:
                 try:
                     self._server.app.nonces.raise_ceiling(wanted)
                 except OSError as error:
-                    refusal = Unavailable(f"the nonce cannot be kept: {_reason(error)}")
-                    self._loop.post(lambda: self._refuse(refusal))
-                else:
-                    self._loop.post(lambda: self._try(data))
+                    raise Unavailable(f"the nonce cannot be kept: {_reason(error)}") from None
+                return lambda: self._try(data)
 
-            self._start_worker(raise_ceiling, self._refuse)
+            self._start_worker(raise_ceiling)
 
     def _begin_request(self) -> None:
         self._admitted = None
@@ -14697,8 +14635,8 @@ class Connection:
         """Verify a head and go on to its body. Raises GatewayError."""
         head = parse_head(data)
         self._entry.method, self._head_only = head.method, head.method == "HEAD"
-        given = head.headers.get(b"x-request-id", b"")
-        if _REQUEST_ID.fullmatch(given):
+        given = head.headers.get(b"x-request-id")
+        if given and _REQUEST_ID.fullmatch(given):
             self._entry.request_id = given.decode("ascii")
         self._keep_alive = head.keep_alive
         self._unread = head.length > 0
@@ -14728,7 +14666,7 @@ class Connection:
         self._unread = False
         self._wait(Phase.ANSWER, LANDING_DEADLINE + admitted.route.patience)
         if admitted.route.place == "worker":
-            self._start_thread(lambda: self._server.app.answer(admitted, body))
+            self._answer_in_worker(admitted, body)
         else:
             self._server.app.answer_later(admitted, body, self._reply)
         return True
@@ -14738,46 +14676,42 @@ class Connection:
     def _hand_over(self, admitted: Admitted) -> None:
         """Let a thread read the body, in pieces or whole, and make the answer."""
         self._loop.remove(self)
-        self.phase, self._deadline = Phase.ANSWER, math.inf
-        pieces = self.read_pieces(admitted.head)
+        self.phase, self.deadline = Phase.ANSWER, math.inf
+        self._answer_in_worker(admitted, self.read_pieces(admitted.head))
 
-        def answer() -> Response:
-            body = pieces if admitted.route.streamed else b"".join(pieces)
-            return self._server.app.answer(admitted, body)
+    def _answer_in_worker(self, admitted: Admitted, body: bytes | Iterator[bytes]) -> None:
+        def answer() -> Callable[[], None]:
+            whole = body if isinstance(body, bytes) or admitted.route.streamed else b"".join(body)
+            return functools.partial(self._reply, self._server.app.answer(admitted, whole))
 
-        self._start_thread(answer)
+        self._start_worker(answer)
 
-    def _start_thread(self, answer: Callable[[], Response]) -> None:
+    def _start_worker(self, work: Callable[[], Callable[[], None]]) -> None:
+        """Call `work` in a thread of its own, and then what it returns in the loop."""
+
         def call() -> None:
             try:
-                response = answer()
+                then = work()
             except GatewayError as error:
-                response = problem(error)
+                then = functools.partial(self._refuse, error)
             except OSError:
-                self._loop.post(self.close)
-                return
-            self._loop.post(lambda: self._take_back(response))
+                then = self.close
+            self._loop.post(lambda: self._take_back(then))
 
-        self._start_worker(call, lambda error: self._take_back(problem(error)))
-
-    @staticmethod
-    def _start_worker(work: Callable[[], None], refuse: Callable[[GatewayError], None]) -> None:
         try:
-            threading.Thread(target=work, name="worker", daemon=True).start()
+            threading.Thread(target=call, name="worker", daemon=True).start()
         except RuntimeError as error:  # the system allows no further thread
             LOG.warning("a request was refused, because no thread can be started: %s", error)
-            refuse(
-                Unavailable("too many requests at once: try again", headers=[("Retry-After", "1")])
-            )
+            again = [("Retry-After", "1")]
+            refusal = Unavailable("too many requests at once: try again", headers=again)
+            self._take_back(functools.partial(self._refuse, refusal))
 
-    def _take_back(self, response: Response) -> None:
-        if (
-            self.phase is not Phase.CLOSED
-            and cast(Admitted, self._admitted).route.place == "reader"
-        ):
+    def _take_back(self, then: Callable[[], None]) -> None:
+        handed_over = self._admitted is not None and self._admitted.route.place == "reader"
+        if handed_over and self.phase is not Phase.CLOSED:
             self._loop.add(self)
             self._events = select.EPOLLIN
-        self._reply(response)
+        then()
 
     def read_pieces(self, head: Head) -> Iterator[bytes]:
         """The body in pieces. Raises GatewayError when it ends early or takes too long."""
@@ -14791,10 +14725,9 @@ class Connection:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     raise Timeout("the body did not arrive in time")
-                if not self._socket.pending():
-                    readable.poll(remaining * 1000 + 1)
+                readable.poll(remaining * 1000 + 1)
                 try:
-                    data = self._socket.recv(SEND_BYTES)
+                    data = self._socket.recv(RECEIVE_BYTES)
                 except WOULD_BLOCK:
                     continue
                 except OSError:
@@ -14824,7 +14757,6 @@ class Connection:
             return
         self._keep_alive = self._keep_alive and not self._unread and not self._server.closing
         self._answered = response
-        self._server.touch(self)
         date, number = self._server.date(), self._entry.request_id
         data = render_response(response, self._keep_alive, self._head_only, date, number)
         self._out = memoryview(data)
@@ -14843,7 +14775,8 @@ class Connection:
                 self.close()
                 return
             self._out = self._out[sent:]
-        self._server.report(self._entry, self._answered, time.perf_counter() - self._started)
+        seconds = time.perf_counter() - self._started
+        self._server.report(self, self._entry, self._answered, seconds)
         if not self._keep_alive:
             self._end()
             return
@@ -14876,52 +14809,65 @@ class Connection:
 WOULD_BLOCK = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError)
 
 
-class LocalSocket(socket.socket):
-    """A connection through the Unix socket, with the methods of SSLSocket that Connection uses."""
+class Listener:
+    """A listening socket: passes each new connection and its address to `accepted`, in the loop."""
 
-    @staticmethod
-    def pending() -> int:
-        return 0
+    def __init__(
+        self, loop: Loop, listening: socket.socket, accepted: Callable[[socket.socket, Any], None]
+    ) -> None:
+        listening.setblocking(False)
+        listening.listen(LISTEN_QUEUE)
+        self.handle, self.deadline = listening.fileno(), math.inf
+        self._loop, self._socket, self._accepted = loop, listening, accepted
+        loop.post(lambda: loop.add(self))
 
+    def ready(self, _mask: int) -> None:
+        try:
+            accepted, address = self._socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._loop.want(self, 0)  # or the loop would be told again at once: a busy loop
+                self.deadline = self._loop.now
+            return
+        self._accepted(accepted, address)
 
-class LocalListener:
-    """Accepts commands on this host, through a Unix socket beside the database.
-
-    The kernel says which user connects (SO_PEERCRED in unix(7)). Root and this process's user are
-    accepted, without certificate, allowed address or signature. The caller of __init__() holds the
-    database's lock, so that an existing socket can only be left over from a crash.
-    """
-
-    def __init__(self, server: Server, path: str) -> None:
-        self._server = server
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self.handle = self._socket.fileno()
-        remove_file(path)
-        with short_path(path) as name:
-            self._socket.bind(name)
-            os.chmod(name, 0o600)  # in time: nobody can connect before listen()
-        atexit.register(remove_file, path)  # also when the start is refused later
-        self._socket.listen()
-        server.loop.run(lambda: server.loop.add(self))
-
-    def ready(self, _: int) -> None:
-        """Accept a connection. Only the loop calls it."""
-        with contextlib.suppress(OSError):
-            accepted, _address = self._socket.accept()
-            connected = LocalSocket(fileno=accepted.detach())
-            credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            _pid, uid, _gid = struct.unpack("iII", credentials)
-            if uid not in (0, os.geteuid()):
-                connected.close()
-                return
-            connected.setblocking(False)
-            connection = Connection(self._server, connected, THIS_HOST)
-            self._server.enter(connection)
-            connection.begin()
+    def expire(self) -> None:
+        """Accept again after a pause: meanwhile files may have been closed."""
+        self.deadline = math.inf
+        self._loop.want(self, select.EPOLLIN)
 
     def close(self) -> None:
-        self._server.loop.run(lambda: self._server.loop.remove(self))
+        self._loop.run(lambda: self._loop.remove(self))
         self._socket.close()
+
+
+def bind_api(config: Config) -> socket.socket:
+    """A socket at API_HOST and API_PORT. Raises StartError."""
+    is_ipv4 = ipaddress.ip_address(config.api_host).version == 4
+    listening = socket.socket(socket.AF_INET if is_ipv4 else socket.AF_INET6)
+    try:
+        if not is_ipv4:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # A restart must not wait for old connections to time out.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((config.api_host, config.api_port))
+    except OSError as error:
+        raise StartError(str(describe_api_fault(config, error))) from None
+    return listening
+
+
+def bind_path(path: str) -> socket.socket:
+    """A Unix socket for commands on this host. Raises OSError.
+
+    The caller holds the database's lock, so that an existing one can only be left over.
+    """
+    remove_file(path)
+    listening = socket.socket(socket.AF_UNIX)
+    with short_path(path) as name:
+        listening.bind(name)
+        os.chmod(name, 0o600)  # in time: nobody can connect before listen()
+    atexit.register(remove_file, path)  # also when the start is refused later
+    return listening
 
 
 def remove_file(path: str) -> None:
@@ -14949,176 +14895,109 @@ class PendingConnection:
 
     busy = trusted = False
 
-    def __init__(self, request: socket.socket, source: str) -> None:
-        self.source, self.group = source, address_group(source)
-        self._request = request
+    def __init__(self, accepted: socket.socket, source: str) -> None:
+        self.socket, self.source, self.group = accepted, source, address_group(source)
 
-    def cut(self) -> None:
+    def close(self) -> None:
+        """End the handshake, whose thread then closes the socket."""
         with contextlib.suppress(OSError):
-            self._request.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)  # not SSLSocket's: it is in use
 
 
+METHODS = frozenset(("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"))  # which log and metrics name
 ASKED_OFTEN = ("/healthz", "/metrics")  # by monitoring: logged only with LOG_LEVEL=debug
 
 
-class Server(ThreadingHTTPServer):
-    """Accepts connections, and does each handshake in its own thread, before the loop takes over.
+class Server:
+    """Accepts connections, has each handshake done by a thread, and knows all connections.
 
-    When there are too many connections, one is closed: see _idlest().
+    Only the loop uses the table of connections. When there are too many, one is closed: see
+    _idlest().
     """
-
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 512
 
     def __init__(
         self, config: Config, app: App, tls: ssl.SSLContext, loop: Loop, log: LogWriter
     ) -> None:
-        address = ipaddress.ip_address(config.api_host)
-        self.address_family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        self.app = app
-        self.tls = tls
-        self.loop = loop
-        self._log = log
+        self.app, self.tls, self.loop, self._log = app, tls, loop, log
         self.closing = False
         self.allowed = api_sources(config)
         self._limit = min(config.max_connections, raise_file_limit(config.max_connections))
         self._address_limit = config.max_connections_per_address
-        self._lock = threading.RLock()
         # Least recently active first.
         self._connections: collections.OrderedDict[Connection | PendingConnection, None]
         self._connections = collections.OrderedDict()
         self._open_from: collections.Counter[str] = collections.Counter()  # by address group
         self._date = (0, "")
-        self._local: LocalListener | None = None
         self._id_prefix, self._id_numbers = secrets.token_hex(4), itertools.count(1)
-        try:
-            super().__init__((config.api_host, config.api_port), BaseHTTPRequestHandler)
-        except OSError as error:
-            raise StartError(str(describe_api_fault(config, error))) from None
+        self._listeners = [Listener(loop, bind_api(config), self._accept)]
 
     def listen_locally(self, db_path: str) -> None:
         """Accept commands on this host. The caller holds the database's lock."""
+        path = local_socket_path(db_path)
         try:
-            self._local = LocalListener(self, local_socket_path(db_path))
+            self._listeners.append(Listener(self.loop, bind_path(path), self._accept_local))
         except OSError as error:  # some file systems cannot hold sockets; the API works without
             LOG.warning(
                 "%s cannot be made: %s; commands on this host will not reach the gateway, but the "
                 "API works: put DB_PATH on a file system that can hold sockets",
-                local_socket_path(db_path),
+                path,
                 _reason(error),
             )
 
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # A restart must not wait for old connections to time out; HTTPServer would ask DNS.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+    # --- new connections -------------------------------------------------------------------------
 
-    def get_request(self) -> Any:
+    def _accept_local(self, accepted: socket.socket, _address: Any) -> None:
+        """Root and this process's user need no certificate, allowed address or signature.
+
+        The kernel says which user has connected (SO_PEERCRED in unix(7)).
+        """
+        credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        _pid, uid, _gid = struct.unpack("iII", credentials)
+        if uid in (0, os.geteuid()):
+            self._begin(accepted, THIS_HOST)
+        else:
+            accepted.close()
+
+    def _accept(self, accepted: socket.socket, address: Any) -> None:
+        """Begin a handshake if the address is allowed and there is room."""
+        pending = PendingConnection(accepted, source_of(address))
+        if not self.allows(pending.source):
+            accepted.close()
+            return
+        greedy = self._open_from[pending.group] >= self._address_limit
         try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.05)  # or accept would fail again at once, in a busy loop
-            raise
-
-    @staticmethod
-    def source(client_address: Any) -> str:
-        """The client's address as text; for IPv4 clients of an IPv6 socket, the IPv4 address."""
-        address = ipaddress.ip_address(client_address[0].partition("%")[0])
-        mapped = getattr(address, "ipv4_mapped", None)
-        return str(mapped or address)
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Refuse addresses that are not allowed, before TLS."""
-        if not self.allowed:
-            return True
-        address = ipaddress.ip_address(self.source(client_address))
-        return address.is_loopback or any(address in network for network in self.allowed)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        pending = PendingConnection(request, self.source(client_address))
-        group = pending.group
-        with self._lock:
-            greedy = self._open_from[group] >= self._address_limit
-            crowded = greedy or len(self._connections) >= self._limit
-            gone = self._idlest(group if greedy else None) if crowded else None
-            if gone is not None:
-                self.leave(gone)
-            if gone is not None or not crowded:
-                self.enter(pending)
-        try:
-            if gone is not None:
-                self.loop.post(gone.cut)
-            elif crowded:
-                raise RuntimeError(
-                    "too many connections, all of them busy with authentic requests: raise "
-                    + ("MAX_CONNECTIONS_PER_ADDRESS" if greedy else "MAX_CONNECTIONS")
-                )
-            threading.Thread(target=self._handshake, args=(request, pending), daemon=True).start()
+            if greedy or len(self._connections) >= self._limit:
+                self._make_room(pending.group if greedy else None)
+            self._enter(pending)
+            # Not in the loop: no client may delay the others.
+            threading.Thread(target=self._handshake, args=(pending,), daemon=True).start()
         except RuntimeError as error:  # also raised when no thread can be started
             LOG.warning("a connection was refused: %s", error)
             self.leave(pending)
-            self.shutdown_request(request)
+            accepted.close()
 
-    def _handshake(self, request: socket.socket, pending: PendingConnection) -> None:
-        """Do the TLS handshake within a deadline, in a thread: no client may delay accept()."""
-        try:
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            request.settimeout(HANDSHAKE_DEADLINE)
-            connected = self.tls.wrap_socket(
-                request, server_side=True, do_handshake_on_connect=False
+    def allows(self, source: str) -> bool:
+        """Whether an address may connect."""
+        address = ipaddress.ip_address(source)
+        return (
+            not self.allowed
+            or address.is_loopback
+            or any(address in network for network in self.allowed)
+        )
+
+    def _make_room(self, group: str | None) -> None:
+        """Close the idlest connection, of one address group or of all. Raises RuntimeError."""
+        idlest = self._idlest(group)
+        if idlest is None:
+            raise RuntimeError(
+                "too many connections, all of them busy with authentic requests: raise "
+                + ("MAX_CONNECTIONS_PER_ADDRESS" if group else "MAX_CONNECTIONS")
             )
-            try:
-                connected.do_handshake()
-                connected.setblocking(False)
-                connection = Connection(self, connected, pending.source)
-                if not self._replace(pending, connection):
-                    raise OSError("another one has its place")
-            except BaseException:
-                connected.close()
-                raise
-            self.loop.post(connection.begin)
-        except (OSError, ValueError):  # ssl.SSLError is an OSError; ValueError: it was closed
-            self.leave(pending)
-            self.shutdown_request(request)
-
-    def enter(self, connection: Connection | PendingConnection) -> None:
-        """Add a connection to the table. The limits do not apply here."""
-        with self._lock:
-            self._connections[connection] = None
-            self._open_from[connection.group] += 1
-
-    def leave(self, connection: Connection | PendingConnection) -> None:
-        """Remove a connection from the table, if it is there."""
-        with self._lock:
-            if connection not in self._connections:
-                return
-            del self._connections[connection]
-            self._open_from[connection.group] -= 1
-            if not self._open_from[connection.group]:
-                del self._open_from[connection.group]
-
-    def touch(self, connection: Connection) -> None:
-        """Note that a connection is the most recently active one."""
-        with self._lock:
-            if connection in self._connections:
-                self._connections.move_to_end(connection)
-
-    def _replace(self, pending: PendingConnection, connection: Connection) -> bool:
-        """Replace a handshake by its connection, unless it was cut. Whether it was replaced."""
-        with self._lock:
-            waiting = pending in self._connections
-            if waiting:
-                self.leave(pending)
-                self.enter(connection)
-        return waiting
+        self.leave(idlest)
+        idlest.close()
 
     def _idlest(self, group: str | None) -> Connection | PendingConnection | None:
-        """The least recently active connection, of one address group or of all; untrusted first.
+        """The least recently active connection; untrusted first.
 
         Only an authentic request that is being answered protects its connection.
         """
@@ -15131,8 +15010,68 @@ class Server(ThreadingHTTPServer):
                     found = found or connection
         return found
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log_defect(sys.exc_info()[1] or RuntimeError())
+    def _handshake(self, pending: PendingConnection) -> None:
+        """Do the TLS handshake within a deadline. In a thread."""
+        try:
+            pending.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            pending.socket.settimeout(HANDSHAKE_DEADLINE)
+            connected = pending.socket = self.tls.wrap_socket(
+                pending.socket, server_side=True, do_handshake_on_connect=False
+            )
+            connected.do_handshake()
+        except (OSError, ValueError):  # ssl.SSLError is an OSError; ValueError: it was closed
+            pending.socket.close()
+            self.loop.post(lambda: self.leave(pending))
+        else:
+            self.loop.post(lambda: self._replace(pending, connected))
+
+    def _replace(self, pending: PendingConnection, connected: ssl.SSLSocket) -> None:
+        """Replace a handshake by its connection, unless another one has got its place."""
+        if pending in self._connections:
+            self.leave(pending)
+            self._begin(connected, pending.source)
+        else:
+            connected.close()
+
+    def _begin(self, connected: socket.socket, source: str) -> None:
+        connected.setblocking(False)
+        connection = Connection(self, connected, source)
+        self._enter(connection)
+        connection.begin()
+
+    # --- the table of connections ----------------------------------------------------------------
+
+    def _enter(self, connection: Connection | PendingConnection) -> None:
+        self._connections[connection] = None
+        self._open_from[connection.group] += 1
+
+    def leave(self, connection: Connection | PendingConnection) -> None:
+        """Remove a connection from the table, if it is there."""
+        if connection in self._connections:
+            del self._connections[connection]
+            self._open_from[connection.group] -= 1
+            if not self._open_from[connection.group]:
+                del self._open_from[connection.group]
+
+    def drain(self) -> None:
+        """Stop accepting, let running requests finish, close idle connections."""
+        self.closing = True
+        for listener in self._listeners:
+            listener.close()
+        self.loop.post(self.app.stop_waiting)
+        started = time.monotonic()
+        while time.monotonic() < started + DRAIN_SECONDS and self._connections:
+            # The loop may not have read a request yet that has already arrived.
+            if time.monotonic() > started + DRAIN_GRACE:
+                self.loop.run(self._close_idle)
+            time.sleep(0.01)
+
+    def _close_idle(self) -> None:
+        for connection in list(self._connections):
+            if not connection.busy:
+                connection.close()
+
+    # --- what each request needs -----------------------------------------------------------------
 
     def date(self) -> str:
         now = int(time.time())
@@ -15143,34 +15082,26 @@ class Server(ThreadingHTTPServer):
     def new_request_id(self) -> str:
         return f"{self._id_prefix}-{next(self._id_numbers)}"
 
-    def report(self, entry: LogEntry, response: Response, seconds: float) -> None:
-        if entry.method not in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"):
+    def report(
+        self, connection: Connection, entry: LogEntry, response: Response, seconds: float
+    ) -> None:
+        """Count and log an answer. Its connection is now the most recently active one."""
+        self._connections.move_to_end(connection)
+        if entry.method not in METHODS:
             entry.method = "other"
         self.app.metrics.observe(entry.method, entry.route, response.status, seconds)
         level = logging.DEBUG if entry.route in ASKED_OFTEN else logging.INFO
         if LOG.isEnabledFor(level):
             self._log.add(entry.line(response.status, seconds, response.note))
 
-    def drain(self) -> None:
-        """Stop accepting, let running requests finish, close idle connections."""
-        self.closing = True
-        if self._local:
-            self._local.close()
-        self.loop.post(self.app.stop_waiting)
-        self.shutdown()
-        self.server_close()
-        started = time.monotonic()
-        while time.monotonic() < started + DRAIN_SECONDS:
-            with self._lock:
-                connections = list(self._connections)
-            if not connections:
-                return
-            # The loop may not have read a request yet that has already arrived.
-            if time.monotonic() > started + DRAIN_GRACE:
-                for connection in connections:
-                    if not connection.busy:
-                        self.loop.post(connection.cut)
-            time.sleep(0.01)
+
+def source_of(address: Any) -> str:
+    """A client's address as text; for IPv4 clients of an IPv6 socket, the IPv4 address."""
+    parsed = ipaddress.ip_address(address[0].partition("%")[0])
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)
+
+
+# --- the process ----------------------------------------------------------------------------------
 
 
 def hide_memory() -> None:
@@ -15234,6 +15165,9 @@ def stop_timers(timers: Sequence[Timer]) -> None:
         timer.join(max(0.0, deadline - time.monotonic()))
 
 
+# --- the certificate ----------------------------------------------------------------------------
+
+
 def host_addresses() -> Iterator[str]:
     """This host's source addresses towards the internet. connect() sends no packet here."""
     for family, far in ((socket.AF_INET, "1.1.1.1"), (socket.AF_INET6, "2606:4700:4700::1111")):
@@ -15271,7 +15205,7 @@ def fit_certificate(config: Config) -> bool:
         if own is None or (not lacking and own.expires > time.time() + RENEWAL_SECONDS):
             return False
         owner = os.stat(cert)
-        make_certificate(cert, config.tls_key, certificate_names(config), renews=True)
+        renew_certificate(cert, config.tls_key, certificate_names(config))
         if os.geteuid() == 0:
             os.chown(cert, owner.st_uid, owner.st_gid)
     except (ImportError, OSError, ValueError) as error:
@@ -15297,36 +15231,22 @@ def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, in
     cert, key = config.tls_cert, config.tls_key
     fit_certificate(config)
     if make_pair and not os.path.exists(cert) and not os.path.exists(key):
-        try:
-            make_certificate(cert, key, certificate_names(config))
-        except ImportError:
-            raise ConfigError(
-                f"TLS_CERT {cert!r} does not exist: install python3-cryptography, with which the "
-                "gateway makes one, or put a certificate and its key there"
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"TLS_CERT {cert!r} cannot be made: {_reason(error)}") from None
-        LOG.info("made a self-signed certificate: %s", cert)
+        _make_pair(config)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    what = f"TLS_CERT {cert!r}, TLS_KEY {key!r}: not usable PEM files"
     try:
         check_private("TLS_KEY", key)
         context.load_cert_chain(cert, key, password="")  # never ask on a terminal
         certificate = read_certificate(cert)
         expires = certificate_expiry(certificate)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"TLS_CERT {cert!r}, TLS_KEY {key!r}: not usable PEM files: {_reason(error)}"
-        ) from None
-    if config.tls_client_ca:
-        context.verify_mode = ssl.CERT_REQUIRED
-        try:
+        if config.tls_client_ca:
+            what = f"TLS_CLIENT_CA {config.tls_client_ca!r}: not a usable PEM file"
+            context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(config.tls_client_ca)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"TLS_CLIENT_CA {config.tls_client_ca!r}: not a usable PEM file: {_reason(error)}"
-            ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what}: {_reason(error)}") from None
     fingerprint = hashlib.sha256(certificate).hexdigest()
     LOG.info("certificate SHA-256 fingerprint %s, key pin %s", fingerprint, key_pin(certificate))
     if expires < time.time() + EXPIRY_WARNING:
@@ -15335,6 +15255,51 @@ def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, in
             rfc3339(expires),
         )
     return context, expires
+
+
+def _make_pair(config: Config) -> None:
+    """Make a self-signed certificate and its key. Raises ConfigError."""
+    cert = config.tls_cert
+    try:
+        make_certificate(cert, config.tls_key, certificate_names(config))
+    except ImportError:
+        raise ConfigError(
+            f"TLS_CERT {cert!r} does not exist: install python3-cryptography, with which the "
+            "gateway makes one, or put a certificate and its key there"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"TLS_CERT {cert!r} cannot be made: {_reason(error)}") from None
+    LOG.info("made a self-signed certificate: %s", cert)
+
+
+def keep_certificate(config: Config, store: Store, lacked: bool) -> bool:
+    """With SNAPSHOT_KEY the snapshots hold the certificate, next to the interfaces' keys.
+
+    A node that `lacked` one gets the one from the snapshot in place of the temporary one that was
+    made while waiting for the copy, so that backends see the fingerprint that they pinned. Returns
+    whether it got one.
+    """
+    paths, kept = (config.tls_cert, config.tls_key), store.private_keys.get(CERTIFICATE_ROW)
+    taken = False
+    try:
+        if lacked and kept:
+            for path, text in zip(paths, json.loads(kept), strict=True):
+                Disk().replace(path, [text.encode("ascii")])
+            taken = True
+            fit_certificate(config)
+        if config.snapshot_key:
+            texts = [Path(path).read_text("ascii") for path in paths]
+            store.private_keys[CERTIFICATE_ROW] = json.dumps(texts)
+    except (OSError, ValueError) as error:
+        LOG.warning(
+            "the snapshot and TLS_CERT do not have the same certificate: %s; make TLS_CERT and "
+            "TLS_KEY readable and writable for the gateway",
+            _reason(error),
+        )
+    return taken
+
+
+# --- the log, files and locks ---------------------------------------------------------------------
 
 
 class LogWriter(logging.Handler):
@@ -15543,13 +15508,33 @@ class Manager:
             out.sendto(text.encode("utf-8", "replace"), name)
 
 
+def plan_links(
+    config: Config, store: Store, rows: Sequence[InterfaceSettings], keys: Sequence[bytes]
+) -> tuple[list[Link], ObfuscationState | None, bool]:
+    """The interfaces as settings, rows and private keys want them.
+
+    Also returns AmneziaWG's parameters, if there is an interface for them, and whether these are
+    new. Raises ConfigError.
+    """
+    obfuscation, is_new = None, False
+    if config.awg_interface is not None:
+        obfuscation, is_new = initial_obfuscation(config.awg_params, store, config.awg_interface)
+    spoken = obfuscation.parameters if obfuscation else None
+    try:
+        links = [
+            make_link(row, key, spoken if row.prefix == AWG_PREFIX else None)
+            for row, key in zip(rows, keys, strict=True)
+        ]
+    except ValueError as error:
+        raise ConfigError(f"AWG_PARAMS: {error}") from None
+    return links, obfuscation, is_new
+
+
 class Service:
     """The whole service: builds the parts, runs until SIGTERM, reloads on SIGHUP."""
 
     def __init__(self, load: Callable[[], Config]) -> None:
         self._load = load
-        self._lacks_certificate = False  # at the start
-        self._has_certificate_of_copy = False
         self._may_lack = False  # the state is the copy's, so it may lack what clients have seen
         # What _check() found: the interfaces to set up, AmneziaWG's parameters, if they are new.
         self._wanted: list[tuple[InterfaceSettings, Link]] = []
@@ -15570,56 +15555,74 @@ class Service:
             log.drain(LOG_END_SECONDS)
 
     def _run(self, config: Config, log: LogWriter) -> int:
+        self._prepare_process()
+        self._build(config, log)
+        self._lock(config)
+        with collector_off():
+            if not self._recover(config):
+                return 0
+            self._bring_up(config)
+        timers = self._start_timers(config, self._app, self._host)
+        self._announce(config)
+        self._wait()
+        self._stop(timers)
+        return 0
+
+    def _prepare_process(self) -> None:
         hide_memory()
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
-        threading.stack_size(512 * 1024)  # bytes; a thread per connection
+        threading.stack_size(512 * 1024)  # bytes; a thread per handshake
         sys.setswitchinterval(SWITCH_INTERVAL)
         gc.set_threshold(COLLECT_AFTER, 10, 10)
-        files, store, loop = open_files(config), Store(), Loop()
-        gateway = Gateway(config, store, files, time.time, loop.run)
-        host = HostMetrics(os.path.dirname(config.db_path) or ".")
-        app = App(config, gateway, time.time, host, loop.work, call_at=loop.call_at)
+
+    def _build(self, config: Config, log: LogWriter) -> None:
+        """Make the parts. From now on the gateway answers that it starts, and nothing else."""
+        self._loop = loop = Loop()
+        self._gateway = Gateway(config, Store(), open_files(config), time.time, loop.run)
+        self._host = HostMetrics(os.path.dirname(config.db_path) or ".")
+        self._app = app = App(
+            config, self._gateway, time.time, self._host, loop.work, call_at=loop.call_at
+        )
         app.nonces.close(time.time())  # until the nonces of the last run are loaded
-        self._lacks_certificate = not os.path.exists(config.tls_cert)
+        self._lacked_certificate = not os.path.exists(config.tls_cert)
         tls, app.metrics.certificate_expires = make_tls(config)
-        server = Server(config, app, tls, loop, log)
+        self._server = Server(config, app, tls, loop, log)
         log.start()  # not before: make_tls() may want to fork
         loop.start()
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def _lock(self, config: Config) -> None:
+        """Keep other gateways off the files and interfaces. Raises StartError."""
         lock_database(config.db_path)
-        server.listen_locally(config.db_path)
+        self._server.listen_locally(config.db_path)
         if config.wg_backend != "memory":
             self._locks = [lock_interface(row.name) for row in interface_settings(config)]
-        with collector_off():
-            if not self._recover(config, gateway, app):
-                return 0
-            if self._has_certificate_of_copy:
-                server.tls, app.metrics.certificate_expires = make_tls(config, make_pair=False)
-            self._bring_up(config, gateway)
-        timers = self._start_timers(config, app, host)
-        loop.after_round = self._end_of_round(gateway)
+
+    def _announce(self, config: Config) -> None:
+        self._loop.after_round = self._end_of_round(self._gateway)
         bytes(LARGEST_BLOCK)  # see warm_up()
         gc.freeze()  # present objects stay: the collector need not scan them
         LOG.info("ready on %s port %d", config.api_host, config.api_port)
-        self._manager.tell("READY=1", self._state(gateway))
-        self._wait(server, app)
+        self._manager.tell("READY=1", self._state(self._gateway))
+
+    def _stop(self, timers: Sequence[Timer]) -> None:
+        """Stop within END_SECONDS. What could not be written by then is named in the log."""
         self._manager.tell("STOPPING=1", "STATUS=stopping")
         ends = time.monotonic() + END_SECONDS
-        server.drain()
+        self._server.drain()
         stop_timers(timers)
+        app = self._app
         left = ["used signatures", "the last snapshot", *["the remote copy"] * bool(app.copier)]
         last = threading.Thread(target=self._write_the_rest, args=(app, left), daemon=True)
         last.start()
         last.join(max(0.0, ends - time.monotonic()))
         if left:
             LOG.warning("stopped, but these were not written in time: %s", ", ".join(left))
-        for tunnel in gateway.tunnels.values():
+        for tunnel in self._gateway.tunnels.values():
             tunnel.backend.close()
-        loop.stop()
+        self._loop.stop()
         LOG.info("stopped")
-        return 0
 
     def _write_the_rest(self, app: App, left: list[str]) -> None:
         """Write the last files of an orderly stop, and remove each from `left` once written."""
@@ -15638,7 +15641,7 @@ class Service:
             app.copier.finish(STOP_SECONDS)
         left.clear()
 
-    def _bring_up(self, config: Config, gateway: Gateway) -> None:
+    def _bring_up(self, config: Config) -> None:
         """Open the interfaces and make them equal to the recovered rows."""
         backends = [self._open(config, link) for _, link in self._wanted]
         table = None
@@ -15649,15 +15652,16 @@ class Service:
                 ClassedBackend(backend, table, list(row.subnets.values()))
                 for (row, _), backend in zip(self._wanted, backends, strict=True)
             ]
-        gateway.start(
+        self._gateway.start(
             [(*pair, backend) for pair, backend in zip(self._wanted, backends, strict=True)],
             *self._obfuscation,
             table,
             self._may_lack or config.durability != "commit",
         )
 
-    def _recover(self, config: Config, gateway: Gateway, app: App) -> bool:
+    def _recover(self, config: Config) -> bool:
         """Fill the store from the files or the remote copy. False when SIGTERM came first."""
+        gateway, app = self._gateway, self._app
         store, files = gateway.store, gateway.files
         store.take(files.load())
         first = not files.snapshot_time
@@ -15677,36 +15681,14 @@ class Service:
                 return False
             first = first and app.copier.found_nothing
         app.keep_nonces(config.db_path + ".nonces", first, self._may_lack)
-        self._keep_certificate(config, gateway)
+        if keep_certificate(config, store, self._lacked_certificate):
+            tls, app.metrics.certificate_expires = make_tls(config, make_pair=False)
+            self._server.tls = tls
         self._keep_gateways(config, store)
         files.begin(store)
         if app.copier:
             gateway.ledger.on_written = app.copier.begin()
         return True
-
-    def _keep_certificate(self, config: Config, gateway: Gateway) -> None:
-        """With SNAPSHOT_KEY the snapshots hold the certificate, next to the interfaces' keys.
-
-        On a node without a certificate, the one from the snapshot replaces the temporary one that
-        was made while waiting for the copy, so that backends see the fingerprint that they pinned.
-        """
-        paths, keys = (config.tls_cert, config.tls_key), gateway.store.private_keys
-        kept = keys.get(CERTIFICATE_ROW)
-        try:
-            if self._lacks_certificate and kept:
-                for path, text in zip(paths, json.loads(kept), strict=True):
-                    Disk().replace(path, [text.encode("ascii")])
-                self._has_certificate_of_copy = True
-                fit_certificate(config)
-            if gateway.files.vault:
-                texts = [Path(path).read_text("ascii") for path in paths]
-                keys[CERTIFICATE_ROW] = json.dumps(texts)
-        except (OSError, ValueError) as error:
-            LOG.warning(
-                "the snapshot and TLS_CERT do not have the same certificate: %s; make TLS_CERT and "
-                "TLS_KEY readable and writable for the gateway",
-                _reason(error),
-            )
 
     @staticmethod
     def _keep_gateways(config: Config, store: Store) -> None:
@@ -15793,17 +15775,9 @@ class Service:
         claim_interfaces(config, lambda: state)  # before anything is made or changed
         keys = self._load_keys(config, had_key, state)
         rows = with_kept(interface_settings(config), state, config)
-        if config.awg_interface is not None:
-            self._obfuscation = initial_obfuscation(config.awg_params, state, config.awg_interface)
-        known = self._obfuscation[0]
-        spoken = known.parameters if known else None
-        try:
-            self._wanted = [
-                (row, make_link(row, key, spoken if row.prefix == AWG_PREFIX else None))
-                for row, key in zip(rows, keys, strict=True)
-            ]
-        except ValueError as error:
-            raise ConfigError(f"AWG_PARAMS: {error}") from None
+        links, parameters, are_new = plan_links(config, state, rows, keys)
+        self._obfuscation = parameters, are_new
+        self._wanted = list(zip(rows, links, strict=True))
 
     @staticmethod
     def _refuse_other_keys(
@@ -15924,21 +15898,22 @@ class Service:
 
         return end
 
-    def _wait(self, server: Server, app: App) -> None:
+    def _wait(self) -> None:
+        """Serve until a signal ends it; SIGHUP reloads what a running gateway can change."""
         while (number := self._signals.recv(1)[0]) == signal.SIGHUP:
             self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 config = self._load()
                 # A running gateway makes no new pair: its clients know the old one.
                 tls, expires = make_tls(config, make_pair=False)
-                app.gateway.change_classes(config.service_classes)
-                app.reload(config)
+                self._gateway.change_classes(config.service_classes)
+                self._app.reload(config)
             except StartError as error:
                 LOG.error("reload refused, the old settings and certificate stay: %s", error)
                 self._manager.tell("READY=1", f"STATUS=reload refused: {error}")
                 continue
-            server.tls, server.allowed = tls, api_sources(config)
-            app.metrics.certificate_expires = expires
+            self._server.tls, self._server.allowed = tls, api_sources(config)
+            self._app.metrics.certificate_expires = expires
             LOG.info("reloaded keys, allowlist, certificate and service classes")
             self._manager.tell("READY=1", "STATUS=serving: reloaded")
         LOG.info("%s: stopping", signal.Signals(number).name)
@@ -16647,7 +16622,8 @@ class Adoption:
         """Differences between the interface's AmneziaWG parameters and settings or database."""
         if self._row.prefix != AWG_PREFIX:
             return
-        ours = self._obfuscation(self._store)[0].parameters
+        name = cast(str, self._config.awg_interface)
+        ours = initial_obfuscation(self._config.awg_params, self._store, name)[0].parameters
         if other := unlike(ours, self.live.device.obfuscation, Obfuscation._fields):
             where = "the database" if self._store.meta("obfuscation") else "AWG_PARAMS"
             yield f"{where} has another {', '.join(other)} than {self.live.name}"
@@ -16655,10 +16631,6 @@ class Adoption:
             make_link(self._row, self.live.device.private_key, ours)
         except ValueError as error:
             yield str(error)
-
-    def _obfuscation(self, store: Store) -> tuple[ObfuscationState, bool]:
-        name = cast(str, self._config.awg_interface)
-        return initial_obfuscation(self._config.awg_params, store, name)
 
     def check_peers(self, state: FoundState) -> FoundState:
         """The same peers, with a reason for each that settings or database do not allow."""
@@ -16734,11 +16706,9 @@ class Adoption:
         config = self._config
         files, store, loop = open_files(config), Store(), Loop()
         store.take(files.load())
-        obfuscation, is_new = (
-            self._obfuscation(store) if config.awg_interface is not None else (None, False)
-        )
         rows = interface_settings(config)
-        keys = {row.name: load_private_key(row, store.private_keys.get(row.name)) for row in rows}
+        keys = [load_private_key(row, store.private_keys.get(row.name)) for row in rows]
+        links, obfuscation, is_new = plan_links(config, store, rows, keys)
         store.private_keys[self.live.name] = encode_key(self.live.device.private_key)
         if not files.snapshot_time:  # otherwise `serve` takes its first start for one after a crash
             nonces = NonceGuard(config.max_timestamp_diff)
@@ -16746,10 +16716,7 @@ class Adoption:
             nonces.close(time.time())
         files.begin(store)
         gateway = Gateway(config, store, files, time.time, loop.run)
-        opened = []
-        for row in rows:
-            ours = obfuscation.parameters if obfuscation and row.prefix == AWG_PREFIX else None
-            opened.append((row, make_link(row, keys[row.name], ours), MemoryBackend()))
+        opened = [(row, link, MemoryBackend()) for row, link in zip(rows, links, strict=True)]
         loop.start()
         gateway.start(opened, obfuscation, is_new)
         try:

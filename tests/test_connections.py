@@ -472,13 +472,13 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[wggw.Ser
     server = wggw.Server(config, app, wggw.make_tls(config)[0], loop, wggw.LogWriter())
     gateway.ready = True
     loop.start()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
     yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    server.drain()
     loop.stop()
+
+
+def port_of(server: wggw.Server) -> int:
+    return server.app.config.api_port
 
 
 def test_newcomers_whose_threads_have_not_begun_go_before_the_backend(
@@ -487,7 +487,7 @@ def test_newcomers_whose_threads_have_not_begun_go_before_the_backend(
     """On a busy machine many of them are accepted before the first of their threads runs."""
     monkeypatch.setattr(wggw, "IDLE_DEADLINE", 60.0)
     server._limit = 4
-    backend = Wire(server.server_address[1])
+    backend = Wire(port_of(server))
 
     def is_served() -> bool:
         backend.send(head("GET", "/metrics", {}))
@@ -504,8 +504,8 @@ def test_newcomers_whose_threads_have_not_begun_go_before_the_backend(
     monkeypatch.setattr(wggw.Server, "_handshake", late)
     with contextlib.ExitStack() as stack:
         stack.callback(begin.set)
+        address = ("127.0.0.1", port_of(server))
         for _ in range(10):
-            address = ("127.0.0.1", server.server_address[1])
             stack.callback(socket.create_connection(address, timeout=30).close)
         assert all(accepted.acquire(timeout=30) for _ in range(10))
         assert len(server._connections) == 4
@@ -526,7 +526,7 @@ def test_a_request_that_no_thread_can_be_had_for_is_refused(
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    wire = Wire(server.server_address[1])
+    wire = Wire(port_of(server))
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", limited)
         wire.send(head("GET", "/metrics", {}))
@@ -552,10 +552,10 @@ def test_a_signature_ahead_of_the_clock_waits_for_its_ceiling(
         raised.append(wanted)
 
     nonces._path, nonces.raise_ceiling = "somewhere", raise_ceiling  # type: ignore[method-assign]
-    client = Client(server.server_address[1])
+    client = Client(port_of(server))
     request = signed_rfc9421(client, created=int(time.time()) + 20)
-    wire = Wire(server.server_address[1])
-    host = f"Host: 127.0.0.1:{server.server_address[1]}".encode()
+    wire = Wire(port_of(server))
+    host = f"Host: 127.0.0.1:{port_of(server)}".encode()
     wire.send(head("GET", STATUS, request).replace(b"Host: gateway", host))
     assert asked.wait(60)
     if what == "closed meanwhile":
@@ -563,7 +563,7 @@ def test_a_signature_ahead_of_the_clock_waits_for_its_ceiling(
         wait_for(lambda: not server._connections, what="its end")
         goes_on.set()
         wait_for(lambda: raised, what="the ceiling")
-        other = Wire(server.server_address[1])  # and nothing of it is left in the loop
+        other = Wire(port_of(server))  # and nothing of it is left in the loop
         other.send(head("GET", "/healthz", {}))
         assert other.answer()[0] == 200
         assert len(server._connections) == 1
@@ -576,7 +576,7 @@ def test_a_signature_ahead_of_the_clock_waits_for_its_ceiling(
 
 
 def test_empty_lines_are_no_sign_of_life(server: wggw.Server) -> None:
-    wire = Wire(server.server_address[1])
+    wire = Wire(port_of(server))
     wire.socket.settimeout(0.1)
     started = time.monotonic()
     with contextlib.suppress(ConnectionError, ssl.SSLError):
@@ -600,7 +600,40 @@ def test_an_answer_while_it_stops_says_that_it_is_the_last_one(
         return admit(*arguments)
 
     monkeypatch.setattr(server.app, "admit", stopping)
-    wire = Wire(server.server_address[1])
+    wire = Wire(port_of(server))
     wire.send(head("GET", path, {}))
     assert b"\r\nConnection: close\r\n" in wire.socket.recv(65536)
     wire.close()
+
+
+def test_a_handshake_that_gives_way_ends_at_once(server: wggw.Server) -> None:
+    """It would otherwise hold its thread and its file until its deadline, 10 s later."""
+    server._limit = 2
+    address = ("127.0.0.1", port_of(server))
+    with contextlib.ExitStack() as stack:
+        first, *_ = (
+            stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(3)
+        )
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            assert first.recv(1) == b""
+        assert time.monotonic() - started < wggw.HANDSHAKE_DEADLINE / 2
+        wait_for(lambda: len(server._connections) == 2, what="two that remain")
+
+
+def test_idle_connections_wake_nobody(server: wggw.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has deadlines of its own, and the loop looks at all of them once a second."""
+    monkeypatch.setattr(wggw, "IDLE_DEADLINE", 60.0)
+    rounds: list[float] = []
+    wires = []
+    for _ in range(30):
+        wires.append(Wire(port_of(server)))
+        wires[-1].send(head("GET", "/healthz", {}))
+        assert wires[-1].answer()[0] == 200
+        wires[-1].send(b"GET")  # so that the head's deadline comes within this test
+    server.loop.after_round = lambda: rounds.append(time.monotonic())
+    time.sleep(3)
+    assert len(rounds) <= 6
+    for wire in wires:
+        assert wire.answer()[0] == 408
+        wire.close()
