@@ -6,8 +6,8 @@ A VPN provider's backend tells the gateway over HTTPS which peers may connect. T
 addresses, configures the WireGuard interface, reports usage, and restores all this after a restart.
 
 A request's path
-    server.Loop, the one thread that owns rows and connections, accepts a connection; another
-    thread does the TLS handshake and hands it back. The loop reads a head; http.App verifies its
+    A thread of server.Server does the TLS handshake and hands the connection to server.Loop, the
+    one thread that owns rows and connections. The loop reads a head; http.App verifies its
     signature and finds the route; the body is decoded once, into frozen values. A read is answered
     from the rows. A change is decided by gateway.Rules and becomes a ledger.Flight. The ledger's
     lander, another thread, takes all waiting flights: it writes their records to the journal with
@@ -154,6 +154,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
@@ -14310,11 +14311,11 @@ def render_response(
 # Nothing in it may block or take longer than a few milliseconds: long work runs in slices, or in
 # its own thread, which asks for slices by Loop.run().
 #
-# The loop accepts connections. Commands on this host connect to a Unix socket. For every other
-# connection a thread does the TLS handshake within a deadline, and hands it to the loop. A thread
-# takes the connection back to read a long body, and returns it with the answer. While a request
-# waits for its answer, the loop reads only what fits into the buffer: a client that does not read
-# its answers gets no further answers.
+# Commands on this host connect to a Unix socket, where the loop accepts them. All others are accepted
+# by Server's thread. For each of them a thread does the TLS handshake within a deadline, and
+# hands the connection to the loop. A thread takes it back to read a long body, and returns it with
+# the answer. While a request waits for its answer, the loop reads only what fits into the buffer: a
+# client that does not read its answers gets no further answers.
 #
 # Once a second the loop looks for connections whose deadline has passed. So a deadline costs a
 # request one assignment, and any number of idle connections wakes nobody; each deadline is up to
@@ -14841,21 +14842,6 @@ class Listener:
         self._socket.close()
 
 
-def bind_api(config: Config) -> socket.socket:
-    """A socket at API_HOST and API_PORT. Raises StartError."""
-    is_ipv4 = ipaddress.ip_address(config.api_host).version == 4
-    listening = socket.socket(socket.AF_INET if is_ipv4 else socket.AF_INET6)
-    try:
-        if not is_ipv4:
-            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # A restart must not wait for old connections to time out.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((config.api_host, config.api_port))
-    except OSError as error:
-        raise StartError(str(describe_api_fault(config, error))) from None
-    return listening
-
-
 def bind_path(path: str) -> socket.socket:
     """A Unix socket for commands on this host. Raises OSError.
 
@@ -14908,12 +14894,14 @@ METHODS = frozenset(("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"))  # which 
 ASKED_OFTEN = ("/healthz", "/metrics")  # by monitoring: logged only with LOG_LEVEL=debug
 
 
-class Server:
+class Server(ThreadingHTTPServer):
     """Accepts connections, has each handshake done by a thread, and knows all connections.
 
-    Only the loop uses the table of connections. When there are too many, one is closed: see
-    _idlest().
+    The thread of serve_forever() accepts, and passes each connection to the loop. Only the loop
+    uses the table of connections. When there are too many, one is closed: see _idlest().
     """
+
+    request_queue_size = LISTEN_QUEUE
 
     def __init__(
         self, config: Config, app: App, tls: ssl.SSLContext, loop: Loop, log: LogWriter
@@ -14929,13 +14917,46 @@ class Server:
         self._open_from: collections.Counter[str] = collections.Counter()  # by address group
         self._date = (0, "")
         self._id_prefix, self._id_numbers = secrets.token_hex(4), itertools.count(1)
-        self._listeners = [Listener(loop, bind_api(config), self._accept)]
+        self._local: Listener | None = None
+        is_ipv4 = ipaddress.ip_address(config.api_host).version == 4
+        self.address_family = socket.AF_INET if is_ipv4 else socket.AF_INET6
+        try:
+            super().__init__((config.api_host, config.api_port), BaseHTTPRequestHandler)
+        except OSError as error:
+            raise StartError(str(describe_api_fault(config, error))) from None
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # A restart must not wait for old connections to time out; HTTPServer would ask DNS.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.05)  # or accept would fail again at once, in a busy loop
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Refuse addresses that are not allowed, before TLS."""
+        return self.allows(source_of(client_address))
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.loop.post(lambda: self._accept(request, client_address))
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log_defect(sys.exc_info()[1] or RuntimeError())
 
     def listen_locally(self, db_path: str) -> None:
         """Accept commands on this host. The caller holds the database's lock."""
         path = local_socket_path(db_path)
         try:
-            self._listeners.append(Listener(self.loop, bind_path(path), self._accept_local))
+            self._local = Listener(self.loop, bind_path(path), self._accept_local)
         except OSError as error:  # some file systems cannot hold sockets; the API works without
             LOG.warning(
                 "%s cannot be made: %s; commands on this host will not reach the gateway, but the "
@@ -14959,11 +14980,8 @@ class Server:
             accepted.close()
 
     def _accept(self, accepted: socket.socket, address: Any) -> None:
-        """Begin a handshake if the address is allowed and there is room."""
+        """Begin a handshake if there is room."""
         pending = PendingConnection(accepted, source_of(address))
-        if not self.allows(pending.source):
-            accepted.close()
-            return
         greedy = self._open_from[pending.group] >= self._address_limit
         try:
             if greedy or len(self._connections) >= self._limit:
@@ -15056,8 +15074,10 @@ class Server:
     def drain(self) -> None:
         """Stop accepting, let running requests finish, close idle connections."""
         self.closing = True
-        for listener in self._listeners:
-            listener.close()
+        self.shutdown()
+        self.server_close()
+        if self._local:
+            self._local.close()
         self.loop.post(self.app.stop_waiting)
         started = time.monotonic()
         while time.monotonic() < started + DRAIN_SECONDS and self._connections:
