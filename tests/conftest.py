@@ -32,6 +32,7 @@ FIRST = (
     "test_ownership.py",
     "test_tunnel.py",
     "test_obfuscated.py",
+    "test_doctor_hosts.py",
     "test_service_classes.py",
     "test_remote_serve.py",
     "test_answers_only_when_disk_and_interface_have_it.py",

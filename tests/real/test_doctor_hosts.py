@@ -432,6 +432,26 @@ def then_start(host: Host, advice: str) -> None:
     host.systemctl("start")
 
 
+UFW = """#!/bin/sh
+case $* in
+  status) echo "Status: active" ;;
+  "show added") cat "$0.rules" ;;
+  *) echo "ufw ${*% comment wggw} comment 'wggw'" >>"$0.rules" ;;
+esac
+"""
+
+
+def active_ufw(host: Host) -> None:
+    """A stand-in for ufw which has no rules yet."""
+    directory = host.directory / "bin"
+    directory.mkdir()
+    (directory / "ufw").write_text(UFW)
+    (directory / "ufw").chmod(0o755)
+    (directory / "ufw.rules").touch()
+    host.program = program_with(**SLOW, TOOL_PATH=f"{directory}:{wggw.TOOL_PATH}")
+    host.after.callback(setattr, host, "program", program_with(**SLOW))
+
+
 START, RESTART, UP = "systemctl start wggw", "systemctl restart wggw", "run `wggw net up`"
 DROPS = "add chain ip mine {0} {{ type filter hook {0} priority 0; policy {1}; }}"
 MAY = "start with MOVE_PEERS=true to move them to the present settings"
@@ -537,6 +557,8 @@ FAULTS = {
     "rules of the service classes missing": Fault(
         nft("delete table inet wggw_classes"), "WRONG  service classes: the rules are missing",
         UP),
+    "rules of ufw missing": Fault(
+        active_ufw, "WRONG  ufw: these rules are missing: allow 51820/udp; allow from ", UP),
     "a chain that drops what is forwarded": Fault(
         chain("forward", "drop"), "packets from {wg}: dropped by table ip mine, chain forward",
         "accept them there", then(close_all)),
