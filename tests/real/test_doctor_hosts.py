@@ -13,6 +13,7 @@ import re
 import shlex
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -327,7 +328,7 @@ def certificate_for(seconds: int) -> Callable[[Host], None]:
 
 def new_certificate(host: Host) -> None:
     for name in ("TLS_CERT", "TLS_KEY"):
-        Path(host.values[name]).unlink()
+        Path(host.values[name]).unlink(missing_ok=True)
     host.systemctl("restart")
 
 
@@ -345,7 +346,7 @@ def store_at(host: Host, port: int) -> TlsStore:
     )
     host.after.callback(store.server_close)
     host.after.callback(store.shutdown)
-    netns.threading.Thread(target=store.serve_forever, args=(0.05,), daemon=True).start()
+    threading.Thread(target=store.serve_forever, args=(0.05,), daemon=True).start()
     return store
 
 
@@ -503,6 +504,9 @@ FAULTS = {
         "a restart would make another key", "wg show {wg} private-key >"),
     "key of TLS readable by others": Fault(
         chmod("key.pem", 0o644), "WRONG  TLS_KEY: ", "chmod 600 "),
+    "key of TLS missing": Fault(
+        lambda host: (host.directory / "key.pem").unlink(),
+        "wggw: TLS_CERT, TLS_KEY: ", "remove both, and the gateway makes", then(new_certificate)),
     "settings that others can change": Fault(
         chmod(".env", 0o666), "others can", "chmod 600 "),
     "certificate expired": Fault(
