@@ -9348,6 +9348,7 @@ class ForeignChain(NamedTuple):
     drops: bool  # its policy is to drop
     has_rules: bool
     shown_by: str
+    is_ufw: bool = False  # all of its rules lead to chains of ufw, which _look_at_ufw() checks
 
 
 def foreign_chains(ruleset: str, hook: str) -> Iterator[ForeignChain]:
@@ -9355,6 +9356,11 @@ def foreign_chains(ruleset: str, hook: str) -> Iterator[ForeignChain]:
     items = json.loads(ruleset)["nftables"]
     rules = [item["rule"] for item in items if "rule" in item]
     with_rules = {(rule["family"], rule["table"], rule["chain"]) for rule in rules}
+    not_ufw = {
+        (rule["family"], rule["table"], rule["chain"])
+        for rule in rules
+        if not any("jump" in e and e["jump"]["target"].startswith("ufw") for e in rule["expr"])
+    }
     for chain in (item["chain"] for item in items if "chain" in item):
         table = (chain["family"], chain["table"])
         passed = chain.get("hook") == hook and chain["family"] in ("ip", "ip6", "inet")
@@ -9365,6 +9371,7 @@ def foreign_chains(ruleset: str, hook: str) -> Iterator[ForeignChain]:
                 chain.get("policy") == "drop",
                 place in with_rules,
                 f"nft list chain {' '.join(place)}",
+                place in with_rules - not_ufw,
             )
 
 
@@ -9377,9 +9384,13 @@ def legacy_chains(chain: str) -> Iterator[ForeignChain]:
             continue
         if used and tool(program):
             lines = run_tool(program, "-t", "filter", "-S", chain).splitlines()
-            drops = f"-P {chain} DROP" in lines
+            rules = [line for line in lines if line.startswith("-A ")]
             yield ForeignChain(
-                f"{program}, chain {chain}", drops, len(lines) > 1, f"{program} -S {chain}"
+                f"{program}, chain {chain}",
+                f"-P {chain} DROP" in lines,
+                bool(rules),
+                f"{program} -S {chain}",
+                bool(rules) and all(" -j ufw" in line for line in rules),
             )
 
 
@@ -9465,8 +9476,23 @@ def _look_at_table(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iter
         yield Finding("packet filter", text)
 
 
+def _look_at_ufw(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
+    """Whether ufw, where it is active, lets through what the gateway needs."""
+    if not ufw_is_active():
+        return
+    ours, others = parse_ufw(run_tool("ufw", "show", "added"))
+    missing = [rule for rule in ufw_rules(config, tunnels) if rule not in (*ours, *others)]
+    if missing:
+        text = f"these rules are missing: {'; '.join(missing)}"
+        yield Finding("ufw", text, "run `wggw net up`", True)
+    else:
+        yield Finding("ufw", "active, and has the gateway's rules")
+
+
 def _look_at_firewalls(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
     """What other programs' chains certainly drop, and what they might. See ForeignChain."""
+    with_ufw = [*_look_at_ufw(config, tunnels)]
+    yield from with_ufw
     ruleset = run_tool("nft", "-j", "list", "ruleset")
     names = ", ".join(tunnel.name for tunnel in tunnels)
     ports = ", ".join(str(tunnel.ports[0]) for tunnel in tunnels)
@@ -9482,14 +9508,15 @@ def _look_at_firewalls(config: Config, tunnels: Sequence[InterfaceSettings]) -> 
                 sure = True
                 todo = "accept them there: its policy is drop and it has no rules"
                 yield Finding("firewall", f"{what}: dropped by {chain.name}", todo, True)
-            elif chain.drops or chain.has_rules:
+            elif (chain.drops or chain.has_rules) and not (chain.is_ufw and with_ufw):
                 doubts.append(chain)
         if doubts:
             shown = "; ".join(f"{c.name}{' (policy drop)' if c.drops else ''}" for c in doubts)
             todo = f"try it: {trial}. To see the rules: {'; '.join(c.shown_by for c in doubts)}"
             yield Finding("firewall", f"{what}: may be dropped by {shown}", todo)
         elif not sure:
-            yield Finding("firewall", f"{what}: no other rule on this host")
+            besides = " but ufw's" if with_ufw else ""
+            yield Finding("firewall", f"{what}: no other rule on this host{besides}")
 
 
 # --- whether the settings fit the host and the state ----------------------------------------------
@@ -14284,8 +14311,8 @@ def describe_api() -> Schema:
 @functools.cache
 def openapi_document() -> bytes:
     """The description as JSON, made once."""
-    return encode_json(describe_api())
-
+# Commands on this host connect to a Unix socket, where the loop accepts them. Server's thread
+# accepts all others. For each of them a thread does the TLS handshake within a deadline, and
 
 def render_response(
     response: Response, keep_alive: bool, head_only: bool, date: str, request_id: str

@@ -33,6 +33,7 @@ FIRST = (
     "test_ownership.py",
     "test_remote_serve.py",
     "test_obfuscated.py",
+    "test_doctor_hosts.py",
     "test_restart.py",
     "test_tunnel.py",
     "test_faults.py",

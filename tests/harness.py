@@ -46,7 +46,7 @@ def some(cases: Sequence[T], number: int) -> Sequence[T]:
     return [cases[n * (len(cases) - 1) // (number - 1)] for n in range(number)]
 
 
-def program_with(**constants: float) -> list[str]:
+def program_with(**constants: float | str) -> list[str]:
     """The program with other values of its constants, such as a deadline that is soon over."""
     lines = "".join(f"wggw.{name} = {value!r}; " for name, value in constants.items())
     return [sys.executable, "-P", "-c", MODULE.format(lines), str(ROOT)]

@@ -157,10 +157,13 @@ def test_settings_that_exist_are_changed_by_their_options_alone(host: Machine) -
 
 @pytest.mark.real
 def test_after_the_foreground_command_doctor_finds_nothing_wrong(host: Machine) -> None:
-    install = host.start(f"{COMMAND} --limit-ssh 22")
+    """Nothing but ok, apart from the clock, which this machine may not synchronise."""
+    options = "--limit-ssh 22 --backend 192.0.2.0/24 --endpoint vpn.example.org"
+    install = host.start(f"{COMMAND} {options}")
     install.wait_text(">laptop.conf")
-    shown = host.run("python3 wggw.py doctor --env-file /etc/wggw/wggw.env").stdout
-    assert "WRONG" not in shown, shown
+    shown = host.output("python3 wggw.py doctor --env-file /etc/wggw/wggw.env").splitlines()
+    others = [line for line in shown if not line.startswith("ok     ")]
+    assert others == [] or (len(others) == 2 and others[0].startswith("note   clock: ")), shown
     assert "tcp dport 22 ct state new" in host.output("nft list table inet wggw")
     assert host.output("cat /proc/sys/net/ipv4/ip_forward") == "1\n"
 

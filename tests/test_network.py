@@ -144,6 +144,20 @@ def test_foreign_chains_are_judged_by_their_policy_alone(
     assert {(c.name, c.shown_by) for c in chains} <= {(FOREIGN, "nft list chain ip filter FORWARD")}
 
 
+@pytest.mark.parametrize(
+    ("items", "found"),
+    [
+        ([rule({"counter": None}, {"jump": {"target": "ufw-before-forward"}})], True),
+        ([rule({"jump": {"target": "ufw-before-forward"}}), ACCEPT], False),
+        ([rule({"jump": {"target": "DOCKER-USER"}})], False),
+        ([], False),
+    ],
+)
+def test_chain_is_ufws_when_all_of_its_rules_lead_there(items: list[Any], found: bool) -> None:
+    (only,) = wggw.foreign_chains(json.dumps({"nftables": [chain(), *items]}), "forward")
+    assert only.is_ufw == found
+
+
 # --- on a host ------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import re
 import shlex
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -327,7 +328,7 @@ def certificate_for(seconds: int) -> Callable[[Host], None]:
 
 def new_certificate(host: Host) -> None:
     for name in ("TLS_CERT", "TLS_KEY"):
-        Path(host.values[name]).unlink()
+        Path(host.values[name]).unlink(missing_ok=True)
     host.systemctl("restart")
 
 
@@ -345,7 +346,7 @@ def store_at(host: Host, port: int) -> TlsStore:
     )
     host.after.callback(store.server_close)
     host.after.callback(store.shutdown)
-    netns.threading.Thread(target=store.serve_forever, args=(0.05,), daemon=True).start()
+    threading.Thread(target=store.serve_forever, args=(0.05,), daemon=True).start()
     return store
 
 
@@ -432,6 +433,26 @@ def then_start(host: Host, advice: str) -> None:
     host.systemctl("start")
 
 
+UFW = """#!/bin/sh
+case $* in
+  status) echo "Status: active" ;;
+  "show added") cat "$0.rules" ;;
+  *) echo "ufw ${*% comment wggw} comment 'wggw'" >>"$0.rules" ;;
+esac
+"""
+
+
+def active_ufw(host: Host) -> None:
+    """A stand-in for ufw which has no rules yet."""
+    directory = host.directory / "bin"
+    directory.mkdir()
+    (directory / "ufw").write_text(UFW)
+    (directory / "ufw").chmod(0o755)
+    (directory / "ufw.rules").touch()
+    host.program = program_with(**SLOW, TOOL_PATH=f"{directory}:{wggw.TOOL_PATH}")
+    host.after.callback(setattr, host, "program", program_with(**SLOW))
+
+
 START, RESTART, UP = "systemctl start wggw", "systemctl restart wggw", "run `wggw net up`"
 DROPS = "add chain ip mine {0} {{ type filter hook {0} priority 0; policy {1}; }}"
 MAY = "start with MOVE_PEERS=true to move them to the present settings"
@@ -483,6 +504,9 @@ FAULTS = {
         "a restart would make another key", "wg show {wg} private-key >"),
     "key of TLS readable by others": Fault(
         chmod("key.pem", 0o644), "WRONG  TLS_KEY: ", "chmod 600 "),
+    "key of TLS missing": Fault(
+        lambda host: (host.directory / "key.pem").unlink(),
+        "wggw: TLS_CERT, TLS_KEY: ", "remove both, and the gateway makes", then(new_certificate)),
     "settings that others can change": Fault(
         chmod(".env", 0o666), "others can", "chmod 600 "),
     "certificate expired": Fault(
@@ -537,6 +561,8 @@ FAULTS = {
     "rules of the service classes missing": Fault(
         nft("delete table inet wggw_classes"), "WRONG  service classes: the rules are missing",
         UP),
+    "rules of ufw missing": Fault(
+        active_ufw, "WRONG  ufw: these rules are missing: allow 51820/udp; allow from ", UP),
     "a chain that drops what is forwarded": Fault(
         chain("forward", "drop"), "packets from {wg}: dropped by table ip mine, chain forward",
         "accept them there", then(close_all)),
