@@ -6159,15 +6159,16 @@ class Epochs:
             if entries:
                 return prefix, entries
             if manifest is not None:
-                raise CopyDamaged(f"{prefix}: the snapshot that its manifest names is missing")
+                names = " and ".join(_manifest_names(prefix))
+                raise CopyDamaged(f"{names} do not lead to a snapshot")
             prefix = self.read_claim(int(prefix[:8])).previous  # it has no snapshot
         return "", []
 
     def _manifest(self, prefix: str) -> tuple[int, int] | None:
         """Position and number of the newest snapshot that a manifest names, None without one.
 
-        One manifest may be a torn upload. Without a readable one, entries begin at position 1: only
-        a writer that has put both deletes any.
+        A manifest may be a torn upload. If none can be read, the snapshot must be at position 1,
+        where the first one is until its writer deletes it.
         """
         found: list[tuple[int, int]] = []
         names = _manifest_names(prefix)
@@ -6176,9 +6177,7 @@ class Epochs:
             with contextlib.suppress(CopyDamaged, KeyError):
                 about, _ = unpack(name, data, self._vault)
                 found.append((about["position"], about["number"]))
-        if not found and None not in batch:
-            raise CopyDamaged(f"{' and '.join(names)} are not what was put there")
-        return max(found, default=None)
+        return max(found, default=None if batch == [None, None] else (1, MAX_INTEGER))
 
     def _entries(
         self, prefix: str, manifest: tuple[int, int] | None, have: int, close: bool
@@ -6424,7 +6423,7 @@ def read_state(files: Files, entries: Sequence[Entry]) -> Store:
         snapshot, *behind = entries
         return files.read_image(snapshot.payload, _segments(behind), name=snapshot.name)
     except (DamagedError, ValueError, TypeError) as error:
-        raise CopyDamaged(str(error)) from None
+        raise CopyDamaged(str(error).split(". ")[0]) from None  # `wggw check` is for files
 
 
 def _outline(prefix: str, entries: Iterable[Entry]) -> tuple[str, list[tuple[str, int]]]:
