@@ -3544,9 +3544,10 @@ class AddressPool:
     """The addresses of one subnet. The gateway has the first host address, peers have the others.
 
     Each address is in one of three states: fresh (never used), held, or released. No peer gets the
-    network address, the gateway's address, an address of `kept` (the gateway's former addresses)
-    or, in IPv4, the broadcast address. Memory grows with the addresses that are held out of order
-    and with the released ones, of which there are at most FRESH_SPAN.
+    network address, the gateway's address, an excluded address (such as those of `kept`, which are
+    the gateway's former addresses) or, in IPv4, the broadcast address. Memory grows with the
+    addresses that are held out of order and with the released ones, of which there are at most
+    FRESH_SPAN.
     """
 
     def __init__(self, network: IPv4or6Network, kept: Sequence[str] = ()) -> None:
@@ -3561,14 +3562,21 @@ class AddressPool:
         self._turn = 0  # of the latest release
         self.used = 0  # peers hold so many addresses, or changes in flight do
         self.in_flight = 0  # changes in flight hold so many of the used ones
-        for address in kept:
-            self.claim(address)
-        self._kept, self.used = self.used, 0
+        self._excluded = 0  # how many addresses
+        self.exclude(kept)
 
     @property
     def total(self) -> int:
         """How many addresses peers can have."""
-        return self._last - 1 - self._kept
+        return self._last - 1 - self._excluded
+
+    def exclude(self, addresses: Iterable[str]) -> None:
+        """Keep those of these addresses that are free here from peers, until the next start."""
+        for address in addresses:
+            if (":" in address) == (self.network.version == 6) and self.is_free(address):
+                self.claim(address)
+                self.used -= 1
+                self._excluded += 1
 
     def restore(self, held: Iterable[str], released: Iterable[str]) -> None:
         """Load a store's held addresses and its released ones (oldest first).
@@ -7532,10 +7540,10 @@ class Route:
         addresses = map(ipaddress.ip_interface, link.addresses)
         return {each for each in addresses if each.version == 4 or takes_ipv6(link.name)}
 
-    def addresses(self, index: int) -> set[IPv4or6Interface]:
+    def addresses(self, index: int | None) -> set[IPv4or6Interface]:
         """A link's addresses with their prefix lengths, without the kernel's link-local ones.
 
-        Raises BackendError.
+        None: those of all links. Raises BackendError.
         """
         found = set()
         for payload in self._netlink.dump(RTM_GETADDR, bytes(8), whole=True):
@@ -7544,7 +7552,7 @@ class Route:
             _, length, _, _, where = struct.unpack_from("=BBBBI", payload)
             attributes = dict(parse_nl_attributes(payload[8:]))
             packed = attributes.get(IFA_LOCAL) or attributes.get(IFA_ADDRESS, b"")
-            if where == index and len(packed) in (4, 16):
+            if index in (None, where) and len(packed) in (4, 16):
                 found.add(ipaddress.ip_interface((packed, length)))
         return {address for address in found if address.version == 4 or not address.is_link_local}
 
@@ -10427,9 +10435,7 @@ class Tunnel:
     def make_pools(self, store: Store) -> dict[str, AddressPool]:
         """The pools with the addresses of a store. Raises Conflict."""
         pools = {
-            family: AddressPool(
-                subnet, [a for a in self.settings.kept if (":" in a) == (family == "ipv6")]
-            )
+            family: AddressPool(subnet, self.settings.kept)
             for family, subnet in self.settings.subnets.items()
         }
         for family in FAMILIES:
@@ -11380,7 +11386,15 @@ class Projection:
         LOG.debug("%s: forgot the endpoints of %d peers", tunnel.name, len(restart))
 
     def supervise(self) -> None:
-        """Recreate an interface that is gone, and repair one that failed. For workers."""
+        """Recreate an interface that is gone, and repair one that failed. For workers.
+
+        Addresses that the host has got since the start are kept from peers.
+        """
+        if self._core.config.wg_backend != "memory":
+            # What fails here makes alive() fail, too.
+            with contextlib.suppress(BackendError, OSError), contextlib.closing(Route()) as route:
+                own = [str(address.ip) for address in route.addresses(None)]
+                self._core.run(lambda: self._exclude(own))
         for tunnel in self._core.tunnels.values():
             try:
                 if not tunnel.backend.alive():
@@ -11395,6 +11409,11 @@ class Projection:
                     LOG.info("%s: %s", tunnel.name, self._reconcile(tunnel))
             except BackendError as error:
                 self._core.run(functools.partial(self.suspect, tunnel.name, str(error)))
+
+    def _exclude(self, addresses: Sequence[str]) -> None:
+        for tunnel in self._core.tunnels.values():
+            for pool in tunnel.pools.values():
+                pool.exclude(addresses)
 
     def _set_up(self, tunnel: Tunnel) -> None:
         """Have the lander set the interface up. Raises BackendError."""

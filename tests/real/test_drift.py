@@ -4,6 +4,7 @@ touched: tunnels of peers that are right lose no packet.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from typing import Any
@@ -164,3 +165,24 @@ def test_what_left_a_large_interface_is_gone_from_it_at_the_answer(
     kept = [{"public_key": key} for key in keys[60:100]]
     assert client.send("PUT", f"{path}?allow_mass_delete=true", kept).status == 200
     assert len(wg_dump(name).peers) == 40
+
+
+def test_no_peer_gets_an_address_that_the_host_has_got(
+    topology: Topology, gateway: GatewayProcess, client: Client
+) -> None:
+    first = client.create(a_key("first"), protocol="dual").json
+    v4, v6 = (ipaddress.ip_address(first[n]) + 1 for n in ("assigned_ip", "assigned_ipv6"))
+    usage = client.send("GET", "/api/v1/ip-usage").json
+    for address in (v4, v6):
+        output("ip", "address", "add", f"{address}/{address.max_prefixlen}", "dev", "lo")
+
+    def excluded() -> bool:
+        now = client.send("GET", "/api/v1/ip-usage").json
+        return all(now[n]["total"] == usage[n]["total"] - 1 for n in ("ipv4", "ipv6"))
+
+    wait_for(excluded, 30, "the address to be kept from peers")
+    second = client.create(a_key("second"), protocol="dual").json
+    assert second["assigned_ip"] == str(v4 + 1)
+    assert second["assigned_ipv6"] == str(v6 + 1)
+    asked = client.create(a_key("third"), assigned_ip=str(v4))
+    assert asked.status in (409, 422), asked
