@@ -6479,11 +6479,12 @@ class CopyState(NamedTuple):
 
 
 class CopySettings(NamedTuple):
-    """SNAPSHOT_URL, seconds between two uploads, and SNAPSHOT_LINEAGE."""
+    """SNAPSHOT_URL, SNAPSHOT_LINEAGE, seconds between two uploads, and between two of totals."""
 
     url: str
     interval: float
     lineage: str
+    totals_interval: float
 
 
 class Copier:
@@ -6512,6 +6513,7 @@ class Copier:
         self._number = -1  # the last record in this epoch; -1: its first snapshot is due
         self._segments = 0  # since the newest snapshot
         self._snapshot_time = 0.0  # of the local snapshot whose totals the copy has
+        self._next_totals = 0.0  # monotonic; a long journal makes local snapshots more frequent
         self._swept = time.monotonic()
         self._next_try = 0.0  # monotonic
         self._failure: str | None = None
@@ -6693,7 +6695,8 @@ class Copier:
             self._done(self.epochs.flush())
         self.epochs.announce()
         records = self._backlog.above(self._number)
-        fresh = self._snapshot_time != self._files.snapshot_time
+        is_newer = self._snapshot_time != self._files.snapshot_time
+        fresh = is_newer and time.monotonic() >= self._next_totals
         due = fresh or self._backlog.lacking_since(self._number) is not None
         if self._number < self._backlog.begin or (due and self._segments >= COPY_SEGMENTS):
             if snapshots:
@@ -6710,6 +6713,7 @@ class Copier:
         totals: list[TrafficRow] = []
         if fresh:
             written, totals = self._files.totals(int(self._snapshot_time) - 2 * ONLINE_SECONDS)
+            self._next_totals = time.monotonic() + self._config.totals_interval
         if records or totals:
             payload = encode_segment(after, records, totals)
             self._done(self.epochs.append(Entry("segment", after + len(records), payload)))
@@ -6721,6 +6725,7 @@ class Copier:
         if number >= self._number:  # else the rows lag behind the records: wait for the next tick
             self._done(self.epochs.append(Entry("snapshot", number, image)))
             self._snapshot_time = written
+            self._next_totals = time.monotonic() + self._config.totals_interval
             self.epochs.announce()
 
     def _done(self, entry: Entry) -> None:
@@ -15577,7 +15582,10 @@ class Service:
             check(store)
         else:
             settings = CopySettings(
-                config.snapshot_url or "", config.snapshot_copy_interval, config.snapshot_lineage
+                config.snapshot_url or "",
+                config.snapshot_copy_interval,
+                config.snapshot_lineage,
+                config.snapshot_interval,
             )
             epochs = Epochs(remote, files.vault, socket.gethostname(), time.time)
             app.copier = Copier(epochs, store, files, gateway.keeper.snapshot, settings)

@@ -121,7 +121,7 @@ def state_of(store: Store) -> State:
     return frozenset(store.peers_after(0, 10_000))
 
 
-SETTINGS = CopySettings("the store", 0.0, "")
+SETTINGS = CopySettings("the store", 0.0, "", 0.0)
 
 
 class Node:
@@ -373,6 +373,30 @@ def test_traffic_totals_alone_are_no_reason_to_upload(tmp_path: Path) -> None:
         assert copy.number == node.store.number
 
 
+def test_totals_wait_for_their_interval_however_often_local_snapshots_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal that 60,000 active peers make long is folded into a snapshot every minute."""
+    now, objects = 1000.0, MemoryObjects()
+    monkeypatch.setattr(wggw.time, "monotonic", lambda: now)
+    with Node(tmp_path, objects, copy=SETTINGS._replace(totals_interval=300.0)) as node:
+        node.put(a_peer(1))
+        node.tick()
+        objects.asked.clear()
+        for minute in range(1, 16):
+            now += 60
+            row = TrafficRow(1, minute, minute, minute, minute, int(time.time()))
+            node.do(Record(traffic=[row]))
+            node.save()
+            node.tick()
+        assert [method for method, _ in objects.asked] == ["PUT"] * 3
+        files = Files(str(tmp_path / "nowhere"), "commit", FakeDisk())
+        _, newest = node.copier.epochs.find()
+        assert newest
+        copy = read_state(files, node.copier.epochs.read(newest.prefix)[1])
+        assert copy.traffic_row(1) == node.store.traffic_row(1)
+
+
 def puts_an_hour(u: float, t: float) -> float:
     """docs/RAM_BASED.md: u uploads of changes, t of totals."""
     return u + t + 2 * (u + t) / 33
@@ -533,7 +557,7 @@ def test_what_a_gateway_refused_healed_or_imported_is_in_the_copy_as_it_is_there
     world, objects = build(tmp_path, backends={"wg0": other.backend}), MemoryObjects()
     snapshot = world.gateway.keeper.snapshot
     epochs = Epochs(objects, None, "node", time.time)
-    settings = CopySettings("the store", 0.0, "")
+    settings = CopySettings("the store", 0.0, "", 0.0)
     copier = Copier(epochs, world.store, world.files, snapshot, settings)
     copier.boot(lambda state: None)
     world.gateway.ledger.on_written = copier.begin()
@@ -893,7 +917,7 @@ def test_another_lineage_is_refused_unless_it_is_asked_for_by_name(tmp_path: Pat
     before = dict(objects.objects)
     with pytest.raises(ConfigError, match=f"SNAPSHOT_LINEAGE={there}"):
         Node(tmp_path / "a", objects)
-    wanted = CopySettings("the store", 0.0, "ab" * 16)
+    wanted = CopySettings("the store", 0.0, "ab" * 16, 0.0)
     with pytest.raises(ConfigError, match="neither"):
         Node(tmp_path / "a", objects, copy=wanted)
     with pytest.raises(ConfigError, match="neither"):
@@ -909,7 +933,7 @@ def test_another_lineage_is_refused_unless_it_is_asked_for_by_name(tmp_path: Pat
 
 def test_the_own_lineage_is_put_over_another_when_asked_for_by_name(tmp_path: Path) -> None:
     objects, here, _ = two_lineages(tmp_path)
-    wanted = CopySettings("the store", 0.0, here)
+    wanted = CopySettings("the store", 0.0, here, 0.0)
     with Node(tmp_path / "a", objects, copy=wanted) as node:
         assert node.state == {a_peer(2)}
         node.tick()
