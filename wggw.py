@@ -3535,9 +3535,10 @@ class AddressPool:
     """The addresses of one subnet. The gateway has the first host address, peers have the others.
 
     Each address is in one of three states: fresh (never used), held, or released. No peer gets the
-    network address, the gateway's address, an address of `kept` (the gateway's former addresses)
-    or, in IPv4, the broadcast address. Memory grows with the addresses that are held out of order
-    and with the released ones, of which there are at most FRESH_SPAN.
+    network address, the gateway's address, an excluded address (such as those of `kept`, which are
+    the gateway's former addresses) or, in IPv4, the broadcast address. Memory grows with the
+    addresses that are held out of order and with the released ones, of which there are at most
+    FRESH_SPAN.
     """
 
     def __init__(self, network: IPv4or6Network, kept: Sequence[str] = ()) -> None:
@@ -3552,14 +3553,21 @@ class AddressPool:
         self._turn = 0  # of the latest release
         self.used = 0  # peers hold so many addresses, or changes in flight do
         self.in_flight = 0  # changes in flight hold so many of the used ones
-        for address in kept:
-            self.claim(address)
-        self._kept, self.used = self.used, 0
+        self._excluded = 0  # how many addresses
+        self.exclude(kept)
 
     @property
     def total(self) -> int:
         """How many addresses peers can have."""
-        return self._last - 1 - self._kept
+        return self._last - 1 - self._excluded
+
+    def exclude(self, addresses: Iterable[str]) -> None:
+        """Keep those of these addresses that are free here from peers, until the next start."""
+        for address in addresses:
+            if (":" in address) == (self.network.version == 6) and self.is_free(address):
+                self.claim(address)
+                self.used -= 1
+                self._excluded += 1
 
     def restore(self, held: Iterable[str], released: Iterable[str]) -> None:
         """Load a store's held addresses and its released ones (oldest first).
@@ -6320,15 +6328,16 @@ class Epochs:
             if entries:
                 return prefix, entries
             if manifest is not None:
-                raise CopyDamaged(f"{prefix}: the snapshot that its manifest names is missing")
+                names = " and ".join(_manifest_names(prefix))
+                raise CopyDamaged(f"{names} do not lead to a snapshot")
             prefix = self.read_claim(int(prefix[:8])).previous  # it has no snapshot
         return "", []
 
     def _manifest(self, prefix: str) -> tuple[int, int] | None:
         """Position and number of the newest snapshot that a manifest names, None without one.
 
-        One manifest may be a torn upload. Without a readable one, entries begin at position 1: only
-        a writer that has put both deletes any.
+        A manifest may be a torn upload. If none can be read, the snapshot must be at position 1,
+        where the first one is until its writer deletes it.
         """
         found: list[tuple[int, int]] = []
         names = _manifest_names(prefix)
@@ -6337,9 +6346,7 @@ class Epochs:
             with contextlib.suppress(CopyDamaged, KeyError):
                 about, _ = unpack(name, data, self._vault)
                 found.append((about["position"], about["number"]))
-        if not found and None not in batch:
-            raise CopyDamaged(f"{' and '.join(names)} are not what was put there")
-        return max(found, default=None)
+        return max(found, default=None if batch == [None, None] else (1, MAX_INTEGER))
 
     def _entries(
         self, prefix: str, manifest: tuple[int, int] | None, have: int, close: bool
@@ -6585,7 +6592,7 @@ def read_state(files: Files, entries: Sequence[Entry]) -> Store:
         snapshot, *behind = entries
         return files.read_image(snapshot.payload, _segments(behind), name=snapshot.name)
     except (DamagedError, ValueError, TypeError) as error:
-        raise CopyDamaged(str(error)) from None
+        raise CopyDamaged(str(error).split(". ")[0]) from None  # `wggw check` is for files
 
 
 def _outline(prefix: str, entries: Iterable[Entry]) -> tuple[str, list[tuple[str, int]]]:
@@ -6633,11 +6640,12 @@ class CopyState(NamedTuple):
 
 
 class CopySettings(NamedTuple):
-    """SNAPSHOT_URL, seconds between two uploads, and SNAPSHOT_LINEAGE."""
+    """SNAPSHOT_URL, SNAPSHOT_LINEAGE, seconds between two uploads, and between two of totals."""
 
     url: str
     interval: float
     lineage: str
+    totals_interval: float
 
 
 class Copier:
@@ -6666,6 +6674,7 @@ class Copier:
         self._number = -1  # the last record in this epoch; -1: its first snapshot is due
         self._segments = 0  # since the newest snapshot
         self._snapshot_time = 0.0  # of the local snapshot whose totals the copy has
+        self._next_totals = 0.0  # monotonic; a long journal makes local snapshots more frequent
         self._swept = time.monotonic()
         self._next_try = 0.0  # monotonic
         self._failure: str | None = None
@@ -6847,7 +6856,8 @@ class Copier:
             self._done(self.epochs.flush())
         self.epochs.announce()
         records = self._backlog.above(self._number)
-        fresh = self._snapshot_time != self._files.snapshot_time
+        is_newer = self._snapshot_time != self._files.snapshot_time
+        fresh = is_newer and time.monotonic() >= self._next_totals
         due = fresh or self._backlog.lacking_since(self._number) is not None
         if self._number < self._backlog.begin or (due and self._segments >= COPY_SEGMENTS):
             if snapshots:
@@ -6864,6 +6874,7 @@ class Copier:
         totals: list[TrafficRow] = []
         if fresh:
             written, totals = self._files.totals(int(self._snapshot_time) - 2 * ONLINE_SECONDS)
+            self._next_totals = time.monotonic() + self._config.totals_interval
         if records or totals:
             payload = encode_segment(after, records, totals)
             self._done(self.epochs.append(Entry("segment", after + len(records), payload)))
@@ -6875,6 +6886,7 @@ class Copier:
         if number >= self._number:  # else the rows lag behind the records: wait for the next tick
             self._done(self.epochs.append(Entry("snapshot", number, image)))
             self._snapshot_time = written
+            self._next_totals = time.monotonic() + self._config.totals_interval
             self.epochs.announce()
 
     def _done(self, entry: Entry) -> None:
@@ -7694,10 +7706,10 @@ class Route:
         addresses = map(ipaddress.ip_interface, link.addresses)
         return {each for each in addresses if each.version == 4 or takes_ipv6(link.name)}
 
-    def addresses(self, index: int) -> set[IPv4or6Interface]:
+    def addresses(self, index: int | None) -> set[IPv4or6Interface]:
         """A link's addresses with their prefix lengths, without the kernel's link-local ones.
 
-        Raises BackendError.
+        None: those of all links. Raises BackendError.
         """
         found = set()
         for payload in self._netlink.dump(RTM_GETADDR, bytes(8), whole=True):
@@ -7706,7 +7718,7 @@ class Route:
             _, length, _, _, where = struct.unpack_from("=BBBBI", payload)
             attributes = dict(parse_nl_attributes(payload[8:]))
             packed = attributes.get(IFA_LOCAL) or attributes.get(IFA_ADDRESS, b"")
-            if where == index and len(packed) in (4, 16):
+            if index in (None, where) and len(packed) in (4, 16):
                 found.add(ipaddress.ip_interface((packed, length)))
         return {address for address in found if address.version == 4 or not address.is_link_local}
 
@@ -10638,9 +10650,7 @@ class Tunnel:
     def make_pools(self, store: Store) -> dict[str, AddressPool]:
         """The pools with the addresses of a store. Raises Conflict."""
         pools = {
-            family: AddressPool(
-                subnet, [a for a in self.settings.kept if (":" in a) == (family == "ipv6")]
-            )
+            family: AddressPool(subnet, self.settings.kept)
             for family, subnet in self.settings.subnets.items()
         }
         for family in FAMILIES:
@@ -11594,7 +11604,15 @@ class Projection:
         LOG.debug("%s: forgot the endpoints of %d peers", tunnel.name, len(restart))
 
     def supervise(self) -> None:
-        """Recreate an interface that is gone, and repair one that failed. For workers."""
+        """Recreate an interface that is gone, and repair one that failed. For workers.
+
+        Addresses that the host has got since the start are kept from peers.
+        """
+        if self._core.config.wg_backend != "memory":
+            # What fails here makes alive() fail, too.
+            with contextlib.suppress(BackendError, OSError), contextlib.closing(Route()) as route:
+                own = [str(address.ip) for address in route.addresses(None)]
+                self._core.run(lambda: self._exclude(own))
         for tunnel in self._core.tunnels.values():
             try:
                 if not tunnel.backend.alive():
@@ -11609,6 +11627,11 @@ class Projection:
                     LOG.info("%s: %s", tunnel.name, self._reconcile(tunnel))
             except BackendError as error:
                 self._core.run(functools.partial(self.suspect, tunnel.name, str(error)))
+
+    def _exclude(self, addresses: Sequence[str]) -> None:
+        for tunnel in self._core.tunnels.values():
+            for pool in tunnel.pools.values():
+                pool.exclude(addresses)
 
     def _set_up(self, tunnel: Tunnel) -> None:
         """Have the lander set the interface up. Raises BackendError."""
@@ -15719,7 +15742,10 @@ class Service:
             check(store)
         else:
             settings = CopySettings(
-                config.snapshot_url or "", config.snapshot_copy_interval, config.snapshot_lineage
+                config.snapshot_url or "",
+                config.snapshot_copy_interval,
+                config.snapshot_lineage,
+                config.snapshot_interval,
             )
             epochs = Epochs(remote, files.vault, socket.gethostname(), time.time)
             app.copier = Copier(epochs, store, files, gateway.keeper.snapshot, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import itertools
 import random
@@ -287,3 +288,24 @@ def test_claims_that_are_undone_in_any_order_change_nothing_about_what_comes_nex
     assert pool.used == used + (other is not None)
     with pytest.raises(ValueError, match=r"10\.0\.0\."):
         pool.put_back(before[0], 1)
+
+
+@pytest.mark.parametrize("subnet", ["10.0.1.0/29", "fd42::/125"])
+def test_an_excluded_address_goes_to_nobody_once_it_is_free(subnet: str) -> None:
+    pool = pool_of(subnet)
+    network = ipaddress.ip_network(subnet)
+    held, released, fresh, *_, last = (str(network[n]) for n in range(2, pool.total + 2))
+    total = pool.total
+    pool.claim(held)
+    pool.claim(released)
+    pool.release(released)
+    for _ in range(2):  # as once a second
+        pool.exclude([held, released, fresh, "192.0.2.1", "2001:db8::1", str(network[1])])
+    assert (pool.total, pool.used) == (total - 2, 1)
+    pool.release(held)
+    pool.exclude([held])
+    assert (pool.total, pool.used) == (total - 3, 0)
+    given = [*iter(functools.partial(take, pool), None)]
+    assert len(given) == pool.total == pool.used
+    assert not {held, released, fresh} & {*given}
+    assert last in given

@@ -100,7 +100,7 @@ def state_of(store: Store) -> State:
     return frozenset(store.peers_after(0, 10_000))
 
 
-SETTINGS = CopySettings("the store", 0.0, "")
+SETTINGS = CopySettings("the store", 0.0, "", 0.0)
 
 
 class Node:
@@ -352,6 +352,30 @@ def test_traffic_totals_alone_are_no_reason_to_upload(tmp_path: Path) -> None:
         assert copy.number == node.store.number
 
 
+def test_totals_wait_for_their_interval_however_often_local_snapshots_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal that 60,000 active peers make long is folded into a snapshot every minute."""
+    now, objects = 1000.0, MemoryObjects()
+    monkeypatch.setattr(wggw.time, "monotonic", lambda: now)
+    with Node(tmp_path, objects, copy=SETTINGS._replace(totals_interval=300.0)) as node:
+        node.put(a_peer(1))
+        node.tick()
+        objects.asked.clear()
+        for minute in range(1, 16):
+            now += 60
+            row = TrafficRow(1, minute, minute, minute, minute, int(time.time()))
+            node.do(Record(traffic=[row]))
+            node.save()
+            node.tick()
+        assert [method for method, _ in objects.asked] == ["PUT"] * 3
+        files = Files(str(tmp_path / "nowhere"), "commit", FakeDisk())
+        _, newest = node.copier.epochs.find()
+        assert newest
+        copy = read_state(files, node.copier.epochs.read(newest.prefix)[1])
+        assert copy.traffic_row(1) == node.store.traffic_row(1)
+
+
 def puts_an_hour(u: float, t: float) -> float:
     """docs/RAM_BASED.md: u uploads of changes, t of totals."""
     return u + t + 2 * (u + t) / 33
@@ -512,7 +536,7 @@ def test_what_a_gateway_refused_healed_or_imported_is_in_the_copy_as_it_is_there
     world, objects = build(tmp_path, backends={"wg0": other.backend}), MemoryObjects()
     snapshot = world.gateway.keeper.snapshot
     epochs = Epochs(objects, None, "node", time.time)
-    settings = CopySettings("the store", 0.0, "")
+    settings = CopySettings("the store", 0.0, "", 0.0)
     copier = Copier(epochs, world.store, world.files, snapshot, settings)
     copier.boot(lambda state: None)
     world.gateway.ledger.on_written = copier.begin()
@@ -729,6 +753,63 @@ def test_of_two_starts_in_the_same_moment_both_are_told_which_goes_on(
         assert copied(objects, tmp_path) == later.state
 
 
+def test_what_is_uploaded_between_look_and_claim_is_read_and_checked(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path_of(tmp_path, "a"), objects) as one:
+        one.put(a_peer(1))
+        one.tick()
+        checked: list[State] = []
+
+        def check(state: Store) -> None:
+            checked.append(state_of(state))
+            if len(checked) == 1:
+                one.put(a_peer(2))
+                one.tick()
+                assert one.copier.state().lag_records == 0
+
+        with Node(tmp_path_of(tmp_path, "b"), objects, check=check) as two:
+            assert checked == [{a_peer(1)}, {a_peer(1), a_peer(2)}]
+            assert two.state == one.state == checked[-1]
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_start_that_looked_for_long_takes_no_epoch_from_a_faster_one(
+    tmp_path: Path, checks: bool
+) -> None:
+    objects = MemoryObjects(checks)
+    others: list[Node] = []
+
+    def check(_: Store) -> None:
+        others.append(Node(tmp_path_of(tmp_path, "faster"), objects))
+        others[0].put(a_peer(1))
+        others[0].tick()
+
+    keep = objects.put
+    if not checks:  # not even for claims
+        objects.put = lambda name, content, create=False: keep(name, content)  # type: ignore[method-assign]
+    with pytest.raises(CopyError, match="starts at the same time"):
+        Node(tmp_path_of(tmp_path, "slower"), objects, check=check)
+    with others[0] as faster:
+        faster.put(a_peer(2))
+        faster.tick()
+        assert faster.copier.state().failure is None
+        with Node(tmp_path / "slower", objects) as slower:
+            assert slower.state == {a_peer(1), a_peer(2)}
+
+
+def test_files_that_cannot_be_kept_aside_end_the_start_before_the_claim(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    for directory, number in (("old", 1), ("new", 2)):
+        with Node(tmp_path_of(tmp_path, directory), objects) as node:
+            node.put(a_peer(number))
+            node.tick()
+    before = dict(objects.objects)
+    (tmp_path / "old" / "db.superseded" / "a file").mkdir(parents=True)
+    with pytest.raises(wggw.StartError, match="DB_PATH"):
+        Node(tmp_path / "old", objects)
+    assert objects.objects == before
+
+
 def test_a_start_without_the_copy_puts_nothing_over_it(tmp_path: Path) -> None:
     objects = MemoryObjects()
     with Node(tmp_path_of(tmp_path, "a"), objects) as node:
@@ -782,7 +863,7 @@ def test_another_lineage_is_refused_unless_it_is_asked_for_by_name(tmp_path: Pat
     before = dict(objects.objects)
     with pytest.raises(ConfigError, match=f"SNAPSHOT_LINEAGE={there}"):
         Node(tmp_path / "a", objects)
-    wanted = CopySettings("the store", 0.0, "ab" * 16)
+    wanted = CopySettings("the store", 0.0, "ab" * 16, 0.0)
     with pytest.raises(ConfigError, match="neither"):
         Node(tmp_path / "a", objects, copy=wanted)
     with pytest.raises(ConfigError, match="neither"):
@@ -798,7 +879,7 @@ def test_another_lineage_is_refused_unless_it_is_asked_for_by_name(tmp_path: Pat
 
 def test_the_own_lineage_is_put_over_another_when_asked_for_by_name(tmp_path: Path) -> None:
     objects, here, _ = two_lineages(tmp_path)
-    wanted = CopySettings("the store", 0.0, here)
+    wanted = CopySettings("the store", 0.0, here, 0.0)
     with Node(tmp_path / "a", objects, copy=wanted) as node:
         assert node.state == {a_peer(2)}
         node.tick()
@@ -854,8 +935,24 @@ def test_a_store_that_deletes_nothing_is_good_enough(
         assert copied(objects, tmp_path) == node.state
 
 
-@pytest.mark.parametrize("damage", ["snapshot", "segment", "missing", "swapped", "claim"])
-def test_a_damaged_copy_is_never_taken_for_an_empty_one(tmp_path: Path, damage: str) -> None:
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "torn": lambda data: data[:-9],
+    "other content": lambda data: wggw.pack(wggw.unpack("x", data, None)[0], b"rotten", None),
+    "other words": lambda data: wggw.pack({"kind": "segment"}, b"", None),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        *itertools.product(("snapshot", "segment"), DAMAGES),
+        *itertools.product(("claim", "manifest"), ("torn", "other words")),  # they have no content
+    ],
+)
+def test_a_damaged_copy_is_never_taken_for_an_empty_one(
+    tmp_path: Path, kind: str, way: str
+) -> None:
+    """The error names the object, and nobody claims what cannot be read."""
     objects = MemoryObjects()
     with Node(tmp_path, objects) as node:
         node.put(a_peer(1))
@@ -863,18 +960,52 @@ def test_a_damaged_copy_is_never_taken_for_an_empty_one(tmp_path: Path, damage: 
         for number in (2, 3):
             node.put(a_peer(number))
             node.tick()
+        for _ in range(2 if kind == "manifest" else 0):  # until the first snapshot is deleted
+            node.copier._number = -1
+            node.save()
+            node.tick()
+    first, second, *_ = objects.entries()
+    assert first.endswith("-00000001") or kind == "manifest"
+    names = {
+        "snapshot": [first],
+        "segment": [second],
+        "claim": ["claim-00000001"],
+        "manifest": [name for name in objects.objects if "manifest" in name],
+    }[kind]
+    assert len(names) == (2 if kind == "manifest" else 1)
+    for name in names:
+        objects.objects[name] = DAMAGES[way](objects.objects[name])
+    before = dict(objects.objects)
+    with pytest.raises(CopyDamaged, match=".*".join(sorted(names))):
+        Node(tmp_path / "new", objects)
+    assert objects.objects == before
+
+
+def test_the_first_snapshot_is_found_without_a_readable_manifest(tmp_path: Path) -> None:
+    objects = MemoryObjects(checks=False)
+    with Node(tmp_path, objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+        expected = node.state
+    [name] = [name for name in objects.objects if "manifest" in name]
+    objects.objects[name] = objects.objects[name][:-9]
+    with Node(tmp_path / "new", objects) as node:
+        assert node.state == expected
+
+
+@pytest.mark.parametrize("damage", ["missing", "swapped"])
+def test_entries_are_where_they_were_put(tmp_path: Path, damage: str) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path, objects) as node:
+        for number in (1, 2, 3):
+            node.put(a_peer(number))
+            node.tick()
     snapshot, first, second = objects.entries()
-    if damage == "snapshot":
-        objects.objects[snapshot] = objects.objects[snapshot][:-9]
-    elif damage == "segment":
-        objects.objects[first] = objects.objects[first][:-9]
-    elif damage == "missing":
+    if damage == "missing":
         del objects.objects[snapshot]
-    elif damage == "swapped":
+    else:
         objects.objects[first] = objects.objects[second]
-    else:  # nobody held such a one; what it went on from is not known, so it is not passed over
-        objects.objects["claim-00000001"] = b"rotten"
-    with pytest.raises(CopyError):
+    with pytest.raises(CopyDamaged, match=snapshot[:25] if damage == "missing" else first):
         Node(tmp_path / "new", objects)
 
 

@@ -255,7 +255,7 @@ class Gateway:
             self.rows,  # type: ignore[arg-type]
             files,  # type: ignore[arg-type]
             lambda: None,
-            CopySettings("model", 0.0, ""),
+            CopySettings("model", 0.0, "", 0.0),
         )
         copier.on_taken = lambda text: None
         added, deleted = set(world.added), set(world.deleted)

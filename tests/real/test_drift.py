@@ -4,6 +4,7 @@ touched: tunnels of peers that are right lose no packet.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 from typing import Any
 
@@ -94,3 +95,24 @@ def test_an_interface_that_is_deleted_comes_back_with_all_peers(
         wait_for(lambda: is_well(client), 30, "health")
         tunnel.reconnect()
         assert tunnel.ping(Topology.GATEWAY[0], count=1) == {Topology.GATEWAY[0]: 1}
+
+
+def test_no_peer_gets_an_address_that_the_host_has_got(
+    topology: Topology, gateway: GatewayProcess, client: Client
+) -> None:
+    first = client.create(a_key("first"), protocol="dual").json
+    v4, v6 = (ipaddress.ip_address(first[n]) + 1 for n in ("assigned_ip", "assigned_ipv6"))
+    usage = client.send("GET", "/api/v1/ip-usage").json
+    for address in (v4, v6):
+        output("ip", "address", "add", f"{address}/{address.max_prefixlen}", "dev", "lo")
+
+    def excluded() -> bool:
+        now = client.send("GET", "/api/v1/ip-usage").json
+        return all(now[n]["total"] == usage[n]["total"] - 1 for n in ("ipv4", "ipv6"))
+
+    wait_for(excluded, 30, "the address to be kept from peers")
+    second = client.create(a_key("second"), protocol="dual").json
+    assert second["assigned_ip"] == str(v4 + 1)
+    assert second["assigned_ipv6"] == str(v6 + 1)
+    asked = client.create(a_key("third"), assigned_ip=str(v4))
+    assert asked.status in (409, 422), asked
