@@ -131,6 +131,22 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         yield process.client()
 
 
+def headers_of(response: dict[str, Any]) -> dict[str, Any]:
+    """The headers of a response, or of the shared one that it names."""
+    name = response.get("$ref", "").removeprefix("#/components/responses/")
+    return dict((DOCUMENT["components"]["responses"][name] if name else response)["headers"])
+
+
+@pytest.mark.parametrize("route", wggw.ROUTES, ids=lambda r: f"{r.method} {r.template}")
+def test_every_answer_has_a_request_id(api: Client, route: wggw.ApiRoute) -> None:
+    for response in described(route)["responses"].values():
+        assert headers_of(response)["X-Request-Id"]["$ref"].endswith("/headers/X-Request-Id")
+    form = DOCUMENT["components"]["headers"]["X-Request-Id"]["schema"]["pattern"]
+    path = route.template.replace("{public_key}", path_key(a_key("nobody")))
+    for signed in (api.send(route.method, path), api.raw(route.method, path, b"", {})):
+        assert re.fullmatch(form, signed.headers["X-Request-Id"])
+
+
 @pytest.mark.parametrize("route", wggw.ROUTES, ids=lambda r: f"{r.method} {r.template}")
 def test_a_row_that_asks_for_a_signature_gets_one(api: Client, route: wggw.ApiRoute) -> None:
     operation = described(route)
