@@ -1277,6 +1277,11 @@ def short_key(public_key: str) -> str:
     return public_key[:8]
 
 
+def show_peers(count: int) -> str:
+    """`1 peer`, `2 peers`."""
+    return f"{count} peer{'s' * (count != 1)}"
+
+
 def encode_key(raw: bytes) -> str:
     return binascii.b2a_base64(raw, newline=False).decode("ascii")
 
@@ -2816,7 +2821,9 @@ class NonceGuard:
                     headers=[("Retry-After", str(unknown + 1 - created))],
                 )
             if len(self._live) >= self._limit:
-                raise TooManyRequests("too many requests", headers=[("Retry-After", "1")])
+                raise TooManyRequests(
+                    "too many signatures at once: try again", headers=[("Retry-After", "1")]
+                )
             if created > now and created > self._ceiling and self._path:
                 raise EarlySignature(created + NONCE_RESERVE)
             self._add(entry, created)
@@ -3236,7 +3243,10 @@ class PayloadBox:
                 raise ValueError
             return self._aead.decrypt(sealed[:12], sealed[12:], None)
         except (ValueError, InvalidTag):
-            raise Malformed("encrypted_payload does not decrypt") from None
+            raise Malformed(
+                "encrypted_payload does not decrypt: encrypt it with this gateway's "
+                "GATEWAY_PUBLIC_KEY, as iv, ciphertext and tag in base64"
+            ) from None
 
 
 class Vault:
@@ -3273,10 +3283,15 @@ class Seal:
     def read(cls, vault: Vault | None, purpose: bytes, header: bytes, name: str) -> Seal:
         """The key of an existing file. Raises ConfigError when SNAPSHOT_KEY is not its key."""
         if vault is None:
-            raise ConfigError(f"SNAPSHOT_KEY is not set, but {name} is encrypted")
+            raise ConfigError(
+                f"SNAPSHOT_KEY is not set, but {name} is encrypted: set the key that encrypted it"
+            )
         seal = cls(vault, purpose, bytes.fromhex(header.split(b" ")[0].decode("ascii")))
         if seal.header != header:
-            raise ConfigError(f"SNAPSHOT_KEY: its value (not shown) is not the key of {name}")
+            raise ConfigError(
+                f"SNAPSHOT_KEY: its value (not shown) is not the key of {name}: set the key that "
+                "encrypted it"
+            )
         return seal
 
     def seal(self, number: int, bound: bytes, plaintext: bytes) -> bytes:
@@ -3349,7 +3364,8 @@ def load_private_key(settings: InterfaceSettings, kept: str | None = None) -> by
         raise ConfigError(f"{variable}: {path!r} cannot be read: {_reason(error)}") from None
     except ValueError:
         raise ConfigError(
-            f"{variable}: {path!r} does not hold a base64 private key (wg genkey)"
+            f"{variable}: {path!r} does not hold a private key as `wg genkey` prints it: restore "
+            "the file, or, for a new gateway, remove it, and the gateway makes one"
         ) from None
 
 
@@ -4179,7 +4195,7 @@ def decode_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
     if data.startswith(SNAPSHOT_MAGIC):
         data = _open_snapshot(data, vault, name)
     elif vault is not None:
-        LOG.warning("%s is not encrypted; SNAPSHOT_KEY encrypts the next snapshot", name)
+        LOG.warning("%s is not encrypted; the next snapshot is, with SNAPSHOT_KEY", name)
     if not data.startswith(SQLITE_MAGIC) or len(data) < 512:
         raise _damaged(name, 0, "this is not a snapshot")
     given = data[APPLICATION_ID]
@@ -5012,7 +5028,7 @@ class Store:
         for number, record in records:
             if number > self.number and number not in void:
                 if salvage and number > self.number + 1:
-                    yield f"{number - self.number - 1} records before {number} are missing"
+                    yield f"no record between {self.number} and {number}"
                 if number in parts:
                     undo += self._undo_of(record)
                 try:
@@ -7876,10 +7892,10 @@ class NetlinkBackend:
             raise
         self.apply(changes)
         LOG.warning(
-            "%s: made anew with its %d peers, because only a new link has no HeaderProtectionKey: "
+            "%s: made anew with its %s, because only a new link has no HeaderProtectionKey: "
             "the peers were offline for %.0f ms, and their clients do a new handshake",
             name,
-            len(peers),
+            show_peers(len(peers)),
             (time.monotonic() - began) * 1000,
         )
 
@@ -8478,7 +8494,7 @@ def find_own_link(
     key = "no key"
     if device.private_key:
         key = f"public key {short_key(encode_key(x25519_public(device.private_key)))}"
-    peers = f"{reading.peers} peer{'s' * (reading.peers != 1)}"
+    peers = show_peers(reading.peers)
     mark = f", and the mark {found.alias!r}" if marked else ""
     words = f"it is {PRODUCTS[kind]}'s, with {peers}, {key}, listen port {device.listen_port}{mark}"
     ways = (
@@ -9841,11 +9857,10 @@ def look_at_stored_classes(classes: Collection[str], store: Store) -> Iterator[F
 
 
 def _gone(setting: str, what: str, peers: int, how: str, moves: bool = True) -> Finding:
-    count = f"{peers} peer{'s' * (peers != 1)}"
     todo = "restore the setting, or change or delete these peers first"
     if moves:
         todo += ", or start with MOVE_PEERS=true to move them to the present settings"
-    return _misfit(setting, f"{what} is used by {count}, but is {how}", todo)
+    return _misfit(setting, f"{what} is used by {show_peers(peers)}, but is {how}", todo)
 
 
 def home_of(
@@ -10301,7 +10316,7 @@ class Ledger:
 
     def _refuse(self, failed: Mapping[Flight, BackendError]) -> None:
         for flight, error in failed.items():
-            flight.error = Unavailable("the interface is not usable")
+            flight.error = Unavailable("the interface is not usable: server/status says why")
             if isinstance(error, ParametersRefused):
                 flight.error = Invalid("parameters", str(error))
             flight.suspects = dict.fromkeys((*flight.changes, *flight.setup), str(error))
@@ -10738,6 +10753,12 @@ _PROTOCOLS: Mapping[str | None, tuple[str, ...]] = {
 }
 
 
+def _exhausted(interface: str, family: str) -> Unavailable:
+    return Unavailable(
+        f"the {family} addresses of {interface} are exhausted: delete peers, or set a larger subnet"
+    )
+
+
 class Rules:
     """Decide requests by rows and fields alone. Owner.
 
@@ -10775,12 +10796,12 @@ class Rules:
         for family, name in ADDRESS_FIELD.items():
             if name in wanted and not tunnel.pools[family].is_free(wanted[name]):
                 self._core.ledger.check_address((tunnel.name, family, wanted[name]))
-                raise Conflict(f"{name}: the address is not free")
+                raise Conflict(f"{name}: the address is not free: name another, or omit the field")
         for family in missing:
             address = tunnel.pools[family].peek()
             if address is None:
                 self._core.ledger.check_pool(tunnel.name, family)
-                raise Unavailable(f"the {family} addresses of {tunnel.name} are exhausted")
+                raise _exhausted(tunnel.name, family)
             wanted[ADDRESS_FIELD[family]] = address
         return wanted
 
@@ -10791,9 +10812,15 @@ class Rules:
         activates = fields["status"] == "active" and peer.status != "active"
         reason = self._over(peer) if activates else None
         if reason == "expired":
-            raise Conflict(f"expires_at: the peer expired at {rfc3339(peer.expires_at or 0)}")
+            raise Conflict(
+                f"expires_at: the peer expired at {rfc3339(peer.expires_at or 0)}: set a later "
+                "time or null"
+            )
         if reason == "quota":
-            raise Conflict(f"quota_bytes: the peer has used up its {peer.quota_bytes} bytes")
+            raise Conflict(
+                f"quota_bytes: the peer has used up its {peer.quota_bytes} bytes: reset its quota, "
+                "or set a larger one or null"
+            )
         return Step(peer, peer._replace(status=fields["status"], status_reason=None))
 
     def delete(self, fields: Mapping[str, Any]) -> Step:
@@ -10821,7 +10848,10 @@ class Rules:
         asked = {name: fields[name] for name in ADDRESS_FIELD.values() if name in fields}
         for name, address in asked.items():
             if address != AUTO and getattr(peer, name) not in (None, address):
-                raise Conflict(f"{name}: the peer has another address, which never changes")
+                raise Conflict(
+                    f"{name}: the peer has another address, which never changes: omit the field, "
+                    "or delete the peer and create it again"
+                )
         named = [f for f in FAMILIES if ADDRESS_FIELD[f] in asked]
         named += _PROTOCOLS[fields.get("protocol")]
         lacking = [f for f in _checked_families(named, fields, tunnel) if f not in _assigned(peer)]
@@ -10841,7 +10871,7 @@ class Rules:
         self._core.ledger.check(new)
         self._check_own_key(new, self._core.tunnels[peer.interface])
         if new != peer.public_key and self._core.store.get(new):
-            raise Conflict("new_public_key: another peer has it")
+            raise Conflict("new_public_key: another peer has it: make a new key pair")
         return Step(peer, peer._replace(public_key=new))
 
     # --- parts of rules --------------------------------------------------------------------------
@@ -10855,7 +10885,7 @@ class Rules:
     def check_usable(self, interface: str) -> None:
         """Raises Unavailable while the interface is known to differ from the rows."""
         if self._core.tunnels[interface].failure is not None:
-            raise Unavailable(f"the interface {interface} is not usable")
+            raise Unavailable(f"the interface {interface} is not usable: server/status says why")
 
     def _known(self, public_key: str) -> Peer:
         self._core.ledger.check(public_key)
@@ -10920,7 +10950,7 @@ class Rules:
         """Check values that depend on the settings or the time. Raises Invalid."""
         ports = tunnel.settings.ports
         if fields.get("port", ports[0]) not in ports:
-            raise Invalid("port", f"the gateway does not listen on it for {tunnel.name}")
+            raise Invalid("port", f"must be one of {', '.join(map(str, ports))} for {tunnel.name}")
         choices = self._core.config.dns_servers
         if "dns" in fields and fields["dns"] not in choices:
             raise Invalid("dns", f"must be one of {', '.join(choices)}")
@@ -10933,8 +10963,9 @@ class Rules:
     def _check_class(self, name: str) -> None:
         classes, table = self._core.classes, self._core.class_table
         if name not in classes:
-            known = f"must be one of {', '.join(classes)}" if classes else "there are no classes"
-            raise Invalid("service_class", known)
+            if not classes:
+                raise Invalid("service_class", "there are no classes: SERVICE_CLASSES defines them")
+            raise Invalid("service_class", f"must be one of {', '.join(classes)}")
         if table is not None and table.failure:
             raise Unavailable(f"service_class: it cannot be enforced: {table.failure}")
 
@@ -10947,8 +10978,10 @@ class Rules:
                 return tunnel
         if asked is None:
             return next(iter(self._core.tunnels.values()))
-        kind = "obfuscated" if obfuscated else "plain"
-        raise Unavailable(f"obfuscation: this gateway has no {kind} interface")
+        kind, setting = ("obfuscated", "AWG") if obfuscated else ("plain", "WG")
+        raise Unavailable(
+            f"obfuscation: this gateway has no {kind} interface: {setting}_INTERFACE adds one"
+        )
 
     @staticmethod
     def _own_values(fields: Mapping[str, Any], tunnel: Tunnel) -> str | None:
@@ -10991,7 +11024,10 @@ class Rules:
         """
         tunnel = self._core.tunnels[known.interface]
         if fields.get("interface", known.interface) != known.interface:
-            raise Conflict(f"interface: the peer is on {known.interface}, and peers never move")
+            raise Conflict(
+                f"interface: the peer is on {known.interface}, and peers never move: omit the "
+                "field, or delete the peer first"
+            )
         values, chosen = _as_columns(fields), tunnel.with_defaults(known, self._core.config)
         changed = {name: v for name, v in values.items() if v != getattr(chosen, name)}
         named = [*fields.get("tunnel_traffic", ()), *_PROTOCOLS[fields.get("protocol")]]
@@ -11013,7 +11049,10 @@ class Rules:
         timeless = {name: value for name, value in fields.items() if name != "expires_at"}
         peer, missing = self.new_peer(timeless)
         if name not in (None, peer.interface):
-            raise Conflict(f"interface: a peer with this obfuscation must be on {peer.interface}")
+            raise Conflict(
+                f"interface: a peer with this obfuscation must be on {peer.interface}: name that "
+                "one, or change obfuscation"
+            )
         peer = peer._replace(expires_at=fields.get("expires_at"))
         return self._with_status(peer, fields.get("status")), missing
 
@@ -11080,7 +11119,11 @@ def _checked_families(
             blame = "tunnel_traffic" if family in (traffic or ()) else ADDRESS_FIELD[family]
             if blame not in fields or family in _PROTOCOLS[protocol]:
                 blame = "protocol"
-            raise Invalid(blame, f"{tunnel.name} has no {family} addresses")
+            raise Invalid(
+                blame,
+                f"{tunnel.name} has no {family} addresses: "
+                f"{tunnel.settings.prefix}_{family.upper()}_SUBNET gives it some",
+            )
     return families
 
 
@@ -11189,7 +11232,7 @@ class DesiredState:
             total = self._core.run(lambda: sum(self._core.store.counts.values()))
             if self._deleted * 2 > total and not allow_mass_delete and not dry_run:
                 raise Conflict(
-                    f"this would delete {self._deleted} of {total} peers: "
+                    f"this would delete {self._deleted} of {show_peers(total)}: "
                     "if you want that, repeat it with allow_mass_delete=true"
                 )
             for assign in (self._take_named, self._take_any):
@@ -11272,11 +11315,15 @@ class DesiredState:
     def _check_free(self, bulk: Bulk, address: HeldAddress) -> None:
         interface, family, text = address
         if self._freed.get(address):
-            raise Invalid(ADDRESS_FIELD[family], "another element has the same address")
+            raise Invalid(
+                ADDRESS_FIELD[family], "another element has the same: name each address once"
+            )
         pool = self._core.tunnels[interface].pools[family]
         if address not in self._freed and not pool.is_free(text):
             self._core.ledger.check_address(address, bulk.flight)
-            raise Conflict(f"{ADDRESS_FIELD[family]}: the address is not free")
+            raise Conflict(
+                f"{ADDRESS_FIELD[family]}: the address is not free: name another, or omit the field"
+            )
 
     def _take(self, bulk: Bulk, address: HeldAddress) -> None:
         if address not in self._freed:
@@ -11294,7 +11341,7 @@ class DesiredState:
             if found[family] is None:
                 self._core.ledger.check_pool(after.interface, family, bulk.flight)
                 with _placed(wish.place):
-                    raise Unavailable(f"the {family} addresses of {after.interface} are exhausted")
+                    raise _exhausted(after.interface, family)
         for family, text in found.items():
             self._take(bulk, (after.interface, family, text))
         after = after._replace(**{ADDRESS_FIELD[family]: text for family, text in found.items()})
@@ -11480,7 +11527,7 @@ class Projection:
             tunnel.must_set_up = False
             LOG.info("%s: %s", tunnel.name, self._reconcile(tunnel))
         if reading.unreadable:
-            raise BackendError(f"{tunnel.name}: {reading.unreadable} peers cannot be read")
+            raise BackendError(f"{tunnel.name}: {show_peers(reading.unreadable)} cannot be read")
 
     def _difference_found(
         self, tunnel: Tunnel, reading: Reading, right: set[bytes], touched: set[str]
@@ -11495,7 +11542,7 @@ class Projection:
         ]
         foreign = len(reading.changed) - len(right) - len(stale)
         if foreign:
-            return f"{foreign} peers differ"
+            return f"somebody changed {show_peers(foreign)}"
         if len(touched) > READ_CHUNK:
             return ""  # the next sample can count them
         expected = self._core.run(
@@ -11506,7 +11553,7 @@ class Projection:
         )
         # Touched peers may still be among the known ones, which makes the number too high.
         if not expected <= reading.peers - len(stale) <= expected + len(touched):
-            return f"it has {reading.peers - len(stale)} peers instead of {expected}"
+            return f"it has {show_peers(reading.peers - len(stale))} instead of {expected}"
         return ""
 
     def _account(
@@ -11601,7 +11648,7 @@ class Projection:
                 self._core.ledger.land(bulk.flight)
             except GatewayError as error:
                 raise BackendError(tunnel.failure or error.detail) from None
-        LOG.debug("%s: forgot the endpoints of %d peers", tunnel.name, len(restart))
+        LOG.debug("%s: forgot the endpoints of %s", tunnel.name, show_peers(len(restart)))
 
     def supervise(self) -> None:
         """Recreate an interface that is gone, and repair one that failed. For workers.
@@ -11705,7 +11752,8 @@ class Limits:
                     bulk.land()
             core.ledger.land(Flight(Record(settings={"periods": json.dumps(now)})))
         if due:
-            LOG.info("a new %s: %d quotas are reset", " and ".join(begun), len(due))
+            names = " and ".join(begun)
+            LOG.info("a new %s: reset the quota of %s", names, show_peers(len(due)))
             self.enforce_quotas()
 
     def _begin_quota(self, bulk: Bulk, number: int) -> None:
@@ -11906,7 +11954,10 @@ class Gateway:
                 self.ledger.land(Flight(Record(changed)))
             except GatewayError as error:
                 raise StartError(f"MOVE_PEERS: {error.detail}") from None
-            LOG.warning("MOVE_PEERS: %d peers follow the settings from now on", len(changed))
+            moved = show_peers(len(changed))
+            LOG.warning(
+                "MOVE_PEERS: moved %s to the present settings; now remove MOVE_PEERS", moved
+            )
 
     def change_classes(self, classes: Mapping[str, ServiceClass]) -> None:
         """Enforce other classes. For workers. Raises ConfigError, with nothing changed."""
@@ -12120,8 +12171,8 @@ class Gateway:
             if tunnel.clients_key != tunnel.public_key and peers:
                 yield (
                     f"interface {tunnel.name}: its public key is {tunnel.public_key}, but the "
-                    f"configurations of its {peers} peers name {tunnel.clients_key}, so that they "
-                    "cannot connect: put the private key of that one into "
+                    f"configurations of its {show_peers(peers)} name {tunnel.clients_key}, so that "
+                    "they cannot connect: put the private key of that one into "
                     f"{tunnel.settings.private_key_file} and restart (with SNAPSHOT_KEY, the state "
                     "has it: move the file away), or give the clients new configurations and then "
                     "POST /api/v1/sync-ips?accept_key=true"
@@ -12152,7 +12203,9 @@ class Gateway:
         for tunnel in self.tunnels.values():
             if tunnel.obfuscation is not None:
                 return tunnel
-        raise Unavailable("obfuscation: this gateway has no obfuscated interface")
+        raise Unavailable(
+            "obfuscation: this gateway has no obfuscated interface: AWG_INTERFACE adds one"
+        )
 
     def change_obfuscation(self, wanted: ObfuscationState, confirmed: bool) -> int:
         """Change the obfuscated interface's parameters. Returns how many peers that cuts off.
@@ -12163,7 +12216,7 @@ class Gateway:
         with self._bulk:
             flight, cut = self.run(lambda: self._plan_parameters(wanted, confirmed))
             self.ledger.land(flight)
-        LOG.info("new AmneziaWG parameters: %d peers need new configurations", cut)
+        LOG.info("new AmneziaWG parameters; peers that need new configurations: %d", cut)
         for warning in obfuscation_warnings(wanted):
             LOG.warning("%s", warning)
         return cut
@@ -12181,8 +12234,8 @@ class Gateway:
             state = wanted._replace(version=before.version + 1)
         if cut and not confirmed:
             raise Conflict(
-                f"confirm: {cut} peers will have no connection until they get the new parameters: "
-                'if you want that, repeat the request with "confirm": true'
+                f"confirm: {show_peers(cut)} will have no connection until the clients have the "
+                'new parameters: if you want that, repeat the request with "confirm": true'
             )
         try:
             link = make_link(tunnel.settings, tunnel.link.private_key, state.parameters)
@@ -12245,7 +12298,10 @@ class Gateway:
             raise Conflict(f"the snapshot does not fit: {found.subject}: {found.found}")
         for tunnel in self.tunnels.values():
             if other.get(tunnel.public_key):
-                raise Conflict("the snapshot has this gateway's own key as a peer")
+                raise Conflict(
+                    f"the snapshot has the key of {tunnel.name} itself as a peer: delete that peer "
+                    "on the gateway that the snapshot is of, and export again"
+                )
 
     def _keys_of(self, other: Store) -> dict[str, str]:
         """By interface: the public key that another state's peers know, if the state has it."""
@@ -12266,10 +12322,10 @@ class Gateway:
             theirs = other.peers_on(name)
             if replace is None:
                 raise Conflict(
-                    f"replace_key: the configurations of the snapshot's {theirs} peers on {name} "
-                    f"name the public key {public}, and this node's is {tunnel.public_key}: "
-                    f"replace_key=true gives {name} the snapshot's key (and cuts off the {mine} "
-                    "peers that are here now), replace_key=false keeps this node's (and cuts off "
+                    f"replace_key: the configurations of the snapshot's {show_peers(theirs)} on "
+                    f"{name} name the public key {public}, and this node's is {tunnel.public_key}: "
+                    f"replace_key=true gives {name} the snapshot's key (and cuts off the "
+                    f"{show_peers(mine)} here), replace_key=false keeps this node's (and cuts off "
                     f"the snapshot's {theirs} until they have new configurations)"
                 )
             cut += mine if replace else theirs
@@ -12344,7 +12400,7 @@ class Gateway:
 
             flight.on_landed = landed
             bulk.land()
-        LOG.info("imported %d peers", self.peer_count())
+        LOG.info("imported %s", show_peers(self.peer_count()))
         self.limits.expire()
         self.limits.enforce_quotas()
 
@@ -13269,7 +13325,10 @@ class App:
         if not address.is_loopback and not any(
             address.version == network.version and address in network for network in self._backends
         ):
-            raise Forbidden("METRICS_ALLOWED lets this address read /metrics, and nothing else")
+            raise Forbidden(
+                "METRICS_ALLOWED lets this address read /metrics, and nothing else: a backend's "
+                "address must be in ALLOWED_BACKENDS"
+            )
 
     def _authenticate(self, head: Head, source: str) -> Caller:
         """Verify the signature; failures from the same address do not count against a right one."""
@@ -13301,13 +13360,13 @@ class App:
             path = PEER_PATH + slash + rest
         routes = self._routes.get(path)
         if routes is None or ("{" in path and not key):
-            raise NotFound("there is nothing at this path")
+            raise NotFound("there is nothing at this path: /openapi.json has all paths")
         return routes, key
 
     def _check_metrics(self, head: Head, source: str) -> None:
         if self._metrics_token is None:
             if not ipaddress.ip_address(source).is_loopback:
-                raise Forbidden("METRICS_TOKEN is not set, so only loopback may read the metrics")
+                raise Forbidden("only loopback may read the metrics without METRICS_TOKEN: set it")
             if any(map(PROXY_HEADER.fullmatch, head.headers)):
                 raise Forbidden("a proxy may read the metrics with METRICS_TOKEN only: set it")
             return
@@ -13708,7 +13767,7 @@ class App:
             result = self.gateway.projection.reconcile(name)
         except BackendError as error:
             LOG.error("%s", error)
-            raise Unavailable("the interface is not usable: see the gateway's log") from None
+            raise Unavailable("the interface is not usable: server/status says why") from None
         return Response(200, encode_json({"status": "synced", **result._asdict()}))
 
     def get_status(self, request: Request) -> Response:
@@ -14197,7 +14256,12 @@ ERROR_TEXTS: dict[int, str] = {
     431: "The head of the request is too large.",
     503: "No address is free, interface or disk is not usable, or the gateway is starting.",
 }
-RETRY_AFTER: Schema = {"headers": {"Retry-After": {"schema": COUNT, "description": "seconds"}}}
+# The headers of every answer, and of those that ask the caller to wait.
+ANSWER_HEADERS: Schema = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
+WAIT_HEADERS: Schema = {
+    **ANSWER_HEADERS,
+    "Retry-After": {"schema": COUNT, "description": "seconds"},
+}
 
 
 def _error_statuses(route: ApiRoute) -> list[int]:
@@ -14234,8 +14298,8 @@ def _error_response(status: int, sealed: bool) -> Schema:
     content = {"application/problem+json": {"schema": component("Problem")}}
     if sealed:
         content |= {"application/json": {"schema": component("EncryptedResponse")}}
-    headers = RETRY_AFTER if status in (429, 503) else {}
-    return {"description": ERROR_TEXTS[status], "content": content, **headers}
+    headers = WAIT_HEADERS if status in (429, 503) else ANSWER_HEADERS
+    return {"description": ERROR_TEXTS[status], "headers": headers, "content": content}
 
 
 # The groups of routes. Generated clients have a class for each.
@@ -14262,8 +14326,9 @@ def describe_route(route: ApiRoute, schemas: dict[str, Schema]) -> Schema:
         **({"application/json": fields_schema(route.fields)} if route.fields else {}),
         **route.media,
     }
+    content = _content(type_name + "Answer", answer, schemas)
     responses: dict[str, Schema] = {
-        "200": {"description": "Done.", "content": _content(type_name + "Answer", answer, schemas)}
+        "200": {"description": "Done.", "headers": ANSWER_HEADERS, "content": content}
     }
     sealed = route.fields is CREATE_BODY
     for status in _error_statuses(route):
@@ -14325,6 +14390,14 @@ def describe_api() -> Schema:
                     },
                 }
             },
+            "headers": {
+                "X-Request-Id": {
+                    "description": "The caller's own X-Request-Id, if it has this form, or a new "
+                    "one. The gateway's log has the same.",
+                    "required": True,
+                    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+                }
+            },
             "responses": {f"Error{n}": _error_response(n, False) for n in ERROR_TEXTS},
             "securitySchemes": SECURITY_SCHEMES,
         },
@@ -14334,8 +14407,8 @@ def describe_api() -> Schema:
 @functools.cache
 def openapi_document() -> bytes:
     """The description as JSON, made once."""
-# Commands on this host connect to a Unix socket, where the loop accepts them. Server's thread
-# accepts all others. For each of them a thread does the TLS handshake within a deadline, and
+    return encode_json(describe_api())
+
 
 def render_response(
     response: Response, keep_alive: bool, head_only: bool, date: str, request_id: str
@@ -14361,8 +14434,8 @@ def render_response(
 # Nothing in it may block or take longer than a few milliseconds: long work runs in slices, or in
 # its own thread, which asks for slices by Loop.run().
 #
-# Commands on this host connect to a Unix socket, where the loop accepts them. All others are accepted
-# by Server's thread. For each of them a thread does the TLS handshake within a deadline, and
+# Commands on this host connect to a Unix socket, where the loop accepts them. Server's thread
+# accepts all others. For each of them a thread does the TLS handshake within a deadline, and
 # hands the connection to the loop. A thread takes it back to read a long body, and returns it with
 # the answer. While a request waits for its answer, the loop reads only what fits into the buffer: a
 # client that does not read its answers gets no further answers.
@@ -15862,9 +15935,10 @@ class Service:
             if known != own[row.name] and peers:
                 raise ConfigError(
                     f"{row.prefix}_PRIVATE_KEY_FILE: the public key of {row.private_key_file!r} is "
-                    f"{own[row.name]}, but the {peers} peers of the copy know {known}: put that "
-                    "key there (a sealed copy contains it: just move the file away), or, to cut "
-                    f"these peers off, set SNAPSHOT_LINEAGE={store.lineage}"
+                    f"{own[row.name]}, but the configurations of the copy's "
+                    f"{show_peers(peers)} name {known}: put that key there (a sealed copy "
+                    "contains it: just move the file away), or, to cut these peers off, set "
+                    f"SNAPSHOT_LINEAGE={store.lineage}"
                 )
 
     def _load_keys(
@@ -15898,10 +15972,10 @@ class Service:
         known = store.peers_on(settings.name)
         if known and not kept and not os.path.exists(settings.private_key_file):
             LOG.warning(
-                "%s: the private key of its %d peers is missing, and none of them can connect: put "
-                "the key into %s and restart",
+                "%s: its private key is missing, without which its %s cannot connect: put the key "
+                "into %s and restart",
                 settings.name,
-                known,
+                show_peers(known),
                 settings.private_key_file,
             )
         return load_private_key(settings, kept)
@@ -16171,7 +16245,7 @@ def _look_at_database(
     if not files.snapshot_time:
         text = f"{path} does not exist"
         return Finding("database", text, start_words(tunnels), True), store
-    text = f"{path}: good, {sum(store.counts.values())} peers, record {store.number}"
+    text = f"{path}: good, {show_peers(sum(store.counts.values()))}, record {store.number}"
     return Finding("database", text), store
 
 
@@ -16195,7 +16269,9 @@ def look_at_answer(ask: Callable[[], tuple[int, bytes]], start: str) -> Iterator
         failure = copy.get("failure") or next((r for r in reasons if "remote copy" in r), "")
         rest = "; ".join(reason for reason in reasons if "remote copy" not in reason)
         if status == HTTPStatus.OK and not rest:
-            yield Finding("API", f"answers: {answer['status']}, {answer['total_peers']} peers")
+            yield Finding(
+                "API", f"answers: {answer['status']}, {show_peers(answer['total_peers'])}"
+            )
         elif status == HTTPStatus.OK:
             yield Finding("status", f"{answer['status']}: {rest}", log, True)
         elif rest:
@@ -16522,7 +16598,7 @@ def read_live(name: str) -> LiveInterface:
     if not device.private_key:
         raise StartError(f"cannot take over {name}: it has no private key, so set one first")
     if unreadable := reading.unreadable:
-        raise StartError(f"cannot take over {name}: {unreadable} of its peers are unreadable")
+        raise StartError(f"cannot take over {name}: {unreadable} of its peers cannot be read")
     peers = sorted(state.peer for _, state in reading.changed)
     return LiveInterface(kind, found, mtu, sorted(addresses, key=str), device, peers)
 
@@ -17704,12 +17780,12 @@ def command_snapshot(arguments: argparse.Namespace) -> int:
     query = "&".join(f"{n}={json.dumps(value)}" for n, value in given.items() if value is not None)
     with progress("snapshot import"):
         answer = answer_of(client, "PUT", f"{path}{'?' * bool(query)}{query}", data)
-    print(f"{'would import' if arguments.dry_run else 'imported'}: {answer['total_peers']} peers")
+    done = "would import" if arguments.dry_run else "imported"
+    print(f"{done}: {show_peers(answer['total_peers'])}")
     if count := answer["cut_off_peers"]:
-        future = "will have" if arguments.dry_run else "have"
         print(
-            f"{count} peers are cut off: they {future} no connection until their clients get new "
-            "files, because the interface has another key than they know"
+            f"cut off: {show_peers(count)}, until the clients get new files, because the interface "
+            "has another key than their files name"
         )
     return 0
 
@@ -17728,15 +17804,15 @@ def command_import(arguments: argparse.Namespace) -> int:
     existing = {peer["public_key"] for peer in list_peers(client, "&fields=public_key")}
     if existing and not (arguments.merge or arguments.replace):
         raise StartError(
-            f"the gateway has {len(existing)} peers: keep them and add the file's with --merge, or "
-            "delete those that the file does not name with --replace; --dry-run shows what happens"
+            f"the gateway has {show_peers(len(existing))}: --merge keeps them and adds the file's, "
+            "--replace keeps only those that the file names; --dry-run shows what happens"
         )
     if arguments.replace:
         return _replace_peers(client, fitting, arguments.dry_run)
     if not arguments.dry_run:
         return _add_peers(client, fitting)
     known = sum(fields.get("public_key") in existing for fields in fitting)
-    print(f"would create {len(fitting) - known} peers; {known} exist, and stay as they are")
+    print(f"would create {show_peers(len(fitting) - known)}; already there, not changed: {known}")
     return 0
 
 
@@ -17750,11 +17826,11 @@ def fitting_peers(name: str, state: FoundState, skip: bool) -> list[dict[str, An
         print(f"{name}: {peer.place} ({key_of(peer.fields)}): {peer.reason}", file=sys.stderr)
     if unfit and not skip:
         raise StartError(
-            f"{len(unfit)} of {len(state.peers)} peers do not fit, and nothing was changed: "
+            f"{len(unfit)} of {show_peers(len(state.peers))} did not fit, and nothing was changed: "
             "correct them, or leave them out with --skip"
         )
     fitting = [peer.fields for peer in state.peers if not peer.reason]
-    print(f"{name}: {state.kind}, {len(fitting)} peers that fit, {len(unfit)} left out")
+    print(f"{name}: {state.kind}, {show_peers(len(fitting))} to import, {len(unfit)} left out")
     return fitting
 
 
@@ -17777,7 +17853,7 @@ def command_adopt(arguments: argparse.Namespace) -> int:
     fitting = fitting_peers(live.name, adoption.check_peers(peers_of_live(live)), arguments.skip)
     if left := len(live.peers) - len(fitting):
         print(
-            f"{left} peers are left out: when the gateway starts, it removes them from "
+            f"left out: {show_peers(left)}. When the gateway starts, it removes them from "
             f"{live.name}, and they lose their connection"
         )
     secret = {setting.name for setting in SETTINGS if setting.secret}
@@ -17788,10 +17864,10 @@ def command_adopt(arguments: argparse.Namespace) -> int:
     for manager in other_managers(live):
         print(manager)
     if arguments.dry_run:
-        print(f"would take over {live.name} with {len(fitting)} peers")
+        print(f"would take over {live.name} with {show_peers(len(fitting))}")
         return 0
     if not arguments.yes:
-        print(f"Take over {live.name} with {len(fitting)} peers? [y/N] ", end="", flush=True)
+        print(f"Take over {live.name} with {show_peers(len(fitting))}? [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise StartError("nothing was changed: answer y, or give --yes")
     with progress(f"adopt {live.name}"):
@@ -17818,7 +17894,7 @@ def _add_peers(client: ApiClient, fitting: Sequence[Mapping[str, Any]]) -> int:
         # Half a batch: the limit of its body is then 2 KiB for each peer.
         chunk = fitting[start : start + MAX_BATCH // 2]
         creates = [{name: v for name, v in peer.items() if name != "status"} for peer in chunk]
-        with progress(f"import: {start} of {len(fitting)} peers"):
+        with progress(f"import: {start} of {show_peers(len(fitting))}"):
             results = _batch(client, "create", creates)
             suspended = [
                 {"public_key": peer["public_key"]}
@@ -17896,7 +17972,8 @@ def command_awg_rotate(arguments: argparse.Namespace) -> int:
         raise StartError(f"{error} (for this command: --yes)") from None
     print(
         f"{answer['interface']}: parameters version {answer['parameters_version']}, generation "
-        f"{answer['generation']}; {answer['cut_off_peers']} peers need new configurations"
+        f"{answer['generation']}; peers that need new configurations: "
+        f"{answer['cut_off_peers']}"
     )
     for warning in answer["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
@@ -18000,7 +18077,9 @@ def command_check(arguments: argparse.Namespace) -> int:
             f"{config.db_path}: there is no database. The gateway's first start creates it; "
             "--env-file names another gateway's settings"
         )
-    print(f"{config.db_path}: good, {sum(store.counts.values())} peers, record {store.number}")
+    print(
+        f"{config.db_path}: good, {show_peers(sum(store.counts.values()))}, record {store.number}"
+    )
     if files.torn:
         print(
             f"{config.db_path}.journal: {files.torn} bytes of a torn record at its end, which the "
@@ -18031,7 +18110,7 @@ def command_copy(arguments: argparse.Namespace) -> int:
                 )
             store = read_state(files, entries)
             peers, bytes_read = sum(store.counts.values()), remote.bytes_received
-            print(f"good: epoch {int(prefix[:8])}, record {store.number}, {peers} peers")
+            print(f"good: epoch {int(prefix[:8])}, record {store.number}, {show_peers(peers)}")
             print(f"read: {remote.requests} requests, {bytes_read} bytes")
             return 0
         claims = [epochs.read_claim(n) for n in range(newest.epoch, max(0, newest.epoch - 10), -1)]
@@ -18085,7 +18164,7 @@ def repair(files: Files) -> int:
     except OSError as error:
         raise StartError(f"cannot write {target}: {_reason(error)}") from None
     old = shlex.join(found)
-    print(f"saved {sum(store.counts.values())} peers, record {store.number}, in {target}")
+    print(f"saved {show_peers(sum(store.counts.values()))}, record {store.number}, in {target}")
     print("No other file was changed. To use it, stop the gateway and move it to the old place:")
     print(f"  mkdir damaged && mv {old} damaged/ && mv {shlex.join([target, files.path])}")
     return 0

@@ -25,12 +25,9 @@ PARAMETERS = {
     "h1": "1392043508-1398086253", "h2": "279376732-288068107",
     "h3": "1955609617-1957403020", "h4": "684636159-688150846", "i1": "<r 53>",
 }  # fmt: skip
-SETTINGS = {
-    "WG_ENDPOINT": "vpn.example.org",
-    "AWG_INTERFACE": "awg0",
-    "AWG_IPV4_SUBNET": "10.0.2.0/24",
-    "AWG_PARAMS": json.dumps(PARAMETERS),
-}
+# Those of the gateway that the page starts, and parameters that it can show.
+SETTINGS = dict(re.findall(r"(A?WG_\w+)=(\S+)", BLOCKS[0][1]))
+SETTINGS["AWG_PARAMS"] = json.dumps(PARAMETERS)
 
 
 def commands() -> list[tuple[str, str]]:

@@ -249,7 +249,10 @@ def test_every_flipped_byte_is_malformed_in_the_same_words() -> None:
     for place in range(len(raw)):
         garbled = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
         words.add(malformed(base64.b64encode(garbled).decode()))
-    assert words == {"encrypted_payload does not decrypt"}
+    assert words == {
+        "encrypted_payload does not decrypt: encrypt it with this gateway's GATEWAY_PUBLIC_KEY, as "
+        "iv, ciphertext and tag in base64"
+    }
 
 
 def test_every_truncation_is_malformed() -> None:

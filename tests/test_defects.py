@@ -244,7 +244,7 @@ def test_one_unreadable_peer_is_said_and_keeps_no_other_from_being_counted(tmp_p
         world.backend.move(a_key(number), 100)
     world.backend.unreadable = {a_key(1)}
     for _ in range(2):
-        with pytest.raises(wggw.BackendError, match="1 peers cannot be read"):
+        with pytest.raises(wggw.BackendError, match="1 peer cannot be read"):
             world.gateway.projection.sample()
         assert [world.gateway.get(a_key(n)).traffic.rx_bytes for n in range(3)] == [100, 0, 100]
         assert [reason.partition(":")[0] for reason in world.gateway.degraded()] == ["counters"]

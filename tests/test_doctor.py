@@ -31,8 +31,8 @@ def test_running_gateway_is_well_and_a_stopped_one_is_not(tmp_path: Path) -> Non
         for line in (
             "note   WG_BACKEND: memory: no interface, no packet passes",
             f"ok     certificate: {tmp_path}/cert.pem is good until ",
-            f"ok     database: {tmp_path}/wireguard.db: good, 1 peers",
-            "ok     API: answers: healthy, 1 peers",
+            f"ok     database: {tmp_path}/wireguard.db: good, 1 peer",
+            "ok     API: answers: healthy, 1 peer",
         ):
             assert line in text, text
         assert gateway.stop() == 0

@@ -121,7 +121,7 @@ def test_the_sealed_key_is_applied_when_asked(sealed: Pair, tmp_path: Path) -> N
     refused = sealed.new.command(*words, "--dry-run")
     assert refused.returncode == 1 and theirs in refused.stderr
     dry = sealed.new.command(*words, "--dry-run", "--replace-key")
-    assert dry.stdout.startswith("would import: 3 peers\n1 peers are cut off")
+    assert dry.stdout.startswith("would import: 3 peers\ncut off: 1 peer,")
     assert (public_key(sealed.new), key_of_file(sealed.new)) == (mine, mine)
 
     # A file that cannot be written: nothing is changed.
@@ -135,7 +135,7 @@ def test_the_sealed_key_is_applied_when_asked(sealed: Pair, tmp_path: Path) -> N
     blocked.rmdir()
 
     done = sealed.new.command(*words, "--replace-key")
-    assert done.stdout.startswith("imported: 3 peers\n1 peers are cut off"), done.stderr
+    assert done.stdout.startswith("imported: 3 peers\ncut off: 1 peer,"), done.stderr
     for _ in range(2):
         assert (public_key(sealed.new), key_of_file(sealed.new)) == (theirs, theirs)
         shown = sealed.new.client().get(a_key(1)).json

@@ -55,7 +55,7 @@ def test_commands_need_nothing_but_the_kernel_s_word(tmp_path: Path) -> None:
         assert '"created"' in ask(gateway, "call", "POST", PEERS, "--data", body).stdout
         assert ask(gateway, "status").returncode == 0
         assert a_key(1) in ask(gateway, "peers").stdout
-        assert "ok     API: answers: healthy, 1 peers" in ask(gateway, "doctor").stdout
+        assert "ok     API: answers: healthy, 1 peer" in ask(gateway, "doctor").stdout
         assert "wggw_peers" in ask(gateway, "call", "GET", "/metrics").stdout
         assert ask(gateway, "call", "GET", "/nowhere").stderr == "wggw: status 404\n"
     finally:

@@ -198,7 +198,7 @@ def test_each_change_that_nobody_asked_for_has_its_line(
     world.now += 86400
     world.gateway.limits.expire()
     assert caplog.messages[-2:] == [
-        "a new day: 1 quotas are reset",
+        "a new day: reset the quota of 1 peer",
         f"wg0: {two} is active again",
     ]
     world.backend.drop(a_key(2))

@@ -232,3 +232,11 @@ def test_a_board_s_rates_fit_any_interval_of_scrapes() -> None:
     rates = [q for q in queries()["grafana.json"] if "rate(" in q]
     assert len(rates) >= 8
     assert [q for q in rates if "[$__rate_interval]" not in q or re.search(r"\[\d", q)] == []
+
+
+def test_a_board_s_series_tell_gateways_apart() -> None:
+    board = json.loads((DOCS / "grafana.json").read_text())
+    targets = [target for panel in board["panels"] for target in panel["targets"]]
+    of_each = [target for target in targets if "sum" not in target["expr"]]
+    assert len(of_each) >= 12
+    assert [t["expr"] for t in of_each if "{{instance}}" not in t["legendFormat"]] == []

@@ -252,7 +252,7 @@ def test_nothing_is_changed_unless_all_fits_or_skip_says_so(gateway: GatewayProc
     refused = command(gateway, file)
     assert refused.returncode == 1 and peers_of(gateway) == {}
     assert "line 25 (Q2x1YjAw): 192.168.40.0/24 is routed to it" in refused.stderr
-    assert "2 of 4 peers do not fit, and nothing was changed" in refused.stderr
+    assert "2 of 4 peers did not fit, and nothing was changed" in refused.stderr
     done = command(gateway, file, "--skip")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (
         0,
@@ -273,7 +273,7 @@ def test_peers_that_are_there_stay_with_merge_and_go_with_replace(gateway: Gatew
     asked = command(gateway, file)
     assert asked.returncode == 1 and "the gateway has 2 peers" in asked.stderr
     dry = command(gateway, file, "--merge", "--dry-run")
-    assert dry.stdout.endswith("would create 1 peers; 1 exist, and stay as they are\n")
+    assert dry.stdout.endswith("would create 1 peer; already there, not changed: 1\n")
     assert len(peers_of(gateway)) == 2
     merged = command(gateway, file, "--merge")
     assert merged.stdout.endswith("done: 1 created, 1 existed, 0 refused\n")

@@ -172,7 +172,7 @@ def test_a_different_key_is_a_409_that_shows_neither(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asked", [ON, True])
 def test_without_an_obfuscated_interface_it_is_a_503(client: Client, asked: Any) -> None:
     words = detail(client.create(a_key(1), obfuscation=asked), 503)
-    assert words == "obfuscation: this gateway has no obfuscated interface"
+    assert words == "obfuscation: this gateway has no obfuscated interface: AWG_INTERFACE adds one"
     assert detail(client.send("GET", "/api/v1/obfuscation"), 503) == words
     assert detail(client.send("POST", ROTATE, {}), 503) == words
 
@@ -292,7 +292,7 @@ def test_parameters_from_a_file_as_awg_shows_it(tmp_path: Path, generation: str)
         assert shown["parameters"].get("random_trailers", False) == (generation == "3.1")
         # and by hand: the same file is the same parameters, which cuts nobody off
         done = run(gateway, "awg", "rotate", "--params", f"@{path}")
-        assert "0 peers need new configurations" in done
+        assert "; peers that need new configurations: 0" in done
         assert "2F4Rk1Vbq0m8yO2mYc3nSxuPzq4mB7w2kJ1lQe0s93E=" not in gateway.text() + done
 
 
@@ -426,10 +426,11 @@ def test_awg_generate_show_and_rotate(both: GatewayProcess) -> None:
     (both.directory / "new.json").write_text(made)
     refused = run(both, "awg", "rotate", "--params", "@new.json", code=1)
     assert "status 409" in refused
-    assert "1 peers will have no connection" in refused and "(for this command: --yes)" in refused
+    assert "1 peer will have no connection" in refused and "(for this command: --yes)" in refused
     done = run(both, "awg", "rotate", "--params", "@new.json", "--yes")
     assert re.fullmatch(
-        r"awg0: parameters version 2, generation 1\.0; 1 peers need new configurations\n", done
+        r"awg0: parameters version 2, generation 1\.0; peers that need new configurations: 1\n",
+        done,
     )
     assert spoken(both)["parameters"]["h1"] == json.loads(made)["h1"]
     assert "--params" in run(both, "awg", "rotate", "--params", "{", "--yes", code=1)
@@ -448,7 +449,7 @@ def test_a_file_of_awg_brings_peers_where_its_parameters_are_spoken(tmp_path: Pa
     more = {"AWG_PARAMS": str(file), "AWG_IPV4_SUBNET": "10.8.1.0/24"}
     with running(tmp_path, **{**BOTH, **more}) as gateway:
         done = run(gateway, "import", str(file), "--dry-run")
-        assert "would create 1 peers" in done
+        assert "would create 1 peer;" in done
         assert "done: 1 created, 0 existed, 0 refused" in run(gateway, "import", str(file))
         (peer,) = ok(gateway.client().send("GET", "/api/v1/configurations"))["configurations"]
         assert (peer["interface"], peer["assigned_ip"]) == ("awg0", "10.8.1.2")

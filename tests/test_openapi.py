@@ -125,6 +125,25 @@ def test_who_guesses_is_told_to_wait_wherever_there_is_something_to_guess(guard:
             assert "429" in described(route)["responses"]
 
 
+def headers_of(response: dict[str, Any]) -> dict[str, Any]:
+    """The headers of a response, or of the shared one that it names."""
+    name = response.get("$ref", "").removeprefix("#/components/responses/")
+    return dict((DOCUMENT["components"]["responses"][name] if name else response)["headers"])
+
+
+@pytest.mark.parametrize("route", wggw.ROUTES, ids=lambda r: f"{r.method} {r.template}")
+def test_every_answer_has_a_request_id(shared_client: Client, route: wggw.ApiRoute) -> None:
+    for response in described(route)["responses"].values():
+        assert headers_of(response)["X-Request-Id"]["$ref"].endswith("/headers/X-Request-Id")
+    form = DOCUMENT["components"]["headers"]["X-Request-Id"]["schema"]["pattern"]
+    path = route.template.replace("{public_key}", path_key(a_key("nobody")))
+    for signed in (
+        shared_client.send(route.method, path),
+        shared_client.raw(route.method, path, b"", {}),
+    ):
+        assert re.fullmatch(form, signed.headers["X-Request-Id"])
+
+
 @pytest.mark.parametrize("route", wggw.ROUTES, ids=lambda r: f"{r.method} {r.template}")
 def test_a_row_that_asks_for_a_signature_gets_one(
     shared_client: Client, route: wggw.ApiRoute

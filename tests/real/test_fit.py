@@ -169,8 +169,8 @@ def test_choices_that_are_gone_are_refused_or_moved(
         "chose too": [51999, "d2", ["8.8.8.8"]],
         "chose what stays": [53, "none", []],
     }
-    assert "3 peers follow" not in stopped.text()
-    assert "MOVE_PEERS: 2 peers follow the settings from now on" in stopped.text()
+    assert "moved 3 peers" not in stopped.text()
+    assert "MOVE_PEERS: moved 2 peers to the present settings" in stopped.text()
 
 
 def test_gateway_keeps_its_address_when_the_subnet_grows_and_has_no_others(
