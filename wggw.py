@@ -3948,9 +3948,14 @@ _RECORD_DECODER = json.JSONDecoder(parse_constant=int)  # NaN and Infinity: a Va
 _RECORD_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
-def parse_journal(data: bytes, name: str, vault: Vault | None = None) -> JournalFile:
-    """Read a journal's bytes. Raises DamagedError for anything but a torn tail."""
-    return JournalReader(data, name, vault).read()
+def parse_journal(
+    data: bytes, name: str, vault: Vault | None = None, salvage: bool = False
+) -> JournalFile:
+    """Read a journal's bytes. Raises DamagedError for anything but a torn tail.
+
+    With `salvage` it skips damaged lines instead.
+    """
+    return JournalReader(data, name, vault, salvage).read()
 
 
 def read_journal(path: str, vault: Vault | None = None) -> JournalFile | None:
@@ -4303,9 +4308,6 @@ _SELECT = f"SELECT {_COLUMNS} FROM peers"  # noqa: S608  names of this file
 _INSERT = (
     f"INSERT INTO peers ({_COLUMNS}, sequence, changed_at) VALUES (?, ?{', ?' * len(Peer._fields)})"  # noqa: S608  names of this file
 )
-_HELD = (
-    "id, interface, status, public_key, assigned_ip, assigned_ipv6, service_class, status_reason"
-)
 _TOTALS = (
     "coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), coalesce(t.last_handshake, 0), p.sequence "
     "FROM peers p LEFT JOIN traffic t ON t.id = p.id"
@@ -4379,7 +4381,7 @@ def with_kept(
     )
 
 
-class Feed(NamedTuple):
+class Gaps(NamedTuple):
     """The gaps in the sequences, and the `floor`, below which no gap is remembered.
 
     A gap (from, to) means that changes with sequences between the two may be lost, because of a
@@ -4390,7 +4392,7 @@ class Feed(NamedTuple):
     floor: int = 0
 
     @classmethod
-    def parse(cls, text: str) -> Feed:
+    def parse(cls, text: str) -> Gaps:
         """Raises ValueError, TypeError, KeyError."""
         given = load_json(text)
         gaps = tuple((int(begin), int(end)) for begin, end in given["gaps"])
@@ -4398,8 +4400,8 @@ class Feed(NamedTuple):
             raise ValueError("a gap of sequences is out of range")
         return cls(gaps, int(given["floor"]))
 
-    def skipped(self, begin: int, now: float) -> Feed:
-        """This feed with one more gap, which ends above every sequence that a client may have seen.
+    def skipped(self, begin: int, now: float) -> Gaps:
+        """These gaps and one more, which ends above every sequence that a client may have seen.
 
         The state may be from a backup, so the gap ends an hour ahead of the clock in microseconds,
         and ahead of all changes that a crash can lose.
@@ -4407,7 +4409,7 @@ class Feed(NamedTuple):
         gap = (begin, max(begin + 10**9, int((now + 3600) * 1_000_000)))
         gaps = (*self.gaps, gap)
         floor = max([self.floor, *(end for _, end in gaps[:-MAX_GAPS])])
-        return Feed(gaps[-MAX_GAPS:], floor)
+        return Gaps(gaps[-MAX_GAPS:], floor)
 
     def encode(self) -> str:
         return json.dumps({"gaps": self.gaps, "floor": self.floor}, separators=(",", ":"))
@@ -4417,7 +4419,7 @@ class Feed(NamedTuple):
 META_PARSERS: Mapping[str, Callable[[str], Any]] = {
     "obfuscation": decode_state,
     "public_keys": decode_public_keys,
-    "feed": Feed.parse,
+    "feed": Gaps.parse,
     "periods": lambda text: {period: int(load_json(text)[period]) for period in PERIODS},
     "gateways": decode_gateways,
 }
@@ -4532,6 +4534,24 @@ def decode_record(parts: Any, columns: tuple[str, ...]) -> Record:
     )
 
 
+def decode_landings(
+    landings: Iterable[Landing], columns: tuple[str, ...], name: str, salvage: bool = False
+) -> Iterator[tuple[int, Record]]:
+    """Every record with its number. Raises DamagedError; with `salvage` it skips bad records."""
+    for landing in landings:
+        for number, parts in enumerate(landing.records, landing.first):
+            try:
+                given = parts if columns else upgrade_record(parts)
+                yield number, decode_record(given, columns or Peer._fields)
+            except _BAD_RECORD as error:
+                if not salvage:
+                    raise _misfitting(name, number, error) from None
+
+
+def _misfitting(name: str, number: int, error: Exception) -> DamagedError:
+    return _damaged(name, 0, f"record {number} does not apply: {error}")
+
+
 def _decode_rows(rows: Iterable[Any], columns: tuple[str, ...]) -> list[Peer]:
     if columns == Peer._fields:
         return [Peer._make(row) for row in rows]
@@ -4624,9 +4644,11 @@ def warm_up(size: int) -> None:
         zeros.readinto(block)
 
 
-def make_schema(db: sqlite3.Connection) -> None:
-    """Make the tables of the newest schema in an empty database."""
+def empty_database() -> sqlite3.Connection:
+    """The tables of the newest schema, without a row."""
+    db = open_memory()
     db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    return db
 
 
 def upgraded(db: sqlite3.Connection) -> sqlite3.Connection:
@@ -4644,9 +4666,8 @@ def upgraded(db: sqlite3.Connection) -> sqlite3.Connection:
         raise ValueError(
             f"schema version {version} is a newer wggw's, this one knows up to {SCHEMA_VERSION}"
         )
-    new = open_memory()
+    new = empty_database()
     try:
-        make_schema(new)
         new.execute("BEGIN")
         old_tables, new_tables = _tables(db), _tables(new)
         for table in old_tables.keys() - new_tables.keys():
@@ -4717,85 +4738,42 @@ def open_image(image: bytes) -> sqlite3.Connection:
 _Item = TypeVar("_Item")
 
 
-class Store:
-    """The rows. `number` is the last record that they contain; it never decreases.
+class Counts:
+    """How many peers there are. Every change of the rows keeps these numbers up to date.
 
-    `counts` holds the number of peers by (interface, status). `reasons` holds the number of peers
-    that the gateway suspended, by (interface, reason). `classes` holds the number of peers by
-    service class, and `class_addresses` the number of addresses that the active ones have.
-
-    `sequence` is the last sequence that was assigned. Every changed row and every deleted key gets
-    the next one, and replay assigns the same ones. Rows of a landing that is only partly applied
-    have higher ones, and no feed shows them. `last_change` is the last sequence of a peer or of a
-    deleted key. `diverged`: clients may have seen other changes after this sequence.
+    `peers` has the peers by (interface, status), `reasons` those that the gateway suspended by
+    (interface, reason), `classes` the peers by service class, and `class_addresses` the number of
+    addresses that the active ones of a class have. `next_id` is above every id that peers had.
     """
 
-    def __init__(self) -> None:
-        self.number = 0
-        self.lineage = ""  # a random id; the first start chooses it
-        self.sequence = self.last_change = 0
-        self.diverged: int | None = None
-        self._gone = 0  # how many rows `gone` has, or more
-        self._forgotten = 0  # the sequence of the latest deletion that `gone` lost to MAX_GONE
-        self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.peers: collections.Counter[tuple[str, str]] = collections.Counter()
         self.reasons: collections.Counter[tuple[str, str]] = collections.Counter()
         self.classes: collections.Counter[str] = collections.Counter()
         self.class_addresses: collections.Counter[str] = collections.Counter()
-        self.private_keys: dict[str, str] = {}  # by interface; only encrypted snapshots hold them
-        self.loaded = False  # the rows come from a snapshot
-        self.changed = False  # since the last snapshot
-        self.next_id = 1
-        self.restarted: dict[int, tuple[int, int]] = {}  # see replay()
-        self._any_released = False  # whether `released` may have rows
-        self._db = open_memory()
-        make_schema(self._db)
-
-    # --- whole states ----------------------------------------------------------------------------
-
-    def load(self, image: bytes) -> None:
-        """Replace the rows by those of an image. Raises sqlite3.Error, ValueError, TypeError."""
-        db = open_image(image)
-        rows = dict(db.execute("SELECT name, value FROM meta"))
-        self.number = int(rows["number"])
-        self.lineage = rows.get("lineage", "")
-        self._forgotten = int(rows.get("forgotten", 0))
-        self.sequence = int(rows.get("sequence", 0))
-        self.private_keys = {
-            name.partition(" ")[2]: key
-            for name, key in rows.items()
-            if name.startswith("private_key ")
-        }
-        self._db.close()
-        self._db, self.loaded = db, True
-        self._load_counts()
-
-    def take(self, other: Store) -> None:
-        """Become another store, which must not be used afterwards."""
-        self._db.close()
-        self.__dict__.update(other.__dict__)
-        self.changed = True
-
-    def _load_counts(self) -> None:
-        for counter in (self.counts, self.reasons, self.classes, self.class_addresses):
-            counter.clear()
-        for row in self._db.execute(
+        for row in db.execute(
             "SELECT interface, status, status_reason, service_class, count(*), "
             "sum((assigned_ip IS NOT NULL) + (assigned_ipv6 IS NOT NULL)) "
             "FROM peers GROUP BY 1, 2, 3, 4"
         ):
-            self._count(row[:4], row[4], row[5])
-        self.next_id = (self._db.execute("SELECT max(id) FROM peers").fetchone()[0] or 0) + 1
-        self._gone, latest = self._db.execute("SELECT count(*), max(sequence) FROM gone").fetchone()
-        changed = self._db.execute("SELECT max(sequence) FROM peers").fetchone()[0]
-        self.last_change = max(latest or 0, changed or 0)
-        counted = self._db.execute("SELECT max(sequence) FROM traffic").fetchone()[0]
-        self.sequence = max(self.sequence, self.last_change, counted or 0)
-        self._any_released = bool(self._db.execute("SELECT 1 FROM released").fetchone())
+            self._add(row[:4], row[4], row[5])
+        self.next_id: int = db.execute("SELECT coalesce(max(id), 0) + 1 FROM peers").fetchone()[0]
 
-    def _count(self, kind: Sequence[Any], peers: int, addresses: int) -> None:
-        """Add peers of one kind, and their addresses, to the counters. Both may be negative."""
+    def total(self) -> int:
+        return self.peers.total()
+
+    def on(self, interface: str) -> int:
+        return sum(n for (name, _), n in self.peers.items() if name == interface)
+
+    def add(self, peer: Peer, sign: int) -> None:
+        """Count a peer that came (1) or went (-1)."""
+        addresses = bool(peer.assigned_ip) + bool(peer.assigned_ipv6)
+        kind = (peer.interface, peer.status, peer.status_reason, peer.service_class)
+        self._add(kind, sign, sign * addresses)
+
+    def _add(self, kind: Sequence[Any], peers: int, addresses: int) -> None:
         interface, status, reason, service_class = kind
-        self.counts[interface, status] += peers
+        self.peers[interface, status] += peers
         if reason is not None:
             self.reasons[interface, reason] += peers
         if service_class is not None:
@@ -4803,348 +4781,67 @@ class Store:
             if status == "active":
                 self.class_addresses[service_class] += addresses
 
-    def image(self, number: int, with_keys: bool, journaled: bool) -> bytes:
-        """The database as bytes, named after record `number`.
 
-        `with_keys`: it will be encrypted, so it includes the private keys. `journaled`: a journal
-        belongs to it.
-        """
-        rows = {
-            "number": str(number),
-            "journaled": str(int(journaled)),
-            "sequence": str(self.sequence),
-            "forgotten": str(self._forgotten),
-            "lineage": self.lineage,
-        }
-        if with_keys:
-            rows |= {f"private_key {name}": key for name, key in self.private_keys.items()}
-        self._db.execute("DELETE FROM meta WHERE name LIKE 'private_key %'")
-        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows.items())
-        return self._db.serialize()
+class Released:
+    """The addresses that peers gave up and nobody has taken since. `any`: there may be some."""
 
-    def image_size(self) -> int:
-        query = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-        size: int = self._db.execute(query).fetchone()[0]
-        return size
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self.any = bool(db.execute("SELECT 1 FROM released").fetchone())
 
-    def is_journaled(self) -> bool:
-        """Whether a journal belongs to the snapshot that was loaded."""
-        row = self._db.execute("SELECT value FROM meta WHERE name = 'journaled'").fetchone()
-        return bool(row) and row[0] == "1"
+    def addresses(self, family: str | None = None) -> list[str]:
+        """Oldest first."""
+        rows = self._db.execute("SELECT address FROM released ORDER BY sequence")
+        addresses = [row[0] for row in rows]
+        return [a for a in addresses if family is None or (":" in a) == (family == "ipv6")]
 
-    def verify(self) -> None:
-        """Check all rows of a database that came from outside. Raises ValueError, sqlite3.Error."""
-        model = Store()
-        schema = "SELECT type, name, sql FROM sqlite_master ORDER BY type, name"
-        if self._db.execute(schema).fetchall() != model._db.execute(schema).fetchall():
-            raise ValueError("its tables are not those of this version")
-        if not 0 <= self.number < MAX_INTEGER // 2:
-            raise ValueError("its record number is out of range")
-        for (address,) in self._db.execute("SELECT address FROM released"):
-            verify_address(address)
-        if self._db.execute(_BAD_TRAFFIC).fetchone():
-            raise ValueError("traffic is out of range")
-        if self._db.execute("SELECT 1 FROM peers WHERE id < 1").fetchone():
-            raise ValueError("an id is out of range")
-        for name in META_PARSERS:
-            self.meta(name)
-        after = 0
-        while peers := self.peers_after(after, READ_CHUNK):
-            for peer in peers:
-                verify_peer(peer)
-            after = peers[-1].id
+    def add(self, addresses: Sequence[str]) -> None:
+        rows = [(address,) for address in addresses]
+        self._db.executemany("INSERT OR REPLACE INTO released (address) VALUES (?)", rows)
+        self.any = self.any or bool(rows)
 
-    def replay(
-        self, file: JournalFile, name: str, salvage: bool = False, all_parts: bool = False
-    ) -> Iterator[str]:
-        """Apply a journal's records above `number`; with `salvage`, yield what was skipped.
+    def remove(self, addresses: Iterable[str]) -> None:
+        rows = [(address,) for address in addresses]
+        self._db.executemany("DELETE FROM released WHERE address = ?", rows)
 
-        replay() collects the void records first, because a record that the interface refused never
-        counts. It undoes the records that open_parts() finds, unless `all_parts` is true. If a
-        crash came before the interface had the last landing, the counters that this landing
-        restarts still go on: `restarted` keeps their last known values. Raises DamagedError.
-        """
-        landings = [landing for landing in file.landings if landing.last > self.number]
-        if file.after > self.number and not salvage:
-            raise _damaged(
-                name, 0, f"it follows record {file.after}, but the state ends at {self.number}"
-            )
-        records = list(_numbered(file, landings, name, salvage))
-        void = {number for _, record in records for number in record.void}
-        parts = set() if file.columns or all_parts else open_parts(landings)
-        undo: list[tuple[Peer | None, Peer | None, TrafficRow]] = []
-        if not salvage:  # a record that fails ends the start, so SQLite need not roll it back
-            self._db.execute("PRAGMA journal_mode = OFF")
-        self._db.execute("BEGIN")
-        for number, record in records:
-            if number > self.number and number not in void:
-                if salvage and number > self.number + 1:
-                    yield f"{number - self.number - 1} records before {number} are missing"
-                if number in parts:
-                    undo += self._undo_of(record)
-                try:
-                    self.apply(record)
-                except _BAD_RECORD as error:
-                    if not salvage:
-                        raise _damaged(
-                            name, 0, f"record {number} does not apply: {error}"
-                        ) from None
-                    yield f"record {number} does not apply"
-            self.number = max(self.number, number)
-        try:
-            self._take_back(undo)
-        except sqlite3.Error as error:
-            found = f"its unfinished desired state cannot be undone: {error}"
-            raise _damaged(name, 0, found) from None
-        self._db.execute("COMMIT")
-        self._db.execute("PRAGMA journal_mode = MEMORY")
-        last = landings[-1].first if landings else MAX_INTEGER
-        self.restarted = {
-            i: (rx, tx) for number, r in records if number >= last for i, rx, tx in r.restart
-        }
-        self.changed = self.changed or bool(records)
+    def clear(self) -> None:
+        self._db.execute("DELETE FROM released")
+        self.any = False
 
-    def _undo_of(self, record: Record) -> Iterator[tuple[Peer | None, Peer | None, TrafficRow]]:
-        """Each peer that a record will change, before and after, with its present totals."""
-        for number in record.delete:
-            yield self.by_id(number), None, self.traffic_row(number)
-        for peer in record.put:
-            yield self.by_id(peer.id), peer, self.traffic_row(peer.id)
 
-    def _take_back(self, undo: Sequence[tuple[Peer | None, Peer | None, TrafficRow]]) -> None:
-        """Undo an unfinished desired state of version 1. Later changes by others stay."""
-        for before, after, traffic in reversed(undo):
-            now = self.by_id(traffic.id)
-            if before is None:
-                self.apply(Record(delete=[now.id] if now else []))
-            elif after is None and now is None and self.get(before.public_key) is None:
-                self.apply(Record([before], traffic=[traffic._replace(rx_seen=0, tx_seen=0)]))
-            elif after is not None and now is not None:
-                both = zip(Peer._fields, now, after, strict=True)
-                kept: dict[str, Any] = {name: value for name, value, left in both if value != left}
-                self.apply(Record([before._replace(**kept)]))
+class Feeds:
+    """What the followers of changes and usage read.
 
-    # --- the one way in which rows change --------------------------------------------------------
+    `sequence` is the last sequence that was assigned. Every changed row and every deleted key gets
+    the next one, and replay assigns the same ones. Rows of a landing that is only partly applied
+    have higher ones, and no feed shows them. `last_change` is the last sequence of a peer or of a
+    deleted key. `diverged`: clients may have seen other changes after this sequence. `forgotten` is
+    the sequence of the latest deletion that the table `gone` lost to MAX_GONE.
+    """
 
-    def apply(self, record: Record) -> None:
-        """Change the rows as a record says. Raises sqlite3.Error halfway when it does not fit."""
-        for _ in self.apply_in_slices(record):
-            pass
+    def __init__(self, db: sqlite3.Connection, meta: Mapping[str, str]) -> None:
+        self._db = db
+        self._gaps = Gaps.parse(meta["feed"]) if "feed" in meta else Gaps()
+        self.forgotten = int(meta.get("forgotten", 0))
+        self.diverged: int | None = None
+        self._gone, *newest = db.execute(  # how many rows `gone` has, or more
+            "SELECT (SELECT count(*) FROM gone), (SELECT max(sequence) FROM gone), "
+            "(SELECT max(sequence) FROM peers), (SELECT max(sequence) FROM traffic)"
+        ).fetchone()
+        gone, changed, counted = (sequence or 0 for sequence in newest)
+        self.last_change = max(gone, changed)
+        self.sequence = max(int(meta.get("sequence", 0)), self.last_change, counted)
 
-    def apply_in_slices(self, record: Record) -> Iterator[None]:
-        """apply() in slices of APPLY_SLICE rows. Between two slices no peer is missing.
+    # --- for clients -----------------------------------------------------------------------------
 
-        The steps that free keys and addresses come first.
-        """
-        before: dict[int, Sequence[Any]] = {}
-        given_up: dict[str, int] = {}  # keys and addresses that peers no longer have
-        for numbers in _slices(record.delete):
-            for number in numbers:
-                row = self._held(number)
-                if row is None:
-                    raise sqlite3.IntegrityError(f"there is no peer with id {number}")
-                before[number] = row
-                self._take_out(row)
-                self._db.execute("DELETE FROM traffic WHERE id = ?", (number,))
-            yield
-        for peers in _slices(record.put):
-            for peer in peers:
-                if peer.id < self.next_id and (row := self._held(peer.id)) is not None:
-                    before[peer.id] = row
-                    kept = (peer.public_key, peer.assigned_ip, peer.assigned_ipv6)
-                    given_up.update((v, peer.id) for v in row[3:6] if v and v not in kept)
-            yield
-        order = {peer.id: n for n, peer in enumerate(record.put, self.sequence + 1)}
-        put: Sequence[Peer] = record.put
-        if given_up and len(put) > APPLY_SLICE:
-            traded: set[int] = set()
-            for peers in _slices(put):
-                values = ((p.public_key, p.assigned_ip, p.assigned_ipv6) for p in peers)
-                traded.update(given_up[v] for held in values for v in held if v in given_up)
-                yield
-            # One call puts the few peers that hand keys or addresses to each other.
-            self._put([peer for peer in put if peer.id in traded], before, record.at, order)
-            put = [peer for peer in put if peer.id not in traded]
-        yield from self._note_released(record, before)
-        for peers in _slices(put):
-            self._put(peers, before, record.at, order)
-            yield
-        gone = [before[number][3] for number in record.delete]
-        gone += [
-            before[peer.id][3]
-            for peer in record.put
-            if peer.id in before and before[peer.id][3] != peer.public_key
-        ]
-        last = self.sequence + len(record.put)
-        for keys in _slices(list(enumerate(gone, last + 1))):
-            self._note_gone(keys, record.at)
-            yield
-        last += len(gone)
-        for rows in _slices(record.traffic):
-            self._db.executemany(_PUT_TRAFFIC, [(*row, n) for n, row in enumerate(rows, last + 1)])
-            last += len(rows)
-            yield
-        if record.put or gone:
-            self.last_change = last
-        self.sequence = last
-        self._apply_rest(record)
-        self.changed = True
-
-    def _held(self, number: int) -> Sequence[Any] | None:
-        """The key, addresses and counted columns of a peer's row, in the order of _HELD."""
-        query = f"SELECT {_HELD} FROM peers WHERE id = ?"  # noqa: S608  names of this file
-        row: Sequence[Any] | None = self._db.execute(query, (number,)).fetchone()
-        return row
-
-    def _take_out(self, row: Sequence[Any]) -> None:
-        """Remove a peer's row, in order to delete or to replace it."""
-        self._db.execute("DELETE FROM peers WHERE id = ?", (row[0],))
-        self._count((row[1], row[2], row[7], row[6]), -1, -sum(map(bool, row[4:6])))
-
-    def _put(
-        self,
-        peers: Sequence[Peer],
-        before: Mapping[int, Sequence[Any]],
-        at: int,
-        order: Mapping[int, int],
-    ) -> None:
-        for peer in peers:
-            if peer.id in before:
-                self._take_out(before[peer.id])
-        self._db.executemany(_INSERT, [(*peer, order[peer.id], at) for peer in peers])
-        if self._gone:
-            keys = [(peer.public_key,) for peer in peers]
-            self._db.executemany("DELETE FROM gone WHERE public_key = ?", keys)
-        for peer in peers:
-            kind = (peer.interface, peer.status, peer.status_reason, peer.service_class)
-            self._count(kind, 1, bool(peer.assigned_ip) + bool(peer.assigned_ipv6))
-            row = before.get(peer.id)
-            if row is None:
-                self.next_id = max(self.next_id, peer.id + 1)
-            elif row[3] != peer.public_key or row[2] != peer.status:
-                # It leaves or joins the interface, so its counters there restart at 0.
-                self._db.execute(
-                    "UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = ?", (peer.id,)
-                )
-
-    def _note_gone(self, keys: Sequence[tuple[int, str]], at: int) -> None:
-        """Remember the (sequence, key) of deleted keys, unless another peer has them now."""
-        for number, key in keys:
-            self._db.execute(
-                "INSERT OR REPLACE INTO gone (sequence, public_key, at) SELECT ?, ?, ? "
-                "WHERE NOT EXISTS (SELECT 1 FROM peers WHERE public_key = ?)",
-                (number, key, at, key),
-            )
-        self._gone += len(keys)
-        if self._gone <= MAX_GONE:
-            return
-        self._gone = self._db.execute("SELECT count(*) FROM gone").fetchone()[0]
-        excess = self._gone - MAX_GONE
-        if excess > 0:
-            query = "SELECT sequence FROM gone ORDER BY sequence LIMIT 1 OFFSET ?"
-            self._forgotten = self._db.execute(query, (excess - 1,)).fetchone()[0]
-            self._db.execute("DELETE FROM gone WHERE sequence <= ?", (self._forgotten,))
-            self._gone = MAX_GONE
-
-    def _note_released(self, record: Record, before: Mapping[int, Sequence[Any]]) -> Iterator[None]:
-        """Add the addresses that the record frees to `released`, and remove those that it uses."""
-        if not before and not self._any_released:
-            return
-        held: set[str] = set()
-        for peers in _slices(record.put):
-            held.update(a for p in peers for a in (p.assigned_ip, p.assigned_ipv6) if a)
-            yield
-        for rows in _slices(list(before.values())):
-            freed = [(a,) for row in rows for a in row[4:6] if a and a not in held]
-            self._db.executemany("INSERT OR REPLACE INTO released (address) VALUES (?)", freed)
-            self._any_released = self._any_released or bool(freed)
-            yield
-        for addresses in _slices(list(held) if self._any_released else []):
-            taken = [(address,) for address in addresses]
-            self._db.executemany("DELETE FROM released WHERE address = ?", taken)
-            yield
-
-    def _apply_rest(self, record: Record) -> None:
-        for number, _, _ in record.restart:
-            self._db.execute("UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = ?", (number,))
-        for name, text in record.settings.items():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
-            if name == "feed":
-                self.sequence = max(self.sequence, *(end for _, end in Feed.parse(text).gaps))
-        if record.released is not None:
-            self._db.execute("DELETE FROM released")
-            self._db.executemany(
-                "INSERT INTO released (address) VALUES (?)", [(a,) for a in record.released]
-            )
-            self._any_released = bool(record.released)
-
-    # --- reading ---------------------------------------------------------------------------------
-
-    def get(self, public_key: str) -> Peer | None:
-        row = self._db.execute(f"{_SELECT} WHERE public_key = ?", (public_key,)).fetchone()
-        return Peer._make(row) if row else None
-
-    def by_id(self, peer_id: int) -> Peer | None:
-        row = self._db.execute(f"{_SELECT} WHERE id = ?", (peer_id,)).fetchone()
-        return Peer._make(row) if row else None
-
-    def traffic(self, peer_id: int) -> Traffic:
-        row = self._db.execute(f"SELECT {_TOTALS} WHERE p.id = ?", (peer_id,)).fetchone()
-        return Traffic._make(row) if row else Traffic()
-
-    def traffic_row(self, peer_id: int) -> TrafficRow:
-        row = self._db.execute(f"{_TRAFFIC} WHERE id = ?", (peer_id,)).fetchone()
-        return TrafficRow._make(row) if row else TrafficRow(peer_id, 0, 0, 0, 0, 0)
-
-    def shown(self, public_key: str) -> tuple[Peer, Traffic] | None:
-        """A peer and its totals."""
-        row = self._db.execute(f"{_PAGE} WHERE p.public_key = ?", (public_key,)).fetchone()
-        return _row_of_page(row) if row else None
-
-    def page(self, after: int, limit: int, chosen: Filter) -> Page:
-        """Up to `limit` peers with an id above `after`, in order of creation.
-
-        No index knows which peers are online. With this filter a page reads at most PAGE_SCAN peers
-        and may therefore be shorter than `limit`.
-        """
-        exact = (chosen.label, chosen.request_id, chosen.reason)
-        conditions: dict[str, Any] = {"p.id > ?": after}
-        for name, value in zip(("label", "request_id", "status_reason"), exact, strict=True):
-            if value is not None:
-                conditions[f"p.{name} = ?"] = value
-        last = MAX_INTEGER
-        if chosen.online is not None:
-            last = conditions["p.id <= ?"] = self._scan_end(after)
-            online = "(p.status = 'active' AND coalesce(t.last_handshake, 0) > ?)"
-            conditions[online if chosen.online else f"NOT {online}"] = chosen.online_since
-        kinds: list[dict[str, Any]] = [{}]
-        if chosen.status is not None or chosen.interface is not None:
-            # The index lists each kind by id: read `limit` of each, then keep the first ones.
-            kinds = [
-                {"p.interface = ?": name, "p.status = ?": status}
-                for name, status in self.counts
-                if chosen.interface in (None, name) and chosen.status in (None, status)
-            ]
-        rows: list[Sequence[Any]] = []
-        for kind in kinds:
-            wanted = conditions | kind
-            query = f"{_PAGE} WHERE {' AND '.join(wanted)} ORDER BY p.id LIMIT ?"
-            rows += self._db.execute(query, (*wanted.values(), limit + 1))
-        rows.sort(key=lambda row: int(row[0]))
-        shown = [_row_of_page(row) for row in rows[:limit]]
-        if len(rows) > limit:
-            return Page(shown, shown[-1][0].id)
-        return Page(shown, last if last < self.next_id - 1 else None)
-
-    def check_feed(self, after: int) -> None:
+    def check(self, after: int) -> None:
         """Raises Gone when some change behind this sequence is no longer remembered.
 
         A client that began at 0 and has not reached the end continues with a negative sequence: it
         knows of no peer whose deletion may have been forgotten.
         """
-        feed = self.meta("feed") or Feed()
-        lost = any(begin < after < end for begin, end in feed.gaps)
-        forgotten = 0 < after < max(self._forgotten, feed.floor)
+        lost = any(begin < after < end for begin, end in self._gaps.gaps)
+        forgotten = 0 < after < max(self.forgotten, self._gaps.floor)
         if lost or forgotten or abs(after) > self.sequence:
             raise Gone("after: later changes are no longer remembered: begin again with 0")
 
@@ -5184,121 +4881,102 @@ class Store:
         )
         return [(row[0], row[1], Traffic._make((*row[2:], 0))) for row in rows]
 
+    # --- what changes them -----------------------------------------------------------------------
+
+    def with_gap(self, now: float) -> str:
+        """The row `feed` of `meta` for rows that may lack changes which clients have seen."""
+        begin = self.sequence if self.diverged is None else self.diverged
+        return self._gaps.skipped(begin, now).encode()
+
+    def set_gaps(self, text: str) -> None:
+        self._gaps = Gaps.parse(text)
+        self.sequence = max(self.sequence, *(end for _, end in self._gaps.gaps))
+
+    def note_gone(self, keys: Sequence[tuple[int, str]], at: int) -> None:
+        """Remember the (sequence, key) of deleted keys, unless another peer has them now."""
+        self._db.executemany(
+            "INSERT OR REPLACE INTO gone (sequence, public_key, at) SELECT ?, ?, ? "
+            "WHERE NOT EXISTS (SELECT 1 FROM peers WHERE public_key = ?)",
+            [(sequence, key, at, key) for sequence, key in keys],
+        )
+        self._gone += len(keys)
+        if self._gone <= MAX_GONE:
+            return
+        self._gone = self._db.execute("SELECT count(*) FROM gone").fetchone()[0]
+        excess = self._gone - MAX_GONE
+        if excess > 0:
+            query = "SELECT sequence FROM gone ORDER BY sequence LIMIT 1 OFFSET ?"
+            self.forgotten = self._db.execute(query, (excess - 1,)).fetchone()[0]
+            self._db.execute("DELETE FROM gone WHERE sequence <= ?", (self.forgotten,))
+            self._gone = MAX_GONE
+
+    def note_back(self, keys: Iterable[str]) -> None:
+        """Peers have these keys, so that they are not gone, or no longer."""
+        if self._gone:
+            rows = [(key,) for key in keys]
+            self._db.executemany("DELETE FROM gone WHERE public_key = ?", rows)
+
+
+class Queries:
+    """What is asked of many rows, and changes none.
+
+    Methods with `after` and `limit` read the next `limit` peers with an id above `after`, and tell
+    of each its id and what is asked for. Where this is only for some peers, the others have None: a
+    query for the wanted ones alone would read the whole table when they are few.
+    """
+
+    def __init__(self, db: sqlite3.Connection, counts: Counts) -> None:
+        self._db = db
+        self._counts = counts
+
+    # --- lists and figures -----------------------------------------------------------------------
+
+    def shown(self, public_key: str) -> tuple[Peer, Traffic] | None:
+        """A peer and its totals."""
+        row = self._db.execute(f"{_PAGE} WHERE p.public_key = ?", (public_key,)).fetchone()
+        return _row_of_page(row) if row else None
+
+    def page(self, after: int, limit: int, chosen: Filter) -> Page:
+        """Up to `limit` peers with an id above `after`, in order of creation.
+
+        No index knows which peers are online. With this filter a page reads at most PAGE_SCAN peers
+        and may therefore be shorter than `limit`.
+        """
+        exact = (chosen.label, chosen.request_id, chosen.reason)
+        conditions: dict[str, Any] = {"p.id > ?": after}
+        for name, value in zip(("label", "request_id", "status_reason"), exact, strict=True):
+            if value is not None:
+                conditions[f"p.{name} = ?"] = value
+        last = MAX_INTEGER
+        if chosen.online is not None:
+            last = conditions["p.id <= ?"] = self._scan_end(after)
+            online = "(p.status = 'active' AND coalesce(t.last_handshake, 0) > ?)"
+            conditions[online if chosen.online else f"NOT {online}"] = chosen.online_since
+        kinds: list[dict[str, Any]] = [{}]
+        if chosen.status is not None or chosen.interface is not None:
+            # The index lists each kind by id: read `limit` of each, then keep the first ones.
+            kinds = [
+                {"p.interface = ?": name, "p.status = ?": status}
+                for name, status in self._counts.peers
+                if chosen.interface in (None, name) and chosen.status in (None, status)
+            ]
+        rows: list[Sequence[Any]] = []
+        for kind in kinds:
+            wanted = conditions | kind
+            query = f"{_PAGE} WHERE {' AND '.join(wanted)} ORDER BY p.id LIMIT ?"
+            rows += self._db.execute(query, (*wanted.values(), limit + 1))
+        rows.sort(key=lambda row: int(row[0]))
+        shown = [_row_of_page(row) for row in rows[:limit]]
+        if len(rows) > limit:
+            return Page(shown, shown[-1][0].id)
+        return Page(shown, last if last < self._counts.next_id - 1 else None)
+
     def _scan_end(self, after: int) -> int:
         row = self._db.execute(
             "SELECT max(id) FROM (SELECT id FROM peers WHERE id > ? ORDER BY id LIMIT ?)",
             (after, PAGE_SCAN),
         ).fetchone()
         return row[0] or MAX_INTEGER
-
-    def peers_after(self, after: int, limit: int) -> list[Peer]:
-        rows = self._db.execute(f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
-        return [Peer._make(row) for row in rows]
-
-    def wire_rows(self, interface: str, after: int, limit: int) -> list[Sequence[Any]]:
-        """(id, arguments of encode_wire()) of peers with an id above `after`.
-
-        The key is None for peers that are not active on this interface: a query for active ones
-        alone would read the whole table when they are few.
-        """
-        return self._db.execute(
-            "SELECT id, CASE WHEN interface = ? AND status = 'active' THEN public_key END, "
-            "preshared_key, service_class, assigned_ip, assigned_ipv6 FROM peers "
-            "WHERE id > ? ORDER BY id LIMIT ?",
-            (interface, after, limit),
-        ).fetchall()
-
-    def held_rows(
-        self, interface: str, family: str, after: int, limit: int
-    ) -> list[tuple[int, str | None]]:
-        """(id, address) of peers with an id above `after`; None for those of other interfaces."""
-        column = ADDRESS_FIELD[family]
-        return self._db.execute(
-            f"SELECT id, CASE WHEN interface = ? THEN {column} END FROM peers "  # noqa: S608  names of this file
-            "WHERE id > ? ORDER BY id LIMIT ?",
-            (interface, after, limit),
-        ).fetchall()
-
-    def counted(self, interface: str, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
-        """By key of active peers: preshared key, addresses, and their row of `traffic`."""
-        query = f"{_COUNTED} ({', '.join('?' * len(keys))})"
-        return {row[0]: row for row in self._db.execute(query, (interface, *keys))}
-
-    def released(self, family: str | None = None) -> list[str]:
-        """The released addresses, oldest first."""
-        rows = self._db.execute("SELECT address FROM released ORDER BY sequence")
-        addresses = [row[0] for row in rows]
-        return [a for a in addresses if family is None or (":" in a) == (family == "ipv6")]
-
-    def meta(self, name: str) -> Any:
-        """The parsed value of a row of META_PARSERS, None without one. Raises ValueError."""
-        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return META_PARSERS[name](row[0]) if row else None
-
-    def peers_on(self, interface: str) -> int:
-        return sum(n for (name, _), n in self.counts.items() if name == interface)
-
-    def public_keys(self) -> dict[str, str]:
-        """By interface: the key that the configurations of its peers name."""
-        return self.meta("public_keys") or {}
-
-    def keep_public_keys(self, own: Mapping[str, str]) -> None:
-        """At the start: remember the keys of interfaces that lack a remembered key, or peers."""
-        kept = self.public_keys()
-        for name, key in self.private_keys.items():  # older encrypted states have only these
-            if name in own and name not in kept:
-                kept[name] = encode_key(x25519_public(decode_key(key)))
-        kept |= {n: key for n, key in own.items() if n not in kept or not self.peers_on(n)}
-        if kept != self.public_keys():
-            self.remember("public_keys", json.dumps(kept))
-
-    def remember(self, name: str, value: str) -> None:
-        """Set a row of META_PARSERS without a record. A crash may lose it."""
-        self._db.execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (name, value))
-        self.changed = True
-
-    def chosen(self, column: str) -> list[tuple[str, Any, int]]:
-        """(interface, value, how many of its peers have the value) for a column."""
-        return self._db.execute(
-            f"SELECT interface, {column}, count(*) FROM peers GROUP BY interface, {column}"  # noqa: S608  names of this file
-        ).fetchall()
-
-    def expired(self, now: int) -> list[int]:
-        """The ids of peers whose status does not fit their expires_at.
-
-        These are active peers that have expired, and, after the clock was set back, peers that the
-        gateway suspended too early.
-        """
-        rows = self._db.execute(
-            "SELECT id FROM peers WHERE status = 'active' AND expires_at <= ? "
-            "UNION ALL SELECT id FROM peers WHERE status_reason = 'expired' AND expires_at > ?",
-            (now, now),
-        )
-        return [row[0] for row in rows]
-
-    def quotas(self, after: int, limit: int) -> list[tuple[int, bool]]:
-        """(id, whether its quota requires another status) of peers with a quota, above `after`."""
-        over = "coalesce(t.rx_bytes + t.tx_bytes, 0) - p.quota_base > p.quota_bytes"
-        return self._db.execute(
-            f"SELECT p.id, CASE WHEN {over} THEN p.status = 'active' "  # noqa: S608  names of this file
-            "ELSE p.status_reason IS 'quota' END FROM peers p LEFT JOIN traffic t ON t.id = p.id "
-            "WHERE p.id > ? AND p.quota_bytes IS NOT NULL ORDER BY p.id LIMIT ?",
-            (after, limit),
-        ).fetchall()
-
-    def periodic(self, periods: Sequence[str], after: int, limit: int) -> list[tuple[int, bool]]:
-        """(id, whether its quota must be reset) of peers with a quota period, above `after`.
-
-        A used quota must be reset if its period is one of `periods`.
-        """
-        among = ", ".join("?" * len(periods))
-        return self._db.execute(
-            f"SELECT p.id, p.quota_period IN ({among}) "  # noqa: S608  marks
-            "AND coalesce(t.rx_bytes + t.tx_bytes, 0) <> p.quota_base "
-            "FROM peers p LEFT JOIN traffic t ON t.id = p.id "
-            "WHERE p.id > ? AND p.quota_period IS NOT NULL ORDER BY p.id LIMIT ?",
-            (*periods, after, limit),
-        ).fetchall()
 
     def online(self, since: int) -> int:
         """How many active peers had a handshake after `since` (Unix seconds)."""
@@ -5318,8 +4996,369 @@ class Store:
         )
         return dict(rows.fetchall())
 
+    # --- what interfaces should have -------------------------------------------------------------
+
+    def wire_rows(self, interface: str, after: int, limit: int) -> list[Sequence[Any]]:
+        """(id, arguments of encode_wire()); the key is None if not active on this interface."""
+        key = "CASE WHEN p.interface = ? AND p.status = 'active' THEN p.public_key END"
+        columns = f"{key}, p.preshared_key, p.service_class, p.assigned_ip, p.assigned_ipv6"
+        return self._scan(columns, "", (interface, after, limit))
+
+    def held_rows(
+        self, interface: str, family: str, after: int, limit: int
+    ) -> list[tuple[int, str | None]]:
+        """(id, address); None for peers of other interfaces."""
+        address = f"CASE WHEN p.interface = ? THEN p.{ADDRESS_FIELD[family]} END"
+        return self._scan(address, "", (interface, after, limit))
+
+    def _scan(self, columns: str, condition: str, values: Sequence[Any]) -> list[Any]:
+        """The id and these columns; `values` end with after and limit."""
+        return self._db.execute(
+            f"SELECT p.id, {columns} FROM peers p LEFT JOIN traffic t ON t.id = p.id "  # noqa: S608  names of this file
+            f"WHERE {condition} p.id > ? ORDER BY p.id LIMIT ?",
+            values,
+        ).fetchall()
+
+    def counted(self, interface: str, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
+        """By key of active peers: preshared key, addresses, and their row of `traffic`."""
+        query = f"{_COUNTED} ({', '.join('?' * len(keys))})"
+        return {row[0]: row for row in self._db.execute(query, (interface, *keys))}
+
+    def chosen(self, column: str) -> list[tuple[str, Any, int]]:
+        """(interface, value, how many of its peers have the value) for a column."""
+        return self._db.execute(
+            f"SELECT interface, {column}, count(*) FROM peers GROUP BY interface, {column}"  # noqa: S608  names of this file
+        ).fetchall()
+
+    # --- limits ----------------------------------------------------------------------------------
+
+    def expired(self, now: int) -> list[int]:
+        """The ids of peers whose status does not fit their expires_at.
+
+        These are active peers that have expired, and, after the clock was set back, peers that the
+        gateway suspended too early.
+        """
+        rows = self._db.execute(
+            "SELECT id FROM peers WHERE status = 'active' AND expires_at <= ? "
+            "UNION ALL SELECT id FROM peers WHERE status_reason = 'expired' AND expires_at > ?",
+            (now, now),
+        )
+        return [row[0] for row in rows]
+
+    def quotas(self, after: int, limit: int) -> list[tuple[int, bool]]:
+        """(id, whether its quota requires another status) of peers with a quota."""
+        over = "coalesce(t.rx_bytes + t.tx_bytes, 0) - p.quota_base > p.quota_bytes"
+        due = f"CASE WHEN {over} THEN p.status = 'active' ELSE p.status_reason IS 'quota' END"
+        return self._scan(due, "p.quota_bytes IS NOT NULL AND", (after, limit))
+
+    def periodic(self, periods: Sequence[str], after: int, limit: int) -> list[tuple[int, bool]]:
+        """(id, whether its quota must be reset) of peers with a quota period.
+
+        A used quota must be reset if its period is one of `periods`.
+        """
+        used = "coalesce(t.rx_bytes + t.tx_bytes, 0) <> p.quota_base"
+        due = f"p.quota_period IN ({', '.join('?' * len(periods))}) AND {used}"
+        return self._scan(due, "p.quota_period IS NOT NULL AND", (*periods, after, limit))
+
+
+class _Change:
+    """A record on its way into the rows. The steps that free keys and addresses come first."""
+
+    def __init__(self, record: Record, store: Store, db: sqlite3.Connection) -> None:
+        self._record = record
+        self._db = db
+        self._counts, self._released, self._feeds = store.counts, store.released, store.feeds
+        first = store.feeds.sequence + 1
+        self._sequences = {peer.id: n for n, peer in enumerate(record.put, first)}
+        self._last = store.feeds.sequence + len(record.put)  # the last assigned sequence
+        self._before: dict[int, Peer] = {}  # the former rows of deleted and changed peers, by id
+        self._given_up: dict[str, int] = {}  # keys and addresses that changed peers had
+        self._givers: set[int] = set()  # the peers whose former keys or addresses others get
+        self._freed: list[str] = []  # addresses that peers had
+        self._gone: list[str] = []  # keys that peers had
+
+    def steps(self) -> Iterator[tuple[Sequence[Any], Callable[[Any], None]]]:
+        """The steps in turn: what each works on, and the function that does a slice of it."""
+        record, put = self._record, self._record.put
+        yield record.delete, self._delete
+        yield put, self._find_former
+        yield self._freed, self._released.add
+        if self._released.any:
+            yield put, self._take_addresses
+        if self._given_up and len(put) > APPLY_SLICE:
+            yield put, self._find_givers
+            self._put([peer for peer in put if peer.id in self._givers])  # all of them leave first
+            put = [peer for peer in put if peer.id not in self._givers]
+        yield put, self._put
+        yield self._gone, self._note_gone
+        yield record.traffic, self._put_totals
+        if record.put or record.delete:
+            self._feeds.last_change = self._last
+        self._feeds.sequence = self._last
+        self._finish()
+
+    def _delete(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            row = _peer(self._db, number)
+            if row is None:
+                raise sqlite3.IntegrityError(f"there is no peer with id {number}")
+            self._before[number] = row
+            self._freed += _addresses_of(row)
+            self._gone.append(row.public_key)
+            self._take_out(row)
+            self._db.execute("DELETE FROM traffic WHERE id = ?", (number,))
+
+    def _take_out(self, row: Peer) -> None:
+        self._db.execute("DELETE FROM peers WHERE id = ?", (row.id,))
+        self._counts.add(row, -1)
+
+    def _find_former(self, peers: Sequence[Peer]) -> None:
+        for peer in peers:
+            if peer.id < self._counts.next_id and (row := _peer(self._db, peer.id)) is not None:
+                self._before[peer.id] = row
+                kept = _addresses_of(peer)
+                addresses = [address for address in _addresses_of(row) if address not in kept]
+                keys = [row.public_key] if row.public_key != peer.public_key else []
+                self._freed += addresses
+                self._gone += keys
+                self._given_up.update(dict.fromkeys(keys + addresses, peer.id))
+
+    def _take_addresses(self, peers: Sequence[Peer]) -> None:
+        self._released.remove([address for peer in peers for address in _addresses_of(peer)])
+
+    def _find_givers(self, peers: Sequence[Peer]) -> None:
+        for peer in peers:
+            for value in (peer.public_key, *_addresses_of(peer)):
+                if value in self._given_up:
+                    self._givers.add(self._given_up[value])
+
+    def _put(self, peers: Sequence[Peer]) -> None:
+        for peer in peers:
+            if peer.id in self._before:
+                self._take_out(self._before[peer.id])
+        at, sequences = self._record.at, self._sequences
+        self._db.executemany(_INSERT, [(*peer, sequences[peer.id], at) for peer in peers])
+        self._feeds.note_back(peer.public_key for peer in peers)
+        for peer in peers:
+            self._counts.add(peer, 1)
+            row = self._before.get(peer.id)
+            if row is None:
+                self._counts.next_id = max(self._counts.next_id, peer.id + 1)
+            elif row.public_key != peer.public_key or row.status != peer.status:
+                self._restart(peer.id)  # it leaves or joins the interface
+
+    def _restart(self, number: int) -> None:
+        """The peer's counters on the interface restart at 0."""
+        self._db.execute("UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = ?", (number,))
+
+    def _note_gone(self, keys: Sequence[str]) -> None:
+        self._feeds.note_gone(list(enumerate(keys, self._last + 1)), self._record.at)
+        self._last += len(keys)
+
+    def _put_totals(self, rows: Sequence[TrafficRow]) -> None:
+        numbered = [(*row, n) for n, row in enumerate(rows, self._last + 1)]
+        self._db.executemany(_PUT_TRAFFIC, numbered)
+        self._last += len(rows)
+
+    def _finish(self) -> None:
+        for number, _, _ in self._record.restart:
+            self._restart(number)
+        for name, text in self._record.settings.items():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
+            if name == "feed":
+                self._feeds.set_gaps(text)
+        if self._record.released is not None:
+            self._released.clear()
+            self._released.add(self._record.released)
+
+
+def _peer(db: sqlite3.Connection, number: int) -> Peer | None:
+    row = db.execute(f"{_SELECT} WHERE id = ?", (number,)).fetchone()
+    return Peer._make(row) if row else None
+
+
+def _addresses_of(peer: Peer) -> list[str]:
+    return [address for address in (peer.assigned_ip, peer.assigned_ipv6) if address]
+
+
+class Store:
+    """The rows, and the one way in which they change.
+
+    `number` is the last record that they contain; it never decreases. `loaded`: the rows come from
+    a snapshot. `journaled`: a journal belongs to this snapshot. `changed`: the rows have changed
+    since the last snapshot. `restarted`: see replay().
+    """
+
+    def __init__(self, image: bytes | None = None) -> None:
+        """Without an image the rows are empty. Raises sqlite3.Error, ValueError, TypeError."""
+        self._db = open_image(image) if image is not None else empty_database()
+        rows = dict(self._db.execute("SELECT name, value FROM meta"))
+        self.loaded = image is not None
+        self.number = int(rows["number"]) if self.loaded else 0
+        self.lineage = rows.get("lineage", "")  # a random id; the first start chooses it
+        self.journaled = rows.get("journaled") == "1"
+        # By interface; only encrypted snapshots hold them.
+        self.private_keys = {
+            name.partition(" ")[2]: key
+            for name, key in rows.items()
+            if name.startswith("private_key ")
+        }
+        self.counts = Counts(self._db)
+        self.released = Released(self._db)
+        self.feeds = Feeds(self._db, rows)
+        self.queries = Queries(self._db, self.counts)
+        self.changed = False
+        self.restarted: dict[int, tuple[int, int]] = {}
+
+    def take(self, other: Store) -> None:
+        """Become another store, which must not be used afterwards."""
+        self._db.close()
+        self.__dict__.update(other.__dict__)
+        self.changed = True
+
     def close(self) -> None:
         self._db.close()
+
+    # --- whole states ----------------------------------------------------------------------------
+
+    def image(self, number: int, with_keys: bool, journaled: bool) -> bytes:
+        """The database as bytes, named after record `number`.
+
+        `with_keys`: it will be encrypted, so it includes the private keys. `journaled`: a journal
+        belongs to it.
+        """
+        rows = {
+            "number": str(number),
+            "journaled": str(int(journaled)),
+            "sequence": str(self.feeds.sequence),
+            "forgotten": str(self.feeds.forgotten),
+            "lineage": self.lineage,
+        }
+        if with_keys:
+            rows |= {f"private_key {name}": key for name, key in self.private_keys.items()}
+        self._db.execute("DELETE FROM meta WHERE name LIKE 'private_key %'")
+        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows.items())
+        return self._db.serialize()
+
+    def image_size(self) -> int:
+        query = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+        size: int = self._db.execute(query).fetchone()[0]
+        return size
+
+    def verify(self) -> None:
+        """Check all rows of a database that came from outside. Raises ValueError, sqlite3.Error."""
+        model = empty_database()
+        schema = "SELECT type, name, sql FROM sqlite_master ORDER BY type, name"
+        if self._db.execute(schema).fetchall() != model.execute(schema).fetchall():
+            raise ValueError("its tables are not those of this version")
+        if not 0 <= self.number < MAX_INTEGER // 2:
+            raise ValueError("its record number is out of range")
+        for address in self.released.addresses():
+            verify_address(address)
+        if self._db.execute(_BAD_TRAFFIC).fetchone():
+            raise ValueError("traffic is out of range")
+        if self._db.execute("SELECT 1 FROM peers WHERE id < 1").fetchone():
+            raise ValueError("an id is out of range")
+        for name in META_PARSERS:
+            self.meta(name)
+        after = 0
+        while peers := self.peers_after(after, READ_CHUNK):
+            for peer in peers:
+                verify_peer(peer)
+            after = peers[-1].id
+
+    # --- how rows change -------------------------------------------------------------------------
+
+    def apply_in_slices(self, record: Record) -> Iterator[None]:
+        """Change the rows as a record says, in slices of APPLY_SLICE rows.
+
+        Between two slices no peer is missing. Raises sqlite3.Error halfway when it does not fit.
+        """
+        change = _Change(record, self, self._db)
+        for items, step in change.steps():
+            for start in range(0, len(items), APPLY_SLICE):
+                step(items[start : start + APPLY_SLICE])
+                yield
+        self.changed = True
+
+    def apply(self, record: Record) -> None:
+        """All slices of apply_in_slices() at once."""
+        for _ in self.apply_in_slices(record):
+            pass
+
+    def replay(
+        self, file: JournalFile, name: str, skipped: Callable[[str], None] | None = None
+    ) -> None:
+        """Apply a journal's records above `number`. Raises DamagedError.
+
+        With `skipped`, it applies what it can instead, and passes each finding to this function.
+        replay() collects the void records first, because a record that the interface refused never
+        counts. If a crash came before the interface had the last landing, the counters that this
+        landing restarts still go on: `restarted` keeps their last known values.
+        """
+        landings = [landing for landing in file.landings if landing.last > self.number]
+        if file.after > self.number and not skipped:
+            raise _damaged(
+                name, 0, f"it follows record {file.after}, but the state ends at {self.number}"
+            )
+        records = list(decode_landings(landings, file.columns, name, skipped is not None))
+        void = {number for _, record in records for number in record.void}
+        if not skipped:  # a record that fails ends the start, so SQLite need not roll it back
+            self._db.execute("PRAGMA journal_mode = OFF")
+        self._db.execute("BEGIN")
+        for number, record in records:
+            if number > self.number and number not in void:
+                if skipped and number > self.number + 1:
+                    skipped(f"{number - self.number - 1} records before {number} are missing")
+                try:
+                    self.apply(record)
+                except _BAD_RECORD as error:
+                    if not skipped:
+                        raise _misfitting(name, number, error) from None
+                    skipped(f"record {number} does not apply")
+            self.number = max(self.number, number)
+        self._db.execute("COMMIT")
+        self._db.execute("PRAGMA journal_mode = MEMORY")
+        last = landings[-1].first if landings else MAX_INTEGER
+        self.restarted = {
+            i: (rx, tx) for number, r in records if number >= last for i, rx, tx in r.restart
+        }
+        self.changed = self.changed or bool(records)
+
+    def remember(self, name: str, value: str) -> None:
+        """Set a row of META_PARSERS without a record. A crash may lose it."""
+        self._db.execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (name, value))
+        self.changed = True
+
+    # --- what all read ---------------------------------------------------------------------------
+
+    def get(self, public_key: str) -> Peer | None:
+        row = self._db.execute(f"{_SELECT} WHERE public_key = ?", (public_key,)).fetchone()
+        return Peer._make(row) if row else None
+
+    def by_id(self, peer_id: int) -> Peer | None:
+        return _peer(self._db, peer_id)
+
+    def peers_after(self, after: int, limit: int) -> list[Peer]:
+        rows = self._db.execute(f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
+        return [Peer._make(row) for row in rows]
+
+    def traffic(self, peer_id: int) -> Traffic:
+        row = self._db.execute(f"SELECT {_TOTALS} WHERE p.id = ?", (peer_id,)).fetchone()
+        return Traffic._make(row) if row else Traffic()
+
+    def traffic_row(self, peer_id: int) -> TrafficRow:
+        row = self._db.execute(f"{_TRAFFIC} WHERE id = ?", (peer_id,)).fetchone()
+        return TrafficRow._make(row) if row else TrafficRow(peer_id, 0, 0, 0, 0, 0)
+
+    def meta(self, name: str) -> Any:
+        """The parsed value of a row of META_PARSERS, None without one. Raises ValueError."""
+        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return META_PARSERS[name](row[0]) if row else None
+
+    def public_keys(self) -> dict[str, str]:
+        """By interface: the key that the configurations of its peers name."""
+        return self.meta("public_keys") or {}
 
 
 def _row_of_page(row: Sequence[Any]) -> tuple[Peer, Traffic]:
@@ -5332,18 +5371,11 @@ def _slices(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
         yield items[start : start + APPLY_SLICE]
 
 
-def _numbered(
-    file: JournalFile, landings: Iterable[Landing], name: str, salvage: bool
-) -> Iterator[tuple[int, Record]]:
-    """Every record with its number. Raises DamagedError; with `salvage` it skips bad records."""
-    for landing in landings:
-        for number, parts in enumerate(landing.records, landing.first):
-            try:
-                given = parts if file.columns else upgrade_record(parts)
-                yield number, decode_record(given, file.columns or Peer._fields)
-            except _BAD_RECORD as error:
-                if not salvage:
-                    raise _damaged(name, 0, f"record {number} does not apply: {error}") from None
+# --- journals of version 1 ------------------------------------------------------------------------
+#
+# Version 1 wrote one record a line, and rows as JSON objects. The first half of its journal may be
+# in another file, `previous`. It wrote a desired state as records marked "part", followed by one
+# marked "end". Parts without an end were never acknowledged.
 
 
 def upgrade_record(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -5356,12 +5388,54 @@ def upgrade_record(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"put": rows, **kept}
 
 
-def open_parts(landings: Iterable[Landing]) -> set[int]:
-    """The numbers of version 1's records that belong to an unfinished desired state.
+def replay_version_1(
+    store: Store, file: JournalFile | None, path: str, vault: Vault | None
+) -> None:
+    """Apply the journal at `path`, which may be missing. Raises DamagedError.
 
-    Version 1 wrote a desired state as records marked "part", followed by one marked "end". Parts
-    without an end were never acknowledged.
+    It undoes the parts of an unfinished desired state. Later changes by others stay.
     """
+    after, landings = (file.after, file.landings) if file else (store.number, [])
+    if file is None or after > store.number:
+        older = read_journal(path + ".previous", vault)
+        if older is not None and not older.columns:
+            # Records that a disk fault left behind the next file's start do not count.
+            within = [old for old in older.landings if file is None or old.last <= after]
+            after, landings = older.after, within + landings
+    landings = [landing for landing in landings if landing.last > store.number]
+    parts = open_parts(landings)
+    start = next((n for n, landing in enumerate(landings) if landing.first in parts), None)
+    store.replay(JournalFile(after, (), landings[:start], 0, 0, b""), path)
+    undo: list[tuple[Peer | None, Peer | None, TrafficRow]] = []
+    for landing in landings[start:] if start is not None else ():
+        for _, record in decode_landings([landing], (), path):
+            if landing.first in parts:
+                changed = dict.fromkeys(record.delete) | {peer.id: peer for peer in record.put}
+                undo += [(store.by_id(i), p, store.traffic_row(i)) for i, p in changed.items()]
+        store.replay(JournalFile(after, (), [landing], 0, 0, b""), path)
+    try:
+        for before, put, traffic in reversed(undo):
+            _undo(store, before, put, traffic)
+    except sqlite3.Error as error:
+        found = f"its unfinished desired state cannot be undone: {error}"
+        raise _damaged(path, 0, found) from None
+
+
+def _undo(store: Store, before: Peer | None, put: Peer | None, traffic: TrafficRow) -> None:
+    """Undo a change of a peer from `before` to `put`, when it had this traffic."""
+    now = store.by_id(traffic.id)
+    if before is None:
+        store.apply(Record(delete=[now.id] if now else []))
+    elif put is None and now is None and store.get(before.public_key) is None:
+        store.apply(Record([before], traffic=[traffic._replace(rx_seen=0, tx_seen=0)]))
+    elif put is not None and now is not None:
+        fields = zip(Peer._fields, now, put, strict=True)
+        later: dict[str, Any] = {name: value for name, value, left in fields if value != left}
+        store.apply(Record([before._replace(**later)]))
+
+
+def open_parts(landings: Iterable[Landing]) -> set[int]:
+    """The numbers of the parts without an end."""
     parts: set[int] = set()
     for landing in landings:
         [given] = landing.records
@@ -5376,12 +5450,72 @@ def open_parts(landings: Iterable[Landing]) -> set[int]:
 # --- the files of a state -------------------------------------------------------------------------
 
 
+def load_snapshot(path: str, vault: Vault | None) -> Store:
+    """Read a snapshot's file. Raises DamagedError, ConfigError."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise _damaged(path, 0, f"cannot be read: {_reason(error)}") from None
+    try:
+        return Store(decode_snapshot(data, vault, path))
+    except (DamagedError, sqlite3.Error, ValueError, TypeError, KeyError) as error:
+        _refuse_ancestor(data, path)
+        if isinstance(error, DamagedError):
+            raise
+        raise _damaged(path, 0, f"not a good snapshot: {error}") from None
+
+
+def _refuse_ancestor(data: bytes, path: str) -> None:
+    """Raises ConfigError when the file belongs to the program before wggw."""
+    if not data.startswith(SQLITE_MAGIC):
+        return
+    with (
+        contextlib.closing(sqlite3.connect(":memory:")) as db,
+        contextlib.suppress(sqlite3.Error),
+    ):
+        db.deserialize(data)
+        if is_ancestor(db):
+            raise ConfigError(
+                f"DB_PATH {path!r} is the database of the gateway before wggw, which wggw does "
+                "not change. Name another file, start, and then take its peers over with "
+                f"`wggw import {shlex.quote(path)}`"
+            )
+
+
+def open_state(
+    data: bytes,
+    segments: Iterable[tuple[int, bytes, Sequence[TrafficRow]]] = (),
+    vault: Vault | None = None,
+) -> Store:
+    """The verified state of a snapshot file that came from outside; `vault` may be its key.
+
+    `segments` are (last number, journal file, totals) to replay on it. Raises DamagedError,
+    ConfigError.
+    """
+    name, segment_name = "the snapshot", "a journal segment"
+    try:
+        store = Store(decode_snapshot(data, vault, name))
+        store.feeds.diverged = store.feeds.sequence  # the segments have totals in another order
+        for number, segment, totals in segments:
+            file = parse_journal(segment, segment_name)
+            if file.torn or file.last != number:
+                raise _damaged(segment_name, file.size, f"it does not end with record {number}")
+            store.replay(file, segment_name)
+            store.apply(Record(traffic=totals))
+        store.verify()
+    except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise _damaged(name, 0, str(error)) from None
+    store.restarted.clear()
+    return store
+
+
 class Files:
     """Snapshot and journal of a store on disk. One thread at a time writes: see Ledger.turn."""
 
     def __init__(self, path: str, durability: str, disk: Disk, vault: Vault | None = None) -> None:
         self.path = os.path.realpath(path)
         self.durability = durability
+        self.journaled = durability != "none"
         self.journal = Journal(self.path + ".journal", disk, vault)
         self.snapshot_time = 0.0  # Unix seconds of the last snapshot, 0 for none
         self.snapshot_number = 0
@@ -5389,17 +5523,9 @@ class Files:
         self.torn = 0  # bytes of a torn line that load() found
         self.vault = vault
         self.writing = threading.Lock()  # held while a thread replaces or reads the snapshot
-        self._disk = disk
+        self.disk = disk
         self._found: JournalFile | None = None  # what load() read, for begin()
         self._lineage = ""  # of the snapshot
-
-    @property
-    def journaled(self) -> bool:
-        return self.durability != "none"
-
-    @property
-    def journal_bytes(self) -> int:
-        return self.journal.size if self.journaled else 0
 
     # --- start -----------------------------------------------------------------------------------
 
@@ -5408,13 +5534,15 @@ class Files:
 
         A new installation has neither. A state that has only one of them is damaged.
         """
-        store = Store()
-        file = read_journal(self.journal.path, self.vault)
+        journal, store = self.journal, Store()
+        file = read_journal(journal.path, self.vault)
         if os.path.exists(self.path):
-            self._load_snapshot(store, self.path)
-            if file is None and store.is_journaled():
+            store = load_snapshot(self.path, self.vault)
+            self._lineage = store.lineage
+            self._note_snapshot(store.number, os.stat(self.path).st_mtime)
+            if file is None and store.journaled:
                 raise DamagedError(
-                    f"{self.journal.path}: the journal is missing, although the snapshot has one: "
+                    f"{journal.path}: the journal is missing, although the snapshot has one: "
                     "restore it, or let `wggw check --repair` continue without it"
                 )
         elif (file and (file.landings or file.after)) or os.path.exists(self.path + ".previous"):
@@ -5424,68 +5552,20 @@ class Files:
                 "`wggw check --repair` make one, or move the other files away to begin empty"
             )
         try:
-            for _ in store.replay(self._whole(file, store), self.journal.path):
-                pass
+            if file is not None and file.columns:
+                store.replay(file, journal.path)
+            else:
+                replay_version_1(store, file, journal.path, self.vault)
         except sqlite3.Error as error:  # another program wrote it, with other tables
             raise _damaged(self.path, 0, f"not a good snapshot: {error}") from None
         self._found, self.torn = file, file.torn if file else 0
         if self.torn:
             LOG.warning(
                 "%s: dropped a last line of %d bytes that a crash tore; nobody had an answer to it",
-                self.journal.path,
+                journal.path,
                 self.torn,
             )
         return store
-
-    def _whole(self, file: JournalFile | None, store: Store) -> JournalFile:
-        """The journal for replay(). The first half of version 1's may be in another file."""
-        if file is None and not os.path.exists(self.journal.previous):
-            return JournalFile(0, Peer._fields, [], 0, 0, b"")
-        if file is not None and file.columns:
-            return file
-        landings = list(file.landings) if file else []
-        after = file.after if file else store.number
-        if file is None or file.after > store.number:
-            older = read_journal(self.journal.previous, self.vault)
-            if older is not None and not older.columns:
-                # Records that a disk fault left behind the next file's start do not count.
-                limit = after if file else MAX_INTEGER
-                landings = [lan for lan in older.landings if lan.last <= limit] + landings
-                after = older.after
-        landings = [landing for landing in landings if landing.last > store.number]
-        return JournalFile(after, (), landings, 0, 0, b"")
-
-    def _load_snapshot(self, store: Store, path: str) -> None:
-        try:
-            store.load(decode_snapshot(Path(path).read_bytes(), self.vault, path))
-        except OSError as error:
-            raise _damaged(path, 0, f"cannot be read: {_reason(error)}") from None
-        except (DamagedError, sqlite3.Error, ValueError, TypeError, KeyError) as error:
-            self._refuse_ancestor(path)
-            if isinstance(error, DamagedError):
-                raise
-            raise _damaged(path, 0, f"not a good snapshot: {error}") from None
-        found = os.stat(path)
-        self.snapshot_time, self.snapshot_bytes = found.st_mtime, found.st_size
-        self.snapshot_number, self._lineage = store.number, store.lineage
-
-    @staticmethod
-    def _refuse_ancestor(path: str) -> None:
-        """Raises ConfigError when the file belongs to the program before wggw."""
-        data = Path(path).read_bytes()
-        if not data.startswith(SQLITE_MAGIC):
-            return
-        with (
-            contextlib.closing(sqlite3.connect(":memory:")) as db,
-            contextlib.suppress(sqlite3.Error),
-        ):
-            db.deserialize(data)
-            if is_ancestor(db):
-                raise ConfigError(
-                    f"DB_PATH {path!r} is the database of the gateway before wggw, which wggw does "
-                    "not change. Name another file, start, and then take its peers over with "
-                    f"`wggw import {shlex.quote(path)}`"
-                )
 
     def begin(self, store: Store) -> None:
         """Continue the journal that load() read, or begin a new one beside a fresh snapshot.
@@ -5531,103 +5611,25 @@ class Files:
                     line = file.readline(1024)
                 head = _parse_header(line)
                 if not line.startswith(SNAPSHOT_MAGIC) and not (head and head.sealed):
-                    self._disk.unlink(name)
+                    self.disk.unlink(name)
 
     # --- while running ---------------------------------------------------------------------------
-
-    def write_snapshot(self, number: int, image: bytes) -> None:
-        """Replace the snapshot, and keep the old one as DB_PATH.previous. Raises OSError."""
-        if os.path.exists(self.path):
-            self._disk.link_over(self.path, self.path + ".previous")
-        self._disk.replace(self.path, snapshot_parts(image, self.vault))
-        self.snapshot_number = number
-        self.snapshot_time, self.snapshot_bytes = time.time(), os.stat(self.path).st_size
 
     def image(self, store: Store, number: int, journaled: bool | None = None) -> bytes:
         """See Store.image(); without `journaled`, the image is for these files."""
         has_journal = self.journaled if journaled is None else journaled
         return store.image(number, self.vault is not None, has_journal)
 
-    def renew(self, number: int, image: bytes) -> None:
-        """Write a snapshot of the rows as of record `number`, and an empty journal. Raises OSError.
+    def write_snapshot(self, number: int, image: bytes) -> None:
+        """Replace the snapshot, and keep the old one as DB_PATH.previous. Raises OSError."""
+        if os.path.exists(self.path):
+            self.disk.link_over(self.path, self.path + ".previous")
+        self.disk.replace(self.path, snapshot_parts(image, self.vault))
+        self._note_snapshot(number, time.time())
 
-        A snapshot never lacks the journal that it claims to have: without a journal, one is made
-        first. If somebody removed the journal, the new one does not fit the old snapshot, which
-        lacks the removed changes.
-        """
-        if self.journaled and not os.path.exists(self.journal.path):
-            self.journal.start(number if self.snapshot_time else 0)
-        self.write_snapshot(number, image)
-        if self.journaled:
-            self.journal.start(number)
-        else:
-            for path in (self.journal.previous, self.journal.path):
-                with contextlib.suppress(FileNotFoundError):
-                    self._disk.unlink(path)
-        self.journal.failure = None
-
-    def write_copy(self, store: Store, path: str) -> None:
-        """Write a state as a separate snapshot file. Raises OSError."""
-        image = self.image(store, store.number, journaled=False)
-        self._disk.replace(path, snapshot_parts(image, self.vault))
-
-    def generation(self) -> list[tuple[int, int] | None]:
-        """A value that changes when anybody replaces the snapshot or the journal."""
-        return [_file_identity(path) for path in (self.path, self.journal.path)]
-
-    def salvage(self, store: Store) -> Iterator[str]:
-        """Read everything readable into a store, and yield a line for each file and finding."""
-        for path in (self.path, self.path + ".previous"):
-            try:
-                self._load_snapshot(store, path)
-            except DamagedError as error:
-                yield f"not used: {str(error).split('. ')[0]}"
-            else:
-                yield f"used: {path}, record {store.number}"
-                break
-        for path in (self.journal.previous, self.journal.path):
-            if not os.path.exists(path):
-                continue
-            file = JournalReader(Path(path).read_bytes(), path, self.vault, salvage=True).read()
-            before = store.number
-            for line in store.replay(file, path, salvage=True, all_parts=True):
-                yield f"{path}: {line}"
-            yield f"used: {path}: up to record {store.number} (from {before})"
-
-    def close(self) -> None:
-        self.journal.close()
-
-    # --- for the remote copy ---------------------------------------------------------------------
-
-    def read_image(
-        self,
-        data: bytes,
-        segments: Iterable[tuple[int, bytes, Sequence[TrafficRow]]] = (),
-        vault: Vault | None = None,
-    ) -> Store:
-        """The verified state of a snapshot file that came from outside; `vault` may be its key.
-
-        `segments` are (last number, journal file, totals) to replay on it. Raises DamagedError or
-        ConfigError.
-        """
-        store = Store()
-        name = "the snapshot"
-        try:
-            store.load(decode_snapshot(data, vault, name))
-            store.diverged = store.sequence  # the copy's segments have totals in another order
-            for number, segment, totals in segments:
-                file = parse_journal(segment, "a journal segment", None)
-                if file.torn or file.last != number:
-                    found = f"it does not end with record {number}"
-                    raise _damaged("a journal segment", file.size, found)
-                for _ in store.replay(file, "a journal segment", all_parts=True):
-                    pass
-                store.apply(Record(traffic=totals))
-            store.verify()
-        except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError) as error:
-            raise _damaged(name, 0, str(error)) from None
-        store.restarted.clear()
-        return store
+    def _note_snapshot(self, number: int, written: float) -> None:
+        self.snapshot_number, self.snapshot_time = number, written
+        self.snapshot_bytes = os.stat(self.path).st_size
 
     def read_snapshot(self) -> tuple[float, int, bytes]:
         """The snapshot on disk: when it was written, its number, its image. Raises OSError."""
@@ -5646,30 +5648,28 @@ class Files:
         with contextlib.closing(open_image(image)) as db:
             return written, [TrafficRow(*row) for row in db.execute(query, (since,))]
 
-    def keep_superseded(self, state: Store) -> None:
-        """Keep a state that another one replaces as DB_PATH.superseded. Raises OSError."""
-        self._found = None
-        self.write_copy(state, self.path + ".superseded")
+    def renew(self, number: int, image: bytes) -> None:
+        """Write a snapshot of the rows as of record `number`, and an empty journal. Raises OSError.
 
-    def writers(self) -> list[str]:
-        """The writers of the remote copy whose entries these files contain."""
-        try:
-            return Path(self.path + ".writers").read_text("ascii").split()
-        except (OSError, ValueError):
-            return []
+        A snapshot never lacks the journal that it claims to have: without a journal, one is made
+        first. If somebody removed the journal, the new one does not fit the old snapshot, which
+        lacks the removed changes.
+        """
+        if self.journaled and not os.path.exists(self.journal.path):
+            self.journal.start(number if self.snapshot_time else 0)
+        self.write_snapshot(number, image)
+        if self.journaled:
+            self.journal.start(number)
+        else:
+            for path in (self.journal.previous, self.journal.path):
+                with contextlib.suppress(FileNotFoundError):
+                    self.disk.unlink(path)
+        self.journal.failure = None
 
-    def remember_writers(self, names: Sequence[str]) -> None:
-        """Keep the newest of these names for writers() after the next start. Raises OSError."""
-        content = " ".join(names[-COPY_SWEEP:]).encode("ascii") + b"\n"
-        self._disk.replace(self.path + ".writers", [content])
-
-
-def _file_identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+    def write_copy(self, store: Store, path: str) -> None:
+        """Write a state as a separate snapshot file. Raises OSError."""
+        image = self.image(store, store.number, journaled=False)
+        self.disk.replace(path, snapshot_parts(image, self.vault))
 
 
 # ==================================================================================================
@@ -6385,7 +6385,7 @@ def decode_segment(payload: bytes) -> tuple[bytes, list[TrafficRow]]:
     return journal, rows
 
 
-def read_state(files: Files, entries: Sequence[Entry]) -> Store:
+def read_state(entries: Sequence[Entry]) -> Store:
     """The state that a snapshot and its segments make, verified like an import.
 
     Raises CopyDamaged.
@@ -6393,7 +6393,7 @@ def read_state(files: Files, entries: Sequence[Entry]) -> Store:
     try:
         snapshot, *behind = entries
         segments = ((entry.number, *decode_segment(entry.payload)) for entry in behind)
-        return files.read_image(snapshot.payload, segments)
+        return open_state(snapshot.payload, segments)
     except (DamagedError, ValueError, TypeError) as error:
         raise CopyDamaged(str(error)) from None
 
@@ -6421,6 +6421,24 @@ def choose_lineage(here: str, there: str, wanted: str, url: str) -> str:
             f"SNAPSHOT_LINEAGE={here} to replace it by a copy of these files"
         )
     return next(iter(known), wanted) or secrets.token_hex(16)
+
+
+class Writers:
+    """The file with the writers of the remote copy whose entries the local files contain."""
+
+    def __init__(self, files: Files) -> None:
+        self._path, self._disk = files.path + ".writers", files.disk
+
+    def names(self) -> list[str]:
+        try:
+            return Path(self._path).read_text("ascii").split()
+        except (OSError, ValueError):
+            return []
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Keep the newest of these names. Raises OSError."""
+        content = " ".join(names[-COPY_SWEEP:]).encode("ascii") + b"\n"
+        self._disk.replace(self._path, [content])
 
 
 class CopyState(NamedTuple):
@@ -6459,6 +6477,7 @@ class Copier:
         self.epochs = epochs
         self._store = store
         self._files = files
+        self._writers = Writers(files)
         self._clock = epochs.clock
         self._snapshot = snapshot  # writes a local one if something changed
         self._config = config
@@ -6508,7 +6527,7 @@ class Copier:
 
     def _boot(self, late: bool) -> None:
         """`late`: the copy did not answer at the start, so the rows are in use already."""
-        own = self._files.writers()
+        own = self._writers.names()
         top, newest = self.epochs.find()
         mine = newest is not None and newest.writer in {*own, self.epochs.writer}
         if late and newest and not mine:
@@ -6523,7 +6542,7 @@ class Copier:
             here = "unknown, of an older version"
         lineage = choose_lineage(here, there, self._config.lineage, self._config.url)
         if not late:
-            self._files.remember_writers([*own, self.epochs.writer])
+            self._writers.keep([*own, self.epochs.writer])
         claim = self.epochs.take(top, newest, lineage)
         writer, copy = self._newer(claim, own)
         if copy is None:
@@ -6540,7 +6559,7 @@ class Copier:
         self._contained += [writer] if writer else []
         self.found_nothing = not top
         if late:
-            self._files.remember_writers(self._contained)
+            self._writers.keep(self._contained)
         self._attached = True
 
     def _newer(self, claim: Claim, own: Container[str]) -> tuple[str, Store | None]:
@@ -6551,7 +6570,7 @@ class Copier:
             return writer, None
         if not entries[0].payload:
             _, entries = self.epochs.read(prefix)
-        return writer, read_state(self._files, entries)
+        return writer, read_state(entries)
 
     def _take(self, copy: Store) -> None:
         """Replace the state of the local files by the copy's."""
@@ -6563,7 +6582,7 @@ class Copier:
                 self._store.number,
                 self._files.path,
             )
-            self._files.keep_superseded(self._store)
+            self._files.write_copy(self._store, self._files.path + ".superseded")
         copy.number = max(copy.number, self._store.number + 1)  # numbers never go back
         self._store.take(copy)
 
@@ -6577,7 +6596,7 @@ class Copier:
         Returns the function that gets all new records. Raises OSError.
         """
         if self._attached:
-            self._files.remember_writers(self._contained)
+            self._writers.keep(self._contained)
         self._backlog = Backlog(COPY_BACKLOG, self._store.number, self._clock())
         self._next_try = time.monotonic() + self._random.uniform(0, self._config.interval)
         return lambda records: self._backlog.add(records, self._clock())
@@ -9526,19 +9545,19 @@ def look_at_stored(
 ) -> Iterator[Finding]:
     """What stored peers have and the settings no longer offer, unless MOVE_PEERS changes it."""
     homes: dict[str, InterfaceSettings] = {}
-    for name, plain, peers in store.chosen("obfuscation IS NULL"):
+    for name, plain, peers in store.queries.chosen("obfuscation IS NULL"):
         home = home_of(name, plain, config, tunnels)
         if home is None:
             settings = " or ".join(f"{row.prefix}_INTERFACE {row.name!r}" for row in tunnels)
             yield _gone(settings, f"the interface {name!r}", peers, "not there")
         else:
             homes[name] = home
-    for name, port, peers in store.chosen("port"):
+    for name, port, peers in store.queries.chosen("port"):
         if name in homes and not config.move_peers and port not in (None, *homes[name].ports):
             there = ", ".join(map(str, homes[name].ports))
             setting = f"{homes[name].prefix}_EXTRA_PORTS"
             yield _gone(setting, f"the port {port} of {name}", peers, f"none of {there}")
-    for _, dns, peers in store.chosen("dns"):
+    for _, dns, peers in store.queries.chosen("dns"):
         if not config.move_peers and dns is not None and dns not in config.dns_servers:
             there = ", ".join(config.dns_servers)
             yield _gone("DNS_SERVERS", f"the choice {dns!r}", peers, f"none of {there}")
@@ -9547,7 +9566,7 @@ def look_at_stored(
         for family in FAMILIES:
             subnet = home.subnets.get(family)
             pool = AddressPool(subnet) if subnet else None
-            rows = store.held_rows(name, family, 0, MAX_INTEGER)
+            rows = store.queries.held_rows(name, family, 0, MAX_INTEGER)
             outside = sum(not (pool and pool.has(address)) for _, address in rows if address)
             if outside:
                 setting = f"{home.prefix}_{family.upper()}_SUBNET"
@@ -9556,7 +9575,7 @@ def look_at_stored(
 
 
 def look_at_stored_classes(classes: Collection[str], store: Store) -> Iterator[Finding]:
-    for name, peers in store.classes.items():
+    for name, peers in store.counts.classes.items():
         if peers and name not in classes:
             words = f"none of {', '.join(classes)}" if classes else "not there"
             yield _gone("SERVICE_CLASSES", f"the class {name!r}", peers, words, moves=False)
@@ -10375,10 +10394,10 @@ class Tunnel:
             for family, subnet in self.settings.subnets.items()
         }
         for family in FAMILIES:
-            held = [a for _, a in store.held_rows(self.name, family, 0, MAX_INTEGER) if a]
+            held = [a for _, a in store.queries.held_rows(self.name, family, 0, MAX_INTEGER) if a]
             try:
                 if family in pools:
-                    pools[family].restore(held, store.released(family))
+                    pools[family].restore(held, store.released.addresses(family))
                 elif held:
                     raise ValueError
             except ValueError:  # the address is a VPN client's, which is never logged
@@ -10566,7 +10585,7 @@ class Rules:
 
     def new_id(self) -> int:
         """The id of the next new peer. Ids only grow while the process lives."""
-        chosen = max(self._next_id, self._core.store.next_id)
+        chosen = max(self._next_id, self._core.store.counts.next_id)
         self._next_id = chosen + 1
         return chosen
 
@@ -10904,7 +10923,7 @@ class DesiredState:
         with Bulk(self._core) as bulk:
             bulk.each(self._leaving, lambda number: self._leave(bulk, number))
             bulk.each(self._differing, lambda item: self._wish(bulk, *item))
-            total = self._core.run(lambda: sum(self._core.store.counts.values()))
+            total = self._core.run(self._core.store.counts.total)
             if self._deleted * 2 > total and not allow_mass_delete and not dry_run:
                 raise Conflict(
                     f"this would delete {self._deleted} of {total} peers: "
@@ -10921,7 +10940,7 @@ class DesiredState:
 
     def _compare(self) -> None:
         """Find the peers that differ. Peers that are made after the comparison began stay."""
-        newest = self._core.run(lambda: self._core.store.next_id)
+        newest = self._core.run(lambda: self._core.store.counts.next_id)
         after = 0
         while True:
             after = self._core.run(functools.partial(self._compare_some, after, newest))
@@ -11130,7 +11149,8 @@ class Projection:
         actual = {state.peer.public_key: state.peer for _, state in reading.changed}
         present = len(actual)
         rows = chunks(
-            self._core.run, lambda after: self._core.store.wire_rows(name, after, READ_CHUNK)
+            self._core.run,
+            lambda after: self._core.store.queries.wire_rows(name, after, READ_CHUNK),
         )
         plan = list(diff((encode_wire(*row[1:]) for row in rows if row[1]), actual))
         logged = present and len(plan) <= MAX_REPAIRS_LOGGED  # filling an empty one is no repair
@@ -11218,8 +11238,8 @@ class Projection:
             return ""  # the next sample can count them
         expected = self._core.run(
             lambda: (
-                self._core.store.counts[tunnel.name, "active"]
-                - len(self._core.store.counted(tunnel.name, list(touched)))
+                self._core.store.counts.peers[tunnel.name, "active"]
+                - len(self._core.store.queries.counted(tunnel.name, list(touched)))
             )
         )
         # Touched peers may still be among the known ones, which makes the number too high.
@@ -11250,7 +11270,7 @@ class Projection:
         self, tunnel: Tunnel, states: Sequence[PeerState], touched: set[str], right: set[bytes]
     ) -> Flight | None:
         by_key = {encode_key(state.peer.public_key): state for state in states}
-        rows = self._core.store.counted(tunnel.name, list(by_key))
+        rows = self._core.store.queries.counted(tunnel.name, list(by_key))
         changed: list[TrafficRow] = []
         received = sent = 0
         for key, state in by_key.items():
@@ -11380,7 +11400,9 @@ class Limits:
     def expire(self) -> None:
         """Suspend expired peers. If the clock was set back, activate those suspended too early."""
         core, now = self._core, self._core.clock()
-        known, due = core.run(lambda: (core.store.meta("periods"), core.store.expired(int(now))))
+        known, due = core.run(
+            lambda: (core.store.meta("periods"), core.store.queries.expired(int(now)))
+        )
         if known != (starts := period_starts(now)):
             self._begin_periods(known, starts)
         if due:
@@ -11388,7 +11410,9 @@ class Limits:
 
     def enforce_quotas(self) -> None:
         """Suspend peers that have used up their quota, and activate those that have quota again."""
-        rows = chunks(self._core.run, lambda after: self._core.store.quotas(after, READ_CHUNK))
+        rows = chunks(
+            self._core.run, lambda after: self._core.store.queries.quotas(after, READ_CHUNK)
+        )
         due = [number for number, is_due in rows if is_due]
         if due:
             self._enforce(due)
@@ -11401,7 +11425,7 @@ class Limits:
         """
         core = self._core
         begun = [period for period in PERIODS if known and known[period] != now[period]]
-        rows = chunks(core.run, lambda after: core.store.periodic(begun, after, READ_CHUNK))
+        rows = chunks(core.run, lambda after: core.store.queries.periodic(begun, after, READ_CHUNK))
         due = [number for number, is_due in rows if is_due]
         with contextlib.suppress(GatewayError):
             for numbers in _slices(due):
@@ -11471,7 +11495,7 @@ class Keeper:
         if (
             self._core.ledger.failure
             or "snapshot" in self._core.failures
-            or self._core.files.journal_bytes > JOURNAL_LIMIT
+            or self._core.files.journal.size > JOURNAL_LIMIT
         ):
             self.snapshot()
 
@@ -11584,9 +11608,7 @@ class Gateway:
         if is_new and obfuscation is not None:
             news["obfuscation"] = encode_state(obfuscation)
         if may_lack:
-            feed = self.store.meta("feed") or Feed()
-            begin = self.store.sequence if self.store.diverged is None else self.store.diverged
-            news["feed"] = feed.skipped(begin, self._core.clock()).encode()
+            news["feed"] = self.store.feeds.with_gap(self._core.clock())
         if news:
             with contextlib.suppress(Unavailable):  # a full disk: the next start tries again
                 self.ledger.land(Flight(Record(settings=news)))
@@ -11732,7 +11754,7 @@ class Gateway:
 
     def get(self, public_key: str) -> Outcome:
         """Owner."""
-        found = self.store.shown(public_key)
+        found = self.store.queries.shown(public_key)
         if found is None:
             raise NotFound("no peer has this public key")
         return Outcome(False, *found)
@@ -11753,12 +11775,13 @@ class Gateway:
 
     def _held(self, interface: str, family: str) -> Iterator[str]:
         rows = chunks(
-            self.run, lambda at: self.store.held_rows(interface, family, at, READ_CHUNK * 10)
+            self.run,
+            lambda at: self.store.queries.held_rows(interface, family, at, READ_CHUNK * 10),
         )
         return (address for _, address in rows if address)
 
     def peer_count(self) -> int:
-        return self.run(lambda: sum(self.store.counts.values()))
+        return self.run(self.store.counts.total)
 
     def online_since(self) -> int:
         """A peer with a handshake after this time (Unix seconds) is online."""
@@ -11767,11 +11790,11 @@ class Gateway:
     def figures(self) -> Figures:
         """Owner."""
         return Figures(
-            dict(self.store.counts),
-            dict(self.store.reasons),
-            self.store.online(self.online_since()),
+            dict(self.store.counts.peers),
+            dict(self.store.counts.reasons),
+            self.store.queries.online(self.online_since()),
             self.store.number,
-            self.files.journal_bytes,
+            self.files.journal.size,
             self.files.snapshot_time,
             self.files.snapshot_bytes,
             {
@@ -11788,8 +11811,8 @@ class Gateway:
         dropped = table.dropped if table else {}
         return ClassFigures(
             name,
-            self.store.classes[name],
-            self.store.class_addresses[name],
+            self.store.counts.classes[name],
+            self.store.counts.class_addresses[name],
             table.addresses[name] if table else 0,
             {why: dropped.get(f"{name}.{why}", 0) for why in CLASS_COUNTERS},
         )
@@ -11816,7 +11839,7 @@ class Gateway:
         for tunnel in self.tunnels.values():
             if tunnel.backend.kind != "memory" and (fault := ipv6_fault(tunnel.settings)):
                 yield f"interface {tunnel.name}: {fault[0]}"
-            peers = self.store.peers_on(tunnel.name)
+            peers = self.store.counts.on(tunnel.name)
             if tunnel.clients_key != tunnel.public_key and peers:
                 yield (
                     f"interface {tunnel.name}: its public key is {tunnel.public_key}, but the "
@@ -11877,7 +11900,7 @@ class Gateway:
         if same_language(before.parameters, wanted.parameters):
             state = wanted._replace(version=before.version)
         else:
-            cut = self.store.peers_on(tunnel.name)
+            cut = self.store.counts.on(tunnel.name)
             state = wanted._replace(version=before.version + 1)
         if cut and not confirmed:
             raise Conflict(
@@ -11925,7 +11948,7 @@ class Gateway:
         that differ and all traffic totals. Raises GatewayError.
         """
         try:
-            other = self.files.read_image(data, vault=self.files.vault)
+            other = open_state(data, vault=self.files.vault)
         except DamagedError as error:
             raise Malformed(f"the snapshot was refused: {error.found}") from None
         except ConfigError as error:
@@ -11937,7 +11960,7 @@ class Gateway:
             if not dry_run:
                 with self._written_keys(keys):
                     self._import(other, pools, keys)
-        return sum(other.counts.values()), cut
+        return other.counts.total(), cut
 
     def _check_import(self, other: Store) -> None:
         config = replace(self.config, service_classes=self._core.classes, move_peers=False)
@@ -11952,7 +11975,7 @@ class Gateway:
         sealed = {n: key for n, key in other.private_keys.items() if n in self.tunnels}
         known = {n: encode_key(x25519_public(decode_key(key))) for n, key in sealed.items()}
         known |= other.public_keys()
-        return {n: key for n, key in known.items() if n in self.tunnels and other.peers_on(n)}
+        return {n: key for n, key in known.items() if n in self.tunnels and other.counts.on(n)}
 
     def _import_keys(self, other: Store, replace: bool | None) -> tuple[dict[str, bytes], int]:
         """The private keys that interfaces must get, and how many peers the choice cuts off."""
@@ -11962,8 +11985,8 @@ class Gateway:
             tunnel = self.tunnels[name]
             if public == tunnel.public_key:
                 continue
-            mine = self.run(functools.partial(self.store.peers_on, name))
-            theirs = other.peers_on(name)
+            mine = self.run(functools.partial(self.store.counts.on, name))
+            theirs = other.counts.on(name)
             if replace is None:
                 raise Conflict(
                     f"replace_key: the configurations of the snapshot's {theirs} peers on {name} "
@@ -12031,7 +12054,9 @@ class Gateway:
             traffic = self._plan_import(other, bulk)
             if (periods := other.meta("periods")) is not None:
                 settings["periods"] = json.dumps(periods)
-            flight.record = Record(traffic=traffic, settings=settings, released=other.released())
+            flight.record = Record(
+                traffic=traffic, settings=settings, released=other.released.addresses()
+            )
 
             def landed() -> None:
                 for name, tunnel in self.tunnels.items():
@@ -12332,7 +12357,7 @@ def render_peers(gateway: Gateway) -> Iterator[str]:
     rows: list[tuple[str, Traffic]] = []
     after = 0
     while page := gateway.run(
-        functools.partial(gateway.store.page, after, READ_CHUNK, Filter())
+        functools.partial(gateway.store.queries.page, after, READ_CHUNK, Filter())
     ).rows:
         rows += [
             (_labels(interface=peer.interface, key=short_key(peer.public_key)), traffic)
@@ -13361,7 +13386,7 @@ class App:
             query.get("request_id"),
         )
         limit = query.get("limit", DEFAULT_PAGE)
-        page = self.gateway.store.page(query.get("cursor", 0), limit, chosen)
+        page = self.gateway.store.queries.page(query.get("cursor", 0), limit, chosen)
         later = Later[Response]()
         self._work_on(later, self._encode_page(page, query.get("fields", CONFIGURATION), later))
         return later
@@ -13381,20 +13406,20 @@ class App:
     def list_changes(self, request: Request) -> Response | Later[Response]:
         query, store = request.query, self.gateway.store
         after, limit = query.get("after", 0), query.get("limit", MAX_PAGE)
-        store.check_feed(after)
+        store.feeds.check(after)
         wait = query.get("wait", 0)
-        if not wait or self._stopping or store.changes(after, 1):
+        if not wait or self._stopping or store.feeds.changes(after, 1):
             return self._changes(after, limit)
         later = Later[Response]()
         if not self._waiting:
-            self._told = store.last_change  # new traffic totals alone must not wake it
+            self._told = store.feeds.last_change  # new traffic totals alone must not wake it
         self._waiting[later] = after, limit
         self._call_at(time.monotonic() + wait, lambda: self._answer_waiting(later))
         return later
 
     def _changes(self, after: int, limit: int) -> Response:
         store = self.gateway.store
-        found = store.changes(after, limit)
+        found = store.feeds.changes(after, limit)
         shown = [
             {
                 "sequence": change.sequence,
@@ -13407,13 +13432,13 @@ class App:
             for change in found
         ]
         last = found[-1].sequence if found else 0
-        following = store.next_after(after, last, len(found) == limit)
+        following = store.feeds.next_after(after, last, len(found) == limit)
         return Response(200, encode_json({"changes": shown, "next": following}))
 
     def _wake_waiting(self) -> None:
         """Answer the requests that wait for changes, if there are any. Owner."""
-        if self._waiting and self.gateway.store.last_change > self._told:
-            self._told = self.gateway.store.last_change
+        if self._waiting and self.gateway.store.feeds.last_change > self._told:
+            self._told = self.gateway.store.feeds.last_change
             self._answer_all_waiting()
 
     def stop_waiting(self) -> None:
@@ -13437,8 +13462,8 @@ class App:
     def list_usage(self, request: Request) -> Response:
         store = self.gateway.store
         after, limit = request.query.get("after", 0), request.query.get("limit", MAX_USAGE)
-        store.check_feed(after)
-        found = store.usage(after, limit)
+        store.feeds.check(after)
+        found = store.feeds.usage(after, limit)
         shown = [
             {
                 "public_key": key,
@@ -13450,7 +13475,7 @@ class App:
             }
             for _, key, traffic in found
         ]
-        following = store.next_after(after, found[-1][0] if found else 0, len(found) == limit)
+        following = store.feeds.next_after(after, found[-1][0] if found else 0, len(found) == limit)
         return Response(200, encode_json({"usage": shown, "next": following}))
 
     def get_peer(self, request: Request) -> Response:
@@ -13582,7 +13607,7 @@ class App:
 
     def get_server_metrics(self, request: Request) -> Response:
         figures = self.gateway.run(self.gateway.figures)
-        handshakes = self.gateway.run(lambda: self.gateway.store.last_handshakes(MAX_PAGE))
+        handshakes = self.gateway.run(lambda: self.gateway.store.queries.last_handshakes(MAX_PAGE))
         tunnels = self.gateway.tunnels.values()
         content = {
             "system": {
@@ -15250,15 +15275,24 @@ def open_files(config: Config) -> Files:
     return Files(config.db_path, config.durability, Disk(), vault)
 
 
+def _file_identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def load_whole(config: Config) -> tuple[Store, Files]:
     """Read the files; try again if a running gateway replaced them meanwhile."""
     for _ in range(CHECK_TRIES):
         files = open_files(config)
-        before = files.generation()
+        paths = files.path, files.journal.path
+        before = [_file_identity(path) for path in paths]
         try:
             return files.load(), files
         except DamagedError:
-            if files.generation() == before:
+            if before == [_file_identity(path) for path in paths]:
                 raise
     raise StartError(f"{config.db_path}: the gateway kept replacing its files: try again")
 
@@ -15618,7 +15652,7 @@ class Service:
     ) -> None:
         """Refuse another node's state whose peers know other keys. Raises ConfigError."""
         for row in rows:
-            known, peers = store.public_keys()[row.name], store.peers_on(row.name)
+            known, peers = store.public_keys()[row.name], store.counts.on(row.name)
             if known != own[row.name] and peers:
                 raise ConfigError(
                     f"{row.prefix}_PRIVATE_KEY_FILE: the public key of {row.private_key_file!r} is "
@@ -15636,12 +15670,23 @@ class Service:
             row.name: encode_key(x25519_public(key))
             for row, key in zip(rows, self._private_keys, strict=True)
         }
-        store.keep_public_keys(own)
+        self._keep_public_keys(store, own)
         if self._may_lack and config.snapshot_lineage != store.lineage:
             self._refuse_other_keys(had_key, own, store)
         for row, key in zip(rows, self._private_keys, strict=True):
             if store.public_keys()[row.name] == own[row.name]:  # otherwise keep a sealed key
                 store.private_keys[row.name] = encode_key(key)
+
+    @staticmethod
+    def _keep_public_keys(store: Store, own: Mapping[str, str]) -> None:
+        """Remember the keys of interfaces that lack a remembered key, or peers."""
+        kept = store.public_keys()
+        for name, key in store.private_keys.items():  # older encrypted states have only these
+            if name in own and name not in kept:
+                kept[name] = encode_key(x25519_public(decode_key(key)))
+        kept |= {n: key for n, key in own.items() if n not in kept or not store.counts.on(n)}
+        if kept != store.public_keys():
+            store.remember("public_keys", json.dumps(kept))
 
     @staticmethod
     def _load_key(config: Config, settings: InterfaceSettings, store: Store) -> bytes:
@@ -15654,7 +15699,7 @@ class Service:
             own = encode_key(x25519_public(key))
             store.remember("public_keys", json.dumps({**store.public_keys(), settings.name: own}))
             return key
-        known = store.peers_on(settings.name)
+        known = store.counts.on(settings.name)
         if known and not kept and not os.path.exists(settings.private_key_file):
             LOG.warning(
                 "%s: the private key of its %d peers is missing, and none of them can connect: put "
@@ -15860,7 +15905,7 @@ def _look_at_database(config: Config) -> Iterator[Finding]:
     try:
         store, files = load_whole(config)
         if files.snapshot_time:
-            text = f"{config.db_path}: good, {sum(store.counts.values())} peers"
+            text = f"{config.db_path}: good, {store.counts.total()} peers"
             yield Finding("database", f"{text}, record {store.number}")
         else:
             todo = "start the gateway, which makes it"
@@ -16498,7 +16543,7 @@ class Adoption:
             raise StartError(f"no peer was taken over: {error.detail}") from None
         finally:
             gateway.close()
-            files.close()
+            files.journal.close()
             loop.stop()
 
     def _write_settings(self) -> None:
@@ -17697,7 +17742,7 @@ def command_check(arguments: argparse.Namespace) -> int:
             f"{config.db_path}: there is no database. The gateway's first start creates it; "
             "--env-file names another gateway's settings"
         )
-    print(f"{config.db_path}: good, {sum(store.counts.values())} peers, record {store.number}")
+    print(f"{config.db_path}: good, {store.counts.total()} peers, record {store.number}")
     if files.torn:
         print(
             f"{config.db_path}.journal: {files.torn} bytes of a torn record at its end, which the "
@@ -17726,8 +17771,8 @@ def command_copy(arguments: argparse.Namespace) -> int:
                 raise StartError(
                     f"{config.snapshot_url}: epoch {top} has no state yet: try again in a minute"
                 )
-            store = read_state(files, entries)
-            peers, bytes_read = sum(store.counts.values()), remote.bytes_received
+            store = read_state(entries)
+            peers, bytes_read = store.counts.total(), remote.bytes_received
             print(f"good: epoch {int(prefix[:8])}, record {store.number}, {peers} peers")
             print(f"read: {remote.requests} requests, {bytes_read} bytes")
             return 0
@@ -17755,7 +17800,8 @@ def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: C
             "SNAPSHOT_LINEAGE names the copy's lineage, and the files here have another: set it to "
             f"{store.lineage} to replace the copy"
         )
-    files.remember_writers([*files.writers(), epochs.writer])
+    writers = Writers(files)
+    writers.keep([*writers.names(), epochs.writer])
     claim = epochs.take(top, newest, store.lineage)
     epochs.read(claim.previous)  # after this nobody adds to the previous epoch
     image = encode_snapshot(files.image(store, store.number), None)
@@ -17765,15 +17811,33 @@ def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: C
     return 0
 
 
+def salvage(files: Files) -> Store:
+    """Read everything readable, and print a line for each file and finding."""
+    store = Store()
+    for path in (files.path, files.path + ".previous"):
+        try:
+            store = load_snapshot(path, files.vault)
+        except DamagedError as error:
+            print(f"not used: {str(error).split('. ')[0]}")
+        else:
+            print(f"used: {path}, record {store.number}")
+            break
+    for path in (files.journal.previous, files.journal.path):
+        if os.path.exists(path):
+            file = parse_journal(Path(path).read_bytes(), path, files.vault, salvage=True)
+            before = store.number
+            store.replay(file, path, functools.partial(print, f"{path}:"))
+            print(f"used: {path}: up to record {store.number} (from {before})")
+    return store
+
+
 def repair(files: Files) -> int:
     """Write what is readable of damaged files to a new file, and say how to use it."""
     ends = ("", ".previous", ".journal", ".journal.previous")
     found = [name for end in ends if os.path.exists(name := files.path + end)]
     if not found:
         raise StartError(f"{files.path}: there is no database, and nothing to repair")
-    store = Store()
-    for line in files.salvage(store):
-        print(line)
+    store = salvage(files)
     target = files.path + ".repaired"
     try:
         files.write_copy(store, target)
@@ -17781,7 +17845,7 @@ def repair(files: Files) -> int:
     except OSError as error:
         raise StartError(f"cannot write {target}: {_reason(error)}") from None
     old = shlex.join(found)
-    print(f"saved {sum(store.counts.values())} peers, record {store.number}, in {target}")
+    print(f"saved {store.counts.total()} peers, record {store.number}, in {target}")
     print("No other file was changed. To use it, stop the gateway and move it to the old place:")
     print(f"  mkdir damaged && mv {old} damaged/ && mv {shlex.join([target, files.path])}")
     return 0

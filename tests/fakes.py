@@ -469,7 +469,7 @@ class World:
     def close(self) -> None:
         """An orderly stop."""
         self.gateway.close()
-        self.files.close()
+        self.files.journal.close()
         self.is_open = False
 
     def crash(self) -> None:
@@ -484,7 +484,7 @@ class World:
         if lander.ident is not None:
             lander.join(30.0)
             assert not lander.is_alive()
-        self.files.close()
+        self.files.journal.close()
         self.is_open = False
 
     def reopen(self) -> World:

@@ -216,7 +216,7 @@ def seen(world: World) -> Any:
     """All that can be seen of rows and pools."""
     [tunnel] = world.gateway.tunnels.values()
     return (
-        world.gateway.run(lambda: world.store.page(0, 1000, wggw.Filter())),
+        world.gateway.run(lambda: world.store.queries.page(0, 1000, wggw.Filter())),
         world.gateway.usage(tunnel.name),
         {family: pool.peek() for family, pool in tunnel.pools.items()},
     )
@@ -272,7 +272,7 @@ def test_an_interface_that_hangs_does_not_hold_up_the_stop_nor_readers(tmp_path:
     assert time.monotonic() - started < 30
     ends.set()
     answer()
-    world.files.close()
+    world.files.journal.close()
 
 
 def test_what_is_shown_is_on_disk(tmp_path: Path) -> None:

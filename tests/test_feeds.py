@@ -27,12 +27,12 @@ class Follower:
     def catch_up(self, store: wggw.Store, limit: int) -> None:
         while True:
             try:
-                store.check_feed(self.after)
+                store.feeds.check(self.after)
             except wggw.Gone:
                 self.after, self.peers = 0, {}
                 self.begun += 1
                 continue
-            found = store.changes(self.after, limit)
+            found = store.feeds.changes(self.after, limit)
             sequences = [change.sequence for change in found]
             assert sequences == sorted(set(sequences))
             for change in found:
@@ -41,7 +41,7 @@ class Follower:
                 else:
                     self.peers[change.public_key] = change.peer
             last = sequences[-1] if found else 0
-            self.after = store.next_after(self.after, last, len(found) == limit)
+            self.after = store.feeds.next_after(self.after, last, len(found) == limit)
             if len(found) < limit:
                 return
 
@@ -54,21 +54,21 @@ def test_changes_that_a_crash_took_make_followers_begin_again(tmp_path: Path) ->
     world = build(tmp_path, DURABILITY="none")
     do(world.gateway, "create", public_key=a_key(1))
     world.gateway.keeper.snapshot()
-    kept = world.store.sequence
+    kept = world.store.feeds.sequence
     do(world.gateway, "create", public_key=a_key(2))
-    seen = world.store.sequence
+    seen = world.store.feeds.sequence
     world.crash()
     world.open()
     assert list(listed(world.store)) == [a_key(1)]
-    world.store.check_feed(kept)
+    world.store.feeds.check(kept)
     for after in (seen, seen + 5):
         with pytest.raises(wggw.Gone):
-            world.store.check_feed(after)
+            world.store.feeds.check(after)
     do(world.gateway, "create", public_key=a_key(3))
-    assert world.store.sequence > seen
+    assert world.store.feeds.sequence > seen
     with pytest.raises(wggw.Gone):
-        world.store.check_feed(seen)
-    assert [c.public_key for c in world.store.changes(kept, 9)] == [a_key(3)]
+        world.store.feeds.check(seen)
+    assert [c.public_key for c in world.store.feeds.changes(kept, 9)] == [a_key(3)]
     world.close()
 
 
@@ -79,12 +79,12 @@ def test_deletions_beyond_memory_make_followers_begin_again(
     world = build(tmp_path)
     for number in range(6):
         do(world.gateway, "create", public_key=a_key(number))
-    before = world.store.sequence
+    before = world.store.feeds.sequence
     for number in range(4):
         do(world.gateway, "delete", public_key=a_key(number))
     with pytest.raises(wggw.Gone):
-        world.store.check_feed(before)
-    world.store.check_feed(before + 1)
+        world.store.feeds.check(before)
+    world.store.feeds.check(before + 1)
     for reopened in range(2):
         beginner = Follower()
         beginner.catch_up(world.store, 1)
@@ -94,15 +94,15 @@ def test_deletions_beyond_memory_make_followers_begin_again(
 
 
 def test_old_gaps_become_a_floor() -> None:
-    feed = wggw.Feed()
+    feed = wggw.Gaps()
     for start in range(70):
         begin = max([0, *(end for _, end in feed.gaps)]) + 5
         feed = feed.skipped(begin, float(start))
     assert len(feed.gaps) == 64 and 0 < feed.floor < feed.gaps[0][0]
-    assert wggw.Feed.parse(feed.encode()) == feed
+    assert wggw.Gaps.parse(feed.encode()) == feed
     for bad in ("{}", '{"gaps": [[2, 1]], "floor": 0}', '{"gaps": [[1]], "floor": 0}', "[]"):
         with pytest.raises((ValueError, TypeError, KeyError)):
-            wggw.Feed.parse(bad)
+            wggw.Gaps.parse(bad)
 
 
 # --- over HTTP ------------------------------------------------------------------------------------
@@ -195,22 +195,22 @@ def test_usage_has_those_whose_totals_changed(tmp_path: Path) -> None:
         world.backend.move(a_key(number), 100 + number, 7, int(world.now))
     world.gateway.projection.sample()
     store = world.store
-    first = store.usage(0, 2)
+    first = store.feeds.usage(0, 2)
     assert [key for _, key, _ in first] == [a_key(0), a_key(1)]
-    after = store.next_after(0, first[-1][0], True)
-    [(_, key, traffic)] = store.usage(after, 2)
+    after = store.feeds.next_after(0, first[-1][0], True)
+    [(_, key, traffic)] = store.feeds.usage(after, 2)
     assert (key, traffic.rx_bytes, traffic.tx_bytes) == (a_key(2), 102, 7)
-    after = store.sequence
+    after = store.feeds.sequence
     world.gateway.projection.sample()
-    assert store.usage(after, 9) == []
+    assert store.feeds.usage(after, 9) == []
     world.backend.move(a_key(4), 1)
     world.gateway.projection.sample()
-    assert [key for _, key, _ in store.usage(after, 9)] == [a_key(4)]
-    assert store.changes(after, 9) == []  # traffic is no change
-    before = store.usage(0, 9)
+    assert [key for _, key, _ in store.feeds.usage(after, 9)] == [a_key(4)]
+    assert store.feeds.changes(after, 9) == []  # traffic is no change
+    before = store.feeds.usage(0, 9)
     world.crash()
     world.open()
-    assert world.store.usage(0, 9) == before
+    assert world.store.feeds.usage(0, 9) == before
     world.close()
 
 

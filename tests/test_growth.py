@@ -59,7 +59,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, World]:
 
 
 def page(world: World, after: int, **chosen: Any) -> int:
-    return len(world.store.page(after, 10, wggw.Filter(**chosen)).rows)
+    return len(world.store.queries.page(after, 10, wggw.Filter(**chosen)).rows)
 
 
 def decide(rule: str, **fields: Any) -> Callable[[World, int], Any]:
@@ -134,12 +134,12 @@ def test_a_page_of_who_is_online_looks_at_so_many_peers_and_no_more(
     world = worlds[1]
     chosen = wggw.Filter(online=True, online_since=1)
     with world.lock, Work(world.store) as work:
-        found = world.store.page(0, 10, chosen)
+        found = world.store.queries.page(0, 10, chosen)
     assert found.rows == [] and found.after is not None
     assert work.steps < 12 * wggw.PAGE_SCAN
     pages = 1
     after: int | None = found.after
     while after is not None:
-        after = world.store.page(after, 10, chosen).after
+        after = world.store.queries.page(after, 10, chosen).after
         pages += 1
     assert pages == MANY // wggw.PAGE_SCAN

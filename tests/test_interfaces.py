@@ -48,7 +48,7 @@ def held(world: World, name: str) -> set[str]:
 
 
 def rows(world: World, name: str) -> wggw.Page:
-    return world.gateway.run(lambda: world.store.page(0, 100, wggw.Filter(interface=name)))
+    return world.gateway.run(lambda: world.store.queries.page(0, 100, wggw.Filter(interface=name)))
 
 
 def test_each_peer_is_on_its_own_interface_with_its_addresses_and_ports(world: World) -> None:

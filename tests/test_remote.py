@@ -163,7 +163,7 @@ class Node:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.files.close()
+        self.files.journal.close()
         self.store.close()
 
     def clock(self) -> float:

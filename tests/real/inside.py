@@ -58,7 +58,7 @@ class Inside:
     def close(self) -> None:
         self.gateway.close()
         self.backend.close()
-        self.files.close()
+        self.files.journal.close()
 
     def connect(self, number: int) -> Tunnel:
         """A new peer whose tunnel carries traffic."""

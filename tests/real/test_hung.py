@@ -84,7 +84,7 @@ def inside(
 def everything(inside: Inside) -> Any:
     """Rows and pools."""
     gateway = inside.gateway
-    rows = gateway.run(lambda: inside.store.page(0, 100, wggw.Filter()))
+    rows = gateway.run(lambda: inside.store.queries.page(0, 100, wggw.Filter()))
     return [peer for peer, _ in rows.rows], gateway.usage()
 
 
