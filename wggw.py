@@ -3783,7 +3783,9 @@ class Landing(NamedTuple):
 class JournalFile(NamedTuple):
     """A journal that was read. `size` counts its good bytes, `torn` the dropped ones.
 
-    See JournalHead for `after`, `columns` and `sealed`.
+    The first record has the number after + 1. `columns` names a peer's columns; in a journal of
+    version 1, whose rows have names, it is (). `sealed` holds salt and key check of an encrypted
+    file, b"" of others.
     """
 
     after: int
@@ -3797,19 +3799,6 @@ class JournalFile(NamedTuple):
     def last(self) -> int:
         """The number of the last record; in an empty journal, the number before the first."""
         return self.landings[-1].last if self.landings else self.after
-
-
-class JournalHead(NamedTuple):
-    """The first line of a journal.
-
-    The first record has the number after + 1. `columns` names a peer's columns; version 1, whose
-    rows have names, has (). `sealed` holds salt and key check of an encrypted file, b"" of others.
-    """
-
-    version: int
-    after: int
-    columns: tuple[str, ...]
-    sealed: bytes
 
 
 def journal_header(after: int, seal: Seal | None = None) -> bytes:
@@ -3850,14 +3839,15 @@ _JOURNAL_HEADER = re.compile(
 )
 
 
-def _parse_header(line: bytes) -> JournalHead | None:
+def _parse_header(line: bytes) -> JournalFile | None:
+    """The file without its landings; None if the line is bad."""
     match = _JOURNAL_HEADER.fullmatch(line)
     if match is None or b"%08x" % zlib.crc32(line[:-10]) != match[5]:
         return None
     columns = tuple(match[3].decode("ascii").split(",")) if match[3] else ()
     if (match[1] == b"2") != bool(columns):
         return None
-    return JournalHead(int(match[1]), int(match[2]), columns, match[4] or b"")
+    return JournalFile(int(match[2]), columns, [], len(line), 0, match[4] or b"")
 
 
 def parse_journal_line(data: bytes, start: int, end: int) -> tuple[int, int, bytes] | None:
@@ -3876,53 +3866,57 @@ class JournalReader:
 
     def __init__(self, data: bytes, name: str, vault: Vault | None, salvage: bool = False) -> None:
         self._data, self._name, self._salvage = data, name, salvage
-        self._end = data.find(b"\n") + 1
-        head = _parse_header(data[: self._end])
+        size = data.find(b"\n") + 1
+        head = _parse_header(data[:size])
         if head is None:  # Disk.replace() makes the file with its header, so no write was torn
             if not salvage:
                 raise _damaged(name, 0, "the header is damaged")
-            head = JournalHead(2, 0, Peer._fields, b"")  # the newest version is the best guess
-        self.head = head
+            head = JournalFile(0, Peer._fields, [], size, 0, b"")  # the newest version's, we guess
+        self._head = head
         self._seal = Seal.read(vault, b"journal", head.sealed, name) if head.sealed else None
 
     def read(self) -> JournalFile:
         """Raises DamagedError for anything but a torn tail."""
-        data, position = self._data, self._end
-        _, after, columns, sealed = self.head
         landings: list[Landing] = []
-        last = after
-        while position < len(data):
-            end = data.find(b"\n", position)
-            parsed = parse_journal_line(data, position, end) if end >= 0 else None
-            if self._salvage:
-                if parsed is not None:
-                    with contextlib.suppress(ValueError):
-                        landings.append(self._decode(parsed[0], parsed[2]))
-                position = end + 1 if end >= 0 else len(data)
-                continue
-            if parsed is None or parsed[0] != last + 1:
-                self._check_torn(position, last)
+        last, size = self._head.after, self._head.size
+        for start, end, line in self._lines(size):
+            if line is None or (line[0] != last + 1 and not self._salvage):
+                if self._salvage:
+                    continue
+                self._check_torn(start, last)
                 break
             try:
-                landings.append(self._decode(parsed[0], parsed[2]))
+                landings.append(self._decode(line[0], line[2]))
             except ValueError as error:
-                raise _damaged(self._name, position, f"record {parsed[0]}: {error}") from None
-            last = landings[-1].last
-            position = end + 1
-        return JournalFile(after, columns, landings, position, len(data) - position, sealed)
+                if not self._salvage:
+                    raise _damaged(self._name, start, f"record {line[0]}: {error}") from None
+            else:
+                last, size = landings[-1].last, end
+        return self._head._replace(landings=landings, size=size, torn=len(self._data) - size)
+
+    def _lines(self, start: int) -> Iterator[tuple[int, int, tuple[int, int, bytes] | None]]:
+        """Each line's start and end, and what parse_journal_line() says, None without a newline."""
+        while start < len(self._data):
+            newline = self._data.find(b"\n", start)
+            if newline < 0:
+                yield start, len(self._data), None
+                return
+            yield start, newline + 1, parse_journal_line(self._data, start, newline)
+            start = newline + 1
 
     def _decode(self, first: int, content: bytes) -> Landing:
         """Raises ValueError."""
+        is_first_version = not self._head.columns
         if self._seal:
             sealed = binascii.a2b_base64(content, strict_mode=True)
-            if self.head.version == 1:
+            if is_first_version:
                 content = self._seal.open(first, FIRST_JOURNAL_MAGIC, sealed)
             else:
                 nonce = int.from_bytes(sealed[:12], "big")
                 content = self._seal.open(nonce, b"%d" % first, sealed[12:])
         check_depth(content)
         value = _RECORD_DECODER.decode(str(content, "ascii"))
-        records = [value] if self.head.version == 1 else value
+        records = [value] if is_first_version else value
         if not isinstance(records, list) or not records:
             raise ValueError("it holds no records")
         return Landing(first, records)
@@ -3932,16 +3926,12 @@ class JournalReader:
 
         The line is damaged, not torn, when a good line behind it says that its record was on disk,
         or when the number of a good line shows that other lines are lost. The journal never writes
-        a line behind one whose write failed.
+        a line behind one whose write failed. Version 1 counted bytes on disk, not records.
         """
-        known = last if self.head.version == 2 else position
-        lowest = last + 2 if self.head.version == 2 else 0
-        start = position
-        while (end := self._data.find(b"\n", start)) >= 0:
-            parsed = parse_journal_line(self._data, start, end)
-            if parsed is not None and (parsed[1] > known or parsed[0] < lowest):
-                raise _damaged(self._name, position, f"a bad record before the good {parsed[0]}")
-            start = end + 1
+        known, lowest = (last, last + 2) if self._head.columns else (position, 0)
+        for _, _, line in self._lines(position):
+            if line is not None and (line[1] > known or line[0] < lowest):
+                raise _damaged(self._name, position, f"a bad record before the good {line[0]}")
 
 
 _RECORD_DECODER = json.JSONDecoder(parse_constant=int)  # NaN and Infinity: a ValueError
@@ -4360,27 +4350,6 @@ def decode_gateways(text: str) -> dict[str, tuple[str, ...]]:
     return {name: tuple(addresses) for name, addresses in given.items()}
 
 
-def with_kept(
-    tunnels: Iterable[InterfaceSettings], store: Store, config: Config
-) -> tuple[InterfaceSettings, ...]:
-    """The settings of interfaces, with the addresses that the gateway had in smaller subnets.
-
-    Clients may use them as DNS server or for monitoring. MOVE_PEERS gives them up.
-    """
-    known = {} if config.move_peers else store.meta("gateways") or {}
-
-    def fits(tunnel: InterfaceSettings, address: str) -> bool:
-        return address not in tunnel.gateways and any(
-            ipaddress.ip_address(address) in subnet and AddressPool(subnet).has(address)
-            for subnet in tunnel.subnets.values()
-        )
-
-    return tuple(
-        tunnel._replace(kept=tuple(a for a in known.get(tunnel.name, ()) if fits(tunnel, a)))
-        for tunnel in tunnels
-    )
-
-
 class Gaps(NamedTuple):
     """The gaps in the sequences, and the `floor`, below which no gap is remembered.
 
@@ -4705,6 +4674,10 @@ def _tables(db: sqlite3.Connection) -> dict[str, list[str]]:
     }
 
 
+class Ancestor(ValueError):
+    """The database is that of the program before wggw."""
+
+
 def is_ancestor(db: sqlite3.Connection) -> bool:
     """Whether this is the database of the program before wggw, which has the same default path.
 
@@ -4721,6 +4694,8 @@ def open_image(image: bytes) -> sqlite3.Connection:
     try:
         db.deserialize(image)
         configure_memory(db)
+        if is_ancestor(db):
+            raise Ancestor("it is the database of the gateway before wggw")
         if image[APPLICATION_ID] == bytes(4):  # another program wrote it
             found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
@@ -5453,60 +5428,17 @@ def open_parts(landings: Iterable[Landing]) -> set[int]:
 def load_snapshot(path: str, vault: Vault | None) -> Store:
     """Read a snapshot's file. Raises DamagedError, ConfigError."""
     try:
-        data = Path(path).read_bytes()
+        return Store(decode_snapshot(Path(path).read_bytes(), vault, path))
     except OSError as error:
         raise _damaged(path, 0, f"cannot be read: {_reason(error)}") from None
-    try:
-        return Store(decode_snapshot(data, vault, path))
-    except (DamagedError, sqlite3.Error, ValueError, TypeError, KeyError) as error:
-        _refuse_ancestor(data, path)
-        if isinstance(error, DamagedError):
-            raise
+    except Ancestor:
+        raise ConfigError(
+            f"DB_PATH {path!r} is the database of the gateway before wggw, which wggw does not "
+            "change. Name another file, start, and then take its peers over with "
+            f"`wggw import {shlex.quote(path)}`"
+        ) from None
+    except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
         raise _damaged(path, 0, f"not a good snapshot: {error}") from None
-
-
-def _refuse_ancestor(data: bytes, path: str) -> None:
-    """Raises ConfigError when the file belongs to the program before wggw."""
-    if not data.startswith(SQLITE_MAGIC):
-        return
-    with (
-        contextlib.closing(sqlite3.connect(":memory:")) as db,
-        contextlib.suppress(sqlite3.Error),
-    ):
-        db.deserialize(data)
-        if is_ancestor(db):
-            raise ConfigError(
-                f"DB_PATH {path!r} is the database of the gateway before wggw, which wggw does "
-                "not change. Name another file, start, and then take its peers over with "
-                f"`wggw import {shlex.quote(path)}`"
-            )
-
-
-def open_state(
-    data: bytes,
-    segments: Iterable[tuple[int, bytes, Sequence[TrafficRow]]] = (),
-    vault: Vault | None = None,
-) -> Store:
-    """The verified state of a snapshot file that came from outside; `vault` may be its key.
-
-    `segments` are (last number, journal file, totals) to replay on it. Raises DamagedError,
-    ConfigError.
-    """
-    name, segment_name = "the snapshot", "a journal segment"
-    try:
-        store = Store(decode_snapshot(data, vault, name))
-        store.feeds.diverged = store.feeds.sequence  # the segments have totals in another order
-        for number, segment, totals in segments:
-            file = parse_journal(segment, segment_name)
-            if file.torn or file.last != number:
-                raise _damaged(segment_name, file.size, f"it does not end with record {number}")
-            store.replay(file, segment_name)
-            store.apply(Record(traffic=totals))
-        store.verify()
-    except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise _damaged(name, 0, str(error)) from None
-    store.restarted.clear()
-    return store
 
 
 class Files:
@@ -5637,16 +5569,6 @@ class Files:
             written, number = self.snapshot_time, self.snapshot_number
             data = Path(self.path).read_bytes()
         return written, number, decode_snapshot(data, self.vault, self.path)
-
-    def totals(self, since: int) -> tuple[float, list[TrafficRow]]:
-        """When the snapshot was written, and its totals of peers with a handshake since `since`.
-
-        Both times are Unix seconds.
-        """
-        written, _, image = self.read_snapshot()
-        query = f"{_TRAFFIC} WHERE last_handshake >= ? ORDER BY id"
-        with contextlib.closing(open_image(image)) as db:
-            return written, [TrafficRow(*row) for row in db.execute(query, (since,))]
 
     def renew(self, number: int, image: bytes) -> None:
         """Write a snapshot of the rows as of record `number`, and an empty journal. Raises OSError.
@@ -6385,6 +6307,33 @@ def decode_segment(payload: bytes) -> tuple[bytes, list[TrafficRow]]:
     return journal, rows
 
 
+def open_state(
+    data: bytes,
+    segments: Iterable[tuple[int, bytes, Sequence[TrafficRow]]] = (),
+    vault: Vault | None = None,
+) -> Store:
+    """The verified state of a snapshot file that came from outside; `vault` may be its key.
+
+    `segments` are (last number, journal file, totals) to replay on it. Raises DamagedError,
+    ConfigError.
+    """
+    name, segment_name = "the snapshot", "a journal segment"
+    try:
+        store = Store(decode_snapshot(data, vault, name))
+        store.feeds.diverged = store.feeds.sequence  # the segments have totals in another order
+        for number, segment, totals in segments:
+            file = parse_journal(segment, segment_name)
+            if file.torn or file.last != number:
+                raise _damaged(segment_name, file.size, f"it does not end with record {number}")
+            store.replay(file, segment_name)
+            store.apply(Record(traffic=totals))
+        store.verify()
+    except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise _damaged(name, 0, str(error)) from None
+    store.restarted.clear()
+    return store
+
+
 def read_state(entries: Sequence[Entry]) -> Store:
     """The state that a snapshot and its segments make, verified like an import.
 
@@ -6396,6 +6345,17 @@ def read_state(entries: Sequence[Entry]) -> Store:
         return open_state(snapshot.payload, segments)
     except (DamagedError, ValueError, TypeError) as error:
         raise CopyDamaged(str(error)) from None
+
+
+def totals_since(files: Files, since: int) -> tuple[float, list[TrafficRow]]:
+    """When the snapshot was written, and its totals of peers with a handshake since `since`.
+
+    Both times are Unix seconds. Raises OSError.
+    """
+    written, _, image = files.read_snapshot()
+    query = f"{_TRAFFIC} WHERE last_handshake >= ? ORDER BY id"
+    with contextlib.closing(open_image(image)) as db:
+        return written, [TrafficRow(*row) for row in db.execute(query, (since,))]
 
 
 NO_LINEAGE = "none"  # of a state that began while the copy did not answer
@@ -6662,7 +6622,9 @@ class Copier:
         after, written = self._number, self._snapshot_time
         totals: list[TrafficRow] = []
         if fresh:
-            written, totals = self._files.totals(int(self._snapshot_time) - 2 * ONLINE_SECONDS)
+            written, totals = totals_since(
+                self._files, int(self._snapshot_time) - 2 * ONLINE_SECONDS
+            )
         if records or totals:
             payload = encode_segment(after, records, totals)
             self._done(self.epochs.append(Entry("segment", after + len(records), payload)))
@@ -15295,6 +15257,27 @@ def load_whole(config: Config) -> tuple[Store, Files]:
             if before == [_file_identity(path) for path in paths]:
                 raise
     raise StartError(f"{config.db_path}: the gateway kept replacing its files: try again")
+
+
+def with_kept(
+    tunnels: Iterable[InterfaceSettings], store: Store, config: Config
+) -> tuple[InterfaceSettings, ...]:
+    """The settings of interfaces, with the addresses that the gateway had in smaller subnets.
+
+    Clients may use them as DNS server or for monitoring. MOVE_PEERS gives them up.
+    """
+    known = {} if config.move_peers else store.meta("gateways") or {}
+
+    def fits(tunnel: InterfaceSettings, address: str) -> bool:
+        return address not in tunnel.gateways and any(
+            ipaddress.ip_address(address) in subnet and AddressPool(subnet).has(address)
+            for subnet in tunnel.subnets.values()
+        )
+
+    return tuple(
+        tunnel._replace(kept=tuple(a for a in known.get(tunnel.name, ()) if fits(tunnel, a)))
+        for tunnel in tunnels
+    )
 
 
 def claim_interfaces(config: Config, load: Callable[[], Store]) -> None:

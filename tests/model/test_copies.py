@@ -155,9 +155,6 @@ class ModelFiles:
         image = json.dumps([self.rows.number, sorted(self.rows.peers)]).encode()
         return self.snapshot_time, self.rows.number, image
 
-    def totals(self, since: int) -> tuple[float, list[Any]]:
-        return self.snapshot_time, []
-
 
 class ModelWriters:
     """In the place of wggw.Writers."""
@@ -191,6 +188,7 @@ def open_state(data: bytes, segments: Any = ()) -> Rows:
 def _of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wggw, "Writers", lambda files: ModelWriters(files.disk))
     monkeypatch.setattr(wggw, "open_state", open_state)
+    monkeypatch.setattr(wggw, "totals_since", lambda files, since: (files.snapshot_time, []))
 
 
 def apply(peers: set[int], record: dict[str, int]) -> None:
