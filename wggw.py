@@ -5334,18 +5334,25 @@ class Store:
         if lost or forgotten or abs(after) > self.sequence:
             raise Gone("after: later changes are no longer remembered: begin again with 0")
 
-    def next_after(self, after: int, last: int, full: bool) -> int:
-        """The `after` of the request behind an answer that ends with `last`; never within a gap."""
+    @staticmethod
+    def next_after(after: int, last: int, until: int, full: bool) -> int:
+        """The `after` of the request behind an answer that ends with `last`; never within a gap.
+
+        An answer that is not `full` has all that there is up to `until`.
+        """
         if not full:
-            return self.sequence
+            return until
         return -last if after <= 0 else last
 
-    def changes(self, after: int, limit: int, view: View) -> list[tuple[int, str]]:
-        """The changes behind a sequence, as (sequence, JSON): each key once, at its latest change.
+    def changes(
+        self, after: int, limit: int, view: View, until: int = MAX_INTEGER
+    ) -> list[tuple[int, str]]:
+        """Changes behind a sequence, as (sequence, JSON): each key once, at its latest change.
 
         A deleted key has no configuration.
         """
-        values = {**self._prepare(view), "after": abs(after), "until": self.sequence}
+        until = min(until, self.sequence)
+        values = {**self._prepare(view), "after": abs(after), "until": until}
         rows: list[tuple[int, str]] = self._db.execute(
             _CHANGES, values | {"limit": limit}
         ).fetchall()
@@ -5354,9 +5361,9 @@ class Store:
             rows.sort()
         return rows[:limit]
 
-    def usage(self, after: int, limit: int) -> list[tuple[int, str]]:
+    def usage(self, after: int, limit: int, until: int = MAX_INTEGER) -> list[tuple[int, str]]:
         """(sequence, JSON) of the totals of peers whose totals changed, ordered by sequence."""
-        values = {"after": abs(after), "until": self.sequence, "limit": limit}
+        values = {"after": abs(after), "until": min(until, self.sequence), "limit": limit}
         return self._db.execute(_USAGE, values).fetchall()
 
     def _scan_end(self, after: int) -> int:
@@ -12540,7 +12547,7 @@ def render_process(started: float) -> Iterator[str]:
 # http: heads and bodies decoded strictly, the route table, handlers, answers
 # No SQL, netlink, rules or sockets here.
 #
-# App.admit() decides from the head alone (signature, route, length) whether to read the body. Then
+# Admission decides from the head alone (signature, route, length) whether to read the body. Then
 # the route's handler decodes it with a table of fields, asks the gateway, and shows the outcome.
 # One table, ROUTES, says what is accepted and describes it (OpenAPI). Most handlers run in the
 # loop; the route's `place` names those that a worker's thread runs.
@@ -13005,6 +13012,7 @@ Content = Mapping[str, Schema]  # media type -> schema
 class ApiRoute(NamedTuple):
     """A row of the route table: it says what a route accepts, and describes it in /openapi.json.
 
+    tag           a row of TAGS: the group of handlers to which the handler belongs
     fields        the fields of a JSON body
     media         schemas of other bodies, by media type
     answer        the schema of a 200 that is JSON
@@ -13016,11 +13024,14 @@ class ApiRoute(NamedTuple):
                   there; or "reader", a thread that also reads the body
     streamed      the reader's handler gets the body piece by piece
     patience      seconds that the answer may wait for a change
+    operation     the operation's id, where it is not the handler's name
+    rule          the gateway's rule that decides, where several routes have the same handler
     """
 
     method: str
     template: str
-    handler: Callable[[App, Request], Response | Later[Response]]
+    tag: str
+    handler: Callable[[Any, Request], Response | Later[Response]]
     description: str
     answer: Schema = {}
     fields: Mapping[str, Field] = {}
@@ -13033,6 +13044,8 @@ class ApiRoute(NamedTuple):
     place: str = "loop"
     streamed: bool = False
     patience: int = 0
+    operation: str = ""
+    rule: str = ""
 
 
 class Admitted(NamedTuple):
@@ -13073,37 +13086,18 @@ THIS_HOST = "this host"  # the source of requests that come over the Unix socket
 PROXY_HEADER = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip|via")
 
 
-class App:
-    """Answers requests: admit() sees the head alone, then answer() or answer_later() the body.
-
-    `work` advances a generator in the loop, a slice a round; `call_at` calls a function in the loop
-    at a time of time.monotonic().
-    """
+class Admission:
+    """Decides from a request's head alone whether the gateway reads its body."""
 
     def __init__(
         self,
         config: Config,
         gateway: Gateway,
         clock: Callable[[], float],
-        host: HostMetrics,
-        work: Callable[[Iterator[Any]], None],
-        *,
-        call_at: Callable[[float, Callable[[], None]], None] = lambda when, function: None,
+        metrics: RequestMetrics,
     ) -> None:
-        self.config = config
-        self.gateway = gateway
-        self._work = work
-        self._call_at = call_at
-        self._stopping = False
-        # The requests that wait for changes, with `after` and `limit` of each.
-        self._waiting: dict[Later[Response], tuple[int, int]] = {}
-        self._told = 0  # the last change that those requests were woken for
-        gateway.ledger.on_changed = self._wake_waiting
-        self.metrics = RequestMetrics()
-        self.copier: Copier | None = None
-        self._clock = clock
-        self._host = host
-        self._started = clock()
+        self._gateway = gateway
+        self._metrics = metrics
         self._authenticator = Authenticator({}, config.max_timestamp_diff, clock)
         self._throttle = Throttle(config.max_auth_failures)
         self._routes: dict[str, dict[str, ApiRoute]] = {}  # by template and method
@@ -13123,19 +13117,12 @@ class App:
             raise StartError(f"DB_PATH: {path!r} cannot be written: {_reason(error)}") from None
 
     def reload(self, config: Config) -> None:
-        """Use the keys and tokens of a new configuration. Raises ConfigError."""
-        secret = config.gateway_public_key
-        try:
-            self._box = PayloadBox(secret) if secret else None
-        except ImportError:
-            raise ConfigError("GATEWAY_PUBLIC_KEY needs python3-cryptography") from None
+        """Use the keys and tokens of a new configuration."""
         keys = {"default": config.gateway_api_key, **config.gateway_api_keys}
         self._authenticator.reload(keys, config.auth_schemes)
         self._metrics_token = config.metrics_token
         # With METRICS_ALLOWED, addresses that are no backend may connect, but only for the metrics.
         self._backends = config.allowed_backends if config.metrics_allowed else ()
-
-    # --- from the head alone ---------------------------------------------------------------------
 
     @answering_defects
     def admit(self, head: Head, source: str, entry: LogEntry) -> Admitted:
@@ -13163,7 +13150,7 @@ class App:
         limit = route.limit if route.guard == "signed" else 0  # unsigned requests have no body
         if head.length > limit:
             raise TooLarge(f"the body has {head.length} bytes; this path accepts at most {limit}")
-        if route.guard != "open" and not self.gateway.ready:
+        if route.guard != "open" and not self._gateway.ready:
             raise Unavailable("the gateway is starting", headers=[("Retry-After", "1")])
         key = key_from_path(segment) if segment else ""
         if key is None:
@@ -13187,12 +13174,12 @@ class App:
         except Unauthorized as error:
             self._count_failure(error, source)
             raise
-        self.metrics.signed(caller)
+        self._metrics.signed(caller)
         return caller
 
     def _count_failure(self, error: Unauthorized, source: str) -> None:
         """Raises TooManyRequests after too many failures from one source."""
-        self.metrics.refused(error.reason)
+        self._metrics.refused(error.reason)
         wait = self._throttle.fail(source) if error.reason == "signature" else 0
         if wait:
             raise TooManyRequests(
@@ -13224,127 +13211,59 @@ class App:
             self._count_failure(error, source)
             raise error
 
-    # --- with the body ---------------------------------------------------------------------------
 
-    def answer(self, admitted: Admitted, body: bytes | Iterator[bytes]) -> Response:
-        """Run the handler of a worker; the answer to a GatewayError is a problem."""
-        return cast(Response, self._answer(admitted, body))
+def json_body(request: Request) -> dict[str, Any]:
+    kind = request.media_type
+    if kind not in (b"", b"application/json") and not kind.endswith(b"+json"):
+        raise UnsupportedMediaType("the body must be application/json")
+    return decode_json(request.body)
 
-    def answer_later(
-        self, admitted: Admitted, body: bytes, reply: Callable[[Response], None]
+
+def body_fields(request: Request) -> dict[str, Any]:
+    """The body, decoded with the route's table."""
+    return parse_fields(json_body(request), request.route.fields)
+
+
+def named_interface(gateway: Gateway, query: Mapping[str, Any]) -> str | None:
+    name: str | None = query.get("interface")
+    if name is not None and name not in gateway.tunnels:
+        raise Invalid("interface", f"must be one of {', '.join(gateway.tunnels)}")
+    return name
+
+
+class PeerHandlers:
+    """Handlers of routes about peers; `box` opens and seals payloads.
+
+    `work` advances a generator in the loop, a slice a round; `call_at` calls a function in the loop
+    at a time of time.monotonic().
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        gateway: Gateway,
+        work: Callable[[Iterator[Any]], None],
+        call_at: Callable[[float, Callable[[], None]], None],
     ) -> None:
-        """Run a handler in the loop; it calls `reply` with the answer, now or later."""
-        response = self._answer(admitted, body)
-        if isinstance(response, Later):
-            response.then(reply)
-        else:
-            reply(response)
-
-    def _answer(
-        self, admitted: Admitted, body: bytes | Iterator[bytes]
-    ) -> Response | Later[Response]:
-        try:
-            headers = admitted.head.headers
-            signed = admitted.route.guard == "signed" and b"signature-input" in headers
-            digest = headers.get(b"content-digest")  # an attacker may have cut the body away
-            whole, pieces = (body, iter(())) if isinstance(body, bytes) else (b"", body)
-            if signed and (admitted.head.length or digest):
-                if admitted.route.streamed:
-                    pieces = self._digested(digest or b"", pieces)
-                else:
-                    self._check_digest(digest_matches(digest or b"", whole))
-            query = parse_query(admitted.head.query) if admitted.head.query else {}
-            for name in query.keys() - admitted.route.query.keys():
-                raise Malformed(f"{name[:64]}: is no query parameter of this path")
-            request = Request(
-                admitted.route,
-                parse_fields(query, admitted.route.query),
-                whole,
-                headers.get(b"content-type", b"").split(b";")[0].strip().lower(),
-                admitted.key,
-                admitted.entry,
-                pieces,
-            )
-            return self._run(request)
-        except GatewayError as error:
-            return problem(error)
-
-    def _check_digest(self, matches: bool) -> None:
-        if not matches:
-            self.metrics.refused("digest")
-            raise Unauthorized("the body does not have the signed Content-Digest", "digest")
-
-    def _digested(self, header: bytes, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Pass the pieces on; behind the last one, raise Unauthorized unless the digest matches."""
-        digest = BodyDigest(header)
-        for piece in pieces:
-            digest.update(piece)
-            yield piece
-        self._check_digest(digest.matches())
-
-    @answering_defects
-    def _run(self, request: Request) -> Response | Later[Response]:
-        return request.route.handler(self, request)
-
-    def _json_body(self, request: Request) -> dict[str, Any]:
-        kind = request.media_type
-        if kind not in (b"", b"application/json") and not kind.endswith(b"+json"):
-            raise UnsupportedMediaType("the body must be application/json")
-        return decode_json(request.body)
-
-    def _fields(self, request: Request) -> dict[str, Any]:
-        """The body, decoded with the route's table."""
-        return parse_fields(self._json_body(request), request.route.fields)
-
-    def _show(self, outcome: Outcome) -> str:
-        """The peer's configuration as JSON."""
-        view = self.gateway.view()
-        return self.gateway.store.show_given(outcome.peer, outcome.traffic, view)
-
-    def _change(
-        self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], str]
-    ) -> Later[Response]:
-        """Let a rule decide; the answer comes when its decision has landed."""
-        later = Later[Response]()
-
-        def reply(outcome: Outcome | GatewayError) -> None:
-            if isinstance(outcome, GatewayError):
-                later.give(problem(outcome))
-            else:
-                self._give(later, lambda: Response(200, show(outcome).encode("utf-8")))
-
-        self.gateway.change(name, fields, reply)
-        return later
-
-    @staticmethod
-    def _give(later: Later[Response], make: Callable[[], Response]) -> None:
-        """Answer with what `make` returns, or with the error that it raises."""
-        try:
-            response = answering_defects(make)()
-        except GatewayError as error:
-            response = problem(error)
-        later.give(response)
-
-    def _work_on(self, later: Later[Response], steps: Iterator[None]) -> None:
-        """Work in slices, which give `later` its answer; a defect in them is answered with 500."""
-
-        def guarded() -> Iterator[None]:
-            try:
-                yield from steps
-            except Exception as error:
-                log_defect(error)
-                later.give(problem(GatewayError(DEFECT)))
-
-        self._work(guarded())
+        self.box: PayloadBox | None = None
+        self._config = config
+        self._gateway = gateway
+        self._work = work
+        self._call_at = call_at
+        self._stopping = False
+        # The requests that wait for changes, with `after` and `limit` of each.
+        self._waiting: dict[Later[Response], tuple[int, int]] = {}
+        self._told = 0  # the last change that those requests were woken for
+        gateway.ledger.on_changed = self._wake_waiting
 
     def create_peer(self, request: Request) -> Later[Response]:
-        body = self._json_body(request)
+        body = json_body(request)
         if body.get("encrypted_payload") is None:
             return self._create(body, request.entry)
         sealed = parse_fields(body, SEALED_FIELDS, body)["encrypted_payload"]
-        if self._box is None:
+        if self.box is None:
             raise Malformed("encrypted_payload: is not accepted: GATEWAY_PUBLIC_KEY is not set")
-        box, opened = self._box, self._box.open(sealed)
+        box, opened = self.box, self.box.open(sealed)
 
         later = Later[Response]()
 
@@ -13372,8 +13291,8 @@ class App:
     def _created(self, outcome: Outcome, fields: Mapping[str, Any]) -> dict[str, Any]:
         shown: dict[str, Any] = json.loads(self._show(outcome))
         if not outcome.changed:
-            tunnel = self.gateway.tunnels[outcome.peer.interface]
-            differs = differing(tunnel.with_defaults(outcome.peer, self.config), fields)
+            tunnel = self._gateway.tunnels[outcome.peer.interface]
+            differs = differing(tunnel.with_defaults(outcome.peer, self._config), fields)
             shown |= {"differs": differs} if differs else {}
         if fields["ignored"]:
             shown["ignored"] = fields["ignored"]
@@ -13384,7 +13303,7 @@ class App:
         return shown
 
     def run_batch(self, request: Request) -> Later[Response]:
-        operations = [_decode_operation(given) for given in self._fields(request)["operations"]]
+        operations = [_decode_operation(given) for given in body_fields(request)["operations"]]
         later = Later[Response]()
 
         def reply(results: list[Outcome | GatewayError]) -> None:
@@ -13393,7 +13312,7 @@ class App:
                 return
             self._give(later, lambda: self._batch_results(operations, results))
 
-        self._work_on(later, self.gateway.batch(operations, reply))
+        self._work_on(later, self._gateway.batch(operations, reply))
         return later
 
     def _batch_results(
@@ -13437,26 +13356,41 @@ class App:
                 if known.place != place:
                     raise Invalid("public_key", f"{known.place} has the same key")
         dry_run = request.query.get("dry_run", False)
-        result = self.gateway.sync(desired, dry_run, request.query.get("allow_mass_delete", False))
+        result = self._gateway.sync(desired, dry_run, request.query.get("allow_mass_delete", False))
         content = {"status": "dry_run" if dry_run else "synced", **result._asdict()}
         return Response(200, encode_json(content), note=str(content))
 
-    def update_peer(self, request: Request) -> Later[Response]:
-        fields = {**self._fields(request), "public_key": request.key}
-        return self._change("update", fields, self._show)
+    def change_peer(self, request: Request) -> Later[Response]:
+        """Let the route's rule change the peer in the path, and show the peer."""
+        fields = body_fields(request) if request.route.fields else {}
+        fields["public_key"] = request.key
+        return self._change(request.route.rule, fields, self._show)
 
-    def rotate_peer(self, request: Request) -> Later[Response]:
-        fields = {**self._fields(request), "public_key": request.key}
-        return self._change("rotate", fields, self._show)
+    def get_peer(self, request: Request) -> Response:
+        if request.query.get("format") == "wg-quick":
+            outcome = self._gateway.get(request.key)
+            file = wg_quick(json.loads(self._show(outcome)), outcome.peer.preshared_key)
+            return Response(200, file.encode("utf-8"), "text/plain; charset=utf-8")
+        text = self._gateway.store.show(request.key, self._gateway.view())
+        if text is None:
+            raise NotFound(NO_PEER)
+        return Response(200, text.encode("utf-8"))
 
-    def reset_quota(self, request: Request) -> Later[Response]:
-        return self._change("reset_quota", {"public_key": request.key}, self._show)
+    def set_peer_status(self, request: Request) -> Later[Response]:
+        status = body_fields(request)["status"]
+        said = "updated" if status == "active" else "suspended"
+        fields = {"public_key": request.key, "status": status}
+        return self._change("set_status", fields, lambda _: f'{{"status":"{said}"}}')
+
+    def delete_peer(self, request: Request) -> Later[Response]:
+        fields = {"public_key": request.key}
+        return self._change("delete", fields, lambda _: '{"status":"deleted"}')
 
     def list_peers(self, request: Request) -> Later[Response]:
         query = request.query
         chosen = Filter(
             query.get("status"),
-            self._named_interface(query),
+            named_interface(self._gateway, query),
             query.get("online"),
             query.get("status_reason"),
             query.get("label"),
@@ -13468,12 +13402,13 @@ class App:
         def steps() -> Iterator[None]:
             texts: list[str] = []
             after: int | None = query.get("cursor", 0)
-            full = True
-            while after is not None and full and len(texts) < limit:
+            while after is not None:
                 wanted = min(limit - len(texts), READ_CHUNK)
-                page = self.gateway.store.page(after, wanted, chosen, self.gateway.view(), names)
+                page = self._gateway.store.page(after, wanted, chosen, self._gateway.view(), names)
                 texts += (text for _, text in page.rows)
-                after, full = page.after, len(page.rows) == wanted
+                after = page.after
+                if len(page.rows) < wanted or len(texts) == limit:
+                    break
                 yield
             cursor = "null" if after is None else f'"{_encode_cursor(after)}"'
             text = f'{{"configurations":[{",".join(texts)}],"next_cursor":{cursor}}}'
@@ -13482,12 +13417,12 @@ class App:
         self._work_on(later, steps())
         return later
 
-    def list_changes(self, request: Request) -> Response | Later[Response]:
-        query, store = request.query, self.gateway.store
+    def list_changes(self, request: Request) -> Later[Response]:
+        query, store = request.query, self._gateway.store
         after, limit = query.get("after", 0), query.get("limit", MAX_PAGE)
         store.check_feed(after)
         wait = query.get("wait", 0)
-        if not wait or self._stopping or store.changes(after, 1, self.gateway.view()):
+        if not wait or self._stopping or store.changes(after, 1, self._gateway.view()):
             return self._changes(after, limit)
         later = Later[Response]()
         if not self._waiting:
@@ -13496,30 +13431,59 @@ class App:
         self._call_at(time.monotonic() + wait, lambda: self._answer_waiting(later))
         return later
 
-    def _changes(self, after: int, limit: int) -> Response:
-        store = self.gateway.store
-        found = store.changes(after, limit, self.gateway.view())
-        return self._feed("changes", found, after, limit)
+    def list_usage(self, request: Request) -> Later[Response]:
+        store = self._gateway.store
+        after, limit = request.query.get("after", 0), request.query.get("limit", MAX_USAGE)
+        store.check_feed(after)
+        return self._feed("usage", after, limit, store.usage)
+
+    def _changes(self, after: int, limit: int) -> Later[Response]:
+        def read(position: int, wanted: int, until: int) -> list[tuple[int, str]]:
+            return self._gateway.store.changes(position, wanted, self._gateway.view(), until)
+
+        return self._feed("changes", after, limit, read)
 
     def _feed(
-        self, name: str, found: Sequence[tuple[int, str]], after: int, limit: int
-    ) -> Response:
-        """An answer with what is behind the sequence `after`, as (sequence, JSON)."""
-        last = found[-1][0] if found else 0
-        following = self.gateway.store.next_after(after, last, len(found) == limit)
-        text = f'{{"{name}":[{",".join(text for _, text in found)}],"next":{following}}}'
-        return Response(200, text.encode("utf-8"))
+        self,
+        name: str,
+        after: int,
+        limit: int,
+        read: Callable[[int, int, int], list[tuple[int, str]]],
+    ) -> Later[Response]:
+        """Answer with what is behind the sequence `after` now: read() returns (sequence, JSON).
 
-    def _wake_waiting(self) -> None:
-        """Answer the requests that wait for changes, if there are any. Owner."""
-        if self._waiting and self.gateway.store.last_change > self._told:
-            self._told = self.gateway.store.last_change
-            self._answer_all_waiting()
+        What changes while this collects gets a sequence behind `until`, so no key comes twice.
+        """
+        store, later = self._gateway.store, Later[Response]()
+        until = store.sequence
+
+        def steps() -> Iterator[None]:
+            rows: list[tuple[int, str]] = []
+            while True:
+                wanted = min(limit - len(rows), READ_CHUNK)
+                found = read(rows[-1][0] if rows else after, wanted, until)
+                rows += found
+                if len(found) < wanted or len(rows) == limit:
+                    break
+                yield
+            last, full = rows[-1][0] if rows else 0, len(rows) == limit
+            following = store.next_after(after, last, until, full)
+            text = f'{{"{name}":[{",".join(text for _, text in rows)}],"next":{following}}}'
+            later.give(Response(200, text.encode("utf-8")))
+
+        self._work_on(later, steps())
+        return later
 
     def stop_waiting(self) -> None:
         """Answer all requests that wait for changes: the gateway stops. Owner."""
         self._stopping = True
         self._answer_all_waiting()
+
+    def _wake_waiting(self) -> None:
+        """Answer the requests that wait for changes, if there are any. Owner."""
+        if self._waiting and self._gateway.store.last_change > self._told:
+            self._told = self._gateway.store.last_change
+            self._answer_all_waiting()
 
     def _answer_all_waiting(self) -> None:
         def steps() -> Iterator[None]:
@@ -13532,52 +13496,84 @@ class App:
     def _answer_waiting(self, later: Later[Response]) -> None:
         asked = self._waiting.pop(later, None)
         if asked is not None:
-            self._give(later, lambda: self._changes(*asked))
+            self._changes(*asked).then(later.give)
 
-    def list_usage(self, request: Request) -> Response:
-        store = self.gateway.store
-        after, limit = request.query.get("after", 0), request.query.get("limit", MAX_USAGE)
-        store.check_feed(after)
-        return self._feed("usage", store.usage(after, limit), after, limit)
+    # --- what handlers share ---------------------------------------------------------------------
 
-    def get_peer(self, request: Request) -> Response:
-        if request.query.get("format") == "wg-quick":
-            outcome = self.gateway.get(request.key)
-            file = wg_quick(json.loads(self._show(outcome)), outcome.peer.preshared_key)
-            return Response(200, file.encode("utf-8"), "text/plain; charset=utf-8")
-        text = self.gateway.store.show(request.key, self.gateway.view())
-        if text is None:
-            raise NotFound(NO_PEER)
-        return Response(200, text.encode("utf-8"))
+    def _show(self, outcome: Outcome) -> str:
+        """The peer's configuration as JSON."""
+        view = self._gateway.view()
+        return self._gateway.store.show_given(outcome.peer, outcome.traffic, view)
 
-    def set_peer_status(self, request: Request) -> Later[Response]:
-        status = self._fields(request)["status"]
-        said = "updated" if status == "active" else "suspended"
-        fields = {"public_key": request.key, "status": status}
-        return self._change("set_status", fields, lambda _: f'{{"status":"{said}"}}')
+    def _change(
+        self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], str]
+    ) -> Later[Response]:
+        """Let a rule decide; the answer comes when its decision has landed."""
+        later = Later[Response]()
 
-    def delete_peer(self, request: Request) -> Later[Response]:
-        fields = {"public_key": request.key}
-        return self._change("delete", fields, lambda _: '{"status":"deleted"}')
+        def reply(outcome: Outcome | GatewayError) -> None:
+            if isinstance(outcome, GatewayError):
+                later.give(problem(outcome))
+            else:
+                self._give(later, lambda: Response(200, show(outcome).encode("utf-8")))
 
-    def _named_interface(self, query: Mapping[str, Any]) -> str | None:
-        name: str | None = query.get("interface")
-        if name is not None and name not in self.gateway.tunnels:
-            raise Invalid("interface", f"must be one of {', '.join(self.gateway.tunnels)}")
-        return name
+        self._gateway.change(name, fields, reply)
+        return later
+
+    @staticmethod
+    def _give(later: Later[Response], make: Callable[[], Response]) -> None:
+        """Answer with what `make` returns, or with the error that it raises."""
+        try:
+            response = answering_defects(make)()
+        except GatewayError as error:
+            response = problem(error)
+        later.give(response)
+
+    def _work_on(self, later: Later[Response], steps: Iterator[None]) -> None:
+        """Work in slices, which give `later` its answer; a defect in them is answered with 500."""
+
+        def guarded() -> Iterator[None]:
+            try:
+                yield from steps
+            except Exception as error:
+                log_defect(error)
+                later.give(problem(GatewayError(DEFECT)))
+
+        self._work(guarded())
+
+
+class GatewayHandlers:
+    """Handlers of routes about the gateway itself."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        clock: Callable[[], float],
+        host: HostMetrics,
+        metrics: RequestMetrics,
+        copy_state: Callable[[], CopyState | None],
+    ) -> None:
+        self._gateway = gateway
+        self._clock = clock
+        self._host = host
+        self._metrics = metrics
+        self._copy_state = copy_state
+        self._started = clock()
 
     def get_ip_usage(self, request: Request) -> Response:
-        return Response(200, encode_json(self.gateway.usage(self._named_interface(request.query))))
+        return Response(
+            200, encode_json(self._gateway.usage(named_interface(self._gateway, request.query)))
+        )
 
     def get_obfuscation(self, request: Request) -> Response:
         return Response(200, encode_json(self._obfuscation()))
 
     def _obfuscation(self) -> dict[str, Any]:
-        tunnel = self.gateway.obfuscated()
+        tunnel = self._gateway.obfuscated()
         state = cast(ObfuscationState, tunnel.obfuscation)
         return {
             "interface": tunnel.name,
-            "total_peers": self.gateway.run(self.gateway.figures).peers(None, tunnel.name),
+            "total_peers": self._gateway.run(self._gateway.figures).peers(None, tunnel.name),
             "generation": state.generation,
             "parameters_version": state.version,
             "parameters": show_parameters(state.parameters),
@@ -13585,7 +13581,7 @@ class App:
         }
 
     def rotate_obfuscation(self, request: Request) -> Response:
-        fields = self._fields(request)
+        fields = body_fields(request)
         wanted = fields.get("parameters")
         if wanted is None:
             try:
@@ -13593,33 +13589,34 @@ class App:
                 wanted = generate_obfuscation(fields.get("generation"), preset)
             except ValueError as error:
                 raise Invalid("preset", str(error).removeprefix("preset: ")) from None
-        cut = self.gateway.change_obfuscation(wanted, fields.get("confirm", False))
+        cut = self._gateway.change_obfuscation(wanted, fields.get("confirm", False))
         content = {"status": "rotated", "cut_off_peers": cut, **self._obfuscation()}
         return Response(200, encode_json(content))
 
     def export_snapshot(self, request: Request) -> Response:
-        return Response(200, self.gateway.export(), "application/octet-stream")
+        return Response(200, self._gateway.export(), "application/octet-stream")
 
     def import_snapshot(self, request: Request) -> Response:
         dry_run = request.query.get("dry_run", False)
-        total, cut = self.gateway.import_(request.body, request.query.get("replace_key"), dry_run)
+        total, cut = self._gateway.import_(request.body, request.query.get("replace_key"), dry_run)
         status = "dry_run" if dry_run else "imported"
         content = {"status": status, "total_peers": total, "cut_off_peers": cut}
         return Response(200, encode_json(content))
 
     def sync_ips(self, request: Request) -> Response:
-        name = self._named_interface(request.query)
+        name = named_interface(self._gateway, request.query)
         if request.query.get("accept_key"):
-            self.gateway.accept_keys()
+            self._gateway.accept_keys()
         try:
-            result = self.gateway.projection.reconcile(name)
+            result = self._gateway.projection.reconcile(name)
         except BackendError as error:
             LOG.error("%s", error)
             raise Unavailable("the interface is not usable: see the gateway's log") from None
         return Response(200, encode_json({"status": "synced", **result._asdict()}))
 
     def get_status(self, request: Request) -> Response:
-        now, figures = self._clock(), self.gateway.run(self.gateway.figures)
+        now, figures = self._clock(), self._gateway.run(self._gateway.figures)
+        copy = self._copy_state()
         taken = figures.snapshot_time
         content = {
             "status": "degraded" if figures.degraded else "healthy",
@@ -13629,14 +13626,14 @@ class App:
             "load_average": round(os.getloadavg()[0], 2),
             "timestamp": rfc3339(now),
             "reasons": figures.degraded,
-            "remote_copy": self.copier.state()._asdict() if self.copier else None,
+            "remote_copy": copy and copy._asdict(),
             "version": __version__,
             "uptime_seconds": int(now - self._started),
             "python_version": PYTHON_VERSION,
-            "certificate_expires_at": rfc3339(self.metrics.certificate_expires),
+            "certificate_expires_at": rfc3339(self._metrics.certificate_expires),
             "snapshot": {"at": rfc3339(taken) if taken else None, "bytes": figures.snapshot_bytes},
             "journal": {"records": figures.number, "bytes": figures.journal_bytes},
-            "interfaces": [self._interface(t, figures) for t in self.gateway.tunnels.values()],
+            "interfaces": [self._interface(t, figures) for t in self._gateway.tunnels.values()],
             "service_classes": [
                 {
                     "name": row.name,
@@ -13670,9 +13667,9 @@ class App:
         }
 
     def get_server_metrics(self, request: Request) -> Response:
-        figures = self.gateway.run(self.gateway.figures)
-        handshakes = self.gateway.run(lambda: self.gateway.store.last_handshakes(MAX_PAGE))
-        tunnels = self.gateway.tunnels.values()
+        figures = self._gateway.run(self._gateway.figures)
+        handshakes = self._gateway.run(lambda: self._gateway.store.last_handshakes(MAX_PAGE))
+        tunnels = self._gateway.tunnels.values()
         content = {
             "system": {
                 "cpu_percent": self._host.cpu_percent,
@@ -13691,13 +13688,32 @@ class App:
         }
         return Response(200, encode_json(content))
 
+
+class MonitoringHandlers:
+    """Handlers of routes that need no signature."""
+
+    def __init__(
+        self,
+        config: Config,
+        gateway: Gateway,
+        clock: Callable[[], float],
+        metrics: RequestMetrics,
+        copy_state: Callable[[], CopyState | None],
+    ) -> None:
+        self._gateway = gateway
+        self._metrics = metrics
+        self._copy_state = copy_state
+        self._per_peer = config.per_peer_metrics
+        self._started = clock()
+
     def get_metrics(self, request: Request) -> Response:
-        parts = [*render_gateway(self.gateway), *self.metrics.render()]
+        parts = [*render_gateway(self._gateway), *self._metrics.render()]
         parts += render_process(self._started)
-        if self.copier:
-            parts += render_copy(self.copier.state(), bool(self.gateway.ledger.replaced))
-        if self.config.per_peer_metrics:
-            parts += render_peers(self.gateway)
+        copy = self._copy_state()
+        if copy is not None:
+            parts += render_copy(copy, bool(self._gateway.ledger.replaced))
+        if self._per_peer:
+            parts += render_peers(self._gateway)
         text = "".join(parts)
         return Response(200, text.encode("ascii"), "text/plain; version=0.0.4; charset=utf-8")
 
@@ -13705,15 +13721,114 @@ class App:
         return Response(200, b'{"status":"alive"}')
 
     def get_readiness(self, request: Request) -> Response:
-        if not self.gateway.ready:
-            raise Unavailable(self.gateway.starting, headers=[("Retry-After", "1")])
-        reasons = self.gateway.degraded()
+        if not self._gateway.ready:
+            raise Unavailable(self._gateway.starting, headers=[("Retry-After", "1")])
+        reasons = self._gateway.degraded()
         if reasons:
             raise Unavailable("degraded: " + "; ".join(reasons))
         return Response(200, b'{"status":"ready"}')
 
     def get_openapi(self, request: Request) -> Response:
         return Response(200, openapi_document())
+
+
+class App:
+    """Answers requests: `admission` sees the head alone, then answer() or answer_later() the body.
+
+    See PeerHandlers for `work` and `call_at`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        gateway: Gateway,
+        clock: Callable[[], float],
+        host: HostMetrics,
+        work: Callable[[Iterator[Any]], None],
+        *,
+        call_at: Callable[[float, Callable[[], None]], None] = lambda when, function: None,
+    ) -> None:
+        self.config = config
+        self.gateway = gateway
+        self.metrics = metrics = RequestMetrics()
+        self.copier: Copier | None = None
+        self.admission = Admission(config, gateway, clock, metrics)
+        self.peers = PeerHandlers(config, gateway, work, call_at)
+        self.handlers: Mapping[str, Any] = {
+            "peers": self.peers,
+            "gateway": GatewayHandlers(gateway, clock, host, metrics, self._copy_state),
+            "monitoring": MonitoringHandlers(config, gateway, clock, metrics, self._copy_state),
+        }
+        self.reload(config)
+
+    def reload(self, config: Config) -> None:
+        """Use the keys and tokens of a new configuration. Raises ConfigError."""
+        secret = config.gateway_public_key
+        try:
+            self.peers.box = PayloadBox(secret) if secret else None
+        except ImportError:
+            raise ConfigError("GATEWAY_PUBLIC_KEY needs python3-cryptography") from None
+        self.admission.reload(config)
+
+    def _copy_state(self) -> CopyState | None:
+        return self.copier.state() if self.copier else None
+
+    def answer(self, admitted: Admitted, body: bytes | Iterator[bytes]) -> Response:
+        """Run the handler of a worker; the answer to a GatewayError is a problem."""
+        return cast(Response, self._answer(admitted, body))
+
+    def answer_later(
+        self, admitted: Admitted, body: bytes, reply: Callable[[Response], None]
+    ) -> None:
+        """Run a handler in the loop; it calls `reply` with the answer, now or later."""
+        response = self._answer(admitted, body)
+        if isinstance(response, Later):
+            response.then(reply)
+        else:
+            reply(response)
+
+    def _answer(
+        self, admitted: Admitted, body: bytes | Iterator[bytes]
+    ) -> Response | Later[Response]:
+        try:
+            headers = admitted.head.headers
+            signed = admitted.route.guard == "signed" and b"signature-input" in headers
+            digest = headers.get(b"content-digest")  # an attacker may have cut the body away
+            whole, pieces = (body, iter(())) if isinstance(body, bytes) else (b"", body)
+            if signed and (admitted.head.length or digest):
+                if admitted.route.streamed:
+                    pieces = self._digested(digest or b"", pieces)
+                else:
+                    self._check_digest(digest_matches(digest or b"", whole))
+            query = parse_query(admitted.head.query) if admitted.head.query else {}
+            for name in query.keys() - admitted.route.query.keys():
+                raise Malformed(f"{name[:64]}: is no query parameter of this path")
+            request = Request(
+                admitted.route,
+                parse_fields(query, admitted.route.query),
+                whole,
+                headers.get(b"content-type", b"").split(b";")[0].strip().lower(),
+                admitted.key,
+                admitted.entry,
+                pieces,
+            )
+            run = answering_defects(request.route.handler)
+            return run(self.handlers[request.route.tag], request)
+        except GatewayError as error:
+            return problem(error)
+
+    def _check_digest(self, matches: bool) -> None:
+        if not matches:
+            self.metrics.refused("digest")
+            raise Unauthorized("the body does not have the signed Content-Digest", "digest")
+
+    def _digested(self, header: bytes, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass the pieces on; behind the last one, raise Unauthorized unless the digest matches."""
+        digest = BodyDigest(header)
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+        self._check_digest(digest.matches())
 
 
 def _encode_cursor(peer_id: int) -> str:
@@ -13902,26 +14017,26 @@ PEER_PATH = CONFIGURATIONS_PATH + "/{public_key}"
 # fmt: off
 ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute(
-        "POST", CONFIGURATIONS_PATH, App.create_peer,
+        "POST", CONFIGURATIONS_PATH, "peers", PeerHandlers.create_peer,
         "Create a peer. The same public key again answers `exists`, with the same addresses.",
         partial_schema(**CREATED, encrypted_response=TEXT), CREATE_BODY, errors=(409,)),
     ApiRoute(
-        "GET", CONFIGURATIONS_PATH, App.list_peers,
+        "GET", CONFIGURATIONS_PATH, "peers", PeerHandlers.list_peers,
         "List the peers, a page at a time.",
         answer_schema(configurations=list_of("ListedPeer"), next_cursor=or_null(TEXT)),
         query=LIST_QUERY),
     ApiRoute(
-        "GET", "/api/v1/changes", App.list_changes,
+        "GET", "/api/v1/changes", "peers", PeerHandlers.list_changes,
         "List peers in the order of their latest changes, or wait for a change.",
         answer_schema(changes=list_of("PeerChange"), next=NEXT),
         query=CHANGES_QUERY, errors=(410,), patience=CHANGES_PATIENCE),
     ApiRoute(
-        "GET", "/api/v1/usage", App.list_usage,
+        "GET", "/api/v1/usage", "peers", PeerHandlers.list_usage,
         "List the traffic totals of the peers whose totals changed.",
         answer_schema(usage=list_of("PeerUsage"), next=NEXT),
         query=USAGE_QUERY, errors=(410,)),
     ApiRoute(
-        "PUT", CONFIGURATIONS_PATH, App.sync_peers,
+        "PUT", CONFIGURATIONS_PATH, "peers", PeerHandlers.sync_peers,
         "Replace all peers by these, completely or not at all. A read during the change may show a "
         "part of it.",
         said_schema("synced", "dry_run", **counts(*DesiredResult._fields)),
@@ -13932,46 +14047,46 @@ ROUTES: tuple[ApiRoute, ...] = (
             ("dry_run", "allow_mass_delete"), FLAG_FIELD),
         errors=(409, 415, 422), limit=MAX_LINES, streamed=True, place="reader"),
     ApiRoute(
-        "POST", CONFIGURATIONS_PATH + "/batch", App.run_batch,
+        "POST", CONFIGURATIONS_PATH + "/batch", "peers", PeerHandlers.run_batch,
         "Do operations in order, each completely or not at all; the answer has a result for each.",
         answer_schema(results=list_of("BatchResult")), BATCH_FIELDS, limit=MAX_BATCH * 1024),
     ApiRoute(
-        "GET", PEER_PATH, App.get_peer,
+        "GET", PEER_PATH, "peers", PeerHandlers.get_peer,
         "Show one peer with its live state, or its client's configuration as text.",
         SHOWN, answer_media={"text/plain": TEXT},
         query={"format": choice_field(("json", "wg-quick"))}),
     ApiRoute(
-        "PATCH", PEER_PATH, App.update_peer,
+        "PATCH", PEER_PATH, "peers", PeerHandlers.change_peer,
         "Change a peer; null clears a field.",
-        SHOWN, PATCH_FIELDS, errors=(409,)),
+        SHOWN, PATCH_FIELDS, errors=(409,), operation="update_peer", rule="update"),
     ApiRoute(
-        "POST", PEER_PATH + "/rotate", App.rotate_peer,
+        "POST", PEER_PATH + "/rotate", "peers", PeerHandlers.change_peer,
         "Give a peer a new key; its addresses stay.",
-        SHOWN, ROTATE_FIELDS, errors=(409,)),
+        SHOWN, ROTATE_FIELDS, errors=(409,), operation="rotate_peer", rule="rotate"),
     ApiRoute(
-        "POST", PEER_PATH + "/reset-quota", App.reset_quota,
+        "POST", PEER_PATH + "/reset-quota", "peers", PeerHandlers.change_peer,
         "Set a peer's used quota to 0; a suspension by quota ends.",
-        SHOWN),
+        SHOWN, operation="reset_quota", rule="reset_quota"),
     ApiRoute(
-        "DELETE", PEER_PATH, App.delete_peer,
+        "DELETE", PEER_PATH, "peers", PeerHandlers.delete_peer,
         "Delete a peer; its addresses become free.",
         said_schema("deleted")),
     ApiRoute(
-        "PUT", PEER_PATH + "/status", App.set_peer_status,
+        "PUT", PEER_PATH + "/status", "peers", PeerHandlers.set_peer_status,
         "Suspend or activate a peer. Activating answers `updated`.",
         said_schema("suspended", "updated"), STATUS_FIELDS, errors=(409,)),
     ApiRoute(
-        "GET", "/api/v1/ip-usage", App.get_ip_usage,
+        "GET", "/api/v1/ip-usage", "gateway", GatewayHandlers.get_ip_usage,
         "Count total, used and free addresses of all interfaces together, or of one.",
         answer_schema(**dict.fromkeys(FAMILIES, component("AddressUsage"))),
         query={"interface": INTERFACE_FIELD}, place="worker"),
     ApiRoute(
-        "POST", "/api/v1/sync-ips", App.sync_ips,
+        "POST", "/api/v1/sync-ips", "gateway", GatewayHandlers.sync_ips,
         "Compare the interfaces with the store now, and repair them.",
         said_schema("synced", **counts(*SyncResult._fields)),
         query={"interface": INTERFACE_FIELD, "accept_key": FLAG_FIELD}, place="worker"),
     ApiRoute(
-        "GET", "/api/v1/server/status", App.get_status,
+        "GET", "/api/v1/server/status", "gateway", GatewayHandlers.get_status,
         "Show health, peers online, load.",
         said_schema(
             "healthy", "degraded",
@@ -13985,7 +14100,7 @@ ROUTES: tuple[ApiRoute, ...] = (
             interfaces=list_of("GatewayInterface"),
             service_classes=list_of("ServiceClass"))),
     ApiRoute(
-        "GET", "/api/v1/server/metrics", App.get_server_metrics,
+        "GET", "/api/v1/server/metrics", "gateway", GatewayHandlers.get_server_metrics,
         "Show figures of host and WireGuard.",
         answer_schema(
             system=answer_schema(
@@ -13998,39 +14113,39 @@ ROUTES: tuple[ApiRoute, ...] = (
             timestamp=TIME_SCHEMA),
         place="worker"),  # it asks the file system, which may hang
     ApiRoute(
-        "GET", "/api/v1/obfuscation", App.get_obfuscation,
+        "GET", "/api/v1/obfuscation", "gateway", GatewayHandlers.get_obfuscation,
         "Show the parameters of the AmneziaWG interface.",
         answer_schema(**SPOKEN)),
     ApiRoute(
-        "POST", "/api/v1/obfuscation/rotate", App.rotate_obfuscation,
+        "POST", "/api/v1/obfuscation/rotate", "gateway", GatewayHandlers.rotate_obfuscation,
         "Change AmneziaWG's parameters. Its clients then need new configurations.",
         said_schema("rotated", cut_off_peers=COUNT, **SPOKEN), OBFUSCATION_FIELDS,
         errors=(409,), place="worker"),
     ApiRoute(
-        "GET", "/api/v1/snapshot", App.export_snapshot,
+        "GET", "/api/v1/snapshot", "gateway", GatewayHandlers.export_snapshot,
         "Export the whole state as one file, encrypted when SNAPSHOT_KEY is set.",
         answer_media={"application/octet-stream": BINARY}, place="worker"),
     ApiRoute(
-        "PUT", "/api/v1/snapshot", App.import_snapshot,
+        "PUT", "/api/v1/snapshot", "gateway", GatewayHandlers.import_snapshot,
         "Replace the whole state by an exported file.",
          said_schema("imported", "dry_run", total_peers=COUNT, cut_off_peers=COUNT),
          query=dict.fromkeys(("dry_run", "replace_key"), FLAG_FIELD),
         media={"application/octet-stream": BINARY},
         errors=(409,), limit=MAX_SNAPSHOT, place="reader"),
     ApiRoute(
-        "GET", "/metrics", App.get_metrics,
+        "GET", "/metrics", "monitoring", MonitoringHandlers.get_metrics,
         "Show figures as Prometheus text.",
         answer_media={"text/plain": TEXT}, guard="metrics", place="worker"),
     ApiRoute(
-        "GET", "/healthz", App.get_health,
+        "GET", "/healthz", "monitoring", MonitoringHandlers.get_health,
         "Say that the process is alive.",
         said_schema("alive"), guard="open"),
     ApiRoute(
-        "GET", "/readyz", App.get_readiness,
+        "GET", "/readyz", "monitoring", MonitoringHandlers.get_readiness,
         "Say that the gateway is ready, or answer 503 with the reason.",
         said_schema("ready"), errors=(503,), guard="open"),
     ApiRoute(
-        "GET", "/openapi.json", App.get_openapi,
+        "GET", "/openapi.json", "monitoring", MonitoringHandlers.get_openapi,
         "Show this description.",
         FREE_OBJECT, guard="open", place="worker"),
 )
@@ -14153,16 +14268,9 @@ TAGS = {
 }
 
 
-def _tag(route: ApiRoute) -> str:
-    if route.guard != "signed":
-        return "monitoring"
-    of_peers = (CONFIGURATIONS_PATH, "/api/v1/changes", "/api/v1/usage")
-    return "peers" if route.template.startswith(of_peers) else "gateway"
-
-
 def describe_route(route: ApiRoute, schemas: dict[str, Schema]) -> Schema:
     """A route as an Operation Object. Its schemas are put into `schemas`."""
-    name = route.handler.__name__
+    name = route.operation or route.handler.__name__
     type_name = name.title().replace("_", "")
     answer = {**({"application/json": route.answer} if route.answer else {}), **route.answer_media}
     body = {
@@ -14178,7 +14286,7 @@ def describe_route(route: ApiRoute, schemas: dict[str, Schema]) -> Schema:
         responses[str(status)] = _error_response(status, True) if sealed else shared
     operation = {
         "operationId": name,
-        "tags": [_tag(route)],
+        "tags": [route.tag],
         "summary": re.split("[.;]", route.description)[0],
         "description": route.description,
         "security": GUARDS[route.guard].security,
@@ -14599,7 +14707,7 @@ class Connection:
 
             def raise_ceiling() -> None:
                 try:
-                    self._server.app.nonces.raise_ceiling(wanted)
+                    self._server.app.admission.nonces.raise_ceiling(wanted)
                 except OSError as error:
                     refusal = Unavailable(f"the nonce cannot be kept: {_reason(error)}")
                     self._loop.post(lambda: self._refuse(refusal))
@@ -14623,7 +14731,9 @@ class Connection:
             self._entry.request_id = given.decode("ascii")
         self._keep_alive = head.keep_alive
         self._unread = head.length > 0
-        admitted = self._admitted = self._server.app.admit(head, self._source, self._entry)
+        admitted = self._admitted = self._server.app.admission.admit(
+            head, self._source, self._entry
+        )
         route = admitted.route
         self.trusted = self.trusted or route.guard in ("signed", "metrics")
         if route.place == "reader":
@@ -15077,7 +15187,7 @@ class Server(ThreadingHTTPServer):
         self.closing = True
         if self._local:
             self._local.close()
-        self.loop.post(self.app.stop_waiting)
+        self.loop.post(self.app.peers.stop_waiting)
         self.shutdown()
         self.server_close()
         started = time.monotonic()
@@ -15500,7 +15610,7 @@ class Service:
         gateway = Gateway(config, store, files, time.time, loop.run)
         host = HostMetrics(os.path.dirname(config.db_path) or ".")
         app = App(config, gateway, time.time, host, loop.work, call_at=loop.call_at)
-        app.nonces.close(time.time())  # until the nonces of the last run are loaded
+        app.admission.nonces.close(time.time())  # until the nonces of the last run are loaded
         self._lacks_certificate = not os.path.exists(config.tls_cert)
         tls, app.metrics.certificate_expires = make_tls(config)
         server = Server(config, app, tls, loop, log)
@@ -15543,7 +15653,7 @@ class Service:
     def _write_the_rest(self, app: App, left: list[str]) -> None:
         """Write the last files of an orderly stop, and remove each from `left` once written."""
         try:
-            app.nonces.close(time.time())
+            app.admission.nonces.close(time.time())
         except OSError as error:
             LOG.warning(
                 "used signatures cannot be written: %s; the next start will answer backends 503 "
@@ -15608,7 +15718,7 @@ class Service:
                 return False
             first = first and app.copier.found_nothing
         self._may_lack = store.number != loaded
-        app.keep_nonces(config.db_path + ".nonces", first, store.number != loaded)
+        app.admission.keep_nonces(config.db_path + ".nonces", first, store.number != loaded)
         claim_interfaces(config, lambda: store)  # before anything is made or changed
         self._load_keys(config, store)  # before the first snapshot, which contains them
         self._keep_certificate(config, gateway)
@@ -15786,7 +15896,7 @@ class Service:
             Timer("disk", disk),
             # Expiry has its own thread: reading 60,000 counters may take longer than a second.
             Timer("expiry", [(SUPERVISE_SECONDS / 2, gateway.limits.expire)]),
-            Timer("nonces", [(NONCE_SECONDS, app.nonces.save)]),
+            Timer("nonces", [(NONCE_SECONDS, app.admission.nonces.save)]),
         ]
         if app.copier:
             period = min(COPY_TICK, config.snapshot_copy_interval)

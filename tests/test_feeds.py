@@ -47,7 +47,8 @@ class Follower:
                 else:
                     self.peers[key] = configuration
             last = sequences[-1] if found else 0
-            self.after = store.next_after(self.after, last, len(found) == limit)
+            full = len(found) == limit
+            self.after = store.next_after(self.after, last, store.sequence, full)
             if len(found) < limit:
                 return
 
@@ -208,7 +209,7 @@ def test_usage_has_those_whose_totals_changed(tmp_path: Path) -> None:
         return [json.loads(text)["public_key"] for _, text in store.usage(after, limit)]
 
     assert keys(0, 2) == [a_key(0), a_key(1)]
-    after = store.next_after(0, store.usage(0, 2)[-1][0], True)
+    after = store.next_after(0, store.usage(0, 2)[-1][0], store.sequence, True)
     [(_, text)] = store.usage(after, 2)
     assert json.loads(text) == {
         "public_key": a_key(2),
