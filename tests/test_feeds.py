@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fakes import build, do
@@ -112,6 +114,50 @@ def test_old_gaps_become_a_floor() -> None:
     for bad in ("{}", '{"gaps": [[2, 1]], "floor": 0}', '{"gaps": [[1]], "floor": 0}', "[]"):
         with pytest.raises((ValueError, TypeError, KeyError)):
             wggw.Feed.parse(bad)
+
+
+@pytest.mark.parametrize("feed", ["changes", "usage"])
+def test_what_changes_while_an_answer_is_collected_comes_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, feed: str
+) -> None:
+    monkeypatch.setattr(wggw, "READ_CHUNK", 2)
+    world = build(tmp_path)
+
+    moved = itertools.count(1)
+
+    def touch(*numbers: int) -> None:
+        """Change peers' labels and totals."""
+        for number in numbers:
+            count = next(moved)
+            do(world.gateway, "update", public_key=a_key(number), label=str(count))
+            world.backend.move(a_key(number), count, count, int(world.now))
+            world.gateway.projection.sample()
+
+    for number in range(6):
+        do(world.gateway, "create", public_key=a_key(number))
+        touch(number)
+    work: list[Iterator[None]] = []
+    peers = wggw.PeerHandlers(world.config, world.gateway, work.append, lambda when, function: None)
+    route = next(row for row in wggw.ROUTES if row.template == f"/api/v1/{feed}")
+
+    def collect(after: int, *touched: int) -> Any:
+        """An answer, and what it shows; behind its first slice other peers change."""
+        request = wggw.Request(route, {"after": after}, b"", b"", "", wggw.LogEntry("an-id"))
+        answers: list[wggw.Response] = []
+        cast(wggw.Later[wggw.Response], route.handler(peers, request)).then(answers.append)
+        steps = work.pop()
+        next(steps, None)
+        touch(*touched)
+        assert bool(list(steps)) == bool(touched)
+        content = json.loads(answers[0].body)
+        return content["next"], [row["public_key"] for row in content[feed]]
+
+    after, shown = collect(0, 0, 5)  # one that was read already, and one that was not
+    assert shown == [a_key(n) for n in range(5)]
+    after, shown = collect(after)
+    assert shown == [a_key(0), a_key(5)]
+    assert collect(after) == (after, [])
+    world.close()
 
 
 # --- over HTTP ------------------------------------------------------------------------------------
