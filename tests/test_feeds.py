@@ -120,7 +120,7 @@ def test_old_gaps_become_a_floor() -> None:
 def test_what_changes_while_an_answer_is_collected_comes_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, feed: str
 ) -> None:
-    monkeypatch.setattr(wggw, "READ_CHUNK", 2)
+    monkeypatch.setattr(wggw, "APPLY_SLICE", 2)
     world = build(tmp_path)
 
     moved = itertools.count(1)
