@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
 import shutil
@@ -465,6 +466,19 @@ class World:
 
     def clock(self) -> float:
         return self.now
+
+    def rows(self) -> list[tuple[wggw.Peer, wggw.Traffic]]:
+        """All peers with their totals."""
+        store = self.store
+        return self.gateway.run(
+            lambda: [(peer, store.traffic(peer.id)) for peer in store.peers_after(0, 10_000)]
+        )
+
+    def shown(self, public_key: str) -> Any:
+        """A peer's configuration as the API shows it."""
+        gateway = self.gateway
+        text = gateway.run(lambda: self.store.configurations.show(public_key, gateway.view()))
+        return json.loads(text or "null")
 
     def close(self) -> None:
         """An orderly stop."""

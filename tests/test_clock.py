@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -178,10 +179,7 @@ def test_days_weeks_and_months_begin_in_utc(moment: str) -> None:
 
 def used(world: World, key: str) -> int:
     """As the API shows it."""
-    outcome = world.gateway.get(key)
-    tunnel = world.gateway.tunnels["wg0"]
-    view = wggw.View(outcome.peer, outcome.traffic, tunnel, world.config, 0)
-    return int(wggw.CONFIGURATION["quota_used"].value(view))
+    return int(world.shown(key)["quota_used"])
 
 
 # Seconds from a Friday's morning in January to the ends of these.
@@ -221,7 +219,8 @@ def test_a_quota_begins_anew_with_its_period_also_over_restarts(world: World, ho
             world.open()
         assert state(world, keys[period]) == ACTIVE
         assert used(world, keys[period]) == 0
-        changed = {change.public_key for change in world.store.feeds.changes(told, 100)}
+        found = world.store.feeds.changes(told, 100, world.gateway.view())
+        changed = {json.loads(text)["public_key"] for _, text in found}
         assert keys[period] in changed and idle not in changed
         sample(world, keys[period], 100)
         assert (state(world, keys[period]), used(world, keys[period])) == (ACTIVE, 100)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fakes import build, do
@@ -14,6 +17,7 @@ from harness import Client, a_key, ok, path_key, running, wait_for
 import wggw
 
 PEERS = "/api/v1/configurations/"
+VIEW = wggw.View(0, {"d1": ("1.1.1.1",)}, ())
 
 
 class Follower:
@@ -21,7 +25,7 @@ class Follower:
 
     def __init__(self) -> None:
         self.after = 0
-        self.peers: dict[str, wggw.Peer] = {}
+        self.peers: dict[str, Any] = {}
         self.begun = 0
 
     def catch_up(self, store: wggw.Store, limit: int) -> None:
@@ -32,22 +36,28 @@ class Follower:
                 self.after, self.peers = 0, {}
                 self.begun += 1
                 continue
-            found = store.feeds.changes(self.after, limit)
-            sequences = [change.sequence for change in found]
+            found = store.feeds.changes(self.after, limit, VIEW)
+            sequences = [sequence for sequence, _ in found]
             assert sequences == sorted(set(sequences))
-            for change in found:
-                if change.peer is None:
-                    self.peers.pop(change.public_key, None)
+            for sequence, text in found:
+                change = json.loads(text)
+                key, configuration = change["public_key"], change["configuration"]
+                assert change["sequence"] == sequence
+                assert change["deleted"] == (configuration is None)
+                if configuration is None:
+                    self.peers.pop(key, None)
                 else:
-                    self.peers[change.public_key] = change.peer
+                    self.peers[key] = configuration
             last = sequences[-1] if found else 0
-            self.after = store.feeds.next_after(self.after, last, len(found) == limit)
+            full = len(found) == limit
+            self.after = store.feeds.next_after(self.after, last, store.feeds.sequence, full)
             if len(found) < limit:
                 return
 
 
-def listed(store: wggw.Store) -> dict[str, wggw.Peer]:
-    return {peer.public_key: peer for peer in store.peers_after(0, 10_000)}
+def listed(store: wggw.Store) -> dict[str, Any]:
+    keys = [peer.public_key for peer in store.peers_after(0, 10_000)]
+    return {key: json.loads(store.configurations.show(key, VIEW) or "null") for key in keys}
 
 
 def test_changes_that_a_crash_took_make_followers_begin_again(tmp_path: Path) -> None:
@@ -68,7 +78,8 @@ def test_changes_that_a_crash_took_make_followers_begin_again(tmp_path: Path) ->
     assert world.store.feeds.sequence > seen
     with pytest.raises(wggw.Gone):
         world.store.feeds.check(seen)
-    assert [c.public_key for c in world.store.feeds.changes(kept, 9)] == [a_key(3)]
+    [(_, change)] = world.store.feeds.changes(kept, 9, VIEW)
+    assert json.loads(change)["public_key"] == a_key(3)
     world.close()
 
 
@@ -103,6 +114,50 @@ def test_old_gaps_become_a_floor() -> None:
     for bad in ("{}", '{"gaps": [[2, 1]], "floor": 0}', '{"gaps": [[1]], "floor": 0}', "[]"):
         with pytest.raises((ValueError, TypeError, KeyError)):
             wggw.Gaps.parse(bad)
+
+
+@pytest.mark.parametrize("feed", ["changes", "usage"])
+def test_what_changes_while_an_answer_is_collected_comes_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, feed: str
+) -> None:
+    monkeypatch.setattr(wggw, "APPLY_SLICE", 2)
+    world = build(tmp_path)
+
+    moved = itertools.count(1)
+
+    def touch(*numbers: int) -> None:
+        """Change peers' labels and totals."""
+        for number in numbers:
+            count = next(moved)
+            do(world.gateway, "update", public_key=a_key(number), label=str(count))
+            world.backend.move(a_key(number), count, count, int(world.now))
+            world.gateway.projection.sample()
+
+    for number in range(6):
+        do(world.gateway, "create", public_key=a_key(number))
+        touch(number)
+    work: list[Iterator[None]] = []
+    peers = wggw.PeerHandlers(world.config, world.gateway, work.append, lambda when, function: None)
+    route = next(row for row in wggw.ROUTES if row.template == f"/api/v1/{feed}")
+
+    def collect(after: int, *touched: int) -> Any:
+        """An answer, and what it shows; behind its first slice other peers change."""
+        request = wggw.Request(route, {"after": after}, b"", b"", "", wggw.LogEntry("an-id"))
+        answers: list[wggw.Response] = []
+        cast(wggw.Later[wggw.Response], route.handler(peers, request)).then(answers.append)
+        steps = work.pop()
+        next(steps, None)
+        touch(*touched)
+        assert bool(list(steps)) == bool(touched)
+        content = json.loads(answers[0].body)
+        return content["next"], [row["public_key"] for row in content[feed]]
+
+    after, shown = collect(0, 0, 5)  # one that was read already, and one that was not
+    assert shown == [a_key(n) for n in range(5)]
+    after, shown = collect(after)
+    assert shown == [a_key(0), a_key(5)]
+    assert collect(after) == (after, [])
+    world.close()
 
 
 # --- over HTTP ------------------------------------------------------------------------------------
@@ -195,18 +250,26 @@ def test_usage_has_those_whose_totals_changed(tmp_path: Path) -> None:
         world.backend.move(a_key(number), 100 + number, 7, int(world.now))
     world.gateway.projection.sample()
     store = world.store
-    first = store.feeds.usage(0, 2)
-    assert [key for _, key, _ in first] == [a_key(0), a_key(1)]
-    after = store.feeds.next_after(0, first[-1][0], True)
-    [(_, key, traffic)] = store.feeds.usage(after, 2)
-    assert (key, traffic.rx_bytes, traffic.tx_bytes) == (a_key(2), 102, 7)
+
+    def keys(after: int, limit: int) -> list[str]:
+        return [json.loads(text)["public_key"] for _, text in store.feeds.usage(after, limit)]
+
+    assert keys(0, 2) == [a_key(0), a_key(1)]
+    after = store.feeds.next_after(0, store.feeds.usage(0, 2)[-1][0], store.feeds.sequence, True)
+    [(_, text)] = store.feeds.usage(after, 2)
+    assert json.loads(text) == {
+        "public_key": a_key(2),
+        "rx_bytes": 102,
+        "tx_bytes": 7,
+        "last_handshake": wggw.rfc3339(world.now),
+    }
     after = store.feeds.sequence
     world.gateway.projection.sample()
-    assert store.feeds.usage(after, 9) == []
+    assert keys(after, 9) == []
     world.backend.move(a_key(4), 1)
     world.gateway.projection.sample()
-    assert [key for _, key, _ in store.feeds.usage(after, 9)] == [a_key(4)]
-    assert store.feeds.changes(after, 9) == []  # traffic is no change
+    assert keys(after, 9) == [a_key(4)]
+    assert store.feeds.changes(after, 9, VIEW) == []  # traffic is no change
     before = store.feeds.usage(0, 9)
     world.crash()
     world.open()

@@ -432,8 +432,7 @@ def test_exports_under_load_are_states_that_were_on_disk(tmp_path: Path) -> None
 
 def rows(world: World) -> list[Any]:
     """What is to be seen of peers and traffic, whoever counted on."""
-    page = world.gateway.run(lambda: world.store.queries.page(0, 1000, wggw.Filter()))
-    return [(peer, traffic._replace(sequence=0)) for peer, traffic in page.rows]
+    return [(peer, traffic._replace(sequence=0)) for peer, traffic in world.rows()]
 
 
 def imported(world: World, data: bytes) -> bool:

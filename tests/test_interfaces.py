@@ -47,8 +47,8 @@ def held(world: World, name: str) -> set[str]:
     return set(world.backends[name].peers)
 
 
-def rows(world: World, name: str) -> wggw.Page:
-    return world.gateway.run(lambda: world.store.queries.page(0, 100, wggw.Filter(interface=name)))
+def rows(world: World, name: str) -> list[tuple[wggw.Peer, wggw.Traffic]]:
+    return [row for row in world.rows() if row[0].interface == name]
 
 
 def test_each_peer_is_on_its_own_interface_with_its_addresses_and_ports(world: World) -> None:

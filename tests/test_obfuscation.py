@@ -282,10 +282,11 @@ def test_a_clients_own_padding_that_loses_packets_is_shown_with_a_warning() -> N
     wide = {"h1": "10000000-29999999", "h2": 5, "h3": 6, "h4": 7, "s1": 20, "s2": 70, "s3": 99}
     state = parse_obfuscation({**wide, "generation": "3.0"})
     assert wggw.obfuscation_warnings(state) == []
+    text = wggw.encode_state(state)
     padded = '{"content_padding_addition": "0-64"}'
     for own in (None, "{}", '{"jc": 5}', '{"content_padding_addition": 0}'):
-        assert "warnings" not in (wggw.shown_obfuscation(state, own) or {})
-    (warning,) = (wggw.shown_obfuscation(state, padded) or {})["warnings"]
+        assert "warnings" not in json.loads(wggw.shown_obfuscation(text, own))
+    (warning,) = json.loads(wggw.shown_obfuscation(text, padded))["warnings"]
     assert warning.startswith("H1, H2, H3: 0.47 % of all data packets of 168 bytes are taken")
 
 

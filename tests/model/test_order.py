@@ -228,8 +228,8 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def peers_are_those_of_the_model(self) -> None:
-        page = self.world.store.queries.page(0, 1000, wggw.Filter())
-        shown = {p.public_key: (self._addresses(p), p.status == "active") for p, _ in page.rows}
+        peers = [peer for peer, _ in self.world.rows()]
+        shown = {p.public_key: (self._addresses(p), p.status == "active") for p in peers}
         assert shown == {key: (p.addresses, p.active) for key, p in self.peers.items()}
         active = self.world.store.counts.peers["wg0", "active"]
         assert active == sum(p.active for p in self.peers.values())

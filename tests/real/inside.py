@@ -5,6 +5,7 @@ For tests that move its clock, shorten its timeouts, or look between two of its 
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -63,11 +64,9 @@ class Inside:
     def connect(self, number: int) -> Tunnel:
         """A new peer whose tunnel carries traffic."""
         tunnel = self.topology.tunnel(number)
-        outcome = do(self.gateway, "create", public_key=tunnel.public_key, protocol="dual")
-        [placed] = self.gateway.tunnels.values()
-        view = wggw.View(
-            placed.with_defaults(outcome.peer, self.config), outcome.traffic, placed, self.config, 0
-        )
-        tunnel.connect(wggw.configuration(view))
+        do(self.gateway, "create", public_key=tunnel.public_key, protocol="dual")
+        view = self.gateway.view()
+        shown = self.gateway.run(lambda: self.store.configurations.show(tunnel.public_key, view))
+        tunnel.connect(json.loads(shown or "null"))
         assert tunnel.ping(Topology.GATEWAY[0], count=1) == {Topology.GATEWAY[0]: 1}
         return tunnel

@@ -84,8 +84,7 @@ def inside(
 def everything(inside: Inside) -> Any:
     """Rows and pools."""
     gateway = inside.gateway
-    rows = gateway.run(lambda: inside.store.queries.page(0, 100, wggw.Filter()))
-    return [peer for peer, _ in rows.rows], gateway.usage()
+    return gateway.run(lambda: inside.store.peers_after(0, 100)), gateway.usage()
 
 
 def test_a_tunnel_goes_on_behind_a_stop_and_what_was_refused_is_not_done(
