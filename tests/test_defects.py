@@ -518,7 +518,7 @@ def test_a_defect_in_showing_what_was_done_is_an_answer_and_breaks_nothing(
     def defect(*_: object) -> None:
         raise KeyError("a defect")
 
-    monkeypatch.setattr(wggw.Store, "_prepare", defect)
+    monkeypatch.setattr(wggw.Configurations, "prepare", defect)
     create = {"public_key": a_key(1)}
     bodies = {
         "create_peer": create,
