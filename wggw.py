@@ -5687,12 +5687,6 @@ class Files:
         except sqlite3.Error as error:  # another program wrote it, with other tables
             raise _damaged(self.path, 0, f"not a good snapshot: {error}") from None
         self._found, self.torn = file, file.torn if file else 0
-        if self.torn:
-            LOG.warning(
-                "%s: dropped a last line of %d bytes that a crash tore; nobody had an answer to it",
-                journal.path,
-                self.torn,
-            )
         return store
 
     def begin(self, store: Store) -> None:
@@ -5703,6 +5697,12 @@ class Files:
         """
         file = self._found
         store.lineage = store.lineage or secrets.token_hex(16)
+        if self.torn:
+            LOG.warning(
+                "%s: dropped a last line of %d bytes that a crash tore; nobody had an answer to it",
+                self.journal.path,
+                self.torn,
+            )
         try:
             if (
                 file is not None
@@ -9403,7 +9403,8 @@ def legacy_chains(chain: str) -> Iterator[ForeignChain]:
 
 def look_at_network(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
     """Check each part of the host's network."""
-    yield from (_look_at_interface(tunnel) for tunnel in tunnels)
+    start = start_words(tunnels)
+    yield from (_look_at_interface(tunnel, start) for tunnel in tunnels)
     for family in forwarding_families(tunnels):
         name = FORWARDING[family].replace("/", ".")
         on = read_sysctl(FORWARDING[family]) == "1"
@@ -9430,7 +9431,13 @@ def _look_at_classes(config: Config, tunnels: Sequence[InterfaceSettings]) -> It
         yield Finding("service classes", f"in force; addresses by class: {counts}")
 
 
-def _look_at_interface(tunnel: InterfaceSettings) -> Finding:
+def start_words(tunnels: Sequence[InterfaceSettings]) -> str:
+    """The advice to start the gateway, or to start it again if it runs."""
+    word = "restart" if is_served(tunnels) else "start"
+    return f"{word} the gateway: systemctl {word} wggw"
+
+
+def _look_at_interface(tunnel: InterfaceSettings, start: str) -> Finding:
     mtu = tunnel.mtu if tunnel.prefix == PLAIN_PREFIX else None
     words = f"up, MTU {mtu}" if mtu else "up"
     try:
@@ -9440,12 +9447,15 @@ def _look_at_interface(tunnel: InterfaceSettings) -> Finding:
     except BackendError as error:
         return Finding(tunnel.name, f"cannot be read: {error}", "see the kernel's log", True)
     if found is None:
-        return Finding(tunnel.name, "no such interface", "start the gateway", True)
+        return Finding(tunnel.name, "no such interface", start, True)
     if found.alias != tunnel.mark:
         text = "this interface does not carry the gateway's mark"
         return Finding(tunnel.name, text, "run `wggw net up`, which says more", True)
     if not is_up:
-        return Finding(tunnel.name, f"not {words}", "run `wggw net up`", True)
+        text = f"it is down, or its MTU is not {mtu}" if mtu else "it is down"
+        return Finding(tunnel.name, text, start, True)
+    if not held_ports("udp", tunnel.ports[0]):
+        return Finding(tunnel.name, f"it does not listen on UDP {tunnel.ports[0]}", start, True)
     return Finding(tunnel.name, words)
 
 
@@ -9454,6 +9464,8 @@ def _look_at_table(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iter
     if not table:
         yield Finding("NAT", f"table {TABLE} is missing", "run `wggw net up`", True)
         return
+    found = len(re.findall(r"^\t\t(?:iifname|oifname|ip|ip6) ", table, re.MULTILINE))
+    wanted = render_ruleset(config, tunnels).count("\n    ")
     for tunnel in tunnels:
         for subnet in tunnel.subnets.values():
             if not is_translated(subnet):
@@ -9463,6 +9475,12 @@ def _look_at_table(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iter
                 yield Finding("NAT", f"{subnet} is masqueraded")
             else:
                 yield Finding("NAT", f"{subnet} is not masqueraded", "run `wggw net up`", True)
+    text = f"table {TABLE} has {found} rules"
+    if found != wanted:
+        text += f", and the settings ask for {wanted}"
+        yield Finding("packet filter", text, "run `wggw net up`", True)
+    else:
+        yield Finding("packet filter", text)
 
 
 def _look_at_firewalls(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
@@ -9564,7 +9582,7 @@ def _look_at_subnets(
     for tunnel in tunnels:
         for family, subnet in tunnel.subnets.items():
             for network, place in taken:
-                if network.overlaps(cast(Any, subnet)):
+                if network.overlaps(cast(Any, subnet)) and place != tunnel.name:
                     name = f"{tunnel.prefix}_{family.upper()}_SUBNET"
                     todo = f"choose another subnet in {name}, such as {free_subnet(subnet, taken)}"
                     yield _misfit(f"{name} {subnet}", f"overlaps {network} of {place}", todo)
@@ -9643,9 +9661,9 @@ def _look_at_ports(
 ) -> Iterator[Finding]:
     """Whether the interfaces and the API have their ports, or can get them."""
     with contextlib.closing(Route()) as route:
-        ours = {link.name for link in route.links() if link.alias == tunnels[0].mark}
+        names = {link.name for link in route.links()}
     for tunnel in tunnels:
-        yield _look_at_port(tunnel, tunnel.name in ours)
+        yield from _look_at_port(tunnel, tunnel.name in names)
     if is_served(tunnels):
         return  # the API has its port
     family = socket.AF_INET6 if ":" in config.api_host else socket.AF_INET
@@ -9658,20 +9676,21 @@ def _look_at_ports(
         yield describe_api_fault(config, error)
 
 
-def _look_at_port(tunnel: InterfaceSettings, is_ours: bool) -> Finding:
+def _look_at_port(tunnel: InterfaceSettings, is_there: bool) -> Iterator[Finding]:
     port = tunnel.ports[0]
     name = "WG_DEFAULT_PORT" if tunnel.prefix == PLAIN_PREFIX else "AWG_PORT"
     subject = f"{name} {port}"
     held = held_ports("udp", port)
     if not held:
-        return Finding(subject, "nothing listens on it", "start the gateway", failed=True)
+        return
     pid, who = held[0].holder()
     # A port without a visible process belongs to the kernel, or to a program of another user.
     path = uapi_path(LINK_KINDS[tunnel.prefix], tunnel.name)
-    if is_ours and (not pid or uapi_port(path) == port):
-        return Finding(subject, f"{who if pid else 'the kernel'} has it, for {tunnel.name}")
+    if is_there and (not pid or uapi_port(path) == port):
+        yield Finding(subject, f"{who if pid else 'the kernel'} has it, for {tunnel.name}")
+        return
     todo = f"stop that program, or change {name}"
-    return _obstacle(subject, f"UDP port {port} is held by {who}", todo)
+    yield _obstacle(subject, f"UDP port {port} is held by {who}", todo)
 
 
 def lock_name(interface: str) -> str:
@@ -12259,7 +12278,8 @@ class Gateway:
             reason = str(error) if isinstance(error, ConfigError) else _reason(error)
             raise Conflict(
                 f"replace_key: the key of {name} cannot be put into {settings.private_key_file}: "
-                f"{reason}"
+                f"{reason}: move that file to the directory of DB_PATH, where the gateway may "
+                f"write, name it in {settings.prefix}_PRIVATE_KEY_FILE, and restart"
             ) from None
 
     def _import(
@@ -13221,7 +13241,7 @@ class Admission:
         if head.length > limit:
             raise TooLarge(f"the body has {head.length} bytes; this path accepts at most {limit}")
         if route.guard != "open" and not self._gateway.ready:
-            raise Unavailable("the gateway is starting", headers=[("Retry-After", "1")])
+            raise Unavailable(self._gateway.starting, headers=[("Retry-After", "1")])
         key = key_from_path(segment) if segment else ""
         if key is None:
             raise NotFound("the path has no valid public key: write / as _ and + as -")
@@ -16093,7 +16113,8 @@ class Service:
 
 # ==================================================================================================
 # doctor: what can be wrong with a gateway on this host, one finding for each check, besides what
-# the section host network checks already
+# the section host network checks already. report() prints what is wrong first; among such findings
+# a cause comes before what follows from it, so the first line is the one to act on.
 # Never here: repairs. The doctor changes nothing.
 # ==================================================================================================
 
@@ -16101,16 +16122,26 @@ class Service:
 def look_at_all(config: Config, ask: Callable[[], tuple[int, bytes]]) -> Iterator[Finding]:
     """Run all checks of `wggw doctor`. `ask` requests server/status from the gateway."""
     tunnels = interface_settings(config)
-    if config.wg_backend == "memory":
-        yield Finding("WG_BACKEND", "memory: no interface, no packet passes", "set it to auto")
-    else:
-        yield from look_at_network(config, tunnels)
+    is_real = config.wg_backend != "memory"
+    if is_real:
         yield from (found for tunnel in tunnels for found in look_at_program(tunnel))
-    yield from _look_at_database(config)
+    else:
+        yield Finding("WG_BACKEND", "memory: no interface, no packet passes", "set it to auto")
+    found, store = _look_at_database(config, tunnels)
+    yield found
+    try:
+        yield from look_at_fit(config, store)
+    except BackendError as error:
+        yield Finding("interfaces", str(error), "see the kernel's log", True)
+    yield from look_at_secrets(config, tunnels if is_real else (), store)
     yield look_at_certificate(config, time.time())
+    told = [*look_at_answer(ask, start_words(tunnels))]
+    yield from (found for found in told if found.subject != "status")
+    if is_real:
+        yield from look_at_network(config, tunnels)
     yield from look_at_openness(config)
     yield look_at_clock()
-    yield from look_at_answer(ask)
+    yield from (found for found in told if found.subject == "status")
 
 
 def look_at_program(tunnel: InterfaceSettings) -> Iterator[Finding]:
@@ -16125,7 +16156,8 @@ def look_at_program(tunnel: InterfaceSettings) -> Iterator[Finding]:
         if path:
             run_tool(path, "--version")
     except BackendError as error:
-        yield Finding(program, f"it does not run: {error}", "install it again", failed=True)
+        todo = f"install it again: apt-get install --reinstall {program}"
+        yield Finding(program, f"it does not run: {error}", todo, failed=True)
 
 
 def look_at_certificate(config: Config, now: float) -> Finding:
@@ -16135,19 +16167,52 @@ def look_at_certificate(config: Config, now: float) -> Finding:
         expires = certificate_expiry(read_certificate(path))
         own = read_own_certificate(path)
     except (OSError, ValueError) as error:
-        todo = "start the gateway, which makes one, or set TLS_CERT and TLS_KEY"
-        return Finding("certificate", f"{path}: {_reason(error)}", todo, True)
-    todo = "systemctl reload wggw renews it, with the same key" if own else "renew it"
+        text = _reason(error) if isinstance(error, OSError) and error.errno else "not a certificate"
+        todo = "restore it and TLS_KEY, or remove both for a new pair, then systemctl restart wggw"
+        return Finding("certificate", f"{path}: {text}", todo, True)
+    todo = "systemctl reload wggw renews it, with the same key"
+    if not own:
+        todo = "renew it where it comes from, then systemctl reload wggw"
     if expires < now:
         return Finding("certificate", f"{path} expired at {rfc3339(expires)}", todo, True)
     text = f"{path} is good until {rfc3339(expires)}"
-    lacking = sorted({*required_names(config), *host_addresses()} - own.names) if own else []
-    if expires >= now + EXPIRY_WARNING:
-        todo = ""
-        if lacking:
-            text += f", but not for {', '.join(lacking)}"
-            todo = "add the names that backends use to TLS_NAMES, then systemctl reload wggw"
-    return Finding("certificate", text, todo)
+    if expires < now + EXPIRY_WARNING:
+        return Finding("certificate", text, todo)
+    names = required_names(config)
+    lacking = sorted({*(names or host_addresses())} - own.names) if own else []
+    if not lacking:
+        return Finding("certificate", text)
+    if not names:
+        todo = f"set TLS_NAMES={','.join(lacking)}, then systemctl reload wggw"
+    return Finding("certificate", f"{text}, but not for {', '.join(lacking)}", todo)
+
+
+def look_at_secrets(
+    config: Config, tunnels: Sequence[InterfaceSettings], store: Store
+) -> Iterator[Finding]:
+    """Check who can read the private keys, and that those which clients know are there."""
+    files = [(f"{t.prefix}_PRIVATE_KEY_FILE", t.private_key_file, 0o077) for t in tunnels]
+    for name, path, forbidden in (*files, ("TLS_KEY", config.tls_key, 0o027)):
+        try:
+            check_private(name, path, forbidden)
+        except ConfigError as error:
+            found, _, todo = str(error).removeprefix(f"{name}: ").rpartition(": ")
+            yield Finding(name, found, todo, True)
+        except OSError:
+            continue  # a missing pair is made, and so is a key that no client knows
+    for tunnel in tunnels:
+        path, name = tunnel.private_key_file, tunnel.name
+        if os.path.exists(path) or not store.counts.on(name) or store.private_keys.get(name):
+            continue
+        program = "wg" if tunnel.prefix == PLAIN_PREFIX else "awg"
+        owner = shlex.quote(os.path.dirname(config.db_path) or ".")
+        yield Finding(
+            f"{tunnel.prefix}_PRIVATE_KEY_FILE",
+            f"{path} does not exist: a restart would make another key, which no client knows",
+            f"while {name} is up: (umask 077; {program} show {name} private-key >"
+            f"{shlex.quote(path)}) && chown --reference={owner} {shlex.quote(path)}",
+            True,
+        )
 
 
 def clock_error() -> float:
@@ -16181,66 +16246,92 @@ def look_at_clock(error_of_clock: Callable[[], float] = clock_error) -> Finding:
 
 def look_at_openness(config: Config) -> Iterator[Finding]:
     """Note settings that work, but leave the API open or clients without an endpoint."""
+    legacy = "legacy" in config.auth_schemes
     if not config.allowed_backends and not ipaddress.ip_address(config.api_host).is_loopback:
-        todo = "set it to the addresses of your backends"
-        yield Finding("ALLOWED_BACKENDS", "not set: the API's port is open to every address", todo)
-    if "legacy" in config.auth_schemes:
+        more = ", and legacy signatures do not cover method, path and body" if legacy else ""
         yield Finding(
-            "AUTH_SCHEMES",
-            "legacy signatures are accepted, which do not cover method, path and body",
-            "set it to rfc9421 when all of your backends sign that way",
+            "ALLOWED_BACKENDS",
+            f"not set: the API's port is open to every address{more}",
+            "set it to the networks of your backends, then systemctl reload wggw",
         )
     if not config.wg_endpoint:
-        todo = "set it to the public name or address of this gateway"
+        todo = "set it to the public name or address of this gateway, then systemctl restart wggw"
         yield Finding("WG_ENDPOINT", "not set: clients' configurations lack the endpoint", todo)
 
 
-def _look_at_database(config: Config) -> Iterator[Finding]:
-    """Read snapshot and journal as `wggw check` does, then check that the settings fit them."""
-    store = Store()
+def _look_at_database(
+    config: Config, tunnels: Sequence[InterfaceSettings]
+) -> tuple[Finding, Store]:
+    """Read snapshot and journal as `wggw check` does. The store is empty if that is impossible."""
+    path = config.db_path
+    there = [name for name in (path, f"{path}.journal") if os.path.exists(name)]
+    if closed := [name for name in there if not os.access(name, os.R_OK)]:
+        text = f"this user cannot read {', '.join(closed)}"
+        return Finding("database", text, "run this as root", True), Store()
+    directory = os.path.dirname(path) or "."
+    strange = [name for name in there if not _is_usable(name, directory)]
+    if strange and not is_served(tunnels):
+        words = shlex.join(strange)
+        todo = f"chown --reference={shlex.quote(directory)} {words} && chmod 600 {words}"
+        text = f"the gateway's user, who owns {directory}, cannot use {', '.join(strange)}"
+        return Finding("database", text, todo, True), Store()
     try:
         store, files = load_whole(config)
-        if files.snapshot_time:
-            text = f"{config.db_path}: good, {store.counts.total()} peers"
-            yield Finding("database", f"{text}, record {store.number}")
-        else:
-            todo = "start the gateway, which makes it"
-            yield Finding("database", f"{config.db_path} does not exist", todo, True)
+    except DamagedError as error:
+        todo = "run `wggw check --repair` and do what it prints"
+        if is_served(tunnels):
+            moved = f"mkdir damaged && mv {shlex.join(there)} damaged/"
+            todo = f"the running gateway has the whole state, and writes these files anew: {moved}"
+        return Finding("database", str(error), todo, True), Store()
     except StartError as error:
-        yield Finding("database", str(error), "wggw check --repair", True)
+        return Finding("database", str(error), "change the setting that it names", True), Store()
     except OSError as error:
-        yield Finding("database", f"{config.db_path}: {_reason(error)}", "run as root", True)
-    try:
-        yield from look_at_fit(config, store)
-    except BackendError as error:
-        yield Finding("interfaces", str(error), "see the kernel's log", True)
+        return Finding("database", f"{path}: {_reason(error)}", "run this as root", True), Store()
+    if not files.snapshot_time:
+        text = f"{path} does not exist"
+        return Finding("database", text, start_words(tunnels), True), store
+    text = f"{path}: good, {store.counts.total()} peers, record {store.number}"
+    return Finding("database", text), store
 
 
-def look_at_answer(ask: Callable[[], tuple[int, bytes]]) -> Iterator[Finding]:
-    """Ask the gateway for its status, and report what it says."""
+def _is_usable(path: str, directory: str) -> bool:
+    """Whether the directory's owner may read and write a file in it."""
+    found = os.stat(path)
+    return found.st_uid == os.stat(directory).st_uid and found.st_mode & 0o600 == 0o600
+
+
+def look_at_answer(ask: Callable[[], tuple[int, bytes]], start: str) -> Iterator[Finding]:
+    """Ask the gateway for its status. What it says of itself has the subject "status"."""
+    log = "see the gateway's log: journalctl -u wggw"
     try:
         status, body = ask()
         answer = json.loads(body)
-        reasons = "; ".join(answer["reasons"]) if status == 200 else answer["detail"]
-        copy = answer.get("remote_copy")
+        reasons = answer["reasons"] if status == HTTPStatus.OK else [answer["detail"]]
+        lag, copy = "", answer.get("remote_copy") or {}
         if copy:
             lag = f"{copy['lag_records']} records and {copy['lag_seconds']} s behind"
-            shown = f"{lag}, epoch {copy.get('epoch')} of {copy.get('holder')}"
-            failure = copy["failure"]
-    except (StartError, ValueError, KeyError, TypeError) as error:
-        yield Finding("API", str(error), "start the gateway: systemctl status wggw", True)
+            lag += f", epoch {copy.get('epoch')} of {copy.get('holder')}"
+        failure = copy.get("failure") or next((r for r in reasons if "remote copy" in r), "")
+        rest = "; ".join(reason for reason in reasons if "remote copy" not in reason)
+        if status == HTTPStatus.OK and not rest:
+            yield Finding("API", f"answers: {answer['status']}, {answer['total_peers']} peers")
+        elif status == HTTPStatus.OK:
+            yield Finding("status", f"{answer['status']}: {rest}", log, True)
+        elif rest:
+            yield Finding("API", f"status {status}: {rest}", log, True)
+    except StartError as error:
+        yield Finding("API", str(error), start, True)
         return
-    if reasons:
-        yield Finding("API", f"status {status}: {reasons}", "see the gateway's log", True)
-    else:
-        yield Finding("API", f"answers: {answer['status']}, {answer['total_peers']} peers")
-    if copy and failure:
+    except (ValueError, KeyError, TypeError):
+        yield Finding("API", "its answer is not a gateway's", log, True)
+        return
+    if failure:
         todo = "see that the store of SNAPSHOT_URL is reachable and accepts its credentials"
         if "taken it over" in failure:
-            todo = "stop this gateway, or restart it to continue from the other gateway's copy"
-        yield Finding("remote copy", f"{shown}: {failure}", todo, True)
+            todo = "stop this gateway, or systemctl restart wggw to continue from the other's copy"
+        yield Finding("remote copy", ": ".join(filter(None, (lag, failure))), todo, True)
     elif copy:
-        yield Finding("remote copy", shown)
+        yield Finding("remote copy", lag)
 
 
 # ==================================================================================================
@@ -18015,9 +18106,9 @@ def command_doctor(arguments: argparse.Namespace) -> int:
 
 
 def report(findings: Iterable[Finding]) -> int:
-    """Print the findings and what to do about them; exit code 1 when something is wrong."""
+    """Print the findings, the worst first, and what to do; exit code 1 if something is wrong."""
     failed = False
-    for finding in findings:
+    for finding in sorted(findings, key=lambda found: (not found.failed, not found.todo)):
         failed |= finding.failed
         word = "WRONG" if finding.failed else "note" if finding.todo else "ok"
         print(f"{word:5}  {finding.subject}: {finding.found}", flush=True)

@@ -63,9 +63,8 @@ def gateway(tmp_path: Path) -> Iterator[GatewayProcess]:
 
 @pytest.fixture
 def client(gateway: GatewayProcess) -> Iterator[Client]:
-    connection = gateway.client()
-    yield connection
-    connection.close()
+    with contextlib.closing(gateway.client()) as connection:
+        yield connection
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +76,5 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]
 
 @pytest.fixture
 def shared_client(shared: GatewayProcess) -> Iterator[Client]:
-    connection = shared.client()
-    yield connection
-    connection.close()
+    with contextlib.closing(shared.client()) as connection:
+        yield connection

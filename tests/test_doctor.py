@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def test_running_gateway_is_well_and_a_stopped_one_is_not(tmp_path: Path) -> Non
         code, text = doctor(gateway)
         assert code == 1
         assert "WRONG  API: " in text
-        assert "-> start the gateway: systemctl status wggw" in text
+        assert text.splitlines()[0].startswith("WRONG  API: no gateway runs here")
+        assert "-> start the gateway: systemctl start wggw" in text
         (tmp_path / "wireguard.db").write_bytes(b"damaged")
         code, text = doctor(gateway)
         assert code == 1
@@ -72,9 +74,25 @@ def test_certificate_is_judged_by_its_end_and_its_names(
     if not todo:
         other = wggw.load_config({**given, "TLS_NAMES": "203.0.113.9"}, os.devnull)
         found = wggw.look_at_certificate(other, moment)
-        assert found.found.endswith("but not for 203.0.113.9") and "TLS_NAMES" in found.todo
+        assert found.found.endswith("but not for 203.0.113.9") and found.todo == RENEWS
     cert.write_text("nothing")
     assert wggw.look_at_certificate(config, 0).failed
+
+
+def test_addresses_of_the_host_count_where_the_settings_name_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backends use the names of the settings: another address of the host is then nothing."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    given = {"GATEWAY_API_KEY": "k" * 16, "TLS_CERT": str(cert), "TLS_KEY": str(key)}
+    wggw.make_certificate(str(cert), str(key), ["vpn.test"])
+    monkeypatch.setattr(wggw, "host_addresses", lambda: iter(["203.0.113.7"]))
+    for settings, todo in (
+        ({}, "set TLS_NAMES=203.0.113.7, then systemctl reload wggw"),
+        ({"WG_ENDPOINT": "vpn.test"}, ""),
+    ):
+        config = wggw.load_config({**given, **settings}, os.devnull)
+        assert wggw.look_at_certificate(config, time.time()).todo == todo
 
 
 @pytest.mark.parametrize(
@@ -94,7 +112,7 @@ def test_certificate_is_judged_by_its_end_and_its_names(
 def test_answer_says_how_the_gateway_is(
     status: int, body: object, failed: bool, words: str
 ) -> None:
-    (found,) = wggw.look_at_answer(lambda: (status, json.dumps(body).encode()))
+    (found,) = wggw.look_at_answer(lambda: (status, json.dumps(body).encode()), "start it")
     assert found.failed == failed
     assert words in found.found
 
@@ -103,7 +121,7 @@ def test_answer_says_how_the_gateway_is(
 def test_remote_copy_says_how_far_it_is_behind(failure: str | None) -> None:
     copy = {"number": 7, "lag_records": 2, "lag_seconds": 1.5, "failure": failure}
     body = {"status": "healthy", "total_peers": 3, "reasons": [], "remote_copy": copy}
-    _, found = wggw.look_at_answer(lambda: (200, json.dumps(body).encode()))
+    _, found = wggw.look_at_answer(lambda: (200, json.dumps(body).encode()), "start it")
     assert found.subject == "remote copy"
     assert found.found.startswith("2 records and 1.5 s behind")
     assert (found.failed, bool(found.todo)) == (bool(failure), bool(failure))
@@ -114,11 +132,12 @@ def test_database_whose_files_are_replaced_meanwhile_is_good(
 ) -> None:
     world = World(tmp_path)
     path = world.config.db_path
-    assert next(wggw._look_at_database(world.config)).todo.startswith("start the gateway")
+    tunnels = wggw.interface_settings(world.config)
+    assert wggw._look_at_database(world.config, tunnels)[0].todo.startswith("start the gateway")
     world.open()
     do(world.gateway, "create", public_key=a_key(1))
     rotate_meanwhile(world, monkeypatch, "journal")
-    [finding] = wggw._look_at_database(world.config)
+    finding, _ = wggw._look_at_database(world.config, tunnels)
     assert (finding.failed, finding.found) == (
         False,
         f"{path}: good, 3 peers, record {world.store.number}",
@@ -161,7 +180,7 @@ CLOSED = {"ALLOWED_BACKENDS": "192.0.2.0/24", "AUTH_SCHEMES": "rfc9421", "WG_END
         (CLOSED, []),
         ({**CLOSED, "ALLOWED_BACKENDS": ""}, ["ALLOWED_BACKENDS"]),
         ({**CLOSED, "ALLOWED_BACKENDS": "", "API_HOST": "127.0.0.1"}, []),
-        ({**CLOSED, "AUTH_SCHEMES": "legacy,rfc9421"}, ["AUTH_SCHEMES"]),
+        ({**CLOSED, "AUTH_SCHEMES": "legacy,rfc9421"}, []),  # the default, for backends alone
         ({**CLOSED, "WG_ENDPOINT": ""}, ["WG_ENDPOINT"]),
     ],
 )

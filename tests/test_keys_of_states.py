@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,7 @@ def test_the_sealed_key_is_applied_when_asked(sealed: Pair, tmp_path: Path) -> N
     blocked.mkdir()
     answer = sealed.put("?replace_key=true")
     assert answer.status == 409 and "cannot be put into" in answer.json["detail"]
+    assert "name it in WG_PRIVATE_KEY_FILE, and restart" in answer.json["detail"]
     assert (public_key(sealed.new), key_of_file(sealed.new)) == (mine, mine)
     assert status(sealed.new)["total_peers"] == 1
     blocked.rmdir()
@@ -154,6 +156,35 @@ def test_the_sealed_key_is_applied_when_asked(sealed: Pair, tmp_path: Path) -> N
         assert status(sealed.new)["status"] == "healthy"
         sealed.new.kill()
         sealed.new.start()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it mounts a directory read-only")
+def test_a_key_where_the_service_may_not_write_is_moved_before_it_is_replaced(
+    sealed: Pair, tmp_path: Path
+) -> None:
+    """/etc/wggw is read-only for a service with ProtectSystem=strict: as docs/COMMANDS.md says."""
+    new, mine = sealed.new, sealed.keys[1]
+    own, closed = Path(new.settings["WG_PRIVATE_KEY_FILE"]), tmp_path / "etc" / "privatekey"
+    (tmp_path / "state").write_bytes(sealed.image)
+    words = ("snapshot", "import", str(tmp_path / "state"), "--replace-key")
+    new.stop()
+    closed.parent.mkdir()
+    own.rename(closed)
+    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    new.prefix = ["unshare", "--mount", "sh", "-c", mount, str(closed.parent)]
+    new.settings["WG_PRIVATE_KEY_FILE"] = str(closed)
+    new.start()
+    refused = command(new, *words)
+    assert refused.returncode == 1 and public_key(new) == mine
+    for part in ("Read-only file system", "name it in WG_PRIVATE_KEY_FILE, and restart"):
+        assert part in refused.stderr
+    new.stop()
+    shutil.copy2(closed, own)
+    new.settings["WG_PRIVATE_KEY_FILE"] = str(own)
+    new.start()
+    assert public_key(new) == mine
+    assert command(new, *words).returncode == 0
+    assert public_key(new) == key_of_file(new) == sealed.keys[0]
 
 
 def test_a_restored_state_says_that_the_key_is_another_until_the_sealed_one_is_back(
