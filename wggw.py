@@ -4218,6 +4218,10 @@ def _open_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
 # landed, the replay of a journal, imports and the boot from a copy all use it. Only the owner of
 # the rows calls it.
 #
+# A Store has parts that share its database: Counts and Released, which every change keeps up to
+# date, and Configurations, Feeds and Queries, which read. _Change is one record on its way into the
+# rows. Files brings a Store from the disk and writes it there.
+#
 # What the API shows of a peer is an SQL expression: CONFIGURATION_SQL has it member by member.
 # SQLite makes the JSON of a page, a feed or a single peer with it. What does not come from the
 # rows, such as the gateway's key, comes as a View, which Configurations keeps in temporary tables.
@@ -5391,9 +5395,6 @@ class Store:
         self._db.close()
         self.__dict__.update(other.__dict__)
         self.changed = True
-
-    def close(self) -> None:
-        self._db.close()
 
     # --- whole states ----------------------------------------------------------------------------
 

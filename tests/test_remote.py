@@ -165,7 +165,6 @@ class Node:
 
     def __exit__(self, *_: object) -> None:
         self.files.journal.close()
-        self.store.close()
 
     def clock(self) -> float:
         return self.now or time.time()

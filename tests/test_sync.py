@@ -410,7 +410,6 @@ def test_every_prefix_of_the_journal_has_all_of_it_or_nothing(tmp_path: Path) ->
         store = files.load()
         assert store.peers_after(0, 10**6) in ([], before, after), end
         seen.append(len(store.peers_after(0, 10**6)))
-        store.close()
     assert seen == sorted(seen, key=[0, len(before), len(after)].index)
     assert set(seen) == {0, len(before), len(after)}
 
