@@ -7,7 +7,7 @@ addresses, configures the WireGuard interface, reports usage, and restores all t
 
 A request's path
     A thread of server.Server does the TLS handshake and hands the connection to server.Loop, the
-    one thread that owns rows and connections. The loop reads a head; http.App verifies its
+    one thread that owns rows and connections. The loop reads a head; http.Admission verifies its
     signature and finds the route; the body is decoded once, into frozen values. A read is answered
     from the rows. A change is decided by gateway.Rules and becomes a ledger.Flight. The ledger's
     lander, another thread, takes all waiting flights: it writes their records to the journal with
@@ -228,7 +228,7 @@ NONCE_SECONDS = 5.0  # between two checks whether the ceiling on disk must be ra
 CLIENT_TIMEOUT = 60.0  # seconds that a command waits for a silent gateway
 MAX_CLIENT_WAIT = 5  # seconds that `wggw call` waits when the gateway answers Retry-After
 
-APPLY_SLICE = 250  # rows of a record that the loop applies in one round: 2 to 4 ms
+APPLY_SLICE = 250  # rows that the loop applies or shows in one round: 1 to 4 ms
 SLICE_SECONDS = 0.004  # how long one slice of long work may occupy the loop
 PAGE_SCAN = 4000  # peers that one page of a list examines: 0.7 ms
 # A pool assigns its first FRESH_SPAN addresses before any that was released. From then on released
@@ -3798,7 +3798,9 @@ class Landing(NamedTuple):
 class JournalFile(NamedTuple):
     """A journal that was read. `size` counts its good bytes, `torn` the dropped ones.
 
-    See JournalHead for `after`, `columns` and `sealed`.
+    The first record has the number after + 1. `columns` names a peer's columns; in a journal of
+    version 1, whose rows have names, it is (). `sealed` holds salt and key check of an encrypted
+    file, b"" of others.
     """
 
     after: int
@@ -3812,19 +3814,6 @@ class JournalFile(NamedTuple):
     def last(self) -> int:
         """The number of the last record; in an empty journal, the number before the first."""
         return self.landings[-1].last if self.landings else self.after
-
-
-class JournalHead(NamedTuple):
-    """The first line of a journal.
-
-    The first record has the number after + 1. `columns` names a peer's columns; version 1, whose
-    rows have names, has (). `sealed` holds salt and key check of an encrypted file, b"" of others.
-    """
-
-    version: int
-    after: int
-    columns: tuple[str, ...]
-    sealed: bytes
 
 
 def journal_header(after: int, seal: Seal | None = None) -> bytes:
@@ -3865,14 +3854,15 @@ _JOURNAL_HEADER = re.compile(
 )
 
 
-def _parse_header(line: bytes) -> JournalHead | None:
+def _parse_header(line: bytes) -> JournalFile | None:
+    """The file without its landings; None if the line is bad."""
     match = _JOURNAL_HEADER.fullmatch(line)
     if match is None or b"%08x" % zlib.crc32(line[:-10]) != match[5]:
         return None
     columns = tuple(match[3].decode("ascii").split(",")) if match[3] else ()
     if (match[1] == b"2") != bool(columns):
         return None
-    return JournalHead(int(match[1]), int(match[2]), columns, match[4] or b"")
+    return JournalFile(int(match[2]), columns, [], len(line), 0, match[4] or b"")
 
 
 def parse_journal_line(data: bytes, start: int, end: int) -> tuple[int, int, bytes] | None:
@@ -3891,53 +3881,57 @@ class JournalReader:
 
     def __init__(self, data: bytes, name: str, vault: Vault | None, salvage: bool = False) -> None:
         self._data, self._name, self._salvage = data, name, salvage
-        self._end = data.find(b"\n") + 1
-        head = _parse_header(data[: self._end])
+        size = data.find(b"\n") + 1
+        head = _parse_header(data[:size])
         if head is None:  # Disk.replace() makes the file with its header, so no write was torn
             if not salvage:
                 raise _damaged(name, 0, "the header is damaged")
-            head = JournalHead(2, 0, Peer._fields, b"")  # the newest version is the best guess
-        self.head = head
+            head = JournalFile(0, Peer._fields, [], size, 0, b"")  # the newest version's, we guess
+        self._head = head
         self._seal = Seal.read(vault, b"journal", head.sealed, name) if head.sealed else None
 
     def read(self) -> JournalFile:
         """Raises DamagedError for anything but a torn tail."""
-        data, position = self._data, self._end
-        _, after, columns, sealed = self.head
         landings: list[Landing] = []
-        last = after
-        while position < len(data):
-            end = data.find(b"\n", position)
-            parsed = parse_journal_line(data, position, end) if end >= 0 else None
-            if self._salvage:
-                if parsed is not None:
-                    with contextlib.suppress(ValueError):
-                        landings.append(self._decode(parsed[0], parsed[2]))
-                position = end + 1 if end >= 0 else len(data)
-                continue
-            if parsed is None or parsed[0] != last + 1:
-                self._check_torn(position, last)
+        last, size = self._head.after, self._head.size
+        for start, end, line in self._lines(size):
+            if line is None or (line[0] != last + 1 and not self._salvage):
+                if self._salvage:
+                    continue
+                self._check_torn(start, last)
                 break
             try:
-                landings.append(self._decode(parsed[0], parsed[2]))
+                landings.append(self._decode(line[0], line[2]))
             except ValueError as error:
-                raise _damaged(self._name, position, f"record {parsed[0]}: {error}") from None
-            last = landings[-1].last
-            position = end + 1
-        return JournalFile(after, columns, landings, position, len(data) - position, sealed)
+                if not self._salvage:
+                    raise _damaged(self._name, start, f"record {line[0]}: {error}") from None
+            else:
+                last, size = landings[-1].last, end
+        return self._head._replace(landings=landings, size=size, torn=len(self._data) - size)
+
+    def _lines(self, start: int) -> Iterator[tuple[int, int, tuple[int, int, bytes] | None]]:
+        """Each line's start and end, and what parse_journal_line() says, None without a newline."""
+        while start < len(self._data):
+            newline = self._data.find(b"\n", start)
+            if newline < 0:
+                yield start, len(self._data), None
+                return
+            yield start, newline + 1, parse_journal_line(self._data, start, newline)
+            start = newline + 1
 
     def _decode(self, first: int, content: bytes) -> Landing:
         """Raises ValueError."""
+        is_first_version = not self._head.columns
         if self._seal:
             sealed = binascii.a2b_base64(content, strict_mode=True)
-            if self.head.version == 1:
+            if is_first_version:
                 content = self._seal.open(first, FIRST_JOURNAL_MAGIC, sealed)
             else:
                 nonce = int.from_bytes(sealed[:12], "big")
                 content = self._seal.open(nonce, b"%d" % first, sealed[12:])
         check_depth(content)
         value = _RECORD_DECODER.decode(str(content, "ascii"))
-        records = [value] if self.head.version == 1 else value
+        records = [value] if is_first_version else value
         if not isinstance(records, list) or not records:
             raise ValueError("it holds no records")
         return Landing(first, records)
@@ -3947,25 +3941,26 @@ class JournalReader:
 
         The line is damaged, not torn, when a good line behind it says that its record was on disk,
         or when the number of a good line shows that other lines are lost. The journal never writes
-        a line behind one whose write failed.
+        a line behind one whose write failed. Version 1 counted bytes on disk, not records.
         """
-        known = last if self.head.version == 2 else position
-        lowest = last + 2 if self.head.version == 2 else 0
-        start = position
-        while (end := self._data.find(b"\n", start)) >= 0:
-            parsed = parse_journal_line(self._data, start, end)
-            if parsed is not None and (parsed[1] > known or parsed[0] < lowest):
-                raise _damaged(self._name, position, f"a bad record before the good {parsed[0]}")
-            start = end + 1
+        known, lowest = (last, last + 2) if self._head.columns else (position, 0)
+        for _, _, line in self._lines(position):
+            if line is not None and (line[1] > known or line[0] < lowest):
+                raise _damaged(self._name, position, f"a bad record before the good {line[0]}")
 
 
 _RECORD_DECODER = json.JSONDecoder(parse_constant=int)  # NaN and Infinity: a ValueError
 _RECORD_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
-def parse_journal(data: bytes, name: str, vault: Vault | None = None) -> JournalFile:
-    """Read a journal's bytes. Raises DamagedError for anything but a torn tail."""
-    return JournalReader(data, name, vault).read()
+def parse_journal(
+    data: bytes, name: str, vault: Vault | None = None, salvage: bool = False
+) -> JournalFile:
+    """Read a journal's bytes. Raises DamagedError for anything but a torn tail.
+
+    With `salvage` it skips damaged lines instead.
+    """
+    return JournalReader(data, name, vault, salvage).read()
 
 
 def read_journal(path: str, vault: Vault | None = None) -> JournalFile | None:
@@ -4237,6 +4232,14 @@ def _open_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
 # Every change of them is a Record, and apply() is the only code that changes rows. Requests that
 # landed, the replay of a journal, imports and the boot from a copy all use it. Only the owner of
 # the rows calls it.
+#
+# A Store has parts that share its database: Counts and Released, which every change keeps up to
+# date, and Configurations, Feeds and Queries, which read. _Change is one record on its way into the
+# rows. Files brings a Store from the disk and writes it there.
+#
+# What the API shows of a peer is an SQL expression: CONFIGURATION_SQL has it member by member.
+# SQLite makes the JSON of a page, a feed or a single peer with it. What does not come from the
+# rows, such as the gateway's key, comes as a View, which Configurations keeps in temporary tables.
 # Never here: interfaces and HTTP.
 # ==================================================================================================
 
@@ -4318,9 +4321,6 @@ _SELECT = f"SELECT {_COLUMNS} FROM peers"  # noqa: S608  names of this file
 _INSERT = (
     f"INSERT INTO peers ({_COLUMNS}, sequence, changed_at) VALUES (?, ?{', ?' * len(Peer._fields)})"  # noqa: S608  names of this file
 )
-_HELD = (
-    "id, interface, status, public_key, assigned_ip, assigned_ipv6, service_class, status_reason"
-)
 _TOTALS = (
     "coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), coalesce(t.last_handshake, 0), p.sequence "
     "FROM peers p LEFT JOIN traffic t ON t.id = p.id"
@@ -4357,8 +4357,9 @@ _OF_FAMILIES = (
     "json(CASE p.tunnel_traffic WHEN 'ipv4' THEN '[{0}]' WHEN 'ipv6' THEN '[{1}]' "
     "ELSE '[{0},{1}]' END)"
 )
-# The members of a configuration, in their order: what each is in SQL, with the tables of
-# _SHOWN_FROM. SQLite writes them as JSON, in a quarter of the time that Python needs.
+# The members of a configuration, in their order, each as SQL with the tables of _SHOWN_FROM.
+# json() marks a text that is JSON already. A page takes a quarter of the time that it took when
+# Python made the same members.
 # fmt: off
 CONFIGURATION_SQL: Mapping[str, str] = {
     "public_key": "p.public_key",
@@ -4494,28 +4495,7 @@ def decode_gateways(text: str) -> dict[str, tuple[str, ...]]:
     return {name: tuple(addresses) for name, addresses in given.items()}
 
 
-def with_kept(
-    tunnels: Iterable[InterfaceSettings], store: Store, config: Config
-) -> tuple[InterfaceSettings, ...]:
-    """The settings of interfaces, with the addresses that the gateway had in smaller subnets.
-
-    Clients may use them as DNS server or for monitoring. MOVE_PEERS gives them up.
-    """
-    known = {} if config.move_peers else store.meta("gateways") or {}
-
-    def fits(tunnel: InterfaceSettings, address: str) -> bool:
-        return address not in tunnel.gateways and any(
-            ipaddress.ip_address(address) in subnet and AddressPool(subnet).has(address)
-            for subnet in tunnel.subnets.values()
-        )
-
-    return tuple(
-        tunnel._replace(kept=tuple(a for a in known.get(tunnel.name, ()) if fits(tunnel, a)))
-        for tunnel in tunnels
-    )
-
-
-class Feed(NamedTuple):
+class Gaps(NamedTuple):
     """The gaps in the sequences, and the `floor`, below which no gap is remembered.
 
     A gap (from, to) means that changes with sequences between the two may be lost, because of a
@@ -4526,7 +4506,7 @@ class Feed(NamedTuple):
     floor: int = 0
 
     @classmethod
-    def parse(cls, text: str) -> Feed:
+    def parse(cls, text: str) -> Gaps:
         """Raises ValueError, TypeError, KeyError."""
         given = load_json(text)
         gaps = tuple((int(begin), int(end)) for begin, end in given["gaps"])
@@ -4534,8 +4514,8 @@ class Feed(NamedTuple):
             raise ValueError("a gap of sequences is out of range")
         return cls(gaps, int(given["floor"]))
 
-    def skipped(self, begin: int, now: float) -> Feed:
-        """This feed with one more gap, which ends above every sequence that a client may have seen.
+    def skipped(self, begin: int, now: float) -> Gaps:
+        """These gaps and one more, which ends above every sequence that a client may have seen.
 
         The state may be from a backup, so the gap ends an hour ahead of the clock in microseconds,
         and ahead of all changes that a crash can lose.
@@ -4543,7 +4523,7 @@ class Feed(NamedTuple):
         gap = (begin, max(begin + 10**9, int((now + 3600) * 1_000_000)))
         gaps = (*self.gaps, gap)
         floor = max([self.floor, *(end for _, end in gaps[:-MAX_GAPS])])
-        return Feed(gaps[-MAX_GAPS:], floor)
+        return Gaps(gaps[-MAX_GAPS:], floor)
 
     def encode(self) -> str:
         return json.dumps({"gaps": self.gaps, "floor": self.floor}, separators=(",", ":"))
@@ -4553,7 +4533,7 @@ class Feed(NamedTuple):
 META_PARSERS: Mapping[str, Callable[[str], Any]] = {
     "obfuscation": decode_state,
     "public_keys": decode_public_keys,
-    "feed": Feed.parse,
+    "feed": Gaps.parse,
     "periods": lambda text: {period: int(load_json(text)[period]) for period in PERIODS},
     "gateways": decode_gateways,
 }
@@ -4668,6 +4648,24 @@ def decode_record(parts: Any, columns: tuple[str, ...]) -> Record:
     )
 
 
+def decode_landings(
+    landings: Iterable[Landing], columns: tuple[str, ...], name: str, salvage: bool = False
+) -> Iterator[tuple[int, Record]]:
+    """Every record with its number. Raises DamagedError; with `salvage` it skips bad records."""
+    for landing in landings:
+        for number, parts in enumerate(landing.records, landing.first):
+            try:
+                given = parts if columns else upgrade_record(parts)
+                yield number, decode_record(given, columns or Peer._fields)
+            except _BAD_RECORD as error:
+                if not salvage:
+                    raise _misfitting(name, number, error) from None
+
+
+def _misfitting(name: str, number: int, error: Exception) -> DamagedError:
+    return _damaged(name, 0, f"record {number} does not apply: {error}")
+
+
 def _decode_rows(rows: Iterable[Any], columns: tuple[str, ...]) -> list[Peer]:
     if columns == Peer._fields:
         return [Peer._make(row) for row in rows]
@@ -4772,9 +4770,11 @@ def warm_up(size: int) -> None:
         zeros.readinto(block)
 
 
-def make_schema(db: sqlite3.Connection) -> None:
-    """Make the tables of the newest schema in an empty database."""
+def empty_database() -> sqlite3.Connection:
+    """The tables of the newest schema, without a row."""
+    db = open_memory()
     db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    return db
 
 
 def upgraded(db: sqlite3.Connection) -> sqlite3.Connection:
@@ -4792,9 +4792,8 @@ def upgraded(db: sqlite3.Connection) -> sqlite3.Connection:
         raise ValueError(
             f"schema version {version} is a newer wggw's, this one knows up to {SCHEMA_VERSION}"
         )
-    new = open_memory()
+    new = empty_database()
     try:
-        make_schema(new)
         new.execute("BEGIN")
         old_tables, new_tables = _tables(db), _tables(new)
         for table in old_tables.keys() - new_tables.keys():
@@ -4832,6 +4831,10 @@ def _tables(db: sqlite3.Connection) -> dict[str, list[str]]:
     }
 
 
+class Ancestor(ValueError):
+    """The database is that of the program before wggw."""
+
+
 def is_ancestor(db: sqlite3.Connection) -> bool:
     """Whether this is the database of the program before wggw, which has the same default path.
 
@@ -4848,6 +4851,8 @@ def open_image(image: bytes) -> sqlite3.Connection:
     try:
         db.deserialize(image)
         configure_memory(db)
+        if is_ancestor(db):
+            raise Ancestor("it is the database of the gateway before wggw")
         if image[APPLICATION_ID] == bytes(4):  # another program wrote it
             found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
@@ -4865,86 +4870,42 @@ def open_image(image: bytes) -> sqlite3.Connection:
 _Item = TypeVar("_Item")
 
 
-class Store:
-    """The rows. `number` is the last record that they contain; it never decreases.
+class Counts:
+    """How many peers there are. Every change of the rows keeps these numbers up to date.
 
-    `counts` holds the number of peers by (interface, status). `reasons` holds the number of peers
-    that the gateway suspended, by (interface, reason). `classes` holds the number of peers by
-    service class, and `class_addresses` the number of addresses that the active ones have.
-
-    `sequence` is the last sequence that was assigned. Every changed row and every deleted key gets
-    the next one, and replay assigns the same ones. Rows of a landing that is only partly applied
-    have higher ones, and no feed shows them. `last_change` is the last sequence of a peer or of a
-    deleted key. `diverged`: clients may have seen other changes after this sequence.
+    `peers` has the peers by (interface, status), `reasons` those that the gateway suspended by
+    (interface, reason), `classes` the peers by service class, and `class_addresses` the number of
+    addresses that the active ones of a class have. `next_id` is above every id that peers had.
     """
 
-    def __init__(self) -> None:
-        self.number = 0
-        self.lineage = ""  # a random id; the first start chooses it
-        self.sequence = self.last_change = 0
-        self.diverged: int | None = None
-        self._gone = 0  # how many rows `gone` has, or more
-        self._forgotten = 0  # the sequence of the latest deletion that `gone` lost to MAX_GONE
-        self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.peers: collections.Counter[tuple[str, str]] = collections.Counter()
         self.reasons: collections.Counter[tuple[str, str]] = collections.Counter()
         self.classes: collections.Counter[str] = collections.Counter()
         self.class_addresses: collections.Counter[str] = collections.Counter()
-        self.private_keys: dict[str, str] = {}  # by interface; only encrypted snapshots hold them
-        self.loaded = False  # the rows come from a snapshot
-        self.changed = False  # since the last snapshot
-        self.next_id = 1
-        self.restarted: dict[int, tuple[int, int]] = {}  # see replay()
-        self._any_released = False  # whether `released` may have rows
-        self._viewed: tuple[Any, ...] = ()  # what the tables of _VIEW_SCHEMA hold
-        self._db = open_memory()
-        make_schema(self._db)
-
-    # --- whole states ----------------------------------------------------------------------------
-
-    def load(self, image: bytes) -> None:
-        """Replace the rows by those of an image. Raises sqlite3.Error, ValueError, TypeError."""
-        db = open_image(image)
-        rows = dict(db.execute("SELECT name, value FROM meta"))
-        self.number = int(rows["number"])
-        self.lineage = rows.get("lineage", "")
-        self._forgotten = int(rows.get("forgotten", 0))
-        self.sequence = int(rows.get("sequence", 0))
-        self.private_keys = {
-            name.partition(" ")[2]: key
-            for name, key in rows.items()
-            if name.startswith("private_key ")
-        }
-        self._db.close()
-        self._db, self._viewed, self.loaded = db, (), True
-        self._load_counts()
-
-    def take(self, other: Store) -> None:
-        """Become another store, which must not be used afterwards."""
-        self._db.close()
-        self.__dict__.update(other.__dict__)
-        self.changed = True
-
-    def _load_counts(self) -> None:
-        for counter in (self.counts, self.reasons, self.classes, self.class_addresses):
-            counter.clear()
-        for row in self._db.execute(
+        for row in db.execute(
             "SELECT interface, status, status_reason, service_class, count(*), "
             "sum((assigned_ip IS NOT NULL) + (assigned_ipv6 IS NOT NULL)) "
             "FROM peers GROUP BY 1, 2, 3, 4"
         ):
-            self._count(row[:4], row[4], row[5])
-        self.next_id = (self._db.execute("SELECT max(id) FROM peers").fetchone()[0] or 0) + 1
-        self._gone, latest = self._db.execute("SELECT count(*), max(sequence) FROM gone").fetchone()
-        changed = self._db.execute("SELECT max(sequence) FROM peers").fetchone()[0]
-        self.last_change = max(latest or 0, changed or 0)
-        counted = self._db.execute("SELECT max(sequence) FROM traffic").fetchone()[0]
-        self.sequence = max(self.sequence, self.last_change, counted or 0)
-        self._any_released = bool(self._db.execute("SELECT 1 FROM released").fetchone())
+            self._add(row[:4], row[4], row[5])
+        self.next_id: int = db.execute("SELECT coalesce(max(id), 0) + 1 FROM peers").fetchone()[0]
 
-    def _count(self, kind: Sequence[Any], peers: int, addresses: int) -> None:
-        """Add peers of one kind, and their addresses, to the counters. Both may be negative."""
+    def total(self) -> int:
+        return self.peers.total()
+
+    def on(self, interface: str) -> int:
+        return sum(n for (name, _), n in self.peers.items() if name == interface)
+
+    def add(self, peer: Peer, sign: int) -> None:
+        """Count a peer that came (1) or went (-1)."""
+        addresses = bool(peer.assigned_ip) + bool(peer.assigned_ipv6)
+        kind = (peer.interface, peer.status, peer.status_reason, peer.service_class)
+        self._add(kind, sign, sign * addresses)
+
+    def _add(self, kind: Sequence[Any], peers: int, addresses: int) -> None:
         interface, status, reason, service_class = kind
-        self.counts[interface, status] += peers
+        self.peers[interface, status] += peers
         if reason is not None:
             self.reasons[interface, reason] += peers
         if service_class is not None:
@@ -4952,318 +4913,43 @@ class Store:
             if status == "active":
                 self.class_addresses[service_class] += addresses
 
-    def image(self, number: int, with_keys: bool, journaled: bool) -> bytes:
-        """The database as bytes, named after record `number`.
 
-        `with_keys`: it will be encrypted, so it includes the private keys. `journaled`: a journal
-        belongs to it.
-        """
-        rows = {
-            "number": str(number),
-            "journaled": str(int(journaled)),
-            "sequence": str(self.sequence),
-            "forgotten": str(self._forgotten),
-            "lineage": self.lineage,
-        }
-        if with_keys:
-            rows |= {f"private_key {name}": key for name, key in self.private_keys.items()}
-        self._db.execute("DELETE FROM meta WHERE name LIKE 'private_key %'")
-        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows.items())
-        return self._db.serialize()
+class Released:
+    """The addresses that peers gave up and nobody has taken since. `any`: there may be some."""
 
-    def image_size(self) -> int:
-        query = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-        size: int = self._db.execute(query).fetchone()[0]
-        return size
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self.any = bool(db.execute("SELECT 1 FROM released").fetchone())
 
-    def is_journaled(self) -> bool:
-        """Whether a journal belongs to the snapshot that was loaded."""
-        row = self._db.execute("SELECT value FROM meta WHERE name = 'journaled'").fetchone()
-        return bool(row) and row[0] == "1"
+    def addresses(self, family: str | None = None) -> list[str]:
+        """Oldest first."""
+        rows = self._db.execute("SELECT address FROM released ORDER BY sequence")
+        addresses = [row[0] for row in rows]
+        return [a for a in addresses if family is None or (":" in a) == (family == "ipv6")]
 
-    def verify(self) -> None:
-        """Check all rows of a database that came from outside. Raises ValueError, sqlite3.Error."""
-        model = Store()
-        schema = "SELECT type, name, sql FROM sqlite_master ORDER BY type, name"
-        if self._db.execute(schema).fetchall() != model._db.execute(schema).fetchall():
-            raise ValueError("its tables are not those of this version")
-        if not 0 <= self.number < MAX_INTEGER // 2:
-            raise ValueError("its record number is out of range")
-        for (address,) in self._db.execute("SELECT address FROM released"):
-            verify_address(address)
-        if self._db.execute(_BAD_TRAFFIC).fetchone():
-            raise ValueError("traffic is out of range")
-        if self._db.execute("SELECT 1 FROM peers WHERE id < 1").fetchone():
-            raise ValueError("an id is out of range")
-        for name in META_PARSERS:
-            self.meta(name)
-        after = 0
-        while peers := self.peers_after(after, READ_CHUNK):
-            for peer in peers:
-                verify_peer(peer)
-            after = peers[-1].id
+    def add(self, addresses: Sequence[str]) -> None:
+        rows = [(address,) for address in addresses]
+        self._db.executemany("INSERT OR REPLACE INTO released (address) VALUES (?)", rows)
+        self.any = self.any or bool(rows)
 
-    def replay(
-        self, file: JournalFile, name: str, salvage: bool = False, all_parts: bool = False
-    ) -> Iterator[str]:
-        """Apply a journal's records above `number`; with `salvage`, yield what was skipped.
+    def remove(self, addresses: Iterable[str]) -> None:
+        rows = [(address,) for address in addresses]
+        self._db.executemany("DELETE FROM released WHERE address = ?", rows)
 
-        replay() collects the void records first, because a record that the interface refused never
-        counts. It undoes the records that open_parts() finds, unless `all_parts` is true. If a
-        crash came before the interface had the last landing, the counters that this landing
-        restarts still go on: `restarted` keeps their last known values. Raises DamagedError.
-        """
-        landings = [landing for landing in file.landings if landing.last > self.number]
-        if file.after > self.number and not salvage:
-            raise _damaged(
-                name, 0, f"it follows record {file.after}, but the state ends at {self.number}"
-            )
-        records = list(_numbered(file, landings, name, salvage))
-        void = {number for _, record in records for number in record.void}
-        parts = set() if file.columns or all_parts else open_parts(landings)
-        undo: list[tuple[Peer | None, Peer | None, TrafficRow]] = []
-        if not salvage:  # a record that fails ends the start, so SQLite need not roll it back
-            self._db.execute("PRAGMA journal_mode = OFF")
-        self._db.execute("BEGIN")
-        for number, record in records:
-            if number > self.number and number not in void:
-                if salvage and number > self.number + 1:
-                    yield f"no record between {self.number} and {number}"
-                if number in parts:
-                    undo += self._undo_of(record)
-                try:
-                    self.apply(record)
-                except _BAD_RECORD as error:
-                    if not salvage:
-                        raise _damaged(
-                            name, 0, f"record {number} does not apply: {error}"
-                        ) from None
-                    yield f"record {number} does not apply"
-            self.number = max(self.number, number)
-        try:
-            self._take_back(undo)
-        except sqlite3.Error as error:
-            found = f"its unfinished desired state cannot be undone: {error}"
-            raise _damaged(name, 0, found) from None
-        self._db.execute("COMMIT")
-        self._db.execute("PRAGMA journal_mode = MEMORY")
-        last = landings[-1].first if landings else MAX_INTEGER
-        self.restarted = {
-            i: (rx, tx) for number, r in records if number >= last for i, rx, tx in r.restart
-        }
-        self.changed = self.changed or bool(records)
+    def clear(self) -> None:
+        self._db.execute("DELETE FROM released")
+        self.any = False
 
-    def _undo_of(self, record: Record) -> Iterator[tuple[Peer | None, Peer | None, TrafficRow]]:
-        """Each peer that a record will change, before and after, with its present totals."""
-        for number in record.delete:
-            yield self.by_id(number), None, self.traffic_row(number)
-        for peer in record.put:
-            yield self.by_id(peer.id), peer, self.traffic_row(peer.id)
 
-    def _take_back(self, undo: Sequence[tuple[Peer | None, Peer | None, TrafficRow]]) -> None:
-        """Undo an unfinished desired state of version 1. Later changes by others stay."""
-        for before, after, traffic in reversed(undo):
-            now = self.by_id(traffic.id)
-            if before is None:
-                self.apply(Record(delete=[now.id] if now else []))
-            elif after is None and now is None and self.get(before.public_key) is None:
-                self.apply(Record([before], traffic=[traffic._replace(rx_seen=0, tx_seen=0)]))
-            elif after is not None and now is not None:
-                both = zip(Peer._fields, now, after, strict=True)
-                kept: dict[str, Any] = {name: value for name, value, left in both if value != left}
-                self.apply(Record([before._replace(**kept)]))
+class Configurations:
+    """Peers as the API shows them, in JSON that SQLite writes."""
 
-    # --- the one way in which rows change --------------------------------------------------------
+    def __init__(self, db: sqlite3.Connection, counts: Counts) -> None:
+        self._db = db
+        self._counts = counts
+        self._viewed: tuple[Any, ...] = ()  # what the tables of _VIEW_SCHEMA hold
 
-    def apply(self, record: Record) -> None:
-        """Change the rows as a record says. Raises sqlite3.Error halfway when it does not fit."""
-        for _ in self.apply_in_slices(record):
-            pass
-
-    def apply_in_slices(self, record: Record) -> Iterator[None]:
-        """apply() in slices of APPLY_SLICE rows. Between two slices no peer is missing.
-
-        The steps that free keys and addresses come first.
-        """
-        before: dict[int, Sequence[Any]] = {}
-        given_up: dict[str, int] = {}  # keys and addresses that peers no longer have
-        for numbers in _slices(record.delete):
-            for number in numbers:
-                row = self._held(number)
-                if row is None:
-                    raise sqlite3.IntegrityError(f"there is no peer with id {number}")
-                before[number] = row
-                self._take_out(row)
-                self._db.execute("DELETE FROM traffic WHERE id = ?", (number,))
-            yield
-        for peers in _slices(record.put):
-            for peer in peers:
-                if peer.id < self.next_id and (row := self._held(peer.id)) is not None:
-                    before[peer.id] = row
-                    kept = (peer.public_key, peer.assigned_ip, peer.assigned_ipv6)
-                    given_up.update((v, peer.id) for v in row[3:6] if v and v not in kept)
-            yield
-        order = {peer.id: n for n, peer in enumerate(record.put, self.sequence + 1)}
-        put: Sequence[Peer] = record.put
-        if given_up and len(put) > APPLY_SLICE:
-            traded: set[int] = set()
-            for peers in _slices(put):
-                values = ((p.public_key, p.assigned_ip, p.assigned_ipv6) for p in peers)
-                traded.update(given_up[v] for held in values for v in held if v in given_up)
-                yield
-            # One call puts the few peers that hand keys or addresses to each other.
-            self._put([peer for peer in put if peer.id in traded], before, record.at, order)
-            put = [peer for peer in put if peer.id not in traded]
-        yield from self._note_released(record, before)
-        for peers in _slices(put):
-            self._put(peers, before, record.at, order)
-            yield
-        gone = [before[number][3] for number in record.delete]
-        gone += [
-            before[peer.id][3]
-            for peer in record.put
-            if peer.id in before and before[peer.id][3] != peer.public_key
-        ]
-        last = self.sequence + len(record.put)
-        for keys in _slices(list(enumerate(gone, last + 1))):
-            self._note_gone(keys, record.at)
-            yield
-        last += len(gone)
-        for rows in _slices(record.traffic):
-            self._db.executemany(_PUT_TRAFFIC, [(*row, n) for n, row in enumerate(rows, last + 1)])
-            last += len(rows)
-            yield
-        if record.put or gone:
-            self.last_change = last
-        self.sequence = last
-        self._apply_rest(record)
-        self.changed = True
-
-    def _held(self, number: int) -> Sequence[Any] | None:
-        """The key, addresses and counted columns of a peer's row, in the order of _HELD."""
-        query = f"SELECT {_HELD} FROM peers WHERE id = ?"  # noqa: S608  names of this file
-        row: Sequence[Any] | None = self._db.execute(query, (number,)).fetchone()
-        return row
-
-    def _take_out(self, row: Sequence[Any]) -> None:
-        """Remove a peer's row, in order to delete or to replace it."""
-        self._db.execute("DELETE FROM peers WHERE id = ?", (row[0],))
-        self._count((row[1], row[2], row[7], row[6]), -1, -sum(map(bool, row[4:6])))
-
-    def _put(
-        self,
-        peers: Sequence[Peer],
-        before: Mapping[int, Sequence[Any]],
-        at: int,
-        order: Mapping[int, int],
-    ) -> None:
-        for peer in peers:
-            if peer.id in before:
-                self._take_out(before[peer.id])
-        self._db.executemany(_INSERT, [(*peer, order[peer.id], at) for peer in peers])
-        if self._gone:
-            keys = [(peer.public_key,) for peer in peers]
-            self._db.executemany("DELETE FROM gone WHERE public_key = ?", keys)
-        for peer in peers:
-            kind = (peer.interface, peer.status, peer.status_reason, peer.service_class)
-            self._count(kind, 1, bool(peer.assigned_ip) + bool(peer.assigned_ipv6))
-            row = before.get(peer.id)
-            if row is None:
-                self.next_id = max(self.next_id, peer.id + 1)
-            elif row[3] != peer.public_key or row[2] != peer.status:
-                # It leaves or joins the interface, so its counters there restart at 0.
-                self._db.execute(
-                    "UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = ?", (peer.id,)
-                )
-
-    def _note_gone(self, keys: Sequence[tuple[int, str]], at: int) -> None:
-        """Remember the (sequence, key) of deleted keys, unless another peer has them now."""
-        for number, key in keys:
-            self._db.execute(
-                "INSERT OR REPLACE INTO gone (sequence, public_key, at) SELECT ?, ?, ? "
-                "WHERE NOT EXISTS (SELECT 1 FROM peers WHERE public_key = ?)",
-                (number, key, at, key),
-            )
-        self._gone += len(keys)
-        if self._gone <= MAX_GONE:
-            return
-        self._gone = self._db.execute("SELECT count(*) FROM gone").fetchone()[0]
-        excess = self._gone - MAX_GONE
-        if excess > 0:
-            query = "SELECT sequence FROM gone ORDER BY sequence LIMIT 1 OFFSET ?"
-            self._forgotten = self._db.execute(query, (excess - 1,)).fetchone()[0]
-            self._db.execute("DELETE FROM gone WHERE sequence <= ?", (self._forgotten,))
-            self._gone = MAX_GONE
-
-    def _note_released(self, record: Record, before: Mapping[int, Sequence[Any]]) -> Iterator[None]:
-        """Add the addresses that the record frees to `released`, and remove those that it uses."""
-        if not before and not self._any_released:
-            return
-        held: set[str] = set()
-        for peers in _slices(record.put):
-            held.update(a for p in peers for a in (p.assigned_ip, p.assigned_ipv6) if a)
-            yield
-        for rows in _slices(list(before.values())):
-            freed = [(a,) for row in rows for a in row[4:6] if a and a not in held]
-            self._db.executemany("INSERT OR REPLACE INTO released (address) VALUES (?)", freed)
-            self._any_released = self._any_released or bool(freed)
-            yield
-        for addresses in _slices(list(held) if self._any_released else []):
-            taken = [(address,) for address in addresses]
-            self._db.executemany("DELETE FROM released WHERE address = ?", taken)
-            yield
-
-    def _apply_rest(self, record: Record) -> None:
-        for number, _, _ in record.restart:
-            self._db.execute("UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = ?", (number,))
-        for name, text in record.settings.items():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
-            if name == "feed":
-                self.sequence = max(self.sequence, *(end for _, end in Feed.parse(text).gaps))
-        if record.released is not None:
-            self._db.execute("DELETE FROM released")
-            self._db.executemany(
-                "INSERT INTO released (address) VALUES (?)", [(a,) for a in record.released]
-            )
-            self._any_released = bool(record.released)
-
-    # --- reading ---------------------------------------------------------------------------------
-
-    def get(self, public_key: str) -> Peer | None:
-        row = self._db.execute(f"{_SELECT} WHERE public_key = ?", (public_key,)).fetchone()
-        return Peer._make(row) if row else None
-
-    def by_id(self, peer_id: int) -> Peer | None:
-        row = self._db.execute(f"{_SELECT} WHERE id = ?", (peer_id,)).fetchone()
-        return Peer._make(row) if row else None
-
-    def traffic(self, peer_id: int) -> Traffic:
-        row = self._db.execute(f"SELECT {_TOTALS} WHERE p.id = ?", (peer_id,)).fetchone()
-        return Traffic._make(row) if row else Traffic()
-
-    def traffic_row(self, peer_id: int) -> TrafficRow:
-        row = self._db.execute(f"{_TRAFFIC} WHERE id = ?", (peer_id,)).fetchone()
-        return TrafficRow._make(row) if row else TrafficRow(peer_id, 0, 0, 0, 0, 0)
-
-    def totals_after(self, after: int, limit: int) -> list[tuple[int, str, str, Traffic]]:
-        """(id, interface, key, totals) of peers with an id above `after`."""
-        named = f"SELECT p.id, p.interface, p.public_key, {_TOTALS}"
-        rows = self._db.execute(f"{named} WHERE p.id > ? ORDER BY p.id LIMIT ?", (after, limit))
-        return [(*row[:3], Traffic._make(row[3:])) for row in rows]
-
-    def show(self, public_key: str, view: View) -> str | None:
-        """A peer's configuration as JSON."""
-        values = {**self._prepare(view), "public_key": public_key}
-        row: tuple[str] | None = self._db.execute(_SHOW, values).fetchone()
-        return row[0] if row else None
-
-    def show_given(self, peer: Peer, traffic: Traffic, view: View) -> str:
-        """The configuration of a peer as it was, which has changed or gone since."""
-        values = {**self._prepare(view), **peer._asdict(), **traffic._asdict()}
-        text: str = self._db.execute(_SHOW_GIVEN, values).fetchone()[0]
-        return text
-
-    def _prepare(self, view: View) -> dict[str, Any]:
+    def prepare(self, view: View) -> dict[str, Any]:
         """Write the view into its tables if it has changed. Returns the parameter of _ONLINE."""
         if view[1:] != self._viewed:
             default = next(iter(view.choices))
@@ -5292,6 +4978,18 @@ class Store:
             self._viewed = view[1:]
         return {"online_since": view.online_since}
 
+    def show(self, public_key: str, view: View) -> str | None:
+        """A peer's configuration as JSON."""
+        values = {**self.prepare(view), "public_key": public_key}
+        row: tuple[str] | None = self._db.execute(_SHOW, values).fetchone()
+        return row[0] if row else None
+
+    def show_given(self, peer: Peer, traffic: Traffic, view: View) -> str:
+        """The configuration of a peer as it was, which has changed or gone since."""
+        values = {**self.prepare(view), **peer._asdict(), **traffic._asdict()}
+        text: str = self._db.execute(_SHOW_GIVEN, values).fetchone()[0]
+        return text
+
     def page(
         self,
         after: int,
@@ -5305,7 +5003,7 @@ class Store:
         No index knows which peers are online. With this filter a page reads at most PAGE_SCAN peers
         and may therefore be shorter than `limit`.
         """
-        values: dict[str, Any] = {**self._prepare(view), "after": after, "limit": limit + 1}
+        values: dict[str, Any] = {**self.prepare(view), "after": after, "limit": limit + 1}
         conditions = ["p.id > :after"]
         exact = (chosen.label, chosen.request_id, chosen.reason)
         for name, value in zip(("label", "request_id", "status_reason"), exact, strict=True):
@@ -5321,7 +5019,7 @@ class Store:
             # The index lists each kind by id: read `limit` of each, then keep the first ones.
             kinds = [
                 {"interface": name, "status": status}
-                for name, status in self.counts
+                for name, status in self._counts.peers
                 if chosen.interface in (None, name) and chosen.status in (None, status)
             ]
             conditions += ["p.interface = :interface", "p.status = :status"]
@@ -5335,44 +5033,7 @@ class Store:
         rows.sort()
         if len(rows) > limit:
             return Page(rows[:limit], rows[limit - 1][0])
-        return Page(rows, last if last < self.next_id - 1 else None)
-
-    def check_feed(self, after: int) -> None:
-        """Raises Gone when some change behind this sequence is no longer remembered.
-
-        A client that began at 0 and has not reached the end continues with a negative sequence: it
-        knows of no peer whose deletion may have been forgotten.
-        """
-        feed = self.meta("feed") or Feed()
-        lost = any(begin < after < end for begin, end in feed.gaps)
-        forgotten = 0 < after < max(self._forgotten, feed.floor)
-        if lost or forgotten or abs(after) > self.sequence:
-            raise Gone("after: later changes are no longer remembered: begin again with 0")
-
-    def next_after(self, after: int, last: int, full: bool) -> int:
-        """The `after` of the request behind an answer that ends with `last`; never within a gap."""
-        if not full:
-            return self.sequence
-        return -last if after <= 0 else last
-
-    def changes(self, after: int, limit: int, view: View) -> list[tuple[int, str]]:
-        """The changes behind a sequence, as (sequence, JSON): each key once, at its latest change.
-
-        A deleted key has no configuration.
-        """
-        values = {**self._prepare(view), "after": abs(after), "until": self.sequence}
-        rows: list[tuple[int, str]] = self._db.execute(
-            _CHANGES, values | {"limit": limit}
-        ).fetchall()
-        if after:  # a new client knows no deleted key
-            rows += self._db.execute(_DELETIONS, values | {"limit": limit})
-            rows.sort()
-        return rows[:limit]
-
-    def usage(self, after: int, limit: int) -> list[tuple[int, str]]:
-        """(sequence, JSON) of the totals of peers whose totals changed, ordered by sequence."""
-        values = {"after": abs(after), "until": self.sequence, "limit": limit}
-        return self._db.execute(_USAGE, values).fetchall()
+        return Page(rows, last if last < self._counts.next_id - 1 else None)
 
     def _scan_end(self, after: int) -> int:
         row = self._db.execute(
@@ -5381,114 +5042,135 @@ class Store:
         ).fetchone()
         return row[0] or MAX_INTEGER
 
-    def peers_after(self, after: int, limit: int) -> list[Peer]:
-        rows = self._db.execute(f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
-        return [Peer._make(row) for row in rows]
 
-    def wire_rows(self, interface: str, after: int, limit: int) -> list[Sequence[Any]]:
-        """(id, arguments of encode_wire()) of peers with an id above `after`.
+class Feeds:
+    """What the followers of changes and usage read.
 
-        The key is None for peers that are not active on this interface: a query for active ones
-        alone would read the whole table when they are few.
+    `sequence` is the last sequence that was assigned. Every changed row and every deleted key gets
+    the next one, and replay assigns the same ones. Rows of a landing that is only partly applied
+    have higher ones, and no feed shows them. `last_change` is the last sequence of a peer or of a
+    deleted key. `diverged`: clients may have seen other changes after this sequence. `forgotten` is
+    the sequence of the latest deletion that the table `gone` lost to MAX_GONE.
+    """
+
+    def __init__(
+        self,
+        db: sqlite3.Connection,
+        meta: Mapping[str, str],
+        configurations: Configurations,
+    ) -> None:
+        self._db = db
+        self._configurations = configurations
+        self._gaps = Gaps.parse(meta["feed"]) if "feed" in meta else Gaps()
+        self.forgotten = int(meta.get("forgotten", 0))
+        self.diverged: int | None = None
+        self._gone, *newest = db.execute(  # how many rows `gone` has, or more
+            "SELECT (SELECT count(*) FROM gone), (SELECT max(sequence) FROM gone), "
+            "(SELECT max(sequence) FROM peers), (SELECT max(sequence) FROM traffic)"
+        ).fetchone()
+        gone, changed, counted = (sequence or 0 for sequence in newest)
+        self.last_change = max(gone, changed)
+        self.sequence = max(int(meta.get("sequence", 0)), self.last_change, counted)
+
+    # --- for clients -----------------------------------------------------------------------------
+
+    def check(self, after: int) -> None:
+        """Raises Gone when some change behind this sequence is no longer remembered.
+
+        A client that began at 0 and has not reached the end continues with a negative sequence: it
+        knows of no peer whose deletion may have been forgotten.
         """
-        return self._db.execute(
-            "SELECT id, CASE WHEN interface = ? AND status = 'active' THEN public_key END, "
-            "preshared_key, service_class, assigned_ip, assigned_ipv6 FROM peers "
-            "WHERE id > ? ORDER BY id LIMIT ?",
-            (interface, after, limit),
-        ).fetchall()
+        lost = any(begin < after < end for begin, end in self._gaps.gaps)
+        forgotten = 0 < after < max(self.forgotten, self._gaps.floor)
+        if lost or forgotten or abs(after) > self.sequence:
+            raise Gone("after: later changes are no longer remembered: begin again with 0")
 
-    def held_rows(
-        self, interface: str, family: str, after: int, limit: int
-    ) -> list[tuple[int, str | None]]:
-        """(id, address) of peers with an id above `after`; None for those of other interfaces."""
-        column = ADDRESS_FIELD[family]
-        return self._db.execute(
-            f"SELECT id, CASE WHEN interface = ? THEN {column} END FROM peers "  # noqa: S608  names of this file
-            "WHERE id > ? ORDER BY id LIMIT ?",
-            (interface, after, limit),
-        ).fetchall()
+    @staticmethod
+    def next_after(after: int, last: int, until: int, full: bool) -> int:
+        """The `after` of the request behind an answer that ends with `last`; never within a gap.
 
-    def counted(self, interface: str, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
-        """By key of active peers: preshared key, addresses, and their row of `traffic`."""
-        query = f"{_COUNTED} ({', '.join('?' * len(keys))})"
-        return {row[0]: row for row in self._db.execute(query, (interface, *keys))}
-
-    def released(self, family: str | None = None) -> list[str]:
-        """The released addresses, oldest first."""
-        rows = self._db.execute("SELECT address FROM released ORDER BY sequence")
-        addresses = [row[0] for row in rows]
-        return [a for a in addresses if family is None or (":" in a) == (family == "ipv6")]
-
-    def meta(self, name: str) -> Any:
-        """The parsed value of a row of META_PARSERS, None without one. Raises ValueError."""
-        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return META_PARSERS[name](row[0]) if row else None
-
-    def peers_on(self, interface: str) -> int:
-        return sum(n for (name, _), n in self.counts.items() if name == interface)
-
-    def public_keys(self) -> dict[str, str]:
-        """By interface: the key that the configurations of its peers name."""
-        return self.meta("public_keys") or {}
-
-    def keep_public_keys(self, own: Mapping[str, str]) -> None:
-        """At the start: remember the keys of interfaces that lack a remembered key, or peers."""
-        kept = self.public_keys()
-        for name, key in self.private_keys.items():  # older encrypted states have only these
-            if name in own and name not in kept:
-                kept[name] = encode_key(x25519_public(decode_key(key)))
-        kept |= {n: key for n, key in own.items() if n not in kept or not self.peers_on(n)}
-        if kept != self.public_keys():
-            self.remember("public_keys", json.dumps(kept))
-
-    def remember(self, name: str, value: str) -> None:
-        """Set a row of META_PARSERS without a record. A crash may lose it."""
-        self._db.execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (name, value))
-        self.changed = True
-
-    def chosen(self, column: str) -> list[tuple[str, Any, int]]:
-        """(interface, value, how many of its peers have the value) for a column."""
-        return self._db.execute(
-            f"SELECT interface, {column}, count(*) FROM peers GROUP BY interface, {column}"  # noqa: S608  names of this file
-        ).fetchall()
-
-    def expired(self, now: int) -> list[int]:
-        """The ids of peers whose status does not fit their expires_at.
-
-        These are active peers that have expired, and, after the clock was set back, peers that the
-        gateway suspended too early.
+        An answer that is not `full` has all that there is up to `until`.
         """
-        rows = self._db.execute(
-            "SELECT id FROM peers WHERE status = 'active' AND expires_at <= ? "
-            "UNION ALL SELECT id FROM peers WHERE status_reason = 'expired' AND expires_at > ?",
-            (now, now),
+        if not full:
+            return until
+        return -last if after <= 0 else last
+
+    def changes(
+        self, after: int, limit: int, view: View, until: int = MAX_INTEGER
+    ) -> list[tuple[int, str]]:
+        """Changes behind a sequence, as (sequence, JSON): each key once, at its latest change.
+
+        A deleted key has no configuration.
+        """
+        until = min(until, self.sequence)
+        values = {**self._configurations.prepare(view), "after": abs(after), "until": until}
+        rows: list[tuple[int, str]] = self._db.execute(
+            _CHANGES, values | {"limit": limit}
+        ).fetchall()
+        if after:  # a new client knows no deleted key
+            rows += self._db.execute(_DELETIONS, values | {"limit": limit})
+            rows.sort()
+        return rows[:limit]
+
+    def usage(self, after: int, limit: int, until: int = MAX_INTEGER) -> list[tuple[int, str]]:
+        """(sequence, JSON) of the totals of peers whose totals changed, ordered by sequence."""
+        values = {"after": abs(after), "until": min(until, self.sequence), "limit": limit}
+        return self._db.execute(_USAGE, values).fetchall()
+
+    # --- what changes them -----------------------------------------------------------------------
+
+    def with_gap(self, now: float) -> str:
+        """The row `feed` of `meta` for rows that may lack changes which clients have seen."""
+        begin = self.sequence if self.diverged is None else self.diverged
+        return self._gaps.skipped(begin, now).encode()
+
+    def set_gaps(self, text: str) -> None:
+        self._gaps = Gaps.parse(text)
+        self.sequence = max(self.sequence, *(end for _, end in self._gaps.gaps))
+
+    def note_gone(self, keys: Sequence[tuple[int, str]], at: int) -> None:
+        """Remember the (sequence, key) of deleted keys, unless another peer has them now."""
+        self._db.executemany(
+            "INSERT OR REPLACE INTO gone (sequence, public_key, at) SELECT ?, ?, ? "
+            "WHERE NOT EXISTS (SELECT 1 FROM peers WHERE public_key = ?)",
+            [(sequence, key, at, key) for sequence, key in keys],
         )
-        return [row[0] for row in rows]
+        self._gone += len(keys)
+        if self._gone <= MAX_GONE:
+            return
+        self._gone = self._db.execute("SELECT count(*) FROM gone").fetchone()[0]
+        excess = self._gone - MAX_GONE
+        if excess > 0:
+            query = "SELECT sequence FROM gone ORDER BY sequence LIMIT 1 OFFSET ?"
+            self.forgotten = self._db.execute(query, (excess - 1,)).fetchone()[0]
+            self._db.execute("DELETE FROM gone WHERE sequence <= ?", (self.forgotten,))
+            self._gone = MAX_GONE
 
-    def quotas(self, after: int, limit: int) -> list[tuple[int, bool]]:
-        """(id, whether its quota requires another status) of peers with a quota, above `after`."""
-        over = "coalesce(t.rx_bytes + t.tx_bytes, 0) - p.quota_base > p.quota_bytes"
-        return self._db.execute(
-            f"SELECT p.id, CASE WHEN {over} THEN p.status = 'active' "  # noqa: S608  names of this file
-            "ELSE p.status_reason IS 'quota' END FROM peers p LEFT JOIN traffic t ON t.id = p.id "
-            "WHERE p.id > ? AND p.quota_bytes IS NOT NULL ORDER BY p.id LIMIT ?",
-            (after, limit),
-        ).fetchall()
+    def note_back(self, keys: Iterable[str]) -> None:
+        """Peers have these keys, so that they are not gone, or no longer."""
+        if self._gone:
+            rows = [(key,) for key in keys]
+            self._db.executemany("DELETE FROM gone WHERE public_key = ?", rows)
 
-    def periodic(self, periods: Sequence[str], after: int, limit: int) -> list[tuple[int, bool]]:
-        """(id, whether its quota must be reset) of peers with a quota period, above `after`.
 
-        A used quota must be reset if its period is one of `periods`.
-        """
-        among = ", ".join("?" * len(periods))
-        return self._db.execute(
-            f"SELECT p.id, p.quota_period IN ({among}) "  # noqa: S608  marks
-            "AND coalesce(t.rx_bytes + t.tx_bytes, 0) <> p.quota_base "
-            "FROM peers p LEFT JOIN traffic t ON t.id = p.id "
-            "WHERE p.id > ? AND p.quota_period IS NOT NULL ORDER BY p.id LIMIT ?",
-            (*periods, after, limit),
-        ).fetchall()
+class Queries:
+    """What is asked of many rows, and changes none.
+
+    Methods with `after` and `limit` read the next `limit` peers with an id above `after`, and tell
+    of each its id and what is asked for. Where this is only for some peers, the others have None: a
+    query for the wanted ones alone would read the whole table when they are few.
+    """
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    # --- lists and figures -----------------------------------------------------------------------
+
+    def totals_after(self, after: int, limit: int) -> list[tuple[int, str, str, Traffic]]:
+        """(id, interface, key, totals) of peers with an id above `after`."""
+        named = f"SELECT p.id, p.interface, p.public_key, {_TOTALS}"
+        rows = self._db.execute(f"{named} WHERE p.id > ? ORDER BY p.id LIMIT ?", (after, limit))
+        return [(*row[:3], Traffic._make(row[3:])) for row in rows]
 
     def online(self, since: int) -> int:
         """How many active peers had a handshake after `since` (Unix seconds)."""
@@ -5508,8 +5190,367 @@ class Store:
         )
         return dict(rows.fetchall())
 
-    def close(self) -> None:
+    # --- what interfaces should have -------------------------------------------------------------
+
+    def wire_rows(self, interface: str, after: int, limit: int) -> list[Sequence[Any]]:
+        """(id, arguments of encode_wire()); the key is None if not active on this interface."""
+        key = "CASE WHEN p.interface = ? AND p.status = 'active' THEN p.public_key END"
+        columns = f"{key}, p.preshared_key, p.service_class, p.assigned_ip, p.assigned_ipv6"
+        return self._scan(columns, "", (interface, after, limit))
+
+    def held_rows(
+        self, interface: str, family: str, after: int, limit: int
+    ) -> list[tuple[int, str | None]]:
+        """(id, address); None for peers of other interfaces."""
+        address = f"CASE WHEN p.interface = ? THEN p.{ADDRESS_FIELD[family]} END"
+        return self._scan(address, "", (interface, after, limit))
+
+    def _scan(self, columns: str, condition: str, values: Sequence[Any]) -> list[Any]:
+        """The id and these columns; `values` end with after and limit."""
+        return self._db.execute(
+            f"SELECT p.id, {columns} FROM peers p LEFT JOIN traffic t ON t.id = p.id "  # noqa: S608  names of this file
+            f"WHERE {condition} p.id > ? ORDER BY p.id LIMIT ?",
+            values,
+        ).fetchall()
+
+    def counted(self, interface: str, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
+        """By key of active peers: preshared key, addresses, and their row of `traffic`."""
+        query = f"{_COUNTED} ({', '.join('?' * len(keys))})"
+        return {row[0]: row for row in self._db.execute(query, (interface, *keys))}
+
+    def chosen(self, column: str) -> list[tuple[str, Any, int]]:
+        """(interface, value, how many of its peers have the value) for a column."""
+        return self._db.execute(
+            f"SELECT interface, {column}, count(*) FROM peers GROUP BY interface, {column}"  # noqa: S608  names of this file
+        ).fetchall()
+
+    # --- limits ----------------------------------------------------------------------------------
+
+    def expired(self, now: int) -> list[int]:
+        """The ids of peers whose status does not fit their expires_at.
+
+        These are active peers that have expired, and, after the clock was set back, peers that the
+        gateway suspended too early.
+        """
+        rows = self._db.execute(
+            "SELECT id FROM peers WHERE status = 'active' AND expires_at <= ? "
+            "UNION ALL SELECT id FROM peers WHERE status_reason = 'expired' AND expires_at > ?",
+            (now, now),
+        )
+        return [row[0] for row in rows]
+
+    def quotas(self, after: int, limit: int) -> list[tuple[int, bool]]:
+        """(id, whether its quota requires another status) of peers with a quota."""
+        over = "coalesce(t.rx_bytes + t.tx_bytes, 0) - p.quota_base > p.quota_bytes"
+        due = f"CASE WHEN {over} THEN p.status = 'active' ELSE p.status_reason IS 'quota' END"
+        return self._scan(due, "p.quota_bytes IS NOT NULL AND", (after, limit))
+
+    def periodic(self, periods: Sequence[str], after: int, limit: int) -> list[tuple[int, bool]]:
+        """(id, whether its quota must be reset) of peers with a quota period.
+
+        A used quota must be reset if its period is one of `periods`.
+        """
+        used = "coalesce(t.rx_bytes + t.tx_bytes, 0) <> p.quota_base"
+        due = f"p.quota_period IN ({', '.join('?' * len(periods))}) AND {used}"
+        return self._scan(due, "p.quota_period IS NOT NULL AND", (*periods, after, limit))
+
+
+class _Change:
+    """A record on its way into the rows. The steps that free keys and addresses come first."""
+
+    def __init__(self, record: Record, store: Store, db: sqlite3.Connection) -> None:
+        self._record = record
+        self._db = db
+        self._counts, self._released, self._feeds = store.counts, store.released, store.feeds
+        first = store.feeds.sequence + 1
+        self._sequences = {peer.id: n for n, peer in enumerate(record.put, first)}
+        self._last = store.feeds.sequence + len(record.put)  # the last assigned sequence
+        self._before: dict[int, Peer] = {}  # the former rows of deleted and changed peers, by id
+        self._given_up: dict[str, int] = {}  # keys and addresses that changed peers had
+        self._givers: set[int] = set()  # the peers whose former keys or addresses others get
+        self._freed: list[str] = []  # addresses that peers had
+        self._gone: list[str] = []  # keys that peers had
+
+    def steps(self) -> Iterator[tuple[Sequence[Any], Callable[[Any], None]]]:
+        """The steps in turn: what each works on, and the function that does a slice of it."""
+        record, put = self._record, self._record.put
+        yield record.delete, self._delete
+        yield put, self._find_former
+        yield self._freed, self._released.add
+        if self._released.any:
+            yield put, self._take_addresses
+        if self._given_up and len(put) > APPLY_SLICE:
+            yield put, self._find_givers
+            self._put([peer for peer in put if peer.id in self._givers])  # all of them leave first
+            put = [peer for peer in put if peer.id not in self._givers]
+        yield put, self._put
+        yield self._gone, self._note_gone
+        yield record.traffic, self._put_totals
+        if record.put or record.delete:
+            self._feeds.last_change = self._last
+        self._feeds.sequence = self._last
+        self._finish()
+
+    def _delete(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            row = _peer(self._db, number)
+            if row is None:
+                raise sqlite3.IntegrityError(f"there is no peer with id {number}")
+            self._before[number] = row
+            self._freed += _addresses_of(row)
+            self._gone.append(row.public_key)
+            self._take_out(row)
+            self._db.execute("DELETE FROM traffic WHERE id = ?", (number,))
+
+    def _take_out(self, row: Peer) -> None:
+        self._db.execute("DELETE FROM peers WHERE id = ?", (row.id,))
+        self._counts.add(row, -1)
+
+    def _find_former(self, peers: Sequence[Peer]) -> None:
+        for peer in peers:
+            if peer.id < self._counts.next_id and (row := _peer(self._db, peer.id)) is not None:
+                self._before[peer.id] = row
+                kept = _addresses_of(peer)
+                addresses = [address for address in _addresses_of(row) if address not in kept]
+                keys = [row.public_key] if row.public_key != peer.public_key else []
+                self._freed += addresses
+                self._gone += keys
+                self._given_up.update(dict.fromkeys(keys + addresses, peer.id))
+
+    def _take_addresses(self, peers: Sequence[Peer]) -> None:
+        self._released.remove([address for peer in peers for address in _addresses_of(peer)])
+
+    def _find_givers(self, peers: Sequence[Peer]) -> None:
+        for peer in peers:
+            for value in (peer.public_key, *_addresses_of(peer)):
+                if value in self._given_up:
+                    self._givers.add(self._given_up[value])
+
+    def _put(self, peers: Sequence[Peer]) -> None:
+        for peer in peers:
+            if peer.id in self._before:
+                self._take_out(self._before[peer.id])
+        at, sequences = self._record.at, self._sequences
+        self._db.executemany(_INSERT, [(*peer, sequences[peer.id], at) for peer in peers])
+        self._feeds.note_back(peer.public_key for peer in peers)
+        for peer in peers:
+            self._counts.add(peer, 1)
+            row = self._before.get(peer.id)
+            if row is None:
+                self._counts.next_id = max(self._counts.next_id, peer.id + 1)
+            elif row.public_key != peer.public_key or row.status != peer.status:
+                self._restart(peer.id)  # it leaves or joins the interface
+
+    def _restart(self, number: int) -> None:
+        """The peer's counters on the interface restart at 0."""
+        self._db.execute("UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = ?", (number,))
+
+    def _note_gone(self, keys: Sequence[str]) -> None:
+        self._feeds.note_gone(list(enumerate(keys, self._last + 1)), self._record.at)
+        self._last += len(keys)
+
+    def _put_totals(self, rows: Sequence[TrafficRow]) -> None:
+        numbered = [(*row, n) for n, row in enumerate(rows, self._last + 1)]
+        self._db.executemany(_PUT_TRAFFIC, numbered)
+        self._last += len(rows)
+
+    def _finish(self) -> None:
+        for number, _, _ in self._record.restart:
+            self._restart(number)
+        for name, text in self._record.settings.items():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
+            if name == "feed":
+                self._feeds.set_gaps(text)
+        if self._record.released is not None:
+            self._released.clear()
+            self._released.add(self._record.released)
+
+
+def _peer(db: sqlite3.Connection, number: int) -> Peer | None:
+    row = db.execute(f"{_SELECT} WHERE id = ?", (number,)).fetchone()
+    return Peer._make(row) if row else None
+
+
+def _addresses_of(peer: Peer) -> list[str]:
+    return [address for address in (peer.assigned_ip, peer.assigned_ipv6) if address]
+
+
+class Store:
+    """The rows, and the one way in which they change.
+
+    `number` is the last record that they contain; it never decreases. `loaded`: the rows come from
+    a snapshot. `journaled`: a journal belongs to this snapshot. `changed`: the rows have changed
+    since the last snapshot. `restarted`: see replay().
+    """
+
+    def __init__(self, image: bytes | None = None) -> None:
+        """Without an image the rows are empty. Raises sqlite3.Error, ValueError, TypeError."""
+        self._db = open_image(image) if image is not None else empty_database()
+        rows = dict(self._db.execute("SELECT name, value FROM meta"))
+        self.loaded = image is not None
+        self.number = int(rows["number"]) if self.loaded else 0
+        self.lineage = rows.get("lineage", "")  # a random id; the first start chooses it
+        self.journaled = rows.get("journaled") == "1"
+        # By interface; only encrypted snapshots hold them.
+        self.private_keys = {
+            name.partition(" ")[2]: key
+            for name, key in rows.items()
+            if name.startswith("private_key ")
+        }
+        self.counts = Counts(self._db)
+        self.released = Released(self._db)
+        self.configurations = Configurations(self._db, self.counts)
+        self.feeds = Feeds(self._db, rows, self.configurations)
+        self.queries = Queries(self._db)
+        self.changed = False
+        self.restarted: dict[int, tuple[int, int]] = {}
+
+    def take(self, other: Store) -> None:
+        """Become another store, which must not be used afterwards."""
         self._db.close()
+        self.__dict__.update(other.__dict__)
+        self.changed = True
+
+    # --- whole states ----------------------------------------------------------------------------
+
+    def image(self, number: int, with_keys: bool, journaled: bool) -> bytes:
+        """The database as bytes, named after record `number`.
+
+        `with_keys`: it will be encrypted, so it includes the private keys. `journaled`: a journal
+        belongs to it.
+        """
+        rows = {
+            "number": str(number),
+            "journaled": str(int(journaled)),
+            "sequence": str(self.feeds.sequence),
+            "forgotten": str(self.feeds.forgotten),
+            "lineage": self.lineage,
+        }
+        if with_keys:
+            rows |= {f"private_key {name}": key for name, key in self.private_keys.items()}
+        self._db.execute("DELETE FROM meta WHERE name LIKE 'private_key %'")
+        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows.items())
+        return self._db.serialize()
+
+    def image_size(self) -> int:
+        query = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+        size: int = self._db.execute(query).fetchone()[0]
+        return size
+
+    def verify(self) -> None:
+        """Check all rows of a database that came from outside. Raises ValueError, sqlite3.Error."""
+        model = empty_database()
+        schema = "SELECT type, name, sql FROM sqlite_master ORDER BY type, name"
+        if self._db.execute(schema).fetchall() != model.execute(schema).fetchall():
+            raise ValueError("its tables are not those of this version")
+        if not 0 <= self.number < MAX_INTEGER // 2:
+            raise ValueError("its record number is out of range")
+        for address in self.released.addresses():
+            verify_address(address)
+        if self._db.execute(_BAD_TRAFFIC).fetchone():
+            raise ValueError("traffic is out of range")
+        if self._db.execute("SELECT 1 FROM peers WHERE id < 1").fetchone():
+            raise ValueError("an id is out of range")
+        for name in META_PARSERS:
+            self.meta(name)
+        after = 0
+        while peers := self.peers_after(after, READ_CHUNK):
+            for peer in peers:
+                verify_peer(peer)
+            after = peers[-1].id
+
+    # --- how rows change -------------------------------------------------------------------------
+
+    def apply_in_slices(self, record: Record) -> Iterator[None]:
+        """Change the rows as a record says, in slices of APPLY_SLICE rows.
+
+        Between two slices no peer is missing. Raises sqlite3.Error halfway when it does not fit.
+        """
+        change = _Change(record, self, self._db)
+        for items, step in change.steps():
+            for start in range(0, len(items), APPLY_SLICE):
+                step(items[start : start + APPLY_SLICE])
+                yield
+        self.changed = True
+
+    def apply(self, record: Record) -> None:
+        """All slices of apply_in_slices() at once."""
+        for _ in self.apply_in_slices(record):
+            pass
+
+    def replay(
+        self, file: JournalFile, name: str, skipped: Callable[[str], None] | None = None
+    ) -> None:
+        """Apply a journal's records above `number`. Raises DamagedError.
+
+        With `skipped`, it applies what it can instead, and passes each finding to this function.
+        replay() collects the void records first, because a record that the interface refused never
+        counts. If a crash came before the interface had the last landing, the counters that this
+        landing restarts still go on: `restarted` keeps their last known values.
+        """
+        landings = [landing for landing in file.landings if landing.last > self.number]
+        if file.after > self.number and not skipped:
+            raise _damaged(
+                name, 0, f"it follows record {file.after}, but the state ends at {self.number}"
+            )
+        records = list(decode_landings(landings, file.columns, name, skipped is not None))
+        void = {number for _, record in records for number in record.void}
+        if not skipped:  # a record that fails ends the start, so SQLite need not roll it back
+            self._db.execute("PRAGMA journal_mode = OFF")
+        self._db.execute("BEGIN")
+        for number, record in records:
+            if number > self.number and number not in void:
+                if skipped and number > self.number + 1:
+                    skipped(f"{number - self.number - 1} records before {number} are missing")
+                try:
+                    self.apply(record)
+                except _BAD_RECORD as error:
+                    if not skipped:
+                        raise _misfitting(name, number, error) from None
+                    skipped(f"record {number} does not apply")
+            self.number = max(self.number, number)
+        self._db.execute("COMMIT")
+        self._db.execute("PRAGMA journal_mode = MEMORY")
+        last = landings[-1].first if landings else MAX_INTEGER
+        self.restarted = {
+            i: (rx, tx) for number, r in records if number >= last for i, rx, tx in r.restart
+        }
+        self.changed = self.changed or bool(records)
+
+    def remember(self, name: str, value: str) -> None:
+        """Set a row of META_PARSERS without a record. A crash may lose it."""
+        self._db.execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (name, value))
+        self.changed = True
+
+    # --- what all read ---------------------------------------------------------------------------
+
+    def get(self, public_key: str) -> Peer | None:
+        row = self._db.execute(f"{_SELECT} WHERE public_key = ?", (public_key,)).fetchone()
+        return Peer._make(row) if row else None
+
+    def by_id(self, peer_id: int) -> Peer | None:
+        return _peer(self._db, peer_id)
+
+    def peers_after(self, after: int, limit: int) -> list[Peer]:
+        rows = self._db.execute(f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
+        return [Peer._make(row) for row in rows]
+
+    def traffic(self, peer_id: int) -> Traffic:
+        row = self._db.execute(f"SELECT {_TOTALS} WHERE p.id = ?", (peer_id,)).fetchone()
+        return Traffic._make(row) if row else Traffic()
+
+    def traffic_row(self, peer_id: int) -> TrafficRow:
+        row = self._db.execute(f"{_TRAFFIC} WHERE id = ?", (peer_id,)).fetchone()
+        return TrafficRow._make(row) if row else TrafficRow(peer_id, 0, 0, 0, 0, 0)
+
+    def meta(self, name: str) -> Any:
+        """The parsed value of a row of META_PARSERS, None without one. Raises ValueError."""
+        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return META_PARSERS[name](row[0]) if row else None
+
+    def public_keys(self) -> dict[str, str]:
+        """By interface: the key that the configurations of its peers name."""
+        return self.meta("public_keys") or {}
 
 
 def _slices(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
@@ -5517,18 +5558,11 @@ def _slices(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
         yield items[start : start + APPLY_SLICE]
 
 
-def _numbered(
-    file: JournalFile, landings: Iterable[Landing], name: str, salvage: bool
-) -> Iterator[tuple[int, Record]]:
-    """Every record with its number. Raises DamagedError; with `salvage` it skips bad records."""
-    for landing in landings:
-        for number, parts in enumerate(landing.records, landing.first):
-            try:
-                given = parts if file.columns else upgrade_record(parts)
-                yield number, decode_record(given, file.columns or Peer._fields)
-            except _BAD_RECORD as error:
-                if not salvage:
-                    raise _damaged(name, 0, f"record {number} does not apply: {error}") from None
+# --- journals of version 1 ------------------------------------------------------------------------
+#
+# Version 1 wrote one record a line, and rows as JSON objects. The first half of its journal may be
+# in another file, `previous`. It wrote a desired state as records marked "part", followed by one
+# marked "end". Parts without an end were never acknowledged.
 
 
 def upgrade_record(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -5541,12 +5575,54 @@ def upgrade_record(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"put": rows, **kept}
 
 
-def open_parts(landings: Iterable[Landing]) -> set[int]:
-    """The numbers of version 1's records that belong to an unfinished desired state.
+def replay_version_1(
+    store: Store, file: JournalFile | None, path: str, vault: Vault | None
+) -> None:
+    """Apply the journal at `path`, which may be missing. Raises DamagedError.
 
-    Version 1 wrote a desired state as records marked "part", followed by one marked "end". Parts
-    without an end were never acknowledged.
+    It undoes the parts of an unfinished desired state. Later changes by others stay.
     """
+    after, landings = (file.after, file.landings) if file else (store.number, [])
+    if file is None or after > store.number:
+        older = read_journal(path + ".previous", vault)
+        if older is not None and not older.columns:
+            # Records that a disk fault left behind the next file's start do not count.
+            within = [old for old in older.landings if file is None or old.last <= after]
+            after, landings = older.after, within + landings
+    landings = [landing for landing in landings if landing.last > store.number]
+    parts = open_parts(landings)
+    start = next((n for n, landing in enumerate(landings) if landing.first in parts), None)
+    store.replay(JournalFile(after, (), landings[:start], 0, 0, b""), path)
+    undo: list[tuple[Peer | None, Peer | None, TrafficRow]] = []
+    for landing in landings[start:] if start is not None else ():
+        for _, record in decode_landings([landing], (), path):
+            if landing.first in parts:
+                changed = dict.fromkeys(record.delete) | {peer.id: peer for peer in record.put}
+                undo += [(store.by_id(i), p, store.traffic_row(i)) for i, p in changed.items()]
+        store.replay(JournalFile(after, (), [landing], 0, 0, b""), path)
+    try:
+        for before, put, traffic in reversed(undo):
+            _undo(store, before, put, traffic)
+    except sqlite3.Error as error:
+        found = f"its unfinished desired state cannot be undone: {error}"
+        raise _damaged(path, 0, found) from None
+
+
+def _undo(store: Store, before: Peer | None, put: Peer | None, traffic: TrafficRow) -> None:
+    """Undo a change of a peer from `before` to `put`, when it had this traffic."""
+    now = store.by_id(traffic.id)
+    if before is None:
+        store.apply(Record(delete=[now.id] if now else []))
+    elif put is None and now is None and store.get(before.public_key) is None:
+        store.apply(Record([before], traffic=[traffic._replace(rx_seen=0, tx_seen=0)]))
+    elif put is not None and now is not None:
+        fields = zip(Peer._fields, now, put, strict=True)
+        later: dict[str, Any] = {name: value for name, value, left in fields if value != left}
+        store.apply(Record([before._replace(**later)]))
+
+
+def open_parts(landings: Iterable[Landing]) -> set[int]:
+    """The numbers of the parts without an end."""
     parts: set[int] = set()
     for landing in landings:
         [given] = landing.records
@@ -5561,12 +5637,29 @@ def open_parts(landings: Iterable[Landing]) -> set[int]:
 # --- the files of a state -------------------------------------------------------------------------
 
 
+def load_snapshot(path: str, vault: Vault | None) -> Store:
+    """Read a snapshot's file. Raises DamagedError, ConfigError."""
+    try:
+        return Store(decode_snapshot(Path(path).read_bytes(), vault, path))
+    except OSError as error:
+        raise _damaged(path, 0, f"cannot be read: {_reason(error)}") from None
+    except Ancestor:
+        raise ConfigError(
+            f"DB_PATH {path!r} is the database of the gateway before wggw, which wggw does not "
+            "change. Name another file, start, and then take its peers over with "
+            f"`wggw import {shlex.quote(path)}`"
+        ) from None
+    except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, 0, f"not a good snapshot: {error}") from None
+
+
 class Files:
     """Snapshot and journal of a store on disk. One thread at a time writes: see Ledger.turn."""
 
     def __init__(self, path: str, durability: str, disk: Disk, vault: Vault | None = None) -> None:
         self.path = os.path.realpath(path)
         self.durability = durability
+        self.journaled = durability != "none"
         self.journal = Journal(self.path + ".journal", disk, vault)
         self.snapshot_time = 0.0  # Unix seconds of the last snapshot, 0 for none
         self.snapshot_number = 0
@@ -5574,17 +5667,9 @@ class Files:
         self.torn = 0  # bytes of a torn line that load() found
         self.vault = vault
         self.writing = threading.Lock()  # held while a thread replaces or reads the snapshot
-        self._disk = disk
+        self.disk = disk
         self._found: JournalFile | None = None  # what load() read, for begin()
         self._lineage = ""  # of the snapshot
-
-    @property
-    def journaled(self) -> bool:
-        return self.durability != "none"
-
-    @property
-    def journal_bytes(self) -> int:
-        return self.journal.size if self.journaled else 0
 
     # --- start -----------------------------------------------------------------------------------
 
@@ -5593,13 +5678,15 @@ class Files:
 
         A new installation has neither. A state that has only one of them is damaged.
         """
-        store = Store()
-        file = read_journal(self.journal.path, self.vault)
+        journal, store = self.journal, Store()
+        file = read_journal(journal.path, self.vault)
         if os.path.exists(self.path):
-            self._load_snapshot(store, self.path)
-            if file is None and store.is_journaled():
+            store = load_snapshot(self.path, self.vault)
+            self._lineage = store.lineage
+            self._note_snapshot(store.number, os.stat(self.path).st_mtime)
+            if file is None and store.journaled:
                 raise DamagedError(
-                    f"{self.journal.path}: the journal is missing, although the snapshot has one: "
+                    f"{journal.path}: the journal is missing, although the snapshot has one: "
                     "restore it, or let `wggw check --repair` continue without it"
                 )
         elif (file and (file.landings or file.after)) or os.path.exists(self.path + ".previous"):
@@ -5609,62 +5696,14 @@ class Files:
                 "`wggw check --repair` make one, or move the other files away to begin empty"
             )
         try:
-            for _ in store.replay(self._whole(file, store), self.journal.path):
-                pass
+            if file is not None and file.columns:
+                store.replay(file, journal.path)
+            else:
+                replay_version_1(store, file, journal.path, self.vault)
         except sqlite3.Error as error:  # another program wrote it, with other tables
             raise _damaged(self.path, 0, f"not a good snapshot: {error}") from None
         self._found, self.torn = file, file.torn if file else 0
         return store
-
-    def _whole(self, file: JournalFile | None, store: Store) -> JournalFile:
-        """The journal for replay(). The first half of version 1's may be in another file."""
-        if file is None and not os.path.exists(self.journal.previous):
-            return JournalFile(0, Peer._fields, [], 0, 0, b"")
-        if file is not None and file.columns:
-            return file
-        landings = list(file.landings) if file else []
-        after = file.after if file else store.number
-        if file is None or file.after > store.number:
-            older = read_journal(self.journal.previous, self.vault)
-            if older is not None and not older.columns:
-                # Records that a disk fault left behind the next file's start do not count.
-                limit = after if file else MAX_INTEGER
-                landings = [lan for lan in older.landings if lan.last <= limit] + landings
-                after = older.after
-        landings = [landing for landing in landings if landing.last > store.number]
-        return JournalFile(after, (), landings, 0, 0, b"")
-
-    def _load_snapshot(self, store: Store, path: str) -> None:
-        try:
-            store.load(decode_snapshot(Path(path).read_bytes(), self.vault, path))
-        except OSError as error:
-            raise _damaged(path, 0, f"cannot be read: {_reason(error)}") from None
-        except (DamagedError, sqlite3.Error, ValueError, TypeError, KeyError) as error:
-            self._refuse_ancestor(path)
-            if isinstance(error, DamagedError):
-                raise
-            raise _damaged(path, 0, f"not a good snapshot: {error}") from None
-        found = os.stat(path)
-        self.snapshot_time, self.snapshot_bytes = found.st_mtime, found.st_size
-        self.snapshot_number, self._lineage = store.number, store.lineage
-
-    @staticmethod
-    def _refuse_ancestor(path: str) -> None:
-        """Raises ConfigError when the file belongs to the program before wggw."""
-        data = Path(path).read_bytes()
-        if not data.startswith(SQLITE_MAGIC):
-            return
-        with (
-            contextlib.closing(sqlite3.connect(":memory:")) as db,
-            contextlib.suppress(sqlite3.Error),
-        ):
-            db.deserialize(data)
-            if is_ancestor(db):
-                raise ConfigError(
-                    f"DB_PATH {path!r} is the database of the gateway before wggw, which wggw does "
-                    "not change. Name another file, start, and then take its peers over with "
-                    f"`wggw import {shlex.quote(path)}`"
-                )
 
     def begin(self, store: Store) -> None:
         """Continue the journal that load() read, or begin a new one beside a fresh snapshot.
@@ -5676,7 +5715,8 @@ class Files:
         store.lineage = store.lineage or secrets.token_hex(16)
         if self.torn:
             LOG.warning(
-                "%s: dropped a last line of %d bytes that a crash tore; nobody had an answer to it",
+                "%s: a crash cut off the last line (%d bytes), which is dropped; no request in it "
+                "had been answered",
                 self.journal.path,
                 self.torn,
             )
@@ -5716,22 +5756,32 @@ class Files:
                     line = file.readline(1024)
                 head = _parse_header(line)
                 if not line.startswith(SNAPSHOT_MAGIC) and not (head and head.sealed):
-                    self._disk.unlink(name)
+                    self.disk.unlink(name)
 
     # --- while running ---------------------------------------------------------------------------
-
-    def write_snapshot(self, number: int, image: bytes) -> None:
-        """Replace the snapshot, and keep the old one as DB_PATH.previous. Raises OSError."""
-        if os.path.exists(self.path):
-            self._disk.link_over(self.path, self.path + ".previous")
-        self._disk.replace(self.path, snapshot_parts(image, self.vault))
-        self.snapshot_number = number
-        self.snapshot_time, self.snapshot_bytes = time.time(), os.stat(self.path).st_size
 
     def image(self, store: Store, number: int, journaled: bool | None = None) -> bytes:
         """See Store.image(); without `journaled`, the image is for these files."""
         has_journal = self.journaled if journaled is None else journaled
         return store.image(number, self.vault is not None, has_journal)
+
+    def write_snapshot(self, number: int, image: bytes) -> None:
+        """Replace the snapshot, and keep the old one as DB_PATH.previous. Raises OSError."""
+        if os.path.exists(self.path):
+            self.disk.link_over(self.path, self.path + ".previous")
+        self.disk.replace(self.path, snapshot_parts(image, self.vault))
+        self._note_snapshot(number, time.time())
+
+    def _note_snapshot(self, number: int, written: float) -> None:
+        self.snapshot_number, self.snapshot_time = number, written
+        self.snapshot_bytes = os.stat(self.path).st_size
+
+    def read_snapshot(self) -> tuple[float, int, bytes]:
+        """The snapshot on disk: when it was written, its number, its image. Raises OSError."""
+        with self.writing:
+            written, number = self.snapshot_time, self.snapshot_number
+            data = Path(self.path).read_bytes()
+        return written, number, decode_snapshot(data, self.vault, self.path)
 
     def renew(self, number: int, image: bytes) -> None:
         """Write a snapshot of the rows as of record `number`, and an empty journal. Raises OSError.
@@ -5748,113 +5798,13 @@ class Files:
         else:
             for path in (self.journal.previous, self.journal.path):
                 with contextlib.suppress(FileNotFoundError):
-                    self._disk.unlink(path)
+                    self.disk.unlink(path)
         self.journal.failure = None
 
     def write_copy(self, store: Store, path: str) -> None:
         """Write a state as a separate snapshot file. Raises OSError."""
         image = self.image(store, store.number, journaled=False)
-        self._disk.replace(path, snapshot_parts(image, self.vault))
-
-    def generation(self) -> list[tuple[int, int] | None]:
-        """A value that changes when anybody replaces the snapshot or the journal."""
-        return [_file_identity(path) for path in (self.path, self.journal.path)]
-
-    def salvage(self, store: Store) -> Iterator[str]:
-        """Read everything readable into a store, and yield a line for each file and finding."""
-        for path in (self.path, self.path + ".previous"):
-            try:
-                self._load_snapshot(store, path)
-            except DamagedError as error:
-                yield f"not used: {str(error).split('. ')[0]}"
-            else:
-                yield f"used: {path}, record {store.number}"
-                break
-        for path in (self.journal.previous, self.journal.path):
-            if not os.path.exists(path):
-                continue
-            file = JournalReader(Path(path).read_bytes(), path, self.vault, salvage=True).read()
-            before = store.number
-            for line in store.replay(file, path, salvage=True, all_parts=True):
-                yield f"{path}: {line}"
-            yield f"used: {path}: up to record {store.number} (from {before})"
-
-    def close(self) -> None:
-        self.journal.close()
-
-    # --- for the remote copy ---------------------------------------------------------------------
-
-    def read_image(
-        self,
-        data: bytes,
-        segments: Iterable[tuple[str, int, bytes, Sequence[TrafficRow]]] = (),
-        vault: Vault | None = None,
-        name: str = "the snapshot",
-    ) -> Store:
-        """The verified state of a snapshot file that came from outside; `vault` may be its key.
-
-        `segments` are (name, last number, journal file, totals) to replay on it. Raises
-        DamagedError, which names what is damaged, or ConfigError.
-        """
-        store, place = Store(), name
-        try:
-            store.load(decode_snapshot(data, vault, name))
-            store.diverged = store.sequence  # the copy's segments have totals in another order
-            for place, number, segment, totals in segments:
-                file = parse_journal(segment, place, None)
-                if file.torn or file.last != number:
-                    raise _damaged(place, file.size, f"it does not end with record {number}")
-                for _ in store.replay(file, place, all_parts=True):
-                    pass
-                store.apply(Record(traffic=totals))
-            place = name
-            store.verify()
-        except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError) as error:
-            raise _damaged(place, 0, str(error)) from None
-        store.restarted.clear()
-        return store
-
-    def read_snapshot(self) -> tuple[float, int, bytes]:
-        """The snapshot on disk: when it was written, its number, its image. Raises OSError."""
-        with self.writing:
-            written, number = self.snapshot_time, self.snapshot_number
-            data = Path(self.path).read_bytes()
-        return written, number, decode_snapshot(data, self.vault, self.path)
-
-    def totals(self, since: int) -> tuple[float, list[TrafficRow]]:
-        """When the snapshot was written, and its totals of peers with a handshake since `since`.
-
-        Both times are Unix seconds.
-        """
-        written, _, image = self.read_snapshot()
-        query = f"{_TRAFFIC} WHERE last_handshake >= ? ORDER BY id"
-        with contextlib.closing(open_image(image)) as db:
-            return written, [TrafficRow(*row) for row in db.execute(query, (since,))]
-
-    def keep_superseded(self, state: Store) -> None:
-        """Keep a state that another one replaces as DB_PATH.superseded. Raises OSError."""
-        self._found = None
-        self.write_copy(state, self.path + ".superseded")
-
-    def writers(self) -> list[str]:
-        """The writers of the remote copy whose entries these files contain."""
-        try:
-            return Path(self.path + ".writers").read_text("ascii").split()
-        except (OSError, ValueError):
-            return []
-
-    def remember_writers(self, names: Sequence[str]) -> None:
-        """Keep the newest of these names for writers() after the next start. Raises OSError."""
-        content = " ".join(names[-COPY_SWEEP:]).encode("ascii") + b"\n"
-        self._disk.replace(self.path + ".writers", [content])
-
-
-def _file_identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        self.disk.replace(path, snapshot_parts(image, self.vault))
 
 
 # ==================================================================================================
@@ -6590,6 +6540,35 @@ def decode_segment(payload: bytes) -> tuple[bytes, list[TrafficRow]]:
     return journal, rows
 
 
+def open_state(
+    data: bytes,
+    segments: Iterable[tuple[str, int, bytes, Sequence[TrafficRow]]] = (),
+    vault: Vault | None = None,
+    name: str = "the snapshot",
+) -> Store:
+    """The verified state of a snapshot file that came from outside; `vault` may be its key.
+
+    `segments` are (name, last number, journal file, totals) to replay on it. Raises DamagedError,
+    which names what is damaged, or ConfigError.
+    """
+    place = name
+    try:
+        store = Store(decode_snapshot(data, vault, name))
+        store.feeds.diverged = store.feeds.sequence  # the segments have totals in another order
+        for place, number, segment, totals in segments:
+            file = parse_journal(segment, place)
+            if file.torn or file.last != number:
+                raise _damaged(place, file.size, f"it does not end with record {number}")
+            store.replay(file, place)
+            store.apply(Record(traffic=totals))
+        place = name
+        store.verify()
+    except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise _damaged(place, 0, str(error)) from None
+    store.restarted.clear()
+    return store
+
+
 def _segments(entries: Iterable[Entry]) -> Iterator[tuple[str, int, bytes, list[TrafficRow]]]:
     for entry in entries:
         try:
@@ -6599,16 +6578,27 @@ def _segments(entries: Iterable[Entry]) -> Iterator[tuple[str, int, bytes, list[
         yield entry.name, entry.number, *segment
 
 
-def read_state(files: Files, entries: Sequence[Entry]) -> Store:
+def read_state(entries: Sequence[Entry]) -> Store:
     """The state that a snapshot and its segments make, verified like an import.
 
     Raises CopyDamaged.
     """
     try:
         snapshot, *behind = entries
-        return files.read_image(snapshot.payload, _segments(behind), name=snapshot.name)
+        return open_state(snapshot.payload, _segments(behind), name=snapshot.name)
     except (DamagedError, ValueError, TypeError) as error:
         raise CopyDamaged(str(error).split(". ")[0]) from None  # `wggw check` is for files
+
+
+def totals_since(files: Files, since: int) -> tuple[float, list[TrafficRow]]:
+    """When the snapshot was written, and its totals of peers with a handshake since `since`.
+
+    Both times are Unix seconds. Raises OSError.
+    """
+    written, _, image = files.read_snapshot()
+    query = f"{_TRAFFIC} WHERE last_handshake >= ? ORDER BY id"
+    with contextlib.closing(open_image(image)) as db:
+        return written, [TrafficRow(*row) for row in db.execute(query, (since,))]
 
 
 def _outline(prefix: str, entries: Iterable[Entry]) -> tuple[str, list[tuple[str, int]]]:
@@ -6639,6 +6629,24 @@ def choose_lineage(here: str, there: str, wanted: str, url: str) -> str:
             f"SNAPSHOT_LINEAGE={here} to replace it by a copy of these files"
         )
     return next(iter(known), wanted) or secrets.token_hex(16)
+
+
+class Writers:
+    """The file with the writers of the remote copy whose entries the local files contain."""
+
+    def __init__(self, files: Files) -> None:
+        self._path, self._disk = files.path + ".writers", files.disk
+
+    def names(self) -> list[str]:
+        try:
+            return Path(self._path).read_text("ascii").split()
+        except (OSError, ValueError):
+            return []
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Keep the newest of these names. Raises OSError."""
+        content = " ".join(names[-COPY_SWEEP:]).encode("ascii") + b"\n"
+        self._disk.replace(self._path, [content])
 
 
 class CopyState(NamedTuple):
@@ -6678,6 +6686,7 @@ class Copier:
         self.epochs = epochs
         self._store = store
         self._files = files
+        self._writers = Writers(files)
         self._clock = epochs.clock
         self._snapshot = snapshot  # writes a local one if something changed
         self._config = config
@@ -6732,7 +6741,7 @@ class Copier:
 
     def _boot(self, check: Callable[[Store], None], late: bool) -> None:
         """`late`: the copy did not answer at the start, so the rows are in use already."""
-        own = self._files.writers()
+        own = self._writers.names()
         top, newest = self.epochs.find()
         mine = newest is not None and newest.writer in {*own, self.epochs.writer}
         if late and newest and not mine:
@@ -6751,7 +6760,7 @@ class Copier:
         looked = self.epochs.read(claim.previous, self._store.number)
         state = choose(*looked)
         if not late:
-            self._files.remember_writers([*own, self.epochs.writer])
+            self._writers.keep([*own, self.epochs.writer])
         self.epochs.take(claim)
         last = self.epochs.read(claim.previous, state.number, close=True)
         if _outline(*last) != _outline(*looked):
@@ -6766,7 +6775,7 @@ class Copier:
         self._contained += [writer] if writer else []
         self.found_nothing = not top
         if late:
-            self._files.remember_writers(self._contained)
+            self._writers.keep(self._contained)
         self._attached = True
 
     def _choose(
@@ -6784,11 +6793,11 @@ class Copier:
             return self._store
         if not entries[0].payload:
             _, entries = self.epochs.read(prefix)
-        copy = read_state(self._files, entries)
+        copy = read_state(entries)
         copy.lineage = lineage
         check(copy)
         if self._store.number:
-            self._files.keep_superseded(self._store)
+            self._files.write_copy(self._store, self._files.path + ".superseded")
         return copy
 
     def _take(self, copy: Store) -> None:
@@ -6822,7 +6831,7 @@ class Copier:
         Returns the function that gets all new records. Raises OSError.
         """
         if self._attached:
-            self._files.remember_writers(self._contained)
+            self._writers.keep(self._contained)
         self._backlog = Backlog(COPY_BACKLOG, self._store.number, self._clock())
         self._next_try = time.monotonic() + self._random.uniform(0, self._config.interval)
         return lambda records: self._backlog.add(records, self._clock())
@@ -6889,7 +6898,9 @@ class Copier:
         after, written = self._number, self._snapshot_time
         totals: list[TrafficRow] = []
         if fresh:
-            written, totals = self._files.totals(int(self._snapshot_time) - 2 * ONLINE_SECONDS)
+            written, totals = totals_since(
+                self._files, int(self._snapshot_time) - 2 * ONLINE_SECONDS
+            )
             self._next_totals = time.monotonic() + self._config.totals_interval
         if records or totals:
             payload = encode_segment(after, records, totals)
@@ -9820,19 +9831,19 @@ def look_at_stored(
 ) -> Iterator[Finding]:
     """What stored peers have and the settings no longer offer, unless MOVE_PEERS changes it."""
     homes: dict[str, InterfaceSettings] = {}
-    for name, plain, peers in store.chosen("obfuscation IS NULL"):
+    for name, plain, peers in store.queries.chosen("obfuscation IS NULL"):
         home = home_of(name, plain, config, tunnels)
         if home is None:
             settings = " or ".join(f"{row.prefix}_INTERFACE {row.name!r}" for row in tunnels)
             yield _gone(settings, f"the interface {name!r}", peers, "not there")
         else:
             homes[name] = home
-    for name, port, peers in store.chosen("port"):
+    for name, port, peers in store.queries.chosen("port"):
         if name in homes and not config.move_peers and port not in (None, *homes[name].ports):
             there = ", ".join(map(str, homes[name].ports))
             setting = f"{homes[name].prefix}_EXTRA_PORTS"
             yield _gone(setting, f"the port {port} of {name}", peers, f"none of {there}")
-    for _, dns, peers in store.chosen("dns"):
+    for _, dns, peers in store.queries.chosen("dns"):
         if not config.move_peers and dns is not None and dns not in config.dns_servers:
             there = ", ".join(config.dns_servers)
             yield _gone("DNS_SERVERS", f"the choice {dns!r}", peers, f"none of {there}")
@@ -9841,7 +9852,7 @@ def look_at_stored(
         for family in FAMILIES:
             subnet = home.subnets.get(family)
             pool = AddressPool(subnet) if subnet else None
-            rows = store.held_rows(name, family, 0, MAX_INTEGER)
+            rows = store.queries.held_rows(name, family, 0, MAX_INTEGER)
             outside = sum(not (pool and pool.has(address)) for _, address in rows if address)
             if outside:
                 setting = f"{home.prefix}_{family.upper()}_SUBNET"
@@ -9850,7 +9861,7 @@ def look_at_stored(
 
 
 def look_at_stored_classes(classes: Collection[str], store: Store) -> Iterator[Finding]:
-    for name, peers in store.classes.items():
+    for name, peers in store.counts.classes.items():
         if peers and name not in classes:
             words = f"none of {', '.join(classes)}" if classes else "not there"
             yield _gone("SERVICE_CLASSES", f"the class {name!r}", peers, words, moves=False)
@@ -10669,10 +10680,10 @@ class Tunnel:
             for family, subnet in self.settings.subnets.items()
         }
         for family in FAMILIES:
-            held = [a for _, a in store.held_rows(self.name, family, 0, MAX_INTEGER) if a]
+            held = [a for _, a in store.queries.held_rows(self.name, family, 0, MAX_INTEGER) if a]
             try:
                 if family in pools:
-                    pools[family].restore(held, store.released(family))
+                    pools[family].restore(held, store.released.addresses(family))
                 elif held:
                     raise ValueError
             except ValueError:  # the address is a VPN client's, which is never logged
@@ -10878,7 +10889,7 @@ class Rules:
 
     def new_id(self) -> int:
         """The id of the next new peer. Ids only grow while the process lives."""
-        chosen = max(self._next_id, self._core.store.next_id)
+        chosen = max(self._next_id, self._core.store.counts.next_id)
         self._next_id = chosen + 1
         return chosen
 
@@ -11229,7 +11240,7 @@ class DesiredState:
         with Bulk(self._core) as bulk:
             bulk.each(self._leaving, lambda number: self._leave(bulk, number))
             bulk.each(self._differing, lambda item: self._wish(bulk, *item))
-            total = self._core.run(lambda: sum(self._core.store.counts.values()))
+            total = self._core.run(self._core.store.counts.total)
             if self._deleted * 2 > total and not allow_mass_delete and not dry_run:
                 raise Conflict(
                     f"this would delete {self._deleted} of {show_peers(total)}: "
@@ -11246,7 +11257,7 @@ class DesiredState:
 
     def _compare(self) -> None:
         """Find the peers that differ. Peers that are made after the comparison began stay."""
-        newest = self._core.run(lambda: self._core.store.next_id)
+        newest = self._core.run(lambda: self._core.store.counts.next_id)
         after = 0
         while True:
             after = self._core.run(functools.partial(self._compare_some, after, newest))
@@ -11459,7 +11470,8 @@ class Projection:
         actual = {state.peer.public_key: state.peer for _, state in reading.changed}
         present = len(actual)
         rows = chunks(
-            self._core.run, lambda after: self._core.store.wire_rows(name, after, READ_CHUNK)
+            self._core.run,
+            lambda after: self._core.store.queries.wire_rows(name, after, READ_CHUNK),
         )
         plan = list(diff((encode_wire(*row[1:]) for row in rows if row[1]), actual))
         logged = present and len(plan) <= MAX_REPAIRS_LOGGED  # filling an empty one is no repair
@@ -11547,8 +11559,8 @@ class Projection:
             return ""  # the next sample can count them
         expected = self._core.run(
             lambda: (
-                self._core.store.counts[tunnel.name, "active"]
-                - len(self._core.store.counted(tunnel.name, list(touched)))
+                self._core.store.counts.peers[tunnel.name, "active"]
+                - len(self._core.store.queries.counted(tunnel.name, list(touched)))
             )
         )
         # Touched peers may still be among the known ones, which makes the number too high.
@@ -11579,7 +11591,7 @@ class Projection:
         self, tunnel: Tunnel, states: Sequence[PeerState], touched: set[str], right: set[bytes]
     ) -> Flight | None:
         by_key = {encode_key(state.peer.public_key): state for state in states}
-        rows = self._core.store.counted(tunnel.name, list(by_key))
+        rows = self._core.store.queries.counted(tunnel.name, list(by_key))
         changed: list[TrafficRow] = []
         received = sent = 0
         for key, state in by_key.items():
@@ -11722,7 +11734,9 @@ class Limits:
     def expire(self) -> None:
         """Suspend expired peers. If the clock was set back, activate those suspended too early."""
         core, now = self._core, self._core.clock()
-        known, due = core.run(lambda: (core.store.meta("periods"), core.store.expired(int(now))))
+        known, due = core.run(
+            lambda: (core.store.meta("periods"), core.store.queries.expired(int(now)))
+        )
         if known != (starts := period_starts(now)):
             self._begin_periods(known, starts)
         if due:
@@ -11730,7 +11744,9 @@ class Limits:
 
     def enforce_quotas(self) -> None:
         """Suspend peers that have used up their quota, and activate those that have quota again."""
-        rows = chunks(self._core.run, lambda after: self._core.store.quotas(after, READ_CHUNK))
+        rows = chunks(
+            self._core.run, lambda after: self._core.store.queries.quotas(after, READ_CHUNK)
+        )
         due = [number for number, is_due in rows if is_due]
         if due:
             self._enforce(due)
@@ -11743,7 +11759,7 @@ class Limits:
         """
         core = self._core
         begun = [period for period in PERIODS if known and known[period] != now[period]]
-        rows = chunks(core.run, lambda after: core.store.periodic(begun, after, READ_CHUNK))
+        rows = chunks(core.run, lambda after: core.store.queries.periodic(begun, after, READ_CHUNK))
         due = [number for number, is_due in rows if is_due]
         with contextlib.suppress(GatewayError):
             for numbers in _slices(due):
@@ -11814,7 +11830,7 @@ class Keeper:
         if (
             self._core.ledger.failure
             or "snapshot" in self._core.failures
-            or self._core.files.journal_bytes > JOURNAL_LIMIT
+            or self._core.files.journal.size > JOURNAL_LIMIT
         ):
             self.snapshot()
 
@@ -11927,9 +11943,7 @@ class Gateway:
         if is_new and obfuscation is not None:
             news["obfuscation"] = encode_state(obfuscation)
         if may_lack:
-            feed = self.store.meta("feed") or Feed()
-            begin = self.store.sequence if self.store.diverged is None else self.store.diverged
-            news["feed"] = feed.skipped(begin, self._core.clock()).encode()
+            news["feed"] = self.store.feeds.with_gap(self._core.clock())
         if news:
             with contextlib.suppress(Unavailable):  # a full disk: the next start tries again
                 self.ledger.land(Flight(Record(settings=news)))
@@ -12092,12 +12106,13 @@ class Gateway:
 
     def _held(self, interface: str, family: str) -> Iterator[str]:
         rows = chunks(
-            self.run, lambda at: self.store.held_rows(interface, family, at, READ_CHUNK * 10)
+            self.run,
+            lambda at: self.store.queries.held_rows(interface, family, at, READ_CHUNK * 10),
         )
         return (address for _, address in rows if address)
 
     def peer_count(self) -> int:
-        return self.run(lambda: sum(self.store.counts.values()))
+        return self.run(self.store.counts.total)
 
     def online_since(self) -> int:
         """A peer with a handshake after this time (Unix seconds) is online."""
@@ -12118,11 +12133,11 @@ class Gateway:
     def figures(self) -> Figures:
         """Owner."""
         return Figures(
-            dict(self.store.counts),
-            dict(self.store.reasons),
-            self.store.online(self.online_since()),
+            dict(self.store.counts.peers),
+            dict(self.store.counts.reasons),
+            self.store.queries.online(self.online_since()),
             self.store.number,
-            self.files.journal_bytes,
+            self.files.journal.size,
             self.files.snapshot_time,
             self.files.snapshot_bytes,
             {
@@ -12139,8 +12154,8 @@ class Gateway:
         dropped = table.dropped if table else {}
         return ClassFigures(
             name,
-            self.store.classes[name],
-            self.store.class_addresses[name],
+            self.store.counts.classes[name],
+            self.store.counts.class_addresses[name],
             table.addresses[name] if table else 0,
             {why: dropped.get(f"{name}.{why}", 0) for why in CLASS_COUNTERS},
         )
@@ -12167,7 +12182,7 @@ class Gateway:
         for tunnel in self.tunnels.values():
             if tunnel.backend.kind != "memory" and (fault := ipv6_fault(tunnel.settings)):
                 yield f"interface {tunnel.name}: {fault[0]}"
-            peers = self.store.peers_on(tunnel.name)
+            peers = self.store.counts.on(tunnel.name)
             if tunnel.clients_key != tunnel.public_key and peers:
                 yield (
                     f"interface {tunnel.name}: its public key is {tunnel.public_key}, but the "
@@ -12230,7 +12245,7 @@ class Gateway:
         if same_language(before.parameters, wanted.parameters):
             state = wanted._replace(version=before.version)
         else:
-            cut = self.store.peers_on(tunnel.name)
+            cut = self.store.counts.on(tunnel.name)
             state = wanted._replace(version=before.version + 1)
         if cut and not confirmed:
             raise Conflict(
@@ -12278,7 +12293,7 @@ class Gateway:
         that differ and all traffic totals. Raises GatewayError.
         """
         try:
-            other = self.files.read_image(data, vault=self.files.vault)
+            other = open_state(data, vault=self.files.vault)
         except DamagedError as error:
             raise Malformed(f"the snapshot was refused: {error.found}") from None
         except ConfigError as error:
@@ -12290,7 +12305,7 @@ class Gateway:
             if not dry_run:
                 with self._written_keys(keys):
                     self._import(other, pools, keys)
-        return sum(other.counts.values()), cut
+        return other.counts.total(), cut
 
     def _check_import(self, other: Store) -> None:
         config = replace(self.config, service_classes=self._core.classes, move_peers=False)
@@ -12308,7 +12323,7 @@ class Gateway:
         sealed = {n: key for n, key in other.private_keys.items() if n in self.tunnels}
         known = {n: encode_key(x25519_public(decode_key(key))) for n, key in sealed.items()}
         known |= other.public_keys()
-        return {n: key for n, key in known.items() if n in self.tunnels and other.peers_on(n)}
+        return {n: key for n, key in known.items() if n in self.tunnels and other.counts.on(n)}
 
     def _import_keys(self, other: Store, replace: bool | None) -> tuple[dict[str, bytes], int]:
         """The private keys that interfaces must get, and how many peers the choice cuts off."""
@@ -12318,8 +12333,8 @@ class Gateway:
             tunnel = self.tunnels[name]
             if public == tunnel.public_key:
                 continue
-            mine = self.run(functools.partial(self.store.peers_on, name))
-            theirs = other.peers_on(name)
+            mine = self.run(functools.partial(self.store.counts.on, name))
+            theirs = other.counts.on(name)
             if replace is None:
                 raise Conflict(
                     f"replace_key: the configurations of the snapshot's {show_peers(theirs)} on "
@@ -12388,7 +12403,9 @@ class Gateway:
             traffic = self._plan_import(other, bulk)
             if (periods := other.meta("periods")) is not None:
                 settings["periods"] = json.dumps(periods)
-            flight.record = Record(traffic=traffic, settings=settings, released=other.released())
+            flight.record = Record(
+                traffic=traffic, settings=settings, released=other.released.addresses()
+            )
 
             def landed() -> None:
                 for name, tunnel in self.tunnels.items():
@@ -12652,7 +12669,7 @@ def render_copy(state: CopyState, replaced: bool = False) -> Iterator[str]:
 
 def render_peers(gateway: Gateway) -> Iterator[str]:
     """Prometheus text with every peer's traffic. The label has only the start of the key."""
-    read = functools.partial(gateway.store.totals_after, limit=READ_CHUNK)
+    read = functools.partial(gateway.store.queries.totals_after, limit=READ_CHUNK)
     rows = [
         (_labels(interface=interface, key=short_key(key)), traffic)
         for _, interface, key, traffic in chunks(gateway.run, read)
@@ -12689,7 +12706,7 @@ def render_process(started: float) -> Iterator[str]:
 # http: heads and bodies decoded strictly, the route table, handlers, answers
 # No SQL, netlink, rules or sockets here.
 #
-# App.admit() decides from the head alone (signature, route, length) whether to read the body. Then
+# Admission decides from the head alone (signature, route, length) whether to read the body. Then
 # the route's handler decodes it with a table of fields, asks the gateway, and shows the outcome.
 # One table, ROUTES, says what is accepted and describes it (OpenAPI). Most handlers run in the
 # loop; the route's `place` names those that a worker's thread runs.
@@ -12767,9 +12784,11 @@ class Response(NamedTuple):
 
 NO_ANSWER = Response(0, b"")  # the connection is closed without an answer
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~]{1,8192}) HTTP/(\d)\.(\d)")
-_HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_REQUEST_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}+) ([!-~]{1,8192}+) HTTP/(\d)\.(\d)(?=\r\n|\Z)"
+)
+# All headers at once. It never goes back, so its time is linear.
+_HEADER_LINES = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]++:[^\x00-\x08\x0a-\x1f\x7f]*+)*+")
 _SINGLE_HEADERS = frozenset(
     (b"content-length", b"host", b"timestamp", b"content-type", b"authorization")
 )
@@ -12782,13 +12801,12 @@ def parse_head(data: bytes) -> Head:
 
     Whatever two parsers could read in two ways is refused, since it allows request smuggling.
     """
-    lines = data.split(b"\r\n")
-    match = _REQUEST_LINE.fullmatch(lines[0])
+    match = _REQUEST_LINE.match(data)
     if not match:
         raise Malformed("the request line is malformed")
     if match[3] != b"1" or match[4] not in (b"0", b"1"):
         raise VersionNotSupported("the gateway speaks HTTP/1.1 and HTTP/1.0 only")
-    headers = _parse_headers(lines[1:])
+    headers = _parse_headers(data, match.end())
     new = match[4] == b"1"
     if new and b"host" not in headers:
         raise Malformed("the Host header is missing")
@@ -12815,15 +12833,16 @@ def parse_head(data: bytes) -> Head:
     )
 
 
-def _parse_headers(lines: Sequence[bytes]) -> dict[bytes, bytes]:
-    if len(lines) > MAX_HEADERS:
+def _parse_headers(data: bytes, start: int) -> dict[bytes, bytes]:
+    """The headers of a head, of which the first line ends at `start`."""
+    if data.count(b"\r\n") > MAX_HEADERS:
         raise HeadTooLarge(f"more than {MAX_HEADERS} headers")
+    if not _HEADER_LINES.fullmatch(data, start):
+        raise Malformed("a header is malformed")
     headers: dict[bytes, bytes] = {}
     repeated: dict[bytes, list[bytes]] = {}
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or not _HEADER_NAME.fullmatch(name) or _CONTROL.search(value):
-            raise Malformed("a header is malformed")
+    for line in data.split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
         name, value = name.lower(), value.strip(b" \t")
         if name not in headers:
             headers[name] = value
@@ -12831,7 +12850,8 @@ def _parse_headers(lines: Sequence[bytes]) -> dict[bytes, bytes]:
             raise Malformed(f"the {name.decode('ascii')} header is repeated")
         else:
             repeated.setdefault(name, [headers[name]]).append(value)
-    headers.update({name: b", ".join(values) for name, values in repeated.items()})
+    for name, values in repeated.items():
+        headers[name] = b", ".join(values)
     return headers
 
 
@@ -13154,6 +13174,7 @@ Content = Mapping[str, Schema]  # media type -> schema
 class ApiRoute(NamedTuple):
     """A row of the route table: it says what a route accepts, and describes it in /openapi.json.
 
+    tag           a row of TAGS: the group of handlers to which the handler belongs
     fields        the fields of a JSON body
     media         schemas of other bodies, by media type
     answer        the schema of a 200 that is JSON
@@ -13165,11 +13186,14 @@ class ApiRoute(NamedTuple):
                   there; or "reader", a thread that also reads the body
     streamed      the reader's handler gets the body piece by piece
     patience      seconds that the answer may wait for a change
+    operation     the operation's id, where it is not the handler's name
+    rule          the gateway's rule that decides, where several routes have the same handler
     """
 
     method: str
     template: str
-    handler: Callable[[App, Request], Response | Later[Response]]
+    tag: str
+    handler: Callable[[Any, Request], Response | Later[Response]]
     description: str
     answer: Schema = {}
     fields: Mapping[str, Field] = {}
@@ -13182,6 +13206,8 @@ class ApiRoute(NamedTuple):
     place: str = "loop"
     streamed: bool = False
     patience: int = 0
+    operation: str = ""
+    rule: str = ""
 
 
 class Admitted(NamedTuple):
@@ -13222,37 +13248,18 @@ THIS_HOST = "this host"  # the source of requests that come over the Unix socket
 PROXY_HEADER = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip|via")
 
 
-class App:
-    """Answers requests: admit() sees the head alone, then answer() or answer_later() the body.
-
-    `work` advances a generator in the loop, a slice a round; `call_at` calls a function in the loop
-    at a time of time.monotonic().
-    """
+class Admission:
+    """Decides from a request's head alone whether the gateway reads its body."""
 
     def __init__(
         self,
         config: Config,
         gateway: Gateway,
         clock: Callable[[], float],
-        host: HostMetrics,
-        work: Callable[[Iterator[Any]], None],
-        *,
-        call_at: Callable[[float, Callable[[], None]], None] = lambda when, function: None,
+        metrics: RequestMetrics,
     ) -> None:
-        self.config = config
-        self.gateway = gateway
-        self._work = work
-        self._call_at = call_at
-        self._stopping = False
-        # The requests that wait for changes, with `after` and `limit` of each.
-        self._waiting: dict[Later[Response], tuple[int, int]] = {}
-        self._told = 0  # the last change that those requests were woken for
-        gateway.ledger.on_changed = self._wake_waiting
-        self.metrics = RequestMetrics()
-        self.copier: Copier | None = None
-        self._clock = clock
-        self._host = host
-        self._started = clock()
+        self._gateway = gateway
+        self._metrics = metrics
         self._authenticator = Authenticator({}, config.max_timestamp_diff, clock)
         self._throttle = Throttle(config.max_auth_failures)
         self._routes: dict[str, dict[str, ApiRoute]] = {}  # by template and method
@@ -13272,19 +13279,12 @@ class App:
             raise StartError(f"DB_PATH: {path!r} cannot be written: {_reason(error)}") from None
 
     def reload(self, config: Config) -> None:
-        """Use the keys and tokens of a new configuration. Raises ConfigError."""
-        secret = config.gateway_public_key
-        try:
-            self._box = PayloadBox(secret) if secret else None
-        except ImportError:
-            raise ConfigError("GATEWAY_PUBLIC_KEY needs python3-cryptography") from None
+        """Use the keys and tokens of a new configuration."""
         keys = {"default": config.gateway_api_key, **config.gateway_api_keys}
         self._authenticator.reload(keys, config.auth_schemes)
         self._metrics_token = config.metrics_token
         # With METRICS_ALLOWED, addresses that are no backend may connect, but only for the metrics.
         self._backends = config.allowed_backends if config.metrics_allowed else ()
-
-    # --- from the head alone ---------------------------------------------------------------------
 
     @answering_defects
     def admit(self, head: Head, source: str, entry: LogEntry) -> Admitted:
@@ -13312,8 +13312,8 @@ class App:
         limit = route.limit if route.guard == "signed" else 0  # unsigned requests have no body
         if head.length > limit:
             raise TooLarge(f"the body has {head.length} bytes; this path accepts at most {limit}")
-        if route.guard != "open" and not self.gateway.ready:
-            raise Unavailable(self.gateway.starting, headers=[("Retry-After", "1")])
+        if route.guard != "open" and not self._gateway.ready:
+            raise Unavailable(self._gateway.starting, headers=[("Retry-After", "1")])
         key = key_from_path(segment) if segment else ""
         if key is None:
             raise NotFound("the path has no valid public key: write / as _ and + as -")
@@ -13339,12 +13339,12 @@ class App:
         except Unauthorized as error:
             self._count_failure(error, source)
             raise
-        self.metrics.signed(caller)
+        self._metrics.signed(caller)
         return caller
 
     def _count_failure(self, error: Unauthorized, source: str) -> None:
         """Raises TooManyRequests after too many failures from one source."""
-        self.metrics.refused(error.reason)
+        self._metrics.refused(error.reason)
         wait = self._throttle.fail(source) if error.reason == "signature" else 0
         if wait:
             raise TooManyRequests(
@@ -13376,7 +13376,569 @@ class App:
             self._count_failure(error, source)
             raise error
 
-    # --- with the body ---------------------------------------------------------------------------
+
+def json_body(request: Request) -> dict[str, Any]:
+    kind = request.media_type
+    if kind not in (b"", b"application/json") and not kind.endswith(b"+json"):
+        raise UnsupportedMediaType("the body must be application/json")
+    return decode_json(request.body)
+
+
+def body_fields(request: Request) -> dict[str, Any]:
+    """The body, decoded with the route's table."""
+    return parse_fields(json_body(request), request.route.fields)
+
+
+def named_interface(gateway: Gateway, query: Mapping[str, Any]) -> str | None:
+    name: str | None = query.get("interface")
+    if name is not None and name not in gateway.tunnels:
+        raise Invalid("interface", f"must be one of {', '.join(gateway.tunnels)}")
+    return name
+
+
+class PeerHandlers:
+    """Handlers of routes about peers; `box` opens and seals payloads.
+
+    `work` advances a generator in the loop, a slice a round; `call_at` calls a function in the loop
+    at a time of time.monotonic().
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        gateway: Gateway,
+        work: Callable[[Iterator[Any]], None],
+        call_at: Callable[[float, Callable[[], None]], None],
+    ) -> None:
+        self.box: PayloadBox | None = None
+        self._config = config
+        self._gateway = gateway
+        self._work = work
+        self._call_at = call_at
+        self._stopping = False
+        # The requests that wait for changes, with `after` and `limit` of each.
+        self._waiting: dict[Later[Response], tuple[int, int]] = {}
+        self._told = 0  # the last change that those requests were woken for
+        gateway.ledger.on_changed = self._wake_waiting
+
+    def create_peer(self, request: Request) -> Later[Response]:
+        body = json_body(request)
+        if body.get("encrypted_payload") is None:
+            return self._create(body, request.entry)
+        sealed = parse_fields(body, SEALED_FIELDS, body)["encrypted_payload"]
+        if self.box is None:
+            raise Malformed("encrypted_payload: is not accepted: GATEWAY_PUBLIC_KEY is not set")
+        box, opened = self.box, self.box.open(sealed)
+
+        later = Later[Response]()
+
+        def seal(response: Response) -> None:
+            if response is not NO_ANSWER:
+                content = encode_json({"encrypted_response": box.seal(response.body)})
+                response = Response(response.status, content, headers=response.headers)
+            later.give(response)
+
+        try:
+            fields = {**body, **decode_json(opened)}
+            self._create(fields, request.entry).then(seal)
+        except GatewayError as error:
+            seal(problem(error))
+        return later
+
+    @answering_defects  # here, so that the answer about a defect in a sealed request is sealed
+    def _create(self, body: Mapping[str, Any], entry: LogEntry) -> Later[Response]:
+        fields = parse_create(body)
+        entry.peer = short_key(fields["public_key"])
+        return self._change(
+            "create", fields, lambda outcome: _JSON_ENCODER.encode(self._created(outcome, fields))
+        )
+
+    def _created(self, outcome: Outcome, fields: Mapping[str, Any]) -> dict[str, Any]:
+        shown: dict[str, Any] = json.loads(self._show(outcome))
+        if not outcome.changed:
+            tunnel = self._gateway.tunnels[outcome.peer.interface]
+            differs = differing(tunnel.with_defaults(outcome.peer, self._config), fields)
+            shown |= {"differs": differs} if differs else {}
+        if fields["ignored"]:
+            shown["ignored"] = fields["ignored"]
+        shown["peer_status"] = shown["status"]
+        shown["status"] = "created" if outcome.changed else "exists"
+        if shown["assigned_ipv6"] is None:
+            del shown["assigned_ipv6"]
+        return shown
+
+    def run_batch(self, request: Request) -> Later[Response]:
+        operations = [_decode_operation(given) for given in body_fields(request)["operations"]]
+        later = Later[Response]()
+
+        def reply(results: list[Outcome | GatewayError]) -> None:
+            if any(isinstance(result, OutcomeUnknown) for result in results):
+                later.give(NO_ANSWER)
+                return
+            self._give(later, lambda: self._batch_results(operations, results))
+
+        self._work_on(later, self._gateway.batch(operations, reply))
+        return later
+
+    def _batch_results(
+        self, operations: Sequence[BatchOperation], results: Sequence[Outcome | GatewayError]
+    ) -> Response:
+        shown = list(map(self._batch_result, operations, results))
+        said = (
+            f"{operation[0]} {short_key(operation[1]['public_key'])} {result['status']}"
+            for operation, result in zip(operations, shown, strict=True)
+            if not isinstance(operation, GatewayError)
+        )
+        return Response(200, encode_json({"results": shown}), note=", ".join(said))
+
+    def _batch_result(
+        self, operation: BatchOperation, result: Outcome | GatewayError
+    ) -> dict[str, Any]:
+        """The answer that the operation would have had as a request of its own."""
+        if isinstance(result, GatewayError):
+            return problem_details(result)
+        name, fields = cast(tuple[str, Mapping[str, Any]], operation)
+        if name == "create":
+            return self._created(result, fields)
+        if name in ("update", "rotate", "reset-quota"):
+            shown = json.loads(self._show(result))
+            return {**shown, "status": OPERATIONS[name].said, "peer_status": shown["status"]}
+        return {"status": OPERATIONS[name].said, "public_key": result.peer.public_key}
+
+    @collector_off()
+    def sync_peers(self, request: Request) -> Response:
+        decoders = {b"application/x-ndjson": decode_lines, b"application/json": decode_array}
+        decode = decoders.get(request.media_type)
+        if decode is None:
+            raise UnsupportedMediaType("the body must be application/x-ndjson or application/json")
+        desired: dict[str, Desired] = {}
+        for place, element in decode(request.pieces):
+            with _placed(place):
+                if element.get("encrypted_payload") is not None:
+                    raise Invalid("encrypted_payload", "is not accepted in a desired state")
+                fields = parse_fields(element, SYNC_FIELDS, CONFIGURATION)
+                known = desired.setdefault(fields["public_key"], Desired(place, fields))
+                if known.place != place:
+                    raise Invalid("public_key", f"{known.place} has the same key")
+        dry_run = request.query.get("dry_run", False)
+        result = self._gateway.sync(desired, dry_run, request.query.get("allow_mass_delete", False))
+        content = {"status": "dry_run" if dry_run else "synced", **result._asdict()}
+        return Response(200, encode_json(content), note=str(content))
+
+    def change_peer(self, request: Request) -> Later[Response]:
+        """Let the route's rule change the peer in the path, and show the peer."""
+        fields = body_fields(request) if request.route.fields else {}
+        fields["public_key"] = request.key
+        return self._change(request.route.rule, fields, self._show)
+
+    def get_peer(self, request: Request) -> Response:
+        if request.query.get("format") == "wg-quick":
+            outcome = self._gateway.get(request.key)
+            file = wg_quick(json.loads(self._show(outcome)), outcome.peer.preshared_key)
+            return Response(200, file.encode("utf-8"), "text/plain; charset=utf-8")
+        text = self._gateway.store.configurations.show(request.key, self._gateway.view())
+        if text is None:
+            raise NotFound(NO_PEER)
+        return Response(200, text.encode("utf-8"))
+
+    def set_peer_status(self, request: Request) -> Later[Response]:
+        status = body_fields(request)["status"]
+        said = "updated" if status == "active" else "suspended"
+        fields = {"public_key": request.key, "status": status}
+        return self._change("set_status", fields, lambda _: f'{{"status":"{said}"}}')
+
+    def delete_peer(self, request: Request) -> Later[Response]:
+        fields = {"public_key": request.key}
+        return self._change("delete", fields, lambda _: '{"status":"deleted"}')
+
+    def list_peers(self, request: Request) -> Later[Response]:
+        query = request.query
+        chosen = Filter(
+            query.get("status"),
+            named_interface(self._gateway, query),
+            query.get("online"),
+            query.get("status_reason"),
+            query.get("label"),
+            query.get("request_id"),
+        )
+        limit, names = query.get("limit", DEFAULT_PAGE), query.get("fields", ALL_MEMBERS)
+        later = Later[Response]()
+
+        def steps() -> Iterator[None]:
+            texts: list[str] = []
+            after: int | None = query.get("cursor", 0)
+            while after is not None:
+                wanted = min(limit - len(texts), APPLY_SLICE)
+                store, view = self._gateway.store, self._gateway.view()
+                page = store.configurations.page(after, wanted, chosen, view, names)
+                texts += (text for _, text in page.rows)
+                after = page.after
+                if len(page.rows) < wanted or len(texts) == limit:
+                    break
+                yield
+            cursor = "null" if after is None else f'"{_encode_cursor(after)}"'
+            text = f'{{"configurations":[{",".join(texts)}],"next_cursor":{cursor}}}'
+            later.give(Response(200, text.encode("utf-8")))
+
+        self._work_on(later, steps())
+        return later
+
+    def list_changes(self, request: Request) -> Later[Response]:
+        query, store = request.query, self._gateway.store
+        after, limit = query.get("after", 0), query.get("limit", MAX_PAGE)
+        store.feeds.check(after)
+        wait = query.get("wait", 0)
+        if not wait or self._stopping or store.feeds.changes(after, 1, self._gateway.view()):
+            return self._changes(after, limit)
+        later = Later[Response]()
+        if not self._waiting:
+            self._told = store.feeds.last_change  # new traffic totals alone must not wake it
+        self._waiting[later] = after, limit
+        self._call_at(time.monotonic() + wait, lambda: self._answer_waiting(later))
+        return later
+
+    def list_usage(self, request: Request) -> Later[Response]:
+        store = self._gateway.store
+        after, limit = request.query.get("after", 0), request.query.get("limit", MAX_USAGE)
+        store.feeds.check(after)
+        return self._feed("usage", after, limit, store.feeds.usage)
+
+    def _changes(self, after: int, limit: int) -> Later[Response]:
+        def read(position: int, wanted: int, until: int) -> list[tuple[int, str]]:
+            return self._gateway.store.feeds.changes(position, wanted, self._gateway.view(), until)
+
+        return self._feed("changes", after, limit, read)
+
+    def _feed(
+        self,
+        name: str,
+        after: int,
+        limit: int,
+        read: Callable[[int, int, int], list[tuple[int, str]]],
+    ) -> Later[Response]:
+        """Answer with what is behind the sequence `after` now: read() returns (sequence, JSON).
+
+        What changes while this collects gets a sequence behind `until`, so no key comes twice.
+        """
+        store, later = self._gateway.store, Later[Response]()
+        until = store.feeds.sequence
+
+        def steps() -> Iterator[None]:
+            rows: list[tuple[int, str]] = []
+            while True:
+                wanted = min(limit - len(rows), APPLY_SLICE)
+                found = read(rows[-1][0] if rows else after, wanted, until)
+                rows += found
+                if len(found) < wanted or len(rows) == limit:
+                    break
+                yield
+            last, full = rows[-1][0] if rows else 0, len(rows) == limit
+            following = store.feeds.next_after(after, last, until, full)
+            text = f'{{"{name}":[{",".join(text for _, text in rows)}],"next":{following}}}'
+            later.give(Response(200, text.encode("utf-8")))
+
+        self._work_on(later, steps())
+        return later
+
+    def stop_waiting(self) -> None:
+        """Answer all requests that wait for changes: the gateway stops. Owner."""
+        self._stopping = True
+        self._answer_all_waiting()
+
+    def _wake_waiting(self) -> None:
+        """Answer the requests that wait for changes, if there are any. Owner."""
+        if self._waiting and self._gateway.store.feeds.last_change > self._told:
+            self._told = self._gateway.store.feeds.last_change
+            self._answer_all_waiting()
+
+    def _answer_all_waiting(self) -> None:
+        def steps() -> Iterator[None]:
+            for later in list(self._waiting):
+                self._answer_waiting(later)
+                yield
+
+        self._work(steps())
+
+    def _answer_waiting(self, later: Later[Response]) -> None:
+        asked = self._waiting.pop(later, None)
+        if asked is not None:
+            self._changes(*asked).then(later.give)
+
+    # --- what handlers share ---------------------------------------------------------------------
+
+    def _show(self, outcome: Outcome) -> str:
+        """The peer's configuration as JSON."""
+        view = self._gateway.view()
+        return self._gateway.store.configurations.show_given(outcome.peer, outcome.traffic, view)
+
+    def _change(
+        self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], str]
+    ) -> Later[Response]:
+        """Let a rule decide; the answer comes when its decision has landed."""
+        later = Later[Response]()
+
+        def reply(outcome: Outcome | GatewayError) -> None:
+            if isinstance(outcome, GatewayError):
+                later.give(problem(outcome))
+            else:
+                self._give(later, lambda: Response(200, show(outcome).encode("utf-8")))
+
+        self._gateway.change(name, fields, reply)
+        return later
+
+    @staticmethod
+    def _give(later: Later[Response], make: Callable[[], Response]) -> None:
+        """Answer with what `make` returns, or with the error that it raises."""
+        try:
+            response = answering_defects(make)()
+        except GatewayError as error:
+            response = problem(error)
+        later.give(response)
+
+    def _work_on(self, later: Later[Response], steps: Iterator[None]) -> None:
+        """Work in slices, which give `later` its answer; a defect in them is answered with 500."""
+
+        def guarded() -> Iterator[None]:
+            try:
+                yield from steps
+            except Exception as error:
+                log_defect(error)
+                later.give(problem(GatewayError(DEFECT)))
+
+        self._work(guarded())
+
+
+class GatewayHandlers:
+    """Handlers of routes about the gateway itself."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        clock: Callable[[], float],
+        host: HostMetrics,
+        metrics: RequestMetrics,
+        copy_state: Callable[[], CopyState | None],
+    ) -> None:
+        self._gateway = gateway
+        self._clock = clock
+        self._host = host
+        self._metrics = metrics
+        self._copy_state = copy_state
+        self._started = clock()
+
+    def get_ip_usage(self, request: Request) -> Response:
+        return Response(
+            200, encode_json(self._gateway.usage(named_interface(self._gateway, request.query)))
+        )
+
+    def get_obfuscation(self, request: Request) -> Response:
+        return Response(200, encode_json(self._obfuscation()))
+
+    def _obfuscation(self) -> dict[str, Any]:
+        tunnel = self._gateway.obfuscated()
+        state = cast(ObfuscationState, tunnel.obfuscation)
+        return {
+            "interface": tunnel.name,
+            "total_peers": self._gateway.run(self._gateway.figures).peers(None, tunnel.name),
+            "generation": state.generation,
+            "parameters_version": state.version,
+            "parameters": show_parameters(state.parameters),
+            "warnings": obfuscation_warnings(state),
+        }
+
+    def rotate_obfuscation(self, request: Request) -> Response:
+        fields = body_fields(request)
+        wanted = fields.get("parameters")
+        if wanted is None:
+            try:
+                preset = fields.get("preset", DEFAULT_PRESET)
+                wanted = generate_obfuscation(fields.get("generation"), preset)
+            except ValueError as error:
+                raise Invalid("preset", str(error).removeprefix("preset: ")) from None
+        cut = self._gateway.change_obfuscation(wanted, fields.get("confirm", False))
+        content = {"status": "rotated", "cut_off_peers": cut, **self._obfuscation()}
+        return Response(200, encode_json(content))
+
+    def export_snapshot(self, request: Request) -> Response:
+        return Response(200, self._gateway.export(), "application/octet-stream")
+
+    def import_snapshot(self, request: Request) -> Response:
+        dry_run = request.query.get("dry_run", False)
+        total, cut = self._gateway.import_(request.body, request.query.get("replace_key"), dry_run)
+        status = "dry_run" if dry_run else "imported"
+        content = {"status": status, "total_peers": total, "cut_off_peers": cut}
+        return Response(200, encode_json(content))
+
+    def sync_ips(self, request: Request) -> Response:
+        name = named_interface(self._gateway, request.query)
+        if request.query.get("accept_key"):
+            self._gateway.accept_keys()
+        try:
+            result = self._gateway.projection.reconcile(name)
+        except BackendError as error:
+            LOG.error("%s", error)
+            raise Unavailable("the interface is not usable: server/status says why") from None
+        return Response(200, encode_json({"status": "synced", **result._asdict()}))
+
+    def get_status(self, request: Request) -> Response:
+        now, figures = self._clock(), self._gateway.run(self._gateway.figures)
+        copy = self._copy_state()
+        taken = figures.snapshot_time
+        content = {
+            "status": "degraded" if figures.degraded else "healthy",
+            "wireguard_peers": figures.online,
+            "total_peers": figures.peers(),
+            "memory_usage": self._host.memory()["percent"],
+            "load_average": round(os.getloadavg()[0], 2),
+            "timestamp": rfc3339(now),
+            "reasons": figures.degraded,
+            "remote_copy": copy and copy._asdict(),
+            "version": __version__,
+            "uptime_seconds": int(now - self._started),
+            "python_version": PYTHON_VERSION,
+            "certificate_expires_at": rfc3339(self._metrics.certificate_expires),
+            "snapshot": {"at": rfc3339(taken) if taken else None, "bytes": figures.snapshot_bytes},
+            "journal": {"records": figures.number, "bytes": figures.journal_bytes},
+            "interfaces": [self._interface(t, figures) for t in self._gateway.tunnels.values()],
+            "service_classes": [
+                {
+                    "name": row.name,
+                    "peers": row.peers,
+                    "expected_addresses": row.expected,
+                    "addresses": row.addresses,
+                    "dropped_bytes": row.dropped,
+                }
+                for row in figures.classes
+            ],
+        }
+        return Response(200, encode_json(content))
+
+    @staticmethod
+    def _interface(tunnel: Tunnel, figures: Figures) -> dict[str, Any]:
+        traffic, name = tunnel.traffic, tunnel.name
+        return {
+            "name": name,
+            "backend": tunnel.backend.kind,
+            "public_key": tunnel.public_key,
+            "listen_port": tunnel.link.listen_port,
+            "active_peers": figures.peers("active", name),
+            "total_peers": figures.peers(None, name),
+            "parameters_version": tunnel.obfuscation and tunnel.obfuscation.version,
+            "pools": {f: usage for (of, f), usage in figures.pools.items() if of == name},
+            "rx_bytes": traffic.rx_bytes,
+            "tx_bytes": traffic.tx_bytes,
+            "rx_bytes_per_second": round(traffic.rx_rate),
+            "tx_bytes_per_second": round(traffic.tx_rate),
+            "sample_age_seconds": round(max(time.monotonic() - traffic.time, 0.0), 1),
+        }
+
+    def get_server_metrics(self, request: Request) -> Response:
+        figures = self._gateway.run(self._gateway.figures)
+        queries = self._gateway.store.queries
+        handshakes = self._gateway.run(lambda: queries.last_handshakes(MAX_PAGE))
+        tunnels = self._gateway.tunnels.values()
+        content = {
+            "system": {
+                "cpu_percent": self._host.cpu_percent,
+                "memory": self._host.memory(),
+                "disk": self._host.disk(),
+                "load_average": [round(load, 2) for load in os.getloadavg()],
+            },
+            "wireguard": {
+                "active_peers": figures.peers("active"),
+                "online_peers": figures.online,
+                "total_peers": figures.peers(),
+                "ip_usage": {f: pool_usage(t.pools.get(f) for t in tunnels) for f in FAMILIES},
+                "last_handshakes": {key: rfc3339(when) for key, when in handshakes.items()},
+            },
+            "timestamp": rfc3339(self._clock()),
+        }
+        return Response(200, encode_json(content))
+
+
+class MonitoringHandlers:
+    """Handlers of routes that need no signature."""
+
+    def __init__(
+        self,
+        config: Config,
+        gateway: Gateway,
+        clock: Callable[[], float],
+        metrics: RequestMetrics,
+        copy_state: Callable[[], CopyState | None],
+    ) -> None:
+        self._gateway = gateway
+        self._metrics = metrics
+        self._copy_state = copy_state
+        self._per_peer = config.per_peer_metrics
+        self._started = clock()
+
+    def get_metrics(self, request: Request) -> Response:
+        parts = [*render_gateway(self._gateway), *self._metrics.render()]
+        parts += render_process(self._started)
+        copy = self._copy_state()
+        if copy is not None:
+            parts += render_copy(copy, bool(self._gateway.ledger.replaced))
+        if self._per_peer:
+            parts += render_peers(self._gateway)
+        text = "".join(parts)
+        return Response(200, text.encode("ascii"), "text/plain; version=0.0.4; charset=utf-8")
+
+    def get_health(self, request: Request) -> Response:
+        return Response(200, b'{"status":"alive"}')
+
+    def get_readiness(self, request: Request) -> Response:
+        if not self._gateway.ready:
+            raise Unavailable(self._gateway.starting, headers=[("Retry-After", "1")])
+        reasons = self._gateway.degraded()
+        if reasons:
+            raise Unavailable("degraded: " + "; ".join(reasons))
+        return Response(200, b'{"status":"ready"}')
+
+    def get_openapi(self, request: Request) -> Response:
+        return Response(200, openapi_document())
+
+
+class App:
+    """Answers requests: `admission` sees the head alone, then answer() or answer_later() the body.
+
+    See PeerHandlers for `work` and `call_at`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        gateway: Gateway,
+        clock: Callable[[], float],
+        host: HostMetrics,
+        work: Callable[[Iterator[Any]], None],
+        *,
+        call_at: Callable[[float, Callable[[], None]], None] = lambda when, function: None,
+    ) -> None:
+        self.config = config
+        self.gateway = gateway
+        self.metrics = metrics = RequestMetrics()
+        self.copier: Copier | None = None
+        self.admission = Admission(config, gateway, clock, metrics)
+        self.peers = PeerHandlers(config, gateway, work, call_at)
+        self.handlers: Mapping[str, Any] = {
+            "peers": self.peers,
+            "gateway": GatewayHandlers(gateway, clock, host, metrics, self._copy_state),
+            "monitoring": MonitoringHandlers(config, gateway, clock, metrics, self._copy_state),
+        }
+        self.reload(config)
+
+    def reload(self, config: Config) -> None:
+        """Use the keys and tokens of a new configuration. Raises ConfigError."""
+        secret = config.gateway_public_key
+        try:
+            self.peers.box = PayloadBox(secret) if secret else None
+        except ImportError:
+            raise ConfigError("GATEWAY_PUBLIC_KEY needs python3-cryptography") from None
+        self.admission.reload(config)
+
+    def _copy_state(self) -> CopyState | None:
+        return self.copier.state() if self.copier else None
 
     def answer(self, admitted: Admitted, body: bytes | Iterator[bytes]) -> Response:
         """Run the handler of a worker; the answer to a GatewayError is a problem."""
@@ -13436,436 +13998,7 @@ class App:
 
     @answering_defects
     def _run(self, request: Request) -> Response | Later[Response]:
-        return request.route.handler(self, request)
-
-    def _json_body(self, request: Request) -> dict[str, Any]:
-        kind = request.media_type
-        if kind not in (b"", b"application/json") and not kind.endswith(b"+json"):
-            raise UnsupportedMediaType("the body must be application/json")
-        return decode_json(request.body)
-
-    def _fields(self, request: Request) -> dict[str, Any]:
-        """The body, decoded with the route's table."""
-        return parse_fields(self._json_body(request), request.route.fields)
-
-    def _show(self, outcome: Outcome) -> str:
-        """The peer's configuration as JSON."""
-        view = self.gateway.view()
-        return self.gateway.store.show_given(outcome.peer, outcome.traffic, view)
-
-    def _change(
-        self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], str]
-    ) -> Later[Response]:
-        """Let a rule decide; the answer comes when its decision has landed."""
-        later = Later[Response]()
-
-        def reply(outcome: Outcome | GatewayError) -> None:
-            if isinstance(outcome, GatewayError):
-                later.give(problem(outcome))
-            else:
-                self._give(later, lambda: Response(200, show(outcome).encode("utf-8")))
-
-        self.gateway.change(name, fields, reply)
-        return later
-
-    @staticmethod
-    def _give(later: Later[Response], make: Callable[[], Response]) -> None:
-        """Answer with what `make` returns, or with the error that it raises."""
-        try:
-            response = answering_defects(make)()
-        except GatewayError as error:
-            response = problem(error)
-        later.give(response)
-
-    def _work_on(self, later: Later[Response], steps: Iterator[None]) -> None:
-        """Work in slices, which give `later` its answer; a defect in them is answered with 500."""
-
-        def guarded() -> Iterator[None]:
-            try:
-                yield from steps
-            except Exception as error:
-                log_defect(error)
-                later.give(problem(GatewayError(DEFECT)))
-
-        self._work(guarded())
-
-    def create_peer(self, request: Request) -> Later[Response]:
-        body = self._json_body(request)
-        if body.get("encrypted_payload") is None:
-            return self._create(body, request.entry)
-        sealed = parse_fields(body, SEALED_FIELDS, body)["encrypted_payload"]
-        if self._box is None:
-            raise Malformed("encrypted_payload: is not accepted: GATEWAY_PUBLIC_KEY is not set")
-        box, opened = self._box, self._box.open(sealed)
-
-        later = Later[Response]()
-
-        def seal(response: Response) -> None:
-            if response is not NO_ANSWER:
-                content = encode_json({"encrypted_response": box.seal(response.body)})
-                response = Response(response.status, content, headers=response.headers)
-            later.give(response)
-
-        try:
-            fields = {**body, **decode_json(opened)}
-            self._create(fields, request.entry).then(seal)
-        except GatewayError as error:
-            seal(problem(error))
-        return later
-
-    @answering_defects  # here, so that the answer about a defect in a sealed request is sealed
-    def _create(self, body: Mapping[str, Any], entry: LogEntry) -> Later[Response]:
-        fields = parse_create(body)
-        entry.peer = short_key(fields["public_key"])
-        return self._change(
-            "create", fields, lambda outcome: _JSON_ENCODER.encode(self._created(outcome, fields))
-        )
-
-    def _created(self, outcome: Outcome, fields: Mapping[str, Any]) -> dict[str, Any]:
-        shown: dict[str, Any] = json.loads(self._show(outcome))
-        if not outcome.changed:
-            tunnel = self.gateway.tunnels[outcome.peer.interface]
-            differs = differing(tunnel.with_defaults(outcome.peer, self.config), fields)
-            shown |= {"differs": differs} if differs else {}
-        if fields["ignored"]:
-            shown["ignored"] = fields["ignored"]
-        shown["peer_status"] = shown["status"]
-        shown["status"] = "created" if outcome.changed else "exists"
-        if shown["assigned_ipv6"] is None:
-            del shown["assigned_ipv6"]
-        return shown
-
-    def run_batch(self, request: Request) -> Later[Response]:
-        operations = [_decode_operation(given) for given in self._fields(request)["operations"]]
-        later = Later[Response]()
-
-        def reply(results: list[Outcome | GatewayError]) -> None:
-            if any(isinstance(result, OutcomeUnknown) for result in results):
-                later.give(NO_ANSWER)
-                return
-            self._give(later, lambda: self._batch_results(operations, results))
-
-        self._work_on(later, self.gateway.batch(operations, reply))
-        return later
-
-    def _batch_results(
-        self, operations: Sequence[BatchOperation], results: Sequence[Outcome | GatewayError]
-    ) -> Response:
-        shown = list(map(self._batch_result, operations, results))
-        said = (
-            f"{operation[0]} {short_key(operation[1]['public_key'])} {result['status']}"
-            for operation, result in zip(operations, shown, strict=True)
-            if not isinstance(operation, GatewayError)
-        )
-        return Response(200, encode_json({"results": shown}), note=", ".join(said))
-
-    def _batch_result(
-        self, operation: BatchOperation, result: Outcome | GatewayError
-    ) -> dict[str, Any]:
-        """The answer that the operation would have had as a request of its own."""
-        if isinstance(result, GatewayError):
-            return problem_details(result)
-        name, fields = cast(tuple[str, Mapping[str, Any]], operation)
-        if name == "create":
-            return self._created(result, fields)
-        if name in ("update", "rotate", "reset-quota"):
-            shown = json.loads(self._show(result))
-            return {**shown, "status": OPERATIONS[name].said, "peer_status": shown["status"]}
-        return {"status": OPERATIONS[name].said, "public_key": result.peer.public_key}
-
-    @collector_off()
-    def sync_peers(self, request: Request) -> Response:
-        decoders = {b"application/x-ndjson": decode_lines, b"application/json": decode_array}
-        decode = decoders.get(request.media_type)
-        if decode is None:
-            raise UnsupportedMediaType("the body must be application/x-ndjson or application/json")
-        desired: dict[str, Desired] = {}
-        for place, element in decode(request.pieces):
-            with _placed(place):
-                if element.get("encrypted_payload") is not None:
-                    raise Invalid("encrypted_payload", "is not accepted in a desired state")
-                fields = parse_fields(element, SYNC_FIELDS, CONFIGURATION)
-                known = desired.setdefault(fields["public_key"], Desired(place, fields))
-                if known.place != place:
-                    raise Invalid("public_key", f"{known.place} has the same key")
-        dry_run = request.query.get("dry_run", False)
-        result = self.gateway.sync(desired, dry_run, request.query.get("allow_mass_delete", False))
-        content = {"status": "dry_run" if dry_run else "synced", **result._asdict()}
-        return Response(200, encode_json(content), note=str(content))
-
-    def update_peer(self, request: Request) -> Later[Response]:
-        fields = {**self._fields(request), "public_key": request.key}
-        return self._change("update", fields, self._show)
-
-    def rotate_peer(self, request: Request) -> Later[Response]:
-        fields = {**self._fields(request), "public_key": request.key}
-        return self._change("rotate", fields, self._show)
-
-    def reset_quota(self, request: Request) -> Later[Response]:
-        return self._change("reset_quota", {"public_key": request.key}, self._show)
-
-    def list_peers(self, request: Request) -> Later[Response]:
-        query = request.query
-        chosen = Filter(
-            query.get("status"),
-            self._named_interface(query),
-            query.get("online"),
-            query.get("status_reason"),
-            query.get("label"),
-            query.get("request_id"),
-        )
-        limit, names = query.get("limit", DEFAULT_PAGE), query.get("fields", ALL_MEMBERS)
-        later = Later[Response]()
-
-        def steps() -> Iterator[None]:
-            texts: list[str] = []
-            after: int | None = query.get("cursor", 0)
-            full = True
-            while after is not None and full and len(texts) < limit:
-                wanted = min(limit - len(texts), READ_CHUNK)
-                page = self.gateway.store.page(after, wanted, chosen, self.gateway.view(), names)
-                texts += (text for _, text in page.rows)
-                after, full = page.after, len(page.rows) == wanted
-                yield
-            cursor = "null" if after is None else f'"{_encode_cursor(after)}"'
-            text = f'{{"configurations":[{",".join(texts)}],"next_cursor":{cursor}}}'
-            later.give(Response(200, text.encode("utf-8")))
-
-        self._work_on(later, steps())
-        return later
-
-    def list_changes(self, request: Request) -> Response | Later[Response]:
-        query, store = request.query, self.gateway.store
-        after, limit = query.get("after", 0), query.get("limit", MAX_PAGE)
-        store.check_feed(after)
-        wait = query.get("wait", 0)
-        if not wait or self._stopping or store.changes(after, 1, self.gateway.view()):
-            return self._changes(after, limit)
-        later = Later[Response]()
-        if not self._waiting:
-            self._told = store.last_change  # new traffic totals alone must not wake it
-        self._waiting[later] = after, limit
-        self._call_at(time.monotonic() + wait, lambda: self._answer_waiting(later))
-        return later
-
-    def _changes(self, after: int, limit: int) -> Response:
-        store = self.gateway.store
-        found = store.changes(after, limit, self.gateway.view())
-        return self._feed("changes", found, after, limit)
-
-    def _feed(
-        self, name: str, found: Sequence[tuple[int, str]], after: int, limit: int
-    ) -> Response:
-        """An answer with what is behind the sequence `after`, as (sequence, JSON)."""
-        last = found[-1][0] if found else 0
-        following = self.gateway.store.next_after(after, last, len(found) == limit)
-        text = f'{{"{name}":[{",".join(text for _, text in found)}],"next":{following}}}'
-        return Response(200, text.encode("utf-8"))
-
-    def _wake_waiting(self) -> None:
-        """Answer the requests that wait for changes, if there are any. Owner."""
-        if self._waiting and self.gateway.store.last_change > self._told:
-            self._told = self.gateway.store.last_change
-            self._answer_all_waiting()
-
-    def stop_waiting(self) -> None:
-        """Answer all requests that wait for changes: the gateway stops. Owner."""
-        self._stopping = True
-        self._answer_all_waiting()
-
-    def _answer_all_waiting(self) -> None:
-        def steps() -> Iterator[None]:
-            for later in list(self._waiting):
-                self._answer_waiting(later)
-                yield
-
-        self._work(steps())
-
-    def _answer_waiting(self, later: Later[Response]) -> None:
-        asked = self._waiting.pop(later, None)
-        if asked is not None:
-            self._give(later, lambda: self._changes(*asked))
-
-    def list_usage(self, request: Request) -> Response:
-        store = self.gateway.store
-        after, limit = request.query.get("after", 0), request.query.get("limit", MAX_USAGE)
-        store.check_feed(after)
-        return self._feed("usage", store.usage(after, limit), after, limit)
-
-    def get_peer(self, request: Request) -> Response:
-        if request.query.get("format") == "wg-quick":
-            outcome = self.gateway.get(request.key)
-            file = wg_quick(json.loads(self._show(outcome)), outcome.peer.preshared_key)
-            return Response(200, file.encode("utf-8"), "text/plain; charset=utf-8")
-        text = self.gateway.store.show(request.key, self.gateway.view())
-        if text is None:
-            raise NotFound(NO_PEER)
-        return Response(200, text.encode("utf-8"))
-
-    def set_peer_status(self, request: Request) -> Later[Response]:
-        status = self._fields(request)["status"]
-        said = "updated" if status == "active" else "suspended"
-        fields = {"public_key": request.key, "status": status}
-        return self._change("set_status", fields, lambda _: f'{{"status":"{said}"}}')
-
-    def delete_peer(self, request: Request) -> Later[Response]:
-        fields = {"public_key": request.key}
-        return self._change("delete", fields, lambda _: '{"status":"deleted"}')
-
-    def _named_interface(self, query: Mapping[str, Any]) -> str | None:
-        name: str | None = query.get("interface")
-        if name is not None and name not in self.gateway.tunnels:
-            raise Invalid("interface", f"must be one of {', '.join(self.gateway.tunnels)}")
-        return name
-
-    def get_ip_usage(self, request: Request) -> Response:
-        return Response(200, encode_json(self.gateway.usage(self._named_interface(request.query))))
-
-    def get_obfuscation(self, request: Request) -> Response:
-        return Response(200, encode_json(self._obfuscation()))
-
-    def _obfuscation(self) -> dict[str, Any]:
-        tunnel = self.gateway.obfuscated()
-        state = cast(ObfuscationState, tunnel.obfuscation)
-        return {
-            "interface": tunnel.name,
-            "total_peers": self.gateway.run(self.gateway.figures).peers(None, tunnel.name),
-            "generation": state.generation,
-            "parameters_version": state.version,
-            "parameters": show_parameters(state.parameters),
-            "warnings": obfuscation_warnings(state),
-        }
-
-    def rotate_obfuscation(self, request: Request) -> Response:
-        fields = self._fields(request)
-        wanted = fields.get("parameters")
-        if wanted is None:
-            try:
-                preset = fields.get("preset", DEFAULT_PRESET)
-                wanted = generate_obfuscation(fields.get("generation"), preset)
-            except ValueError as error:
-                raise Invalid("preset", str(error).removeprefix("preset: ")) from None
-        cut = self.gateway.change_obfuscation(wanted, fields.get("confirm", False))
-        content = {"status": "rotated", "cut_off_peers": cut, **self._obfuscation()}
-        return Response(200, encode_json(content))
-
-    def export_snapshot(self, request: Request) -> Response:
-        return Response(200, self.gateway.export(), "application/octet-stream")
-
-    def import_snapshot(self, request: Request) -> Response:
-        dry_run = request.query.get("dry_run", False)
-        total, cut = self.gateway.import_(request.body, request.query.get("replace_key"), dry_run)
-        status = "dry_run" if dry_run else "imported"
-        content = {"status": status, "total_peers": total, "cut_off_peers": cut}
-        return Response(200, encode_json(content))
-
-    def sync_ips(self, request: Request) -> Response:
-        name = self._named_interface(request.query)
-        if request.query.get("accept_key"):
-            self.gateway.accept_keys()
-        try:
-            result = self.gateway.projection.reconcile(name)
-        except BackendError as error:
-            LOG.error("%s", error)
-            raise Unavailable("the interface is not usable: server/status says why") from None
-        return Response(200, encode_json({"status": "synced", **result._asdict()}))
-
-    def get_status(self, request: Request) -> Response:
-        now, figures = self._clock(), self.gateway.run(self.gateway.figures)
-        taken = figures.snapshot_time
-        content = {
-            "status": "degraded" if figures.degraded else "healthy",
-            "wireguard_peers": figures.online,
-            "total_peers": figures.peers(),
-            "memory_usage": self._host.memory()["percent"],
-            "load_average": round(os.getloadavg()[0], 2),
-            "timestamp": rfc3339(now),
-            "reasons": figures.degraded,
-            "remote_copy": self.copier.state()._asdict() if self.copier else None,
-            "version": __version__,
-            "uptime_seconds": int(now - self._started),
-            "python_version": PYTHON_VERSION,
-            "certificate_expires_at": rfc3339(self.metrics.certificate_expires),
-            "snapshot": {"at": rfc3339(taken) if taken else None, "bytes": figures.snapshot_bytes},
-            "journal": {"records": figures.number, "bytes": figures.journal_bytes},
-            "interfaces": [self._interface(t, figures) for t in self.gateway.tunnels.values()],
-            "service_classes": [
-                {
-                    "name": row.name,
-                    "peers": row.peers,
-                    "expected_addresses": row.expected,
-                    "addresses": row.addresses,
-                    "dropped_bytes": row.dropped,
-                }
-                for row in figures.classes
-            ],
-        }
-        return Response(200, encode_json(content))
-
-    @staticmethod
-    def _interface(tunnel: Tunnel, figures: Figures) -> dict[str, Any]:
-        traffic, name = tunnel.traffic, tunnel.name
-        return {
-            "name": name,
-            "backend": tunnel.backend.kind,
-            "public_key": tunnel.public_key,
-            "listen_port": tunnel.link.listen_port,
-            "active_peers": figures.peers("active", name),
-            "total_peers": figures.peers(None, name),
-            "parameters_version": tunnel.obfuscation and tunnel.obfuscation.version,
-            "pools": {f: usage for (of, f), usage in figures.pools.items() if of == name},
-            "rx_bytes": traffic.rx_bytes,
-            "tx_bytes": traffic.tx_bytes,
-            "rx_bytes_per_second": round(traffic.rx_rate),
-            "tx_bytes_per_second": round(traffic.tx_rate),
-            "sample_age_seconds": round(max(time.monotonic() - traffic.time, 0.0), 1),
-        }
-
-    def get_server_metrics(self, request: Request) -> Response:
-        figures = self.gateway.run(self.gateway.figures)
-        handshakes = self.gateway.run(lambda: self.gateway.store.last_handshakes(MAX_PAGE))
-        tunnels = self.gateway.tunnels.values()
-        content = {
-            "system": {
-                "cpu_percent": self._host.cpu_percent,
-                "memory": self._host.memory(),
-                "disk": self._host.disk(),
-                "load_average": [round(load, 2) for load in os.getloadavg()],
-            },
-            "wireguard": {
-                "active_peers": figures.peers("active"),
-                "online_peers": figures.online,
-                "total_peers": figures.peers(),
-                "ip_usage": {f: pool_usage(t.pools.get(f) for t in tunnels) for f in FAMILIES},
-                "last_handshakes": {key: rfc3339(when) for key, when in handshakes.items()},
-            },
-            "timestamp": rfc3339(self._clock()),
-        }
-        return Response(200, encode_json(content))
-
-    def get_metrics(self, request: Request) -> Response:
-        parts = [*render_gateway(self.gateway), *self.metrics.render()]
-        parts += render_process(self._started)
-        if self.copier:
-            parts += render_copy(self.copier.state(), bool(self.gateway.ledger.replaced))
-        if self.config.per_peer_metrics:
-            parts += render_peers(self.gateway)
-        text = "".join(parts)
-        return Response(200, text.encode("ascii"), "text/plain; version=0.0.4; charset=utf-8")
-
-    def get_health(self, request: Request) -> Response:
-        return Response(200, b'{"status":"alive"}')
-
-    def get_readiness(self, request: Request) -> Response:
-        if not self.gateway.ready:
-            raise Unavailable(self.gateway.starting, headers=[("Retry-After", "1")])
-        reasons = self.gateway.degraded()
-        if reasons:
-            raise Unavailable("degraded: " + "; ".join(reasons))
-        return Response(200, b'{"status":"ready"}')
-
-    def get_openapi(self, request: Request) -> Response:
-        return Response(200, openapi_document())
+        return request.route.handler(self.handlers[request.route.tag], request)
 
 
 def _encode_cursor(peer_id: int) -> str:
@@ -14054,26 +14187,26 @@ PEER_PATH = CONFIGURATIONS_PATH + "/{public_key}"
 # fmt: off
 ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute(
-        "POST", CONFIGURATIONS_PATH, App.create_peer,
+        "POST", CONFIGURATIONS_PATH, "peers", PeerHandlers.create_peer,
         "Create a peer. The same public key again answers `exists`, with the same addresses.",
         partial_schema(**CREATED, encrypted_response=TEXT), CREATE_BODY, errors=(409,)),
     ApiRoute(
-        "GET", CONFIGURATIONS_PATH, App.list_peers,
+        "GET", CONFIGURATIONS_PATH, "peers", PeerHandlers.list_peers,
         "List the peers, a page at a time.",
         answer_schema(configurations=list_of("ListedPeer"), next_cursor=or_null(TEXT)),
         query=LIST_QUERY),
     ApiRoute(
-        "GET", "/api/v1/changes", App.list_changes,
+        "GET", "/api/v1/changes", "peers", PeerHandlers.list_changes,
         "List peers in the order of their latest changes, or wait for a change.",
         answer_schema(changes=list_of("PeerChange"), next=NEXT),
         query=CHANGES_QUERY, errors=(410,), patience=CHANGES_PATIENCE),
     ApiRoute(
-        "GET", "/api/v1/usage", App.list_usage,
+        "GET", "/api/v1/usage", "peers", PeerHandlers.list_usage,
         "List the traffic totals of the peers whose totals changed.",
         answer_schema(usage=list_of("PeerUsage"), next=NEXT),
         query=USAGE_QUERY, errors=(410,)),
     ApiRoute(
-        "PUT", CONFIGURATIONS_PATH, App.sync_peers,
+        "PUT", CONFIGURATIONS_PATH, "peers", PeerHandlers.sync_peers,
         "Replace all peers by these, completely or not at all. A read during the change may show a "
         "part of it.",
         said_schema("synced", "dry_run", **counts(*DesiredResult._fields)),
@@ -14084,46 +14217,46 @@ ROUTES: tuple[ApiRoute, ...] = (
             ("dry_run", "allow_mass_delete"), FLAG_FIELD),
         errors=(409, 415, 422), limit=MAX_LINES, streamed=True, place="reader"),
     ApiRoute(
-        "POST", CONFIGURATIONS_PATH + "/batch", App.run_batch,
+        "POST", CONFIGURATIONS_PATH + "/batch", "peers", PeerHandlers.run_batch,
         "Do operations in order, each completely or not at all; the answer has a result for each.",
         answer_schema(results=list_of("BatchResult")), BATCH_FIELDS, limit=MAX_BATCH * 1024),
     ApiRoute(
-        "GET", PEER_PATH, App.get_peer,
+        "GET", PEER_PATH, "peers", PeerHandlers.get_peer,
         "Show one peer with its live state, or its client's configuration as text.",
         SHOWN, answer_media={"text/plain": TEXT},
         query={"format": choice_field(("json", "wg-quick"))}),
     ApiRoute(
-        "PATCH", PEER_PATH, App.update_peer,
+        "PATCH", PEER_PATH, "peers", PeerHandlers.change_peer,
         "Change a peer; null clears a field.",
-        SHOWN, PATCH_FIELDS, errors=(409,)),
+        SHOWN, PATCH_FIELDS, errors=(409,), operation="update_peer", rule="update"),
     ApiRoute(
-        "POST", PEER_PATH + "/rotate", App.rotate_peer,
+        "POST", PEER_PATH + "/rotate", "peers", PeerHandlers.change_peer,
         "Give a peer a new key; its addresses stay.",
-        SHOWN, ROTATE_FIELDS, errors=(409,)),
+        SHOWN, ROTATE_FIELDS, errors=(409,), operation="rotate_peer", rule="rotate"),
     ApiRoute(
-        "POST", PEER_PATH + "/reset-quota", App.reset_quota,
+        "POST", PEER_PATH + "/reset-quota", "peers", PeerHandlers.change_peer,
         "Set a peer's used quota to 0; a suspension by quota ends.",
-        SHOWN),
+        SHOWN, operation="reset_quota", rule="reset_quota"),
     ApiRoute(
-        "DELETE", PEER_PATH, App.delete_peer,
+        "DELETE", PEER_PATH, "peers", PeerHandlers.delete_peer,
         "Delete a peer; its addresses become free.",
         said_schema("deleted")),
     ApiRoute(
-        "PUT", PEER_PATH + "/status", App.set_peer_status,
+        "PUT", PEER_PATH + "/status", "peers", PeerHandlers.set_peer_status,
         "Suspend or activate a peer. Activating answers `updated`.",
         said_schema("suspended", "updated"), STATUS_FIELDS, errors=(409,)),
     ApiRoute(
-        "GET", "/api/v1/ip-usage", App.get_ip_usage,
+        "GET", "/api/v1/ip-usage", "gateway", GatewayHandlers.get_ip_usage,
         "Count total, used and free addresses of all interfaces together, or of one.",
         answer_schema(**dict.fromkeys(FAMILIES, component("AddressUsage"))),
         query={"interface": INTERFACE_FIELD}, place="worker"),
     ApiRoute(
-        "POST", "/api/v1/sync-ips", App.sync_ips,
+        "POST", "/api/v1/sync-ips", "gateway", GatewayHandlers.sync_ips,
         "Compare the interfaces with the store now, and repair them.",
         said_schema("synced", **counts(*SyncResult._fields)),
         query={"interface": INTERFACE_FIELD, "accept_key": FLAG_FIELD}, place="worker"),
     ApiRoute(
-        "GET", "/api/v1/server/status", App.get_status,
+        "GET", "/api/v1/server/status", "gateway", GatewayHandlers.get_status,
         "Show health, peers online, load.",
         said_schema(
             "healthy", "degraded",
@@ -14137,7 +14270,7 @@ ROUTES: tuple[ApiRoute, ...] = (
             interfaces=list_of("GatewayInterface"),
             service_classes=list_of("ServiceClass"))),
     ApiRoute(
-        "GET", "/api/v1/server/metrics", App.get_server_metrics,
+        "GET", "/api/v1/server/metrics", "gateway", GatewayHandlers.get_server_metrics,
         "Show figures of host and WireGuard.",
         answer_schema(
             system=answer_schema(
@@ -14150,39 +14283,39 @@ ROUTES: tuple[ApiRoute, ...] = (
             timestamp=TIME_SCHEMA),
         place="worker"),  # it asks the file system, which may hang
     ApiRoute(
-        "GET", "/api/v1/obfuscation", App.get_obfuscation,
+        "GET", "/api/v1/obfuscation", "gateway", GatewayHandlers.get_obfuscation,
         "Show the parameters of the AmneziaWG interface.",
         answer_schema(**SPOKEN)),
     ApiRoute(
-        "POST", "/api/v1/obfuscation/rotate", App.rotate_obfuscation,
+        "POST", "/api/v1/obfuscation/rotate", "gateway", GatewayHandlers.rotate_obfuscation,
         "Change AmneziaWG's parameters. Its clients then need new configurations.",
         said_schema("rotated", cut_off_peers=COUNT, **SPOKEN), OBFUSCATION_FIELDS,
         errors=(409,), place="worker"),
     ApiRoute(
-        "GET", "/api/v1/snapshot", App.export_snapshot,
+        "GET", "/api/v1/snapshot", "gateway", GatewayHandlers.export_snapshot,
         "Export the whole state as one file, encrypted when SNAPSHOT_KEY is set.",
         answer_media={"application/octet-stream": BINARY}, place="worker"),
     ApiRoute(
-        "PUT", "/api/v1/snapshot", App.import_snapshot,
+        "PUT", "/api/v1/snapshot", "gateway", GatewayHandlers.import_snapshot,
         "Replace the whole state by an exported file.",
          said_schema("imported", "dry_run", total_peers=COUNT, cut_off_peers=COUNT),
          query=dict.fromkeys(("dry_run", "replace_key"), FLAG_FIELD),
         media={"application/octet-stream": BINARY},
         errors=(409,), limit=MAX_SNAPSHOT, place="reader"),
     ApiRoute(
-        "GET", "/metrics", App.get_metrics,
+        "GET", "/metrics", "monitoring", MonitoringHandlers.get_metrics,
         "Show figures as Prometheus text.",
         answer_media={"text/plain": TEXT}, guard="metrics", place="worker"),
     ApiRoute(
-        "GET", "/healthz", App.get_health,
+        "GET", "/healthz", "monitoring", MonitoringHandlers.get_health,
         "Say that the process is alive.",
         said_schema("alive"), guard="open"),
     ApiRoute(
-        "GET", "/readyz", App.get_readiness,
+        "GET", "/readyz", "monitoring", MonitoringHandlers.get_readiness,
         "Say that the gateway is ready, or answer 503 with the reason.",
         said_schema("ready"), errors=(503,), guard="open"),
     ApiRoute(
-        "GET", "/openapi.json", App.get_openapi,
+        "GET", "/openapi.json", "monitoring", MonitoringHandlers.get_openapi,
         "Show this description.",
         FREE_OBJECT, guard="open", place="worker"),
 )
@@ -14310,16 +14443,9 @@ TAGS = {
 }
 
 
-def _tag(route: ApiRoute) -> str:
-    if route.guard != "signed":
-        return "monitoring"
-    of_peers = (CONFIGURATIONS_PATH, "/api/v1/changes", "/api/v1/usage")
-    return "peers" if route.template.startswith(of_peers) else "gateway"
-
-
 def describe_route(route: ApiRoute, schemas: dict[str, Schema]) -> Schema:
     """A route as an Operation Object. Its schemas are put into `schemas`."""
-    name = route.handler.__name__
+    name = route.operation or route.handler.__name__
     type_name = name.title().replace("_", "")
     answer = {**({"application/json": route.answer} if route.answer else {}), **route.answer_media}
     body = {
@@ -14336,7 +14462,7 @@ def describe_route(route: ApiRoute, schemas: dict[str, Schema]) -> Schema:
         responses[str(status)] = _error_response(status, True) if sealed else shared
     operation = {
         "operationId": name,
-        "tags": [_tag(route)],
+        "tags": [route.tag],
         "summary": re.split("[.;]", route.description)[0],
         "description": route.description,
         "security": GUARDS[route.guard].security,
@@ -14742,7 +14868,7 @@ class Connection:
 
             def raise_ceiling() -> Callable[[], None]:
                 try:
-                    self._server.app.nonces.raise_ceiling(wanted)
+                    self._server.app.admission.nonces.raise_ceiling(wanted)
                 except OSError as error:
                     raise Unavailable(f"the nonce cannot be kept: {_reason(error)}") from None
                 return lambda: self._try(data)
@@ -14764,7 +14890,9 @@ class Connection:
             self._entry.request_id = given.decode("ascii")
         self._keep_alive = head.keep_alive
         self._unread = head.length > 0
-        admitted = self._admitted = self._server.app.admit(head, self._source, self._entry)
+        admitted = self._admitted = self._server.app.admission.admit(
+            head, self._source, self._entry
+        )
         route = admitted.route
         self.trusted = self.trusted or route.guard in ("signed", "metrics")
         if route.place == "reader":
@@ -15201,7 +15329,7 @@ class Server(ThreadingHTTPServer):
         self.server_close()
         if self._local:
             self._local.close()
-        self.loop.post(self.app.stop_waiting)
+        self.loop.post(self.app.peers.stop_waiting)
         started = time.monotonic()
         while time.monotonic() < started + DRAIN_SECONDS and self._connections:
             # The loop may not have read a request yet that has already arrived.
@@ -15526,17 +15654,47 @@ def open_files(config: Config) -> Files:
     return Files(config.db_path, config.durability, Disk(), vault)
 
 
+def _file_identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def load_whole(config: Config) -> tuple[Store, Files]:
     """Read the files; try again if a running gateway replaced them meanwhile."""
     for _ in range(CHECK_TRIES):
         files = open_files(config)
-        before = files.generation()
+        paths = files.path, files.journal.path
+        before = [_file_identity(path) for path in paths]
         try:
             return files.load(), files
         except DamagedError:
-            if files.generation() == before:
+            if before == [_file_identity(path) for path in paths]:
                 raise
     raise StartError(f"{config.db_path}: the gateway kept replacing its files: try again")
+
+
+def with_kept(
+    tunnels: Iterable[InterfaceSettings], store: Store, config: Config
+) -> tuple[InterfaceSettings, ...]:
+    """The settings of interfaces, with the addresses that the gateway had in smaller subnets.
+
+    Clients may use them as DNS server or for monitoring. MOVE_PEERS gives them up.
+    """
+    known = {} if config.move_peers else store.meta("gateways") or {}
+
+    def fits(tunnel: InterfaceSettings, address: str) -> bool:
+        return address not in tunnel.gateways and any(
+            ipaddress.ip_address(address) in subnet and AddressPool(subnet).has(address)
+            for subnet in tunnel.subnets.values()
+        )
+
+    return tuple(
+        tunnel._replace(kept=tuple(a for a in known.get(tunnel.name, ()) if fits(tunnel, a)))
+        for tunnel in tunnels
+    )
 
 
 def claim_interfaces(config: Config, load: Callable[[], Store]) -> None:
@@ -15728,7 +15886,7 @@ class Service:
         self._app = app = App(
             config, self._gateway, time.time, self._host, loop.work, call_at=loop.call_at
         )
-        app.nonces.close(time.time())  # until the nonces of the last run are loaded
+        app.admission.nonces.close(time.time())  # until the nonces of the last run are loaded
         self._lacked_certificate = not os.path.exists(config.tls_cert)
         tls, app.metrics.certificate_expires = make_tls(config)
         self._server = Server(config, app, tls, loop, log)
@@ -15770,7 +15928,7 @@ class Service:
     def _write_the_rest(self, app: App, left: list[str]) -> None:
         """Write the last files of an orderly stop, and remove each from `left` once written."""
         try:
-            app.nonces.close(time.time())
+            app.admission.nonces.close(time.time())
         except OSError as error:
             LOG.warning(
                 "used signatures cannot be written: %s; the next start will answer backends 503 "
@@ -15826,7 +15984,7 @@ class Service:
             if not self._boot_from(app.copier, gateway, check, config.snapshot_required):
                 return False
             first = first and app.copier.found_nothing
-        app.keep_nonces(config.db_path + ".nonces", first, self._may_lack)
+        app.admission.keep_nonces(config.db_path + ".nonces", first, self._may_lack)
         if keep_certificate(config, store, self._lacked_certificate):
             tls, app.metrics.certificate_expires = make_tls(config, make_pair=False)
             self._server.tls = tls
@@ -15931,7 +16089,7 @@ class Service:
     ) -> None:
         """Refuse another node's state whose peers know other keys. Raises ConfigError."""
         for row in rows:
-            known, peers = store.public_keys()[row.name], store.peers_on(row.name)
+            known, peers = store.public_keys()[row.name], store.counts.on(row.name)
             if known != own[row.name] and peers:
                 raise ConfigError(
                     f"{row.prefix}_PRIVATE_KEY_FILE: the public key of {row.private_key_file!r} is "
@@ -15950,13 +16108,24 @@ class Service:
         own = {
             row.name: encode_key(x25519_public(key)) for row, key in zip(rows, keys, strict=True)
         }
-        store.keep_public_keys(own)
+        self._keep_public_keys(store, own)
         if self._may_lack and config.snapshot_lineage != store.lineage:
             self._refuse_other_keys(had_key, own, store)
         for row, key in zip(rows, keys, strict=True):
             if store.public_keys()[row.name] == own[row.name]:  # otherwise keep a sealed key
                 store.private_keys[row.name] = encode_key(key)
         return keys
+
+    @staticmethod
+    def _keep_public_keys(store: Store, own: Mapping[str, str]) -> None:
+        """Remember the keys of interfaces that lack a remembered key, or peers."""
+        kept = store.public_keys()
+        for name, key in store.private_keys.items():  # older encrypted states have only these
+            if name in own and name not in kept:
+                kept[name] = encode_key(x25519_public(decode_key(key)))
+        kept |= {n: key for n, key in own.items() if n not in kept or not store.counts.on(n)}
+        if kept != store.public_keys():
+            store.remember("public_keys", json.dumps(kept))
 
     @staticmethod
     def _load_key(config: Config, settings: InterfaceSettings, store: Store) -> bytes:
@@ -15969,7 +16138,7 @@ class Service:
             own = encode_key(x25519_public(key))
             store.remember("public_keys", json.dumps({**store.public_keys(), settings.name: own}))
             return key
-        known = store.peers_on(settings.name)
+        known = store.counts.on(settings.name)
         if known and not kept and not os.path.exists(settings.private_key_file):
             LOG.warning(
                 "%s: its private key is missing, without which its %s cannot connect: put the key "
@@ -16012,7 +16181,7 @@ class Service:
             Timer("disk", disk),
             # Expiry has its own thread: reading 60,000 counters may take longer than a second.
             Timer("expiry", [(SUPERVISE_SECONDS / 2, gateway.limits.expire)]),
-            Timer("nonces", [(NONCE_SECONDS, app.nonces.save)]),
+            Timer("nonces", [(NONCE_SECONDS, app.admission.nonces.save)]),
         ]
         if app.copier:
             period = min(COPY_TICK, config.snapshot_copy_interval)
@@ -16157,7 +16326,7 @@ def look_at_secrets(
             continue  # a missing pair is made, and so is a key that no client knows
     for tunnel in tunnels:
         path, name = tunnel.private_key_file, tunnel.name
-        if os.path.exists(path) or not store.peers_on(name) or store.private_keys.get(name):
+        if os.path.exists(path) or not store.counts.on(name) or store.private_keys.get(name):
             continue
         program = "wg" if tunnel.prefix == PLAIN_PREFIX else "awg"
         owner = shlex.quote(os.path.dirname(config.db_path) or ".")
@@ -16245,7 +16414,7 @@ def _look_at_database(
     if not files.snapshot_time:
         text = f"{path} does not exist"
         return Finding("database", text, start_words(tunnels), True), store
-    text = f"{path}: good, {show_peers(sum(store.counts.values()))}, record {store.number}"
+    text = f"{path}: good, {show_peers(store.counts.total())}, record {store.number}"
     return Finding("database", text), store
 
 
@@ -16879,7 +17048,7 @@ class Adoption:
             raise StartError(f"no peer was taken over: {error.detail}") from None
         finally:
             gateway.close()
-            files.close()
+            files.journal.close()
             loop.stop()
 
     def _write_settings(self) -> None:
@@ -18077,9 +18246,7 @@ def command_check(arguments: argparse.Namespace) -> int:
             f"{config.db_path}: there is no database. The gateway's first start creates it; "
             "--env-file names another gateway's settings"
         )
-    print(
-        f"{config.db_path}: good, {show_peers(sum(store.counts.values()))}, record {store.number}"
-    )
+    print(f"{config.db_path}: good, {show_peers(store.counts.total())}, record {store.number}")
     if files.torn:
         print(
             f"{config.db_path}.journal: {files.torn} bytes of a torn record at its end, which the "
@@ -18108,8 +18275,8 @@ def command_copy(arguments: argparse.Namespace) -> int:
                 raise StartError(
                     f"{config.snapshot_url}: epoch {top} has no state yet: try again in a minute"
                 )
-            store = read_state(files, entries)
-            peers, bytes_read = sum(store.counts.values()), remote.bytes_received
+            store = read_state(entries)
+            peers, bytes_read = store.counts.total(), remote.bytes_received
             print(f"good: epoch {int(prefix[:8])}, record {store.number}, {show_peers(peers)}")
             print(f"read: {remote.requests} requests, {bytes_read} bytes")
             return 0
@@ -18137,7 +18304,8 @@ def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: C
             "SNAPSHOT_LINEAGE names the copy's lineage, and the files here have another: set it to "
             f"{store.lineage} to replace the copy"
         )
-    files.remember_writers([*files.writers(), epochs.writer])
+    writers = Writers(files)
+    writers.keep([*writers.names(), epochs.writer])
     claim = epochs.propose(top, newest, store.lineage)
     epochs.take(claim)
     epochs.read(claim.previous, close=True)
@@ -18148,15 +18316,33 @@ def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: C
     return 0
 
 
+def salvage(files: Files) -> Store:
+    """Read everything readable, and print a line for each file and finding."""
+    store = Store()
+    for path in (files.path, files.path + ".previous"):
+        try:
+            store = load_snapshot(path, files.vault)
+        except DamagedError as error:
+            print(f"not used: {str(error).split('. ')[0]}")
+        else:
+            print(f"used: {path}, record {store.number}")
+            break
+    for path in (files.journal.previous, files.journal.path):
+        if os.path.exists(path):
+            file = parse_journal(Path(path).read_bytes(), path, files.vault, salvage=True)
+            before = store.number
+            store.replay(file, path, functools.partial(print, f"{path}:"))
+            print(f"used: {path}: up to record {store.number} (from {before})")
+    return store
+
+
 def repair(files: Files) -> int:
     """Write what is readable of damaged files to a new file, and say how to use it."""
     ends = ("", ".previous", ".journal", ".journal.previous")
     found = [name for end in ends if os.path.exists(name := files.path + end)]
     if not found:
         raise StartError(f"{files.path}: there is no database, and nothing to repair")
-    store = Store()
-    for line in files.salvage(store):
-        print(line)
+    store = salvage(files)
     target = files.path + ".repaired"
     try:
         files.write_copy(store, target)
@@ -18164,7 +18350,7 @@ def repair(files: Files) -> int:
     except OSError as error:
         raise StartError(f"cannot write {target}: {_reason(error)}") from None
     old = shlex.join(found)
-    print(f"saved {show_peers(sum(store.counts.values()))}, record {store.number}, in {target}")
+    print(f"saved {show_peers(store.counts.total())}, record {store.number}, in {target}")
     print("No other file was changed. To use it, stop the gateway and move it to the old place:")
     print(f"  mkdir damaged && mv {old} damaged/ && mv {shlex.join([target, files.path])}")
     return 0

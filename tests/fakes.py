@@ -477,13 +477,13 @@ class World:
     def shown(self, public_key: str) -> Any:
         """A peer's configuration as the API shows it."""
         gateway = self.gateway
-        text = gateway.run(lambda: self.store.show(public_key, gateway.view()))
+        text = gateway.run(lambda: self.store.configurations.show(public_key, gateway.view()))
         return json.loads(text or "null")
 
     def close(self) -> None:
         """An orderly stop."""
         self.gateway.close()
-        self.files.close()
+        self.files.journal.close()
         self.is_open = False
 
     def crash(self) -> None:
@@ -498,7 +498,7 @@ class World:
         if lander.ident is not None:
             lander.join(30.0)
             assert not lander.is_alive()
-        self.files.close()
+        self.files.journal.close()
         self.is_open = False
 
     def reopen(self) -> World:

@@ -238,12 +238,21 @@ def test_a_class_that_cannot_be_enforced_is_a_503_that_says_why(tmp_path: Path) 
 def test_classes_that_peers_have_cannot_go(tmp_path: Path) -> None:
     world = World(tmp_path, **SETTINGS).open()
     do(world.gateway, "create", public_key=a_key(1), service_class="slow")
-    assert (world.store.classes["slow"], world.store.class_addresses["slow"]) == (1, 1)
+    assert (world.store.counts.classes["slow"], world.store.counts.class_addresses["slow"]) == (
+        1,
+        1,
+    )
     do(world.gateway, "set_status", public_key=a_key(1), status="suspended")
-    assert (world.store.classes["slow"], world.store.class_addresses["slow"]) == (1, 0)
+    assert (world.store.counts.classes["slow"], world.store.counts.class_addresses["slow"]) == (
+        1,
+        0,
+    )
     do(world.gateway, "set_status", public_key=a_key(1), status="active")
     world.reopen()
-    assert (world.store.classes["slow"], world.store.class_addresses["slow"]) == (1, 1)
+    assert (world.store.counts.classes["slow"], world.store.counts.class_addresses["slow"]) == (
+        1,
+        1,
+    )
     with pytest.raises(
         wggw.ConfigError, match="SERVICE_CLASSES: the class 'slow' is used by 1 peer"
     ):
@@ -251,7 +260,7 @@ def test_classes_that_peers_have_cannot_go(tmp_path: Path) -> None:
     data = world.gateway.export()
     world.gateway.change_classes({"slow": CLASSES["slow"], "gold": CLASSES["fast"]})
     do(world.gateway, "update", public_key=a_key(1), service_class="gold")
-    assert (world.store.classes["slow"], world.store.classes["gold"]) == (0, 1)
+    assert (world.store.counts.classes["slow"], world.store.counts.classes["gold"]) == (0, 1)
     world.gateway.change_classes({"gold": CLASSES["fast"]})
     with pytest.raises(wggw.Conflict, match="the class 'slow' is used by 1 peer"):
         world.gateway.import_(data)

@@ -57,7 +57,7 @@ def test_all_whose_second_has_come_are_one_record_and_one_message(world: World) 
         do(world.gateway, "create", public_key=a_key(number), expires_at=START + 100)
     applies, number = world.backend.faults.calls["apply"], world.store.number
     at(world, 100)
-    assert world.gateway.run(lambda: world.store.counts["wg0", "suspended"]) == 51
+    assert world.gateway.run(lambda: world.store.counts.peers["wg0", "suspended"]) == 51
     assert world.backend.faults.calls["apply"] == applies + 1
     assert world.store.number == number + 1
 
@@ -208,7 +208,7 @@ def test_a_quota_begins_anew_with_its_period_also_over_restarts(world: World, ho
             world.crash()
         elif how == "imported":
             exported = world.gateway.export()
-        told = world.store.sequence
+        told = world.store.feeds.sequence
         if how in ("runs", "imported"):
             at(world, ends)
         if how == "imported":
@@ -218,16 +218,16 @@ def test_a_quota_begins_anew_with_its_period_also_over_restarts(world: World, ho
             world.open()
         assert state(world, keys[period]) == ACTIVE
         assert used(world, keys[period]) == 0
-        found = world.store.changes(told, 100, world.gateway.view())
+        found = world.store.feeds.changes(told, 100, world.gateway.view())
         changed = {json.loads(text)["public_key"] for _, text in found}
         assert keys[period] in changed and idle not in changed
         sample(world, keys[period], 100)
         assert (state(world, keys[period]), used(world, keys[period])) == (ACTIVE, 100)
     assert state(world, keys[None]) == QUOTA
     assert world.gateway.get(keys["month"]).traffic.total == 201
-    sequence = world.store.sequence
+    sequence = world.store.feeds.sequence
     at(world, MONTH + 10)
-    assert world.store.sequence == sequence
+    assert world.store.feeds.sequence == sequence
 
 
 def test_reset_quota_ends_a_suspension_by_quota_and_no_other(world: World) -> None:

@@ -540,7 +540,7 @@ def test_a_request_that_no_thread_can_be_had_for_is_refused(
 def test_a_signature_ahead_of_the_clock_waits_for_its_ceiling(
     server: wggw.Server, what: str
 ) -> None:
-    nonces, asked, goes_on = server.app.nonces, threading.Event(), threading.Event()
+    nonces, asked, goes_on = server.app.admission.nonces, threading.Event(), threading.Event()
     raised: list[int] = []
 
     def raise_ceiling(wanted: int) -> None:
@@ -593,13 +593,13 @@ def test_empty_lines_are_no_sign_of_life(server: wggw.Server) -> None:
 def test_an_answer_while_it_stops_says_that_it_is_the_last_one(
     server: wggw.Server, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    admit = server.app.admit
+    admit = server.app.admission.admit
 
     def stopping(*arguments: Any) -> wggw.Admitted:
         server.closing = True
         return admit(*arguments)
 
-    monkeypatch.setattr(server.app, "admit", stopping)
+    monkeypatch.setattr(server.app.admission, "admit", stopping)
     wire = Wire(port_of(server))
     wire.send(head("GET", path, {}))
     assert b"\r\nConnection: close\r\n" in wire.socket.recv(65536)

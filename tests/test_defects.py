@@ -300,7 +300,7 @@ def test_a_defect_in_a_sealed_create_is_answered_sealed(
     sealed = box.seal(wggw.encode_json({"public_key": a_key(1)}))
     body = wggw.encode_json({"encrypted_payload": sealed})
     answers: list[wggw.Response] = []
-    app_of(world, tmp_path).create_peer(request()._replace(body=body)).then(answers.append)
+    app_of(world, tmp_path).peers.create_peer(request()._replace(body=body)).then(answers.append)
     [answer] = answers
     content = json.loads(answer.body)
     assert answer.status == 500 and content.keys() == {"encrypted_response"}
@@ -319,17 +319,17 @@ def test_a_defect_in_showing_what_was_done_is_an_answer_and_breaks_nothing(
     def defect(*_: object) -> None:
         raise KeyError("a defect")
 
-    monkeypatch.setattr(wggw.Store, "_prepare", defect)
+    monkeypatch.setattr(wggw.Configurations, "prepare", defect)
     create = {"public_key": a_key(1)}
     bodies = {
         "create_peer": create,
         "run_batch": {"operations": [{"op": "create", **create}]},
         "list_peers": {},
     }
-    rows = [row for row in wggw.ROUTES if row.handler is getattr(wggw.App, handler)]
+    rows = [row for row in wggw.ROUTES if row.handler is getattr(wggw.PeerHandlers, handler)]
     asked = request()._replace(route=rows[0], body=wggw.encode_json(bodies[handler]))
     answers: list[wggw.Response] = []
-    later = getattr(app, handler)(asked)
+    later = getattr(app.peers, handler)(asked)
     world.gateway.run(lambda: later.then(answers.append))
     wait_for(lambda: answers, what="an answer")
     assert answers[0].status == 500
@@ -347,8 +347,8 @@ def test_a_failing_interface_makes_sync_a_503(tmp_path: Path) -> None:
     world.backend.drop(a_key(1))
     world.backend.fail("apply")
     with pytest.raises(wggw.Unavailable):
-        app.sync_ips(request())
-    assert app.sync_ips(request()).status == 200
+        app.handlers["gateway"].sync_ips(request())
+    assert app.handlers["gateway"].sync_ips(request()).status == 200
     assert world.backend.peers == right
     world.close()
 
@@ -361,15 +361,15 @@ def test_last_handshakes_and_online_peers_are_those_of_the_interface(tmp_path: P
     world.backend.move(a_key("online"), 1000, 2000, now - 179)
     world.backend.move(a_key("offline"), 1000, 2000, now - 181)
     world.gateway.projection.sample()
-    wireguard = json.loads(app.get_server_metrics(request()).body)["wireguard"]
+    wireguard = json.loads(app.handlers["gateway"].get_server_metrics(request()).body)["wireguard"]
     assert {
         key: datetime.fromisoformat(when).timestamp()
         for key, when in wireguard["last_handshakes"].items()
     } == {a_key("online"): now - 179, a_key("offline"): now - 181}
-    assert json.loads(app.get_status(request()).body)["wireguard_peers"] == 1
-    shown = json.loads(app.get_peer(request(a_key("online"))).body)
+    assert json.loads(app.handlers["gateway"].get_status(request()).body)["wireguard_peers"] == 1
+    shown = json.loads(app.peers.get_peer(request(a_key("online"))).body)
     assert (shown["online"], shown["rx_bytes"], shown["tx_bytes"]) == (True, 1000, 2000)
-    assert not json.loads(app.get_peer(request(a_key("offline"))).body)["online"]
+    assert not json.loads(app.peers.get_peer(request(a_key("offline"))).body)["online"]
     world.close()
 
 

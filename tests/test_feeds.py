@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fakes import build, do
@@ -29,12 +31,12 @@ class Follower:
     def catch_up(self, store: wggw.Store, limit: int) -> None:
         while True:
             try:
-                store.check_feed(self.after)
+                store.feeds.check(self.after)
             except wggw.Gone:
                 self.after, self.peers = 0, {}
                 self.begun += 1
                 continue
-            found = store.changes(self.after, limit, VIEW)
+            found = store.feeds.changes(self.after, limit, VIEW)
             sequences = [sequence for sequence, _ in found]
             assert sequences == sorted(set(sequences))
             for sequence, text in found:
@@ -47,35 +49,36 @@ class Follower:
                 else:
                     self.peers[key] = configuration
             last = sequences[-1] if found else 0
-            self.after = store.next_after(self.after, last, len(found) == limit)
+            full = len(found) == limit
+            self.after = store.feeds.next_after(self.after, last, store.feeds.sequence, full)
             if len(found) < limit:
                 return
 
 
 def listed(store: wggw.Store) -> dict[str, Any]:
     keys = [peer.public_key for peer in store.peers_after(0, 10_000)]
-    return {key: json.loads(store.show(key, VIEW) or "null") for key in keys}
+    return {key: json.loads(store.configurations.show(key, VIEW) or "null") for key in keys}
 
 
 def test_changes_that_a_crash_took_make_followers_begin_again(tmp_path: Path) -> None:
     world = build(tmp_path, DURABILITY="none")
     do(world.gateway, "create", public_key=a_key(1))
     world.gateway.keeper.snapshot()
-    kept = world.store.sequence
+    kept = world.store.feeds.sequence
     do(world.gateway, "create", public_key=a_key(2))
-    seen = world.store.sequence
+    seen = world.store.feeds.sequence
     world.crash()
     world.open()
     assert list(listed(world.store)) == [a_key(1)]
-    world.store.check_feed(kept)
+    world.store.feeds.check(kept)
     for after in (seen, seen + 5):
         with pytest.raises(wggw.Gone):
-            world.store.check_feed(after)
+            world.store.feeds.check(after)
     do(world.gateway, "create", public_key=a_key(3))
-    assert world.store.sequence > seen
+    assert world.store.feeds.sequence > seen
     with pytest.raises(wggw.Gone):
-        world.store.check_feed(seen)
-    [(_, change)] = world.store.changes(kept, 9, VIEW)
+        world.store.feeds.check(seen)
+    [(_, change)] = world.store.feeds.changes(kept, 9, VIEW)
     assert json.loads(change)["public_key"] == a_key(3)
     world.close()
 
@@ -87,12 +90,12 @@ def test_deletions_beyond_memory_make_followers_begin_again(
     world = build(tmp_path)
     for number in range(6):
         do(world.gateway, "create", public_key=a_key(number))
-    before = world.store.sequence
+    before = world.store.feeds.sequence
     for number in range(4):
         do(world.gateway, "delete", public_key=a_key(number))
     with pytest.raises(wggw.Gone):
-        world.store.check_feed(before)
-    world.store.check_feed(before + 1)
+        world.store.feeds.check(before)
+    world.store.feeds.check(before + 1)
     for reopened in range(2):
         beginner = Follower()
         beginner.catch_up(world.store, 1)
@@ -102,15 +105,59 @@ def test_deletions_beyond_memory_make_followers_begin_again(
 
 
 def test_old_gaps_become_a_floor() -> None:
-    feed = wggw.Feed()
+    feed = wggw.Gaps()
     for start in range(70):
         begin = max([0, *(end for _, end in feed.gaps)]) + 5
         feed = feed.skipped(begin, float(start))
     assert len(feed.gaps) == 64 and 0 < feed.floor < feed.gaps[0][0]
-    assert wggw.Feed.parse(feed.encode()) == feed
+    assert wggw.Gaps.parse(feed.encode()) == feed
     for bad in ("{}", '{"gaps": [[2, 1]], "floor": 0}', '{"gaps": [[1]], "floor": 0}', "[]"):
         with pytest.raises((ValueError, TypeError, KeyError)):
-            wggw.Feed.parse(bad)
+            wggw.Gaps.parse(bad)
+
+
+@pytest.mark.parametrize("feed", ["changes", "usage"])
+def test_what_changes_while_an_answer_is_collected_comes_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, feed: str
+) -> None:
+    monkeypatch.setattr(wggw, "APPLY_SLICE", 2)
+    world = build(tmp_path)
+
+    moved = itertools.count(1)
+
+    def touch(*numbers: int) -> None:
+        """Change peers' labels and totals."""
+        for number in numbers:
+            count = next(moved)
+            do(world.gateway, "update", public_key=a_key(number), label=str(count))
+            world.backend.move(a_key(number), count, count, int(world.now))
+            world.gateway.projection.sample()
+
+    for number in range(6):
+        do(world.gateway, "create", public_key=a_key(number))
+        touch(number)
+    work: list[Iterator[None]] = []
+    peers = wggw.PeerHandlers(world.config, world.gateway, work.append, lambda when, function: None)
+    route = next(row for row in wggw.ROUTES if row.template == f"/api/v1/{feed}")
+
+    def collect(after: int, *touched: int) -> Any:
+        """An answer, and what it shows; behind its first slice other peers change."""
+        request = wggw.Request(route, {"after": after}, b"", b"", "", wggw.LogEntry("an-id"))
+        answers: list[wggw.Response] = []
+        cast(wggw.Later[wggw.Response], route.handler(peers, request)).then(answers.append)
+        steps = work.pop()
+        next(steps, None)
+        touch(*touched)
+        assert bool(list(steps)) == bool(touched)
+        content = json.loads(answers[0].body)
+        return content["next"], [row["public_key"] for row in content[feed]]
+
+    after, shown = collect(0, 0, 5)  # one that was read already, and one that was not
+    assert shown == [a_key(n) for n in range(5)]
+    after, shown = collect(after)
+    assert shown == [a_key(0), a_key(5)]
+    assert collect(after) == (after, [])
+    world.close()
 
 
 # --- over HTTP ------------------------------------------------------------------------------------
@@ -205,28 +252,28 @@ def test_usage_has_those_whose_totals_changed(tmp_path: Path) -> None:
     store = world.store
 
     def keys(after: int, limit: int) -> list[str]:
-        return [json.loads(text)["public_key"] for _, text in store.usage(after, limit)]
+        return [json.loads(text)["public_key"] for _, text in store.feeds.usage(after, limit)]
 
     assert keys(0, 2) == [a_key(0), a_key(1)]
-    after = store.next_after(0, store.usage(0, 2)[-1][0], True)
-    [(_, text)] = store.usage(after, 2)
+    after = store.feeds.next_after(0, store.feeds.usage(0, 2)[-1][0], store.feeds.sequence, True)
+    [(_, text)] = store.feeds.usage(after, 2)
     assert json.loads(text) == {
         "public_key": a_key(2),
         "rx_bytes": 102,
         "tx_bytes": 7,
         "last_handshake": wggw.rfc3339(world.now),
     }
-    after = store.sequence
+    after = store.feeds.sequence
     world.gateway.projection.sample()
     assert keys(after, 9) == []
     world.backend.move(a_key(4), 1)
     world.gateway.projection.sample()
     assert keys(after, 9) == [a_key(4)]
-    assert store.changes(after, 9, VIEW) == []  # traffic is no change
-    before = store.usage(0, 9)
+    assert store.feeds.changes(after, 9, VIEW) == []  # traffic is no change
+    before = store.feeds.usage(0, 9)
     world.crash()
     world.open()
-    assert world.store.usage(0, 9) == before
+    assert world.store.feeds.usage(0, 9) == before
     world.close()
 
 

@@ -60,7 +60,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, World]:
 
 def page(world: World, after: int, **chosen: Any) -> int:
     view = world.gateway.view()
-    return len(world.store.page(after, 10, wggw.Filter(**chosen), view).rows)
+    return len(world.store.configurations.page(after, 10, wggw.Filter(**chosen), view).rows)
 
 
 def decide(rule: str, **fields: Any) -> Callable[[World, int], Any]:
@@ -82,7 +82,7 @@ def decide(rule: str, **fields: Any) -> Callable[[World, int], Any]:
 OPERATIONS: dict[str, Callable[[World, int], Any]] = {
     "create": decide("create", public_key=lambda n: a_key(("new", n))),
     "create again": decide("create", public_key=a_key),
-    "get": lambda world, n: world.store.show(a_key(n), world.gateway.view()),
+    "get": lambda world, n: world.store.configurations.show(a_key(n), world.gateway.view()),
     "suspend": decide("set_status", public_key=a_key, status="suspended"),
     "patch": decide("update", public_key=a_key, dns="d2"),
     "rotate": decide("rotate", public_key=a_key, new_public_key=lambda n: a_key(("new", n))),
@@ -135,12 +135,12 @@ def test_a_page_of_who_is_online_looks_at_so_many_peers_and_no_more(
     world = worlds[1]
     chosen, view = wggw.Filter(online=True), world.gateway.view()
     with world.lock, Work(world.store) as work:
-        found = world.store.page(0, 10, chosen, view)
+        found = world.store.configurations.page(0, 10, chosen, view)
     assert found.rows == [] and found.after is not None
     assert work.steps < 12 * wggw.PAGE_SCAN
     pages = 1
     after: int | None = found.after
     while after is not None:
-        after = world.store.page(after, 10, chosen, view).after
+        after = world.store.configurations.page(after, 10, chosen, view).after
         pages += 1
     assert pages == MANY // wggw.PAGE_SCAN

@@ -143,8 +143,7 @@ class Node:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.files.close()
-        self.store.close()
+        self.files.journal.close()
 
     def clock(self) -> float:
         return self.now or time.time()
@@ -184,11 +183,10 @@ def superseded(path: Path) -> State:
 
 def copied(objects: Any, path: Path, vault: Vault | None = None) -> State:
     """What a node with an empty disk would boot from; nothing is written."""
-    files = Files(str(path / "nowhere"), "commit", FakeDisk(), vault)
     epochs = Epochs(objects, vault, "nobody", time.time)
     _, newest = epochs.find()
     entries = epochs.read(newest.prefix)[1] if newest else []
-    return state_of(read_state(files, entries)) if entries else frozenset()
+    return state_of(read_state(entries)) if entries else frozenset()
 
 
 # --- what the copy holds --------------------------------------------------------------------------
@@ -344,10 +342,9 @@ def test_traffic_totals_alone_are_no_reason_to_upload(tmp_path: Path) -> None:
         node.save()
         node.tick()
         assert [method for method, _ in objects.asked] == ["PUT"]
-        files = Files(str(tmp_path / "nowhere"), "commit", FakeDisk())
         _, newest = node.copier.epochs.find()
         assert newest
-        copy = read_state(files, node.copier.epochs.read(newest.prefix)[1])
+        copy = read_state(node.copier.epochs.read(newest.prefix)[1])
         assert copy.traffic_row(1) == node.store.traffic_row(1)
         assert copy.number == node.store.number
 

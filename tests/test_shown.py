@@ -158,19 +158,19 @@ def test_sqlite_writes_what_the_row_says(
 ) -> None:
     store = wggw.Store()
     store.apply(wggw.Record([peer], at=5))
-    sequence = store.sequence
+    sequence = store.feeds.sequence
     if totals is not None:
         store.apply(wggw.Record(traffic=[wggw.TrafficRow(peer.id, *totals[:2], 0, 0, totals[2])]))
     right = expected(peer, totals, sequence)
-    text = store.show(peer.public_key, VIEW) or ""
+    text = store.configurations.show(peer.public_key, VIEW) or ""
     shown = json.loads(text)
     assert shown == right and list(shown) == list(right) == list(wggw.CONFIGURATION)
     # The same bytes as Python's: no escapes but those that JSON demands.
     encoded = json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
     assert text == encoded
-    assert store.page(0, 9, wggw.Filter(), VIEW).rows == [(peer.id, text)]
-    assert store.show_given(peer, store.traffic(peer.id), VIEW) == text
-    [(_, change)] = store.changes(0, 9, VIEW)
+    assert store.configurations.page(0, 9, wggw.Filter(), VIEW).rows == [(peer.id, text)]
+    assert store.configurations.show_given(peer, store.traffic(peer.id), VIEW) == text
+    [(_, change)] = store.feeds.changes(0, 9, VIEW)
     assert json.loads(change) == {
         "sequence": sequence,
         "time": "1970-01-01T00:00:05Z",
@@ -179,7 +179,7 @@ def test_sqlite_writes_what_the_row_says(
         "configuration": right,
     }
     names = ("sequence", "label", "online")
-    [(_, some)] = store.page(0, 9, wggw.Filter(), VIEW, names).rows
+    [(_, some)] = store.configurations.page(0, 9, wggw.Filter(), VIEW, names).rows
     assert list(json.loads(some).items()) == [(name, right[name]) for name in names]
 
 
@@ -191,10 +191,10 @@ def test_a_row_that_is_gone_is_shown_as_it_was() -> None:
     store = wggw.Store()
     peer, other = a_row(label="gone"), a_row(id=2, public_key=a_key("another"))
     store.apply(wggw.Record([peer, other]))
-    before, traffic = store.show(peer.public_key, VIEW), store.traffic(1)
+    before, traffic = store.configurations.show(peer.public_key, VIEW), store.traffic(1)
     store.apply(wggw.Record(delete=[1]))
-    assert store.show(peer.public_key, VIEW) is None
-    assert store.show_given(peer, traffic, VIEW) == before
+    assert store.configurations.show(peer.public_key, VIEW) is None
+    assert store.configurations.show_given(peer, traffic, VIEW) == before
 
 
 @pytest.fixture

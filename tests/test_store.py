@@ -55,7 +55,7 @@ def everything(store: Store) -> list[Any]:
         "SELECT address FROM released ORDER BY sequence",
         "SELECT * FROM traffic ORDER BY id",
     )
-    return [store._db.execute(query).fetchall() for query in queries] + [+store.counts]
+    return [store._db.execute(query).fetchall() for query in queries] + [+store.counts.peers]
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -149,10 +149,10 @@ class History:
             f"SELECT {', '.join(TrafficRow._fields)} FROM traffic ORDER BY id"
         ).fetchall()
         assert rows == [tuple(self.totals[n]) for n in sorted(self.totals)]
-        assert store.released() == self.released
+        assert store.released.addresses() == self.released
         kinds = Counter((p.interface, p.status) for p in self.peers.values())
-        assert +store.counts == kinds
-        assert store.next_id > max(self.peers, default=0)
+        assert +store.counts.peers == kinds
+        assert store.counts.next_id > max(self.peers, default=0)
 
 
 @pytest.mark.parametrize("slices", [1, 3, 250])
@@ -178,7 +178,7 @@ def test_rows_are_right_after_any_history_and_replay_gives_the_very_same(
     finally:
         wggw.APPLY_SLICE = limit
     replayed = Store()
-    assert list(replayed.replay(JournalFile(0, Peer._fields, landings, 0, 0, b""), "name")) == []
+    replayed.replay(JournalFile(0, Peer._fields, landings, 0, 0, b""), "name")
     assert everything(replayed) == everything(live)
     assert replayed.number == 12
 
@@ -190,14 +190,13 @@ def check_between(
     now = {peer.id: peer for peer in store.peers_after(0, 10_000)}
     for number in before.keys() - gone:
         assert now[number] in (before[number], after.get(number))
-    assert +store.counts == Counter((p.interface, p.status) for p in now.values())
+    assert +store.counts.peers == Counter((p.interface, p.status) for p in now.values())
 
 
 def replayed(records: list[Record], store: Store | None = None) -> Store:
     landings = [Landing(n, [json.loads(wggw.encode_record(r))]) for n, r in enumerate(records, 1)]
     store = store or Store()
-    for _ in store.replay(JournalFile(0, Peer._fields, landings, 0, 0, b""), "name"):
-        pass
+    store.replay(JournalFile(0, Peer._fields, landings, 0, 0, b""), "name")
     return store
 
 
@@ -212,7 +211,7 @@ def test_void_records_never_count_whatever_follows_them() -> None:
         ]
     )
     assert store.peers_after(0, 9) == [a_peer(1, dns="d2")]
-    assert store.released() == []
+    assert store.released.addresses() == []
     assert store.number == 5
 
 
@@ -266,10 +265,10 @@ def test_one_reading_for_an_interface_takes_no_more_rows_than_it_says() -> None:
         a_peer(8),
         a_peer(9, status="suspended"),
     )
-    assert store.held_rows("wg0", "ipv6", 1, 2) == [(3, None), (5, None)]
-    assert store.held_rows("wg0", "ipv6", 5, 9) == [(7, None), (8, None), (9, "fd00::b")]
-    assert [row[:2] for row in store.wire_rows("wg0", 1, 2)] == [(3, None), (5, None)]
-    assert [row[:2] for row in store.wire_rows("wg0", 7, 9)] == [(8, a_key(8)), (9, None)]
+    assert store.queries.held_rows("wg0", "ipv6", 1, 2) == [(3, None), (5, None)]
+    assert store.queries.held_rows("wg0", "ipv6", 5, 9) == [(7, None), (8, None), (9, "fd00::b")]
+    assert [row[:2] for row in store.queries.wire_rows("wg0", 1, 2)] == [(3, None), (5, None)]
+    assert [row[:2] for row in store.queries.wire_rows("wg0", 7, 9)] == [(8, a_key(8)), (9, None)]
 
 
 @pytest.fixture
@@ -289,7 +288,7 @@ def listed(store: Store, chosen: Filter) -> list[int]:
     found: list[int] = []
     after: int | None = 0
     while after is not None:
-        page = store.page(after, 5, chosen, wggw.View(1010, {"d1": ()}, ()))
+        page = store.configurations.page(after, 5, chosen, wggw.View(1010, {"d1": ()}, ()))
         assert len(page.rows) <= 5
         found += [number for number, _ in page.rows]
         assert page.after is None or page.after > after
@@ -313,7 +312,7 @@ def test_pages_give_every_peer_once_in_order(
     offline = [n for n in range(1, 24) if n not in online]
     assert listed(many, Filter(online=False)) == offline
     assert listed(many, Filter("active", "wg1", True)) == online
-    assert many.online(1010) == len(online)
+    assert many.queries.online(1010) == len(online)
 
 
 def test_quota_and_expiry_find_peers_whose_status_is_to_change() -> None:
@@ -330,18 +329,17 @@ def test_quota_and_expiry_find_peers_whose_status_is_to_change() -> None:
     )
     rows = [(1, 25, 25), (2, 100, 0), (3, 26, 25), (5, 51, 0), (6, 51, 0)]
     store.apply(Record(traffic=[TrafficRow(*row, 0, 0, 0) for row in rows]))
-    assert store.quotas(0, 10) == [(1, 0), (2, 0), (3, 1), (5, 0), (6, 1)]
-    assert store.expired(102) == [1, 4]  # the clock was set back for the last one
-    assert store.expired(200) == [1, 3]
+    assert store.queries.quotas(0, 10) == [(1, 0), (2, 0), (3, 1), (5, 0), (6, 1)]
+    assert store.queries.expired(102) == [1, 4]  # the clock was set back for the last one
+    assert store.queries.expired(200) == [1, 3]
 
 
 def test_an_image_is_read_back_with_all_that_it_held(many: Store) -> None:
     many.private_keys = {"wg0": "a key"}
     for number, with_keys in ((7, True), (8, False)):
-        other = Store()
-        other.load(many.image(number, with_keys, journaled=True))
+        other = Store(many.image(number, with_keys, journaled=True))
         assert everything(other) == everything(many)
-        assert (other.number, other.next_id, other.is_journaled()) == (number, 24, True)
+        assert (other.number, other.counts.next_id, other.journaled) == (number, 24, True)
         assert other.private_keys == (many.private_keys if with_keys else {})
 
 

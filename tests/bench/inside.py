@@ -59,7 +59,7 @@ def write_peers(path: Path, peers: Sequence[wggw.Peer], snapshot: bool) -> None:
         files.renew(0, files.image(store, 0))
     else:
         files.journal.flush()
-    files.close()
+    files.journal.close()
 
 
 def recovery(path: str) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def recovery(path: str) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - started,
         "processor": time.process_time() - used,
-        "peers": sum(store.counts.values()),
+        "peers": store.counts.total(),
     }
 
 

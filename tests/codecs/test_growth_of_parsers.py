@@ -271,7 +271,7 @@ def body(data: bytes) -> None:
 def journal(data: bytes) -> None:
     with contextlib.suppress(wggw.DamagedError):
         wggw.parse_journal(data, "journal")
-    file = wggw.JournalReader(data, "journal", None, salvage=True).read()
+    file = wggw.parse_journal(data, "journal", salvage=True)
     for record in (record for landing in file.landings for record in landing.records):
         with contextlib.suppress(*wggw._BAD_RECORD):
             wggw.decode_record(record, file.columns)

@@ -141,12 +141,10 @@ def journal(data: bytes) -> None:
     with contextlib.suppress(wggw.DamagedError, wggw.ConfigError):
         file = wggw.parse_journal(data, "name")
         assert file.size + file.torn == len(data)
-        for _ in wggw.Store().replay(file, "name"):
-            pass
+        wggw.Store().replay(file, "name")
     with contextlib.suppress(wggw.ConfigError):
-        file = wggw.JournalReader(data, "name", None, salvage=True).read()
-        for _ in wggw.Store().replay(file, "name", salvage=True):
-            pass
+        file = wggw.parse_journal(data, "name", salvage=True)
+        wggw.Store().replay(file, "name", skipped=str)
 
 
 def record(data: bytes) -> None:

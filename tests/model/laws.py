@@ -17,12 +17,12 @@ def rows(store: wggw.Store) -> dict[str, Any]:
         "traffic": sorted(
             map(tuple, store._db.execute("SELECT * FROM traffic WHERE rx_bytes >= 0"))
         ),
-        "released": store.released(),
+        "released": store.released.addresses(),
         "settings": sorted(
             store._db.execute("SELECT name, value FROM meta WHERE name = 'obfuscation'")
         ),
         "number": store.number,
-        "counts": {kind: count for kind, count in store.counts.items() if count},
+        "counts": {kind: count for kind, count in store.counts.peers.items() if count},
     }
 
 

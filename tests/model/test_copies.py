@@ -153,34 +153,48 @@ class ModelFiles:
         self.disk, self.rows = disk, rows
         self.superseded = False
 
-    def writers(self) -> list[str]:
-        return list(self.disk.names)
-
-    def remember_writers(self, names: Sequence[str]) -> None:
-        self.disk.names = list(names)
-
-    def keep_superseded(self, state: Rows) -> None:
+    def write_copy(self, state: Rows, path: str) -> None:
+        assert path == "model.superseded"
         self.superseded = True
 
     def read_snapshot(self) -> tuple[float, int, bytes]:
         image = json.dumps([self.rows.number, sorted(self.rows.peers)]).encode()
         return self.snapshot_time, self.rows.number, image
 
-    def totals(self, since: int) -> tuple[float, list[Any]]:
-        return self.snapshot_time, []
 
-    def read_image(self, data: bytes, segments: Any, name: str) -> Rows:
-        number, given = json.loads(data)
-        peers = set(given)
-        for _, last, journal, _ in segments:
-            file = wggw.parse_journal(journal, "a segment")
-            assert file.last == last and file.after <= number
-            for landing in file.landings:
-                for at, record in enumerate(landing.records, landing.first):
-                    if at > number:
-                        apply(peers, record)
-            number = max(number, last)
-        return Rows(number, peers, "")
+class ModelWriters:
+    """In the place of wggw.Writers."""
+
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
+
+    def names(self) -> list[str]:
+        return list(self.disk.names)
+
+    def keep(self, names: Sequence[str]) -> None:
+        self.disk.names = list(names)
+
+
+def open_state(data: bytes, segments: Any, name: str) -> Rows:
+    """In the place of wggw.open_state()."""
+    number, given = json.loads(data)
+    peers = set(given)
+    for _, last, journal, _ in segments:
+        file = wggw.parse_journal(journal, "a segment")
+        assert file.last == last and file.after <= number
+        for landing in file.landings:
+            for at, record in enumerate(landing.records, landing.first):
+                if at > number:
+                    apply(peers, record)
+        number = max(number, last)
+    return Rows(number, peers, "")
+
+
+@pytest.fixture(autouse=True)
+def _of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wggw, "Writers", lambda files: ModelWriters(files.disk))
+    monkeypatch.setattr(wggw, "open_state", open_state)
+    monkeypatch.setattr(wggw, "totals_since", lambda files, since: (files.snapshot_time, []))
 
 
 def apply(peers: set[int], record: dict[str, int]) -> None:

@@ -52,7 +52,7 @@ class Http:
         headers |= sign(data, at=int(self.world.now))
         lines = [f"{method} {target} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
         head = wggw.parse_head("\r\n".join(lines).encode())
-        admitted = self.app.admit(head, "127.0.0.1", wggw.LogEntry("an-id"))
+        admitted = self.app.admission.admit(head, "127.0.0.1", wggw.LogEntry("an-id"))
         answers: queue.SimpleQueue[wggw.Response] = queue.SimpleQueue()
         if admitted.route.place == "loop":
             run = self.world.gateway.run

@@ -231,7 +231,7 @@ class Histories(RuleBasedStateMachine):
         peers = [peer for peer, _ in self.world.rows()]
         shown = {p.public_key: (self._addresses(p), p.status == "active") for p in peers}
         assert shown == {key: (p.addresses, p.active) for key, p in self.peers.items()}
-        active = self.world.store.counts["wg0", "active"]
+        active = self.world.store.counts.peers["wg0", "active"]
         assert active == sum(p.active for p in self.peers.values())
         assert self.world.gateway.peer_count() == len(self.peers)
 

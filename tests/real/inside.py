@@ -59,14 +59,14 @@ class Inside:
     def close(self) -> None:
         self.gateway.close()
         self.backend.close()
-        self.files.close()
+        self.files.journal.close()
 
     def connect(self, number: int) -> Tunnel:
         """A new peer whose tunnel carries traffic."""
         tunnel = self.topology.tunnel(number)
         do(self.gateway, "create", public_key=tunnel.public_key, protocol="dual")
         view = self.gateway.view()
-        shown = self.gateway.run(lambda: self.store.show(tunnel.public_key, view))
+        shown = self.gateway.run(lambda: self.store.configurations.show(tunnel.public_key, view))
         tunnel.connect(json.loads(shown or "null"))
         assert tunnel.ping(Topology.GATEWAY[0], count=1) == {Topology.GATEWAY[0]: 1}
         return tunnel
