@@ -7,10 +7,10 @@ addresses, configures the WireGuard interface, reports usage, and restores all t
 
 A request's path
     A thread of server.Server does the TLS handshake and hands the connection to server.Loop, the
-    one thread that owns rows and connections. The loop reads a head; http.Admission
-    verifies its signature and finds the route; the body is decoded once, into frozen values. A read
-    is answered from the rows. A change is decided by gateway.Rules and becomes a ledger.Flight. The
-    ledger's lander, another thread, takes all waiting flights: it writes their records to the journal with
+    one thread that owns rows and connections. The loop reads a head; http.Admission verifies its
+    signature and finds the route; the body is decoded once, into frozen values. A read is answered
+    from the rows. A change is decided by gateway.Rules and becomes a ledger.Flight. The ledger's
+    lander, another thread, takes all waiting flights: it writes their records to the journal with
     one fsync, sends the interface one message, and hands the flights back. Then the loop changes
     the rows and answers.
 
@@ -4417,13 +4417,6 @@ def _configuration_sql(names: Iterable[str]) -> str:
 ALL_MEMBERS = tuple(CONFIGURATION_SQL)
 _SHOWN = _configuration_sql(ALL_MEMBERS)
 _SHOW = f"SELECT {_SHOWN} {_SHOWN_FROM} WHERE p.public_key = :public_key"
-_NAMED = (*Peer._fields, "sequence")
-# The same of a row that need not be in the tables: these names hide them.
-_SHOW_GIVEN = (
-    f"WITH peers ({', '.join(_NAMED)}) AS (VALUES ({', '.join(f':{n}' for n in _NAMED)})), "
-    f"traffic AS (SELECT :id AS id, :rx_bytes AS rx_bytes, :tx_bytes AS tx_bytes, "
-    f":last_handshake AS last_handshake) {_SHOW}"
-)
 _CHANGES = f"""
     SELECT p.sequence, json_object('sequence', p.sequence, 'time', {_TIME.format("p.changed_at")},
         'deleted', json('false'), 'public_key', p.public_key, 'configuration', {_SHOWN})
@@ -5246,12 +5239,6 @@ class Store:
         values = {**self._prepare(view), "public_key": public_key}
         row: tuple[str] | None = self._db.execute(_SHOW, values).fetchone()
         return row[0] if row else None
-
-    def show_given(self, peer: Peer, traffic: Traffic, view: View) -> str:
-        """The configuration of a peer as it was, which has changed or gone since."""
-        values = {**self._prepare(view), **peer._asdict(), **traffic._asdict()}
-        text: str = self._db.execute(_SHOW_GIVEN, values).fetchone()[0]
-        return text
 
     def _prepare(self, view: View) -> dict[str, Any]:
         """Write the view into its tables if it has changed. Returns the parameter of _ONLINE."""
@@ -11875,11 +11862,15 @@ class Gateway:
         return flight
 
     def batch(
-        self, operations: Sequence[BatchOperation], reply: Callable[[list[Any]], None]
+        self,
+        operations: Sequence[BatchOperation],
+        show: Callable[[BatchOperation, Outcome | GatewayError], _T],
+        reply: Callable[[list[_T]], None],
     ) -> Iterator[None]:
         """Do operations: each is atomic, and those on one key keep their order. For the owner.
 
-        An error that decoding put among `operations` becomes the result in its place.
+        An error that decoding put among `operations` becomes the result in its place. `show` gets
+        each result while the rows are as the operation left them; `reply` gets what it returned.
         """
         results: list[Any] = [None] * len(operations)
         left = len(operations)
@@ -11887,7 +11878,7 @@ class Gateway:
 
         def finish(place: int, done: Later[None], result: Outcome | GatewayError) -> None:
             nonlocal left
-            results[place] = result
+            results[place] = show(operations[place], result)
             left -= 1
             if not left:
                 reply(results)
@@ -13297,7 +13288,7 @@ class PeerHandlers:
         )
 
     def _created(self, outcome: Outcome, fields: Mapping[str, Any]) -> dict[str, Any]:
-        shown: dict[str, Any] = json.loads(self._show(outcome))
+        shown: dict[str, Any] = json.loads(self._show(outcome.peer.public_key))
         if not outcome.changed:
             tunnel = self._gateway.tunnels[outcome.peer.interface]
             differs = differing(tunnel.with_defaults(outcome.peer, self._config), fields)
@@ -13314,39 +13305,47 @@ class PeerHandlers:
         operations = [_decode_operation(given) for given in body_fields(request)["operations"]]
         later = Later[Response]()
 
-        def reply(results: list[Outcome | GatewayError]) -> None:
-            if any(isinstance(result, OutcomeUnknown) for result in results):
-                later.give(NO_ANSWER)
-                return
-            self._give(later, lambda: self._batch_results(operations, results))
+        def reply(results: list[dict[str, Any] | None]) -> None:
+            self._give(later, lambda: self._batch_answer(operations, results))
 
-        self._work_on(later, self._gateway.batch(operations, reply))
+        self._work_on(later, self._gateway.batch(operations, self._batch_result, reply))
         return later
 
-    def _batch_results(
-        self, operations: Sequence[BatchOperation], results: Sequence[Outcome | GatewayError]
+    @staticmethod
+    def _batch_answer(
+        operations: Sequence[BatchOperation], results: Sequence[dict[str, Any] | None]
     ) -> Response:
-        shown = list(map(self._batch_result, operations, results))
+        if None in results:
+            return NO_ANSWER
         said = (
             f"{operation[0]} {short_key(operation[1]['public_key'])} {result['status']}"
-            for operation, result in zip(operations, shown, strict=True)
-            if not isinstance(operation, GatewayError)
+            for operation, result in zip(operations, results, strict=True)
+            if result and not isinstance(operation, GatewayError)
         )
-        return Response(200, encode_json({"results": shown}), note=", ".join(said))
+        return Response(200, encode_json({"results": results}), note=", ".join(said))
 
     def _batch_result(
         self, operation: BatchOperation, result: Outcome | GatewayError
-    ) -> dict[str, Any]:
-        """The answer that the operation would have had as a request of its own."""
-        if isinstance(result, GatewayError):
-            return problem_details(result)
-        name, fields = cast(tuple[str, Mapping[str, Any]], operation)
+    ) -> dict[str, Any] | None:
+        """What the operation would have been answered on its own; None: its outcome is unknown."""
+        if isinstance(result, OutcomeUnknown):
+            return None
+        try:
+            if isinstance(result, GatewayError):
+                raise result
+            return self._show_done(*cast(tuple[str, Mapping[str, Any]], operation), result)
+        except GatewayError as error:
+            return problem_details(error)
+
+    @answering_defects
+    def _show_done(self, name: str, fields: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
         if name == "create":
-            return self._created(result, fields)
-        if name in ("update", "rotate", "reset-quota"):
-            shown = json.loads(self._show(result))
-            return {**shown, "status": OPERATIONS[name].said, "peer_status": shown["status"]}
-        return {"status": OPERATIONS[name].said, "public_key": result.peer.public_key}
+            return self._created(outcome, fields)
+        said, key = OPERATIONS[name].said, outcome.peer.public_key
+        if name not in ("update", "rotate", "reset-quota"):
+            return {"status": said, "public_key": key}
+        shown = json.loads(self._show(key))
+        return {**shown, "status": said, "peer_status": shown["status"]}
 
     @collector_off()
     def sync_peers(self, request: Request) -> Response:
@@ -13372,16 +13371,14 @@ class PeerHandlers:
         """Let the route's rule change the peer in the path, and show the peer."""
         fields = body_fields(request) if request.route.fields else {}
         fields["public_key"] = request.key
-        return self._change(request.route.rule, fields, self._show)
+        return self._change(request.route.rule, fields, self._show_changed)
 
     def get_peer(self, request: Request) -> Response:
+        text = self._show(request.key)
         if request.query.get("format") == "wg-quick":
-            outcome = self._gateway.get(request.key)
-            file = wg_quick(json.loads(self._show(outcome)), outcome.peer.preshared_key)
+            peer = self._gateway.get(request.key).peer
+            file = wg_quick(json.loads(text), peer.preshared_key)
             return Response(200, file.encode("utf-8"), "text/plain; charset=utf-8")
-        text = self._gateway.store.show(request.key, self._gateway.view())
-        if text is None:
-            raise NotFound(NO_PEER)
         return Response(200, text.encode("utf-8"))
 
     def set_peer_status(self, request: Request) -> Later[Response]:
@@ -13508,10 +13505,15 @@ class PeerHandlers:
 
     # --- what handlers share ---------------------------------------------------------------------
 
-    def _show(self, outcome: Outcome) -> str:
-        """The peer's configuration as JSON."""
-        view = self._gateway.view()
-        return self._gateway.store.show_given(outcome.peer, outcome.traffic, view)
+    def _show(self, public_key: str) -> str:
+        """A peer's configuration as JSON."""
+        text = self._gateway.store.show(public_key, self._gateway.view())
+        if text is None:
+            raise NotFound(NO_PEER)
+        return text
+
+    def _show_changed(self, outcome: Outcome) -> str:
+        return self._show(outcome.peer.public_key)
 
     def _change(
         self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], str]
