@@ -10338,11 +10338,10 @@ class InterfaceTraffic(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The result of a request: the peer after it (before it, if deleted), and its traffic."""
+    """The result of a request: the peer after it (before it, if deleted)."""
 
     changed: bool
     peer: Peer
-    traffic: Traffic
 
 
 # An operation of a batch: its name and decoded fields, or the error that decoding found.
@@ -11829,7 +11828,7 @@ class Gateway:
             step = rule(fields)
             peer = cast(Peer, step.after or step.before)
             if step.before == step.after:
-                reply(self._outcome(False, peer))
+                reply(Outcome(False, peer))
                 return
             self.rules.check_usable(peer.interface)
             self.ledger.check_disk()
@@ -11840,11 +11839,8 @@ class Gateway:
         except GatewayError as error:
             reply(error)
             return
-        flight.then(lambda error: reply(error or self._outcome(True, peer)))
+        flight.then(lambda error: reply(error or Outcome(True, peer)))
         self.ledger.submit(flight)
-
-    def _outcome(self, changed: bool, peer: Peer) -> Outcome:
-        return Outcome(changed, peer, self.store.traffic(peer.id))
 
     def _flight(self, step: Step) -> Flight:
         flight = Flight()
@@ -11935,13 +11931,6 @@ class Gateway:
     def online_since(self) -> int:
         """A peer with a handshake after this time (Unix seconds) is online."""
         return int(self._core.clock()) - ONLINE_SECONDS
-
-    def get(self, public_key: str) -> Outcome:
-        """Owner."""
-        peer = self.store.get(public_key)
-        if peer is None:
-            raise NotFound(NO_PEER)
-        return self._outcome(False, peer)
 
     def view(self) -> View:
         """What configurations show besides the rows. Owner."""
@@ -13376,7 +13365,7 @@ class PeerHandlers:
     def get_peer(self, request: Request) -> Response:
         text = self._show(request.key)
         if request.query.get("format") == "wg-quick":
-            peer = self._gateway.get(request.key).peer
+            peer = cast(Peer, self._gateway.store.get(request.key))
             file = wg_quick(json.loads(text), peer.preshared_key)
             return Response(200, file.encode("utf-8"), "text/plain; charset=utf-8")
         return Response(200, text.encode("utf-8"))

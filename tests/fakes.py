@@ -550,6 +550,17 @@ def build(
 _LOST = weakref.WeakSet[wggw.Gateway]()  # they crashed: nobody hears of them any more
 
 
+def peer_of(gateway: wggw.Gateway, public_key: str) -> wggw.Peer:
+    peer = gateway.store.get(public_key)
+    if peer is None:
+        raise wggw.NotFound(wggw.NO_PEER)
+    return peer
+
+
+def traffic_of(gateway: wggw.Gateway, public_key: str) -> wggw.Traffic:
+    return gateway.store.traffic(peer_of(gateway, public_key).id)
+
+
 def submit(gateway: wggw.Gateway, rule: str, **fields: Any) -> Callable[[], wggw.Outcome]:
     """Ask for a change; the result waits for the answer and returns or raises it."""
     answered = threading.Event()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import NOON, World, build, do, submit
+from fakes import NOON, World, build, do, peer_of, submit, traffic_of
 from harness import Client, GatewayProcess, a_key, path_key, running, sign, wait_for
 
 import wggw
@@ -265,7 +265,7 @@ def test_an_interface_that_hangs_does_not_hold_up_the_stop_nor_readers(tmp_path:
     answer = submit(world.gateway, "delete", public_key=AWAKE)
     assert hangs.wait(30)
     started = time.monotonic()
-    assert world.gateway.get(AWAKE).peer.status == "active"
+    assert peer_of(world.gateway, AWAKE).status == "active"
     assert world.gateway.usage()["ipv4"]["used"] == 1
     assert time.monotonic() - started < 20
     world.gateway.close()
@@ -289,12 +289,12 @@ def test_what_is_shown_is_on_disk(tmp_path: Path) -> None:
     world.disk.faults.before = slow
     answer = submit(world.gateway, "create", public_key=a_key("new"))
     assert writing.wait(30)
-    assert world.gateway.get(AWAKE).peer.status == "active"
+    assert peer_of(world.gateway, AWAKE).status == "active"
     assert world.gateway.usage()["ipv4"]["assigned_ips"] == ["10.0.1.2"]
     with pytest.raises(wggw.NotFound):
-        world.gateway.get(a_key("new"))
+        peer_of(world.gateway, a_key("new"))
     written.set()
-    assert answer().peer == world.gateway.get(a_key("new")).peer
+    assert answer().peer == peer_of(world.gateway, a_key("new"))
     world.close()
 
 
@@ -445,13 +445,13 @@ def test_one_unreadable_peer_is_said_and_keeps_no_other_from_being_counted(tmp_p
     for _ in range(2):
         with pytest.raises(wggw.BackendError, match="1 peers cannot be read"):
             world.gateway.projection.sample()
-        assert [world.gateway.get(a_key(n)).traffic.rx_bytes for n in range(3)] == [100, 0, 100]
+        assert [traffic_of(world.gateway, a_key(n)).rx_bytes for n in range(3)] == [100, 0, 100]
         assert [reason.partition(":")[0] for reason in world.gateway.degraded()] == ["counters"]
     world.gateway.projection.reconcile()  # it is made anew, and counted from 0
     world.backend.unreadable = set()
     world.backend.move(a_key(1), 7)
     world.gateway.projection.sample()
-    assert world.gateway.get(a_key(1)).traffic.rx_bytes == 7
+    assert traffic_of(world.gateway, a_key(1)).rx_bytes == 7
     assert not world.gateway.degraded()
     world.close()
 
@@ -464,11 +464,11 @@ def test_what_a_failing_disk_kept_from_being_counted_is_counted_behind_it(tmp_pa
     for _ in range(2):  # the disk fails with the sample's own record, then is known to
         world.disk.fail("write", forever=True)
         world.gateway.projection.sample()
-        assert world.gateway.get(a_key(1)).traffic.rx_bytes == 0
+        assert traffic_of(world.gateway, a_key(1)).rx_bytes == 0
     world.disk.heal()
     world.gateway.keeper.heal()
     world.gateway.projection.sample()
-    assert world.gateway.get(a_key(1)).traffic.rx_bytes == 100
+    assert traffic_of(world.gateway, a_key(1)).rx_bytes == 100
     assert world.gateway.tunnels["wg0"].traffic.rx_bytes == 100
     world.close()
 
