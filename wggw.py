@@ -4428,13 +4428,6 @@ def _configuration_sql(names: Iterable[str]) -> str:
 ALL_MEMBERS = tuple(CONFIGURATION_SQL)
 _SHOWN = _configuration_sql(ALL_MEMBERS)
 _SHOW = f"SELECT {_SHOWN} {_SHOWN_FROM} WHERE p.public_key = :public_key"
-_NAMED = (*Peer._fields, "sequence")
-# The same of a row that need not be in the tables: these names hide them.
-_SHOW_GIVEN = (
-    f"WITH peers ({', '.join(_NAMED)}) AS (VALUES ({', '.join(f':{n}' for n in _NAMED)})), "
-    f"traffic AS (SELECT :id AS id, :rx_bytes AS rx_bytes, :tx_bytes AS tx_bytes, "
-    f":last_handshake AS last_handshake) {_SHOW}"
-)
 _CHANGES = f"""
     SELECT p.sequence, json_object('sequence', p.sequence, 'time', {_TIME.format("p.changed_at")},
         'deleted', json('false'), 'public_key', p.public_key, 'configuration', {_SHOWN})
@@ -4983,12 +4976,6 @@ class Configurations:
         values = {**self.prepare(view), "public_key": public_key}
         row: tuple[str] | None = self._db.execute(_SHOW, values).fetchone()
         return row[0] if row else None
-
-    def show_given(self, peer: Peer, traffic: Traffic, view: View) -> str:
-        """The configuration of a peer as it was, which has changed or gone since."""
-        values = {**self.prepare(view), **peer._asdict(), **traffic._asdict()}
-        text: str = self._db.execute(_SHOW_GIVEN, values).fetchone()[0]
-        return text
 
     def page(
         self,
@@ -10473,11 +10460,10 @@ class InterfaceTraffic(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The result of a request: the peer after it (before it, if deleted), and its traffic."""
+    """The result of a request: the peer after it (before it, if deleted)."""
 
     changed: bool
     peer: Peer
-    traffic: Traffic
 
 
 # An operation of a batch: its name and decoded fields, or the error that decoding found.
@@ -12014,7 +12000,7 @@ class Gateway:
             step = rule(fields)
             peer = cast(Peer, step.after or step.before)
             if step.before == step.after:
-                reply(self._outcome(False, peer))
+                reply(Outcome(False, peer))
                 return
             self.rules.check_usable(peer.interface)
             self.ledger.check_disk()
@@ -12025,11 +12011,8 @@ class Gateway:
         except GatewayError as error:
             reply(error)
             return
-        flight.then(lambda error: reply(error or self._outcome(True, peer)))
+        flight.then(lambda error: reply(error or Outcome(True, peer)))
         self.ledger.submit(flight)
-
-    def _outcome(self, changed: bool, peer: Peer) -> Outcome:
-        return Outcome(changed, peer, self.store.traffic(peer.id))
 
     def _flight(self, step: Step) -> Flight:
         flight = Flight()
@@ -12047,11 +12030,15 @@ class Gateway:
         return flight
 
     def batch(
-        self, operations: Sequence[BatchOperation], reply: Callable[[list[Any]], None]
+        self,
+        operations: Sequence[BatchOperation],
+        show: Callable[[BatchOperation, Outcome | GatewayError], _T],
+        reply: Callable[[list[_T]], None],
     ) -> Iterator[None]:
         """Do operations: each is atomic, and those on one key keep their order. For the owner.
 
-        An error that decoding put among `operations` becomes the result in its place.
+        An error that decoding put among `operations` becomes the result in its place. `show` gets
+        each result while the rows are as the operation left them; `reply` gets what it returned.
         """
         results: list[Any] = [None] * len(operations)
         left = len(operations)
@@ -12059,7 +12046,7 @@ class Gateway:
 
         def finish(place: int, done: Later[None], result: Outcome | GatewayError) -> None:
             nonlocal left
-            results[place] = result
+            results[place] = show(operations[place], result)
             left -= 1
             if not left:
                 reply(results)
@@ -12117,13 +12104,6 @@ class Gateway:
     def online_since(self) -> int:
         """A peer with a handshake after this time (Unix seconds) is online."""
         return int(self._core.clock()) - ONLINE_SECONDS
-
-    def get(self, public_key: str) -> Outcome:
-        """Owner."""
-        peer = self.store.get(public_key)
-        if peer is None:
-            raise NotFound(NO_PEER)
-        return self._outcome(False, peer)
 
     def view(self) -> View:
         """What configurations show besides the rows. Owner."""
@@ -13454,7 +13434,7 @@ class PeerHandlers:
         )
 
     def _created(self, outcome: Outcome, fields: Mapping[str, Any]) -> dict[str, Any]:
-        shown: dict[str, Any] = json.loads(self._show(outcome))
+        shown: dict[str, Any] = json.loads(self._show(outcome.peer.public_key))
         if not outcome.changed:
             tunnel = self._gateway.tunnels[outcome.peer.interface]
             differs = differing(tunnel.with_defaults(outcome.peer, self._config), fields)
@@ -13471,39 +13451,47 @@ class PeerHandlers:
         operations = [_decode_operation(given) for given in body_fields(request)["operations"]]
         later = Later[Response]()
 
-        def reply(results: list[Outcome | GatewayError]) -> None:
-            if any(isinstance(result, OutcomeUnknown) for result in results):
-                later.give(NO_ANSWER)
-                return
-            self._give(later, lambda: self._batch_results(operations, results))
+        def reply(results: list[dict[str, Any] | None]) -> None:
+            self._give(later, lambda: self._batch_answer(operations, results))
 
-        self._work_on(later, self._gateway.batch(operations, reply))
+        self._work_on(later, self._gateway.batch(operations, self._batch_result, reply))
         return later
 
-    def _batch_results(
-        self, operations: Sequence[BatchOperation], results: Sequence[Outcome | GatewayError]
+    @staticmethod
+    def _batch_answer(
+        operations: Sequence[BatchOperation], results: Sequence[dict[str, Any] | None]
     ) -> Response:
-        shown = list(map(self._batch_result, operations, results))
+        if None in results:
+            return NO_ANSWER
         said = (
             f"{operation[0]} {short_key(operation[1]['public_key'])} {result['status']}"
-            for operation, result in zip(operations, shown, strict=True)
-            if not isinstance(operation, GatewayError)
+            for operation, result in zip(operations, results, strict=True)
+            if result and not isinstance(operation, GatewayError)
         )
-        return Response(200, encode_json({"results": shown}), note=", ".join(said))
+        return Response(200, encode_json({"results": results}), note=", ".join(said))
 
     def _batch_result(
         self, operation: BatchOperation, result: Outcome | GatewayError
-    ) -> dict[str, Any]:
-        """The answer that the operation would have had as a request of its own."""
-        if isinstance(result, GatewayError):
-            return problem_details(result)
-        name, fields = cast(tuple[str, Mapping[str, Any]], operation)
+    ) -> dict[str, Any] | None:
+        """What the operation would have been answered on its own; None: its outcome is unknown."""
+        if isinstance(result, OutcomeUnknown):
+            return None
+        try:
+            if isinstance(result, GatewayError):
+                raise result
+            return self._show_done(*cast(tuple[str, Mapping[str, Any]], operation), result)
+        except GatewayError as error:
+            return problem_details(error)
+
+    @answering_defects
+    def _show_done(self, name: str, fields: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
         if name == "create":
-            return self._created(result, fields)
-        if name in ("update", "rotate", "reset-quota"):
-            shown = json.loads(self._show(result))
-            return {**shown, "status": OPERATIONS[name].said, "peer_status": shown["status"]}
-        return {"status": OPERATIONS[name].said, "public_key": result.peer.public_key}
+            return self._created(outcome, fields)
+        said, key = OPERATIONS[name].said, outcome.peer.public_key
+        if name not in ("update", "rotate", "reset-quota"):
+            return {"status": said, "public_key": key}
+        shown = json.loads(self._show(key))
+        return {**shown, "status": said, "peer_status": shown["status"]}
 
     @collector_off()
     def sync_peers(self, request: Request) -> Response:
@@ -13529,16 +13517,14 @@ class PeerHandlers:
         """Let the route's rule change the peer in the path, and show the peer."""
         fields = body_fields(request) if request.route.fields else {}
         fields["public_key"] = request.key
-        return self._change(request.route.rule, fields, self._show)
+        return self._change(request.route.rule, fields, self._show_changed)
 
     def get_peer(self, request: Request) -> Response:
+        text = self._show(request.key)
         if request.query.get("format") == "wg-quick":
-            outcome = self._gateway.get(request.key)
-            file = wg_quick(json.loads(self._show(outcome)), outcome.peer.preshared_key)
+            peer = cast(Peer, self._gateway.store.get(request.key))
+            file = wg_quick(json.loads(text), peer.preshared_key)
             return Response(200, file.encode("utf-8"), "text/plain; charset=utf-8")
-        text = self._gateway.store.configurations.show(request.key, self._gateway.view())
-        if text is None:
-            raise NotFound(NO_PEER)
         return Response(200, text.encode("utf-8"))
 
     def set_peer_status(self, request: Request) -> Later[Response]:
@@ -13666,10 +13652,15 @@ class PeerHandlers:
 
     # --- what handlers share ---------------------------------------------------------------------
 
-    def _show(self, outcome: Outcome) -> str:
-        """The peer's configuration as JSON."""
-        view = self._gateway.view()
-        return self._gateway.store.configurations.show_given(outcome.peer, outcome.traffic, view)
+    def _show(self, public_key: str) -> str:
+        """A peer's configuration as JSON."""
+        text = self._gateway.store.configurations.show(public_key, self._gateway.view())
+        if text is None:
+            raise NotFound(NO_PEER)
+        return text
+
+    def _show_changed(self, outcome: Outcome) -> str:
+        return self._show(outcome.peer.public_key)
 
     def _change(
         self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], str]

@@ -550,6 +550,17 @@ def build(
 _LOST = weakref.WeakSet[wggw.Gateway]()  # they crashed: nobody hears of them any more
 
 
+def peer_of(gateway: wggw.Gateway, public_key: str) -> wggw.Peer:
+    peer = gateway.store.get(public_key)
+    if peer is None:
+        raise wggw.NotFound(wggw.NO_PEER)
+    return peer
+
+
+def traffic_of(gateway: wggw.Gateway, public_key: str) -> wggw.Traffic:
+    return gateway.store.traffic(peer_of(gateway, public_key).id)
+
+
 def submit(gateway: wggw.Gateway, rule: str, **fields: Any) -> Callable[[], wggw.Outcome]:
     """Ask for a change; the result waits for the answer and returns or raises it."""
     answered = threading.Event()
@@ -583,7 +594,9 @@ def batch(
         answers.extend(Lost("the gateway crashed") if lost else result for result in results)
         answered.set()
 
-    wggw.run_in_slices(gateway.run, gateway.batch(operations, reply))
+    wggw.run_in_slices(
+        gateway.run, gateway.batch(operations, lambda operation, result: result, reply)
+    )
     if not answered.wait(60.0):
         raise AssertionError("no answer to a batch")
     return answers

@@ -228,7 +228,7 @@ def test_operations_of_a_batch_reach_disk_and_interface_together(tmp_path: Path)
             ("create", {"public_key": a_key(n)}) for n in range(95)
         ]
         answered: list[Any] = []
-        for _ in world.gateway.batch(operations, answered.extend):
+        for _ in world.gateway.batch(operations, lambda _, result: result, answered.extend):
             pass
     wait_for(lambda: len(answered) == 95)
     assert all(isinstance(result, wggw.Outcome) and result.changed for result in answered)

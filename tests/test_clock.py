@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import NOON, World, build, do
+from fakes import NOON, World, build, do, peer_of, traffic_of
 from harness import a_key
 
 import wggw
@@ -35,7 +35,7 @@ def at(world: World, seconds: float) -> None:
 
 
 def state(world: World, key: str = PEER) -> tuple[str, str | None]:
-    peer = world.gateway.get(key).peer
+    peer = peer_of(world.gateway, key)
     assert (key in world.backend.peers) == (peer.status == "active")
     return peer.status, peer.status_reason
 
@@ -81,7 +81,8 @@ def test_expiry_and_what_is_not_on_disk_are_looked_at_every_second(
     monkeypatch.setattr(wggw, "Timer", Looks)
     config = dataclasses.replace(world.config, durability="interval")
     gateway = world.gateway
-    app: Any = SimpleNamespace(gateway=gateway, nonces=wggw.NonceGuard(60), copier=None)
+    admission = SimpleNamespace(nonces=wggw.NonceGuard(60))
+    app: Any = SimpleNamespace(gateway=gateway, admission=admission, copier=None)
     wggw.Service._start_timers(config, app, wggw.HostMetrics(str(tmp_path)))
     for job in (
         gateway.limits.expire,
@@ -224,7 +225,7 @@ def test_a_quota_begins_anew_with_its_period_also_over_restarts(world: World, ho
         sample(world, keys[period], 100)
         assert (state(world, keys[period]), used(world, keys[period])) == (ACTIVE, 100)
     assert state(world, keys[None]) == QUOTA
-    assert world.gateway.get(keys["month"]).traffic.total == 201
+    assert traffic_of(world.gateway, keys["month"]).total == 201
     sequence = world.store.feeds.sequence
     at(world, MONTH + 10)
     assert world.store.feeds.sequence == sequence
@@ -242,7 +243,7 @@ def test_reset_quota_ends_a_suspension_by_quota_and_no_other(world: World) -> No
     assert do(world.gateway, "reset_quota", public_key=PEER).changed
     world.reopen()
     assert (state(world), used(world, PEER)) == (("suspended", None), 0)
-    assert world.gateway.get(PEER).traffic.total == 21
+    assert traffic_of(world.gateway, PEER).total == 21
 
 
 def test_quotas_begin_anew_when_the_disk_works_again(world: World) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import NOON, World, build, do
+from fakes import NOON, World, build, do, traffic_of
 from harness import Client, GatewayProcess, a_key, wait_for
 
 import wggw
@@ -246,13 +246,13 @@ def test_one_unreadable_peer_is_said_and_keeps_no_other_from_being_counted(tmp_p
     for _ in range(2):
         with pytest.raises(wggw.BackendError, match="1 peer cannot be read"):
             world.gateway.projection.sample()
-        assert [world.gateway.get(a_key(n)).traffic.rx_bytes for n in range(3)] == [100, 0, 100]
+        assert [traffic_of(world.gateway, a_key(n)).rx_bytes for n in range(3)] == [100, 0, 100]
         assert [reason.partition(":")[0] for reason in world.gateway.degraded()] == ["counters"]
     world.gateway.projection.reconcile()  # it is made anew, and counted from 0
     world.backend.unreadable = set()
     world.backend.move(a_key(1), 7)
     world.gateway.projection.sample()
-    assert world.gateway.get(a_key(1)).traffic.rx_bytes == 7
+    assert traffic_of(world.gateway, a_key(1)).rx_bytes == 7
     assert not world.gateway.degraded()
     world.close()
 
@@ -265,11 +265,11 @@ def test_what_a_failing_disk_kept_from_being_counted_is_counted_behind_it(tmp_pa
     for _ in range(2):  # the disk fails with the sample's own record, then is known to
         world.disk.fail("write", forever=True)
         world.gateway.projection.sample()
-        assert world.gateway.get(a_key(1)).traffic.rx_bytes == 0
+        assert traffic_of(world.gateway, a_key(1)).rx_bytes == 0
     world.disk.heal()
     world.gateway.keeper.heal()
     world.gateway.projection.sample()
-    assert world.gateway.get(a_key(1)).traffic.rx_bytes == 100
+    assert traffic_of(world.gateway, a_key(1)).rx_bytes == 100
     assert world.gateway.tunnels["wg0"].traffic.rx_bytes == 100
     world.close()
 
@@ -332,7 +332,9 @@ def test_a_defect_in_showing_what_was_done_is_an_answer_and_breaks_nothing(
     later = getattr(app.peers, handler)(asked)
     world.gateway.run(lambda: later.then(answers.append))
     wait_for(lambda: answers, what="an answer")
-    assert answers[0].status == 500
+    content = json.loads(answers[0].body)
+    [shown] = content["results"] if handler == "run_batch" else [content]
+    assert shown["status"] == 500
     assert not world.gateway.degraded()
     assert (world.store.get(a_key(1)) is not None) == (handler != "list_peers")
     do(world.gateway, "delete", public_key=a_key("there"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import World, build, do, submit
+from fakes import World, build, do, submit, traffic_of
 from harness import API_KEY, LONG, Answer, GatewayProcess, a_key, running, some, wait_for
 from test_restart import change_all_sorts, state
 
@@ -561,7 +561,7 @@ def test_counters_of_peers_that_stay_on_the_interface_go_on(tmp_path: Path) -> N
     world.gateway.import_(data)
 
     def total(key: str) -> tuple[int, int]:
-        traffic = world.gateway.get(key).traffic
+        traffic = traffic_of(world.gateway, key)
         return traffic.rx_bytes, traffic.tx_bytes
 
     world.gateway.projection.sample()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import NOON, World, build, do
+from fakes import NOON, World, build, do, traffic_of
 from harness import a_key
 
 import wggw
@@ -139,8 +139,8 @@ def test_one_that_fails_does_not_keep_the_other_from_repair_and_sampling(
     world.backends[up].move(a_key(up), 100, handshake=int(NOON))
     with pytest.raises(wggw.BackendError, match="as told"):
         world.gateway.projection.sample()
-    assert world.gateway.get(a_key(up)).traffic.rx_bytes == 100
-    assert world.gateway.get(a_key(down)).traffic.rx_bytes == 0
+    assert traffic_of(world.gateway, a_key(up)).rx_bytes == 100
+    assert traffic_of(world.gateway, a_key(down)).rx_bytes == 0
     assert any(reason.startswith("counters: ") for reason in world.gateway.degraded())
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import Crash, FakeDisk, Lost, World, build, do, submit
+from fakes import Crash, FakeDisk, Lost, World, build, do, submit, traffic_of
 from harness import a_key, some, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
@@ -595,7 +595,7 @@ def test_a_start_on_a_disk_that_fails_serves_reads_and_heals(
     world.open()
     assert world.gateway.ready
     assert peers_of(world) == {a_key(1), a_key(2), a_key(3)} == world.backend.peers.keys()
-    assert world.gateway.get(a_key(1)).traffic.rx_bytes == 500
+    assert traffic_of(world.gateway, a_key(1)).rx_bytes == 500
     with pytest.raises(wggw.Unavailable):
         do(world.gateway, "create", public_key=a_key(4))
     world.gateway.keeper.heal()
@@ -606,7 +606,7 @@ def test_a_start_on_a_disk_that_fails_serves_reads_and_heals(
     do(world.gateway, "create", public_key=a_key(4))
     world.backend.move(a_key(1), 600)  # more than was seen before it began anew
     world.gateway.projection.sample()
-    assert world.gateway.get(a_key(1)).traffic.rx_bytes == 1100
+    assert traffic_of(world.gateway, a_key(1)).rx_bytes == 1100
     world.crash()
     world.open()
     assert peers_of(world) == {a_key(1), a_key(2), a_key(3), a_key(4)}

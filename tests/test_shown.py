@@ -169,7 +169,6 @@ def test_sqlite_writes_what_the_row_says(
     encoded = json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
     assert text == encoded
     assert store.configurations.page(0, 9, wggw.Filter(), VIEW).rows == [(peer.id, text)]
-    assert store.configurations.show_given(peer, store.traffic(peer.id), VIEW) == text
     [(_, change)] = store.feeds.changes(0, 9, VIEW)
     assert json.loads(change) == {
         "sequence": sequence,
@@ -185,16 +184,6 @@ def test_sqlite_writes_what_the_row_says(
 
 def test_every_member_has_a_value_and_a_schema() -> None:
     assert list(wggw.CONFIGURATION_SQL) == list(wggw.CONFIGURATION)
-
-
-def test_a_row_that_is_gone_is_shown_as_it_was() -> None:
-    store = wggw.Store()
-    peer, other = a_row(label="gone"), a_row(id=2, public_key=a_key("another"))
-    store.apply(wggw.Record([peer, other]))
-    before, traffic = store.configurations.show(peer.public_key, VIEW), store.traffic(1)
-    store.apply(wggw.Record(delete=[1]))
-    assert store.configurations.show(peer.public_key, VIEW) is None
-    assert store.configurations.show_given(peer, traffic, VIEW) == before
 
 
 @pytest.fixture

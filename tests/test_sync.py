@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import NOON, World, build, do, submit
+from fakes import NOON, World, build, do, peer_of, submit
 from harness import LONG, Client, GatewayProcess, a_key, encode, running, sign, wait_for
 
 import wggw
@@ -582,7 +582,7 @@ def test_readers_see_every_peer_while_thousands_change(tmp_path: Path) -> None:
         while not ended.is_set():
             key = a_key(dice.randrange(3000))
             try:
-                world.gateway.run(lambda k=key: world.gateway.get(k))
+                world.gateway.run(lambda k=key: peer_of(world.gateway, k))
             except wggw.NotFound:
                 missed.append(key)
             total = world.gateway.run(world.store.counts.total)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from fakes import Crash, World, build, do
+from fakes import Crash, World, build, do, peer_of, traffic_of
 from harness import LONG, a_key
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -55,7 +55,7 @@ class Histories(RuleBasedStateMachine):
         do(self.gateway, "create", public_key=self.keys[number])
 
     def is_active(self, number: int) -> bool:
-        return self.gateway.get(self.keys[number]).peer.status == "active"
+        return peer_of(self.gateway, self.keys[number]).status == "active"
 
     def leaves(self, *numbers: int) -> None:
         for number in numbers:
@@ -70,7 +70,7 @@ class Histories(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
     def check(self, number: int) -> None:
-        total = self.gateway.get(self.keys[number]).traffic
+        total = traffic_of(self.gateway, self.keys[number])
         truth = self.truth[number]
         assert total.tx_bytes == 2 * total.rx_bytes
         assert total.rx_bytes <= truth, "counted twice"
@@ -118,7 +118,7 @@ class Histories(RuleBasedStateMachine):
 
     def refused(self, number: int, what: str) -> None:
         key = self.keys[number]
-        before = self.gateway.get(key).peer
+        before = peer_of(self.gateway, key)
         more = {"suspend": {"status": "suspended"}, "rotate": {"new_public_key": a_key("no")}}
         rule = {"suspend": "set_status"}.get(what, what)
         with contextlib.suppress(wggw.Unavailable):
@@ -127,7 +127,7 @@ class Histories(RuleBasedStateMachine):
         self.gateway.keeper.heal()
         self.gateway.projection.supervise()
         assert self.gateway.degraded() == []
-        assert self.gateway.get(key).peer == before
+        assert peer_of(self.gateway, key) == before
 
     @rule(number=PEERS, what=st.sampled_from(LEAVING), call=st.sampled_from(["write", "fsync"]))
     def refused_by_the_disk(self, number: int, what: str, call: str) -> None:
@@ -236,7 +236,7 @@ def world(tmp_path: Path) -> World:
 
 
 def total(world: World) -> tuple[int, int]:
-    found = world.gateway.get(a_key(1)).traffic
+    found = traffic_of(world.gateway, a_key(1))
     return found.rx_bytes, found.tx_bytes
 
 
@@ -260,7 +260,7 @@ def test_one_direction_that_fell_proves_that_both_began_anew(
     """The interface was made anew by somebody, unseen, with the peer in it."""
     world.backend.move(a_key(1), 50, 50)
     world.gateway.projection.sample()
-    address = world.gateway.get(a_key(1)).peer.assigned_ip
+    address = peer_of(world.gateway, a_key(1)).assigned_ip
     world.backend.restart()
     world.backend.put(a_key(1), str(address))
     world.backend.move(a_key(1), *again)
@@ -278,7 +278,7 @@ def test_a_quota_ends_with_the_sample_that_finds_it_used_up_also_over_a_rotation
     do(world.gateway, "rotate", public_key=a_key(1), new_public_key=a_key(2))
     world.backend.move(a_key(2), 60)
     world.gateway.projection.sample()
-    peer = world.gateway.get(a_key(2)).peer
+    peer = peer_of(world.gateway, a_key(2))
     assert (peer.status, peer.status_reason) == ("suspended", "quota")
     assert world.backend.peers == {}
     world.close()

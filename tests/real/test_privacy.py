@@ -11,7 +11,7 @@ from pathlib import Path
 
 import netns
 import pytest
-from fakes import do
+from fakes import do, traffic_of
 from harness import wait_for
 from inside import Inside
 from netns import Topology, Tunnel, output
@@ -60,7 +60,7 @@ class Parts(Inside):
         return row[1:]
 
     def total(self, tunnel: Tunnel) -> int:
-        traffic = self.gateway.get(tunnel.public_key).traffic
+        traffic = traffic_of(self.gateway, tunnel.public_key)
         return traffic.rx_bytes + traffic.tx_bytes
 
 
@@ -89,7 +89,7 @@ def test_a_silent_peers_endpoint_is_forgotten_its_total_is_not_and_it_comes_back
     assert parts.endpoint(silent) == parts.endpoint(lively) == "(none)"
     assert parts.counted(silent) == 0
     assert parts.total(silent) == before
-    handshake = parts.gateway.get(silent.public_key).traffic.last_handshake
+    handshake = traffic_of(parts.gateway, silent.public_key).last_handshake
     assert abs(handshake - time.time()) < 60
     parts.gateway.projection.sample()
     assert parts.total(silent) == before
