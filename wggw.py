@@ -5592,30 +5592,30 @@ class Files:
     def read_image(
         self,
         data: bytes,
-        segments: Iterable[tuple[int, bytes, Sequence[TrafficRow]]] = (),
+        segments: Iterable[tuple[str, int, bytes, Sequence[TrafficRow]]] = (),
         vault: Vault | None = None,
+        name: str = "the snapshot",
     ) -> Store:
         """The verified state of a snapshot file that came from outside; `vault` may be its key.
 
-        `segments` are (last number, journal file, totals) to replay on it. Raises DamagedError or
-        ConfigError.
+        `segments` are (name, last number, journal file, totals) to replay on it. Raises
+        DamagedError, which names what is damaged, or ConfigError.
         """
-        store = Store()
-        name = "the snapshot"
+        store, place = Store(), name
         try:
             store.load(decode_snapshot(data, vault, name))
             store.diverged = store.sequence  # the copy's segments have totals in another order
-            for number, segment, totals in segments:
-                file = parse_journal(segment, "a journal segment", None)
+            for place, number, segment, totals in segments:
+                file = parse_journal(segment, place, None)
                 if file.torn or file.last != number:
-                    found = f"it does not end with record {number}"
-                    raise _damaged("a journal segment", file.size, found)
-                for _ in store.replay(file, "a journal segment", all_parts=True):
+                    raise _damaged(place, file.size, f"it does not end with record {number}")
+                for _ in store.replay(file, place, all_parts=True):
                     pass
                 store.apply(Record(traffic=totals))
+            place = name
             store.verify()
         except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError) as error:
-            raise _damaged(name, 0, str(error)) from None
+            raise _damaged(place, 0, str(error)) from None
         store.restarted.clear()
         return store
 
@@ -5911,8 +5911,10 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
 # of the newest snapshot. An entry is a snapshot, a segment (the records that follow the entry
 # before it), or a fence.
 #
-# A new writer claims the next epoch, then reads the previous epoch's entries up to the first
-# missing one. The old writer must then add nothing there, or what it adds would be lost:
+# A new writer looks at the newest epoch, decides whether it can go on from there, claims the next
+# epoch, and then reads the previous epoch's entries once more, up to the first missing one. A start
+# that is refused has only looked, so it disturbs nobody. After that last reading the old writer
+# must add nothing there, or what it adds would be lost:
 #   * If the store has conditional PUTs (S3's If-None-Match), the new writer puts a fence at the
 #     missing position. The old writer puts its entries conditionally, too. So only one of them
 #     gets the position, and a writer that does not get it knows that it was replaced.
@@ -5960,12 +5962,14 @@ def pack(about: Mapping[str, Any], payload: bytes, vault: Vault | None) -> bytes
     return b"wggw-copy 2 %b %b" % (hashlib.sha256(content).hexdigest().encode("ascii"), content)
 
 
-def unpack(data: bytes | None, vault: Vault | None) -> tuple[dict[str, Any], bytes]:
-    """Reverse pack(). Raises CopyDamaged; ConfigError when SNAPSHOT_KEY is not the object's key."""
+def unpack(name: str, data: bytes | None, vault: Vault | None) -> tuple[dict[str, Any], bytes]:
+    """Reverse pack(). Raises CopyDamaged, which names the object, and ConfigError when SNAPSHOT_KEY
+    is not the object's key.
+    """
     data = data or b""
     digest = hashlib.sha256(data[77:]).hexdigest().encode("ascii")
     if data[:77] != b"wggw-copy 2 %b " % digest:
-        raise CopyDamaged("an object is not what was put there")
+        raise CopyDamaged(f"{name} is not what was put there")
     head, _, body = data[77:].partition(b"\n")
     try:
         about = load_json(head.decode("ascii"))
@@ -5984,7 +5988,7 @@ def unpack(data: bytes | None, vault: Vault | None) -> tuple[dict[str, Any], byt
         if not inflater.eof or inflater.unused_data:
             raise ValueError("it is cut off or too large")
     except (ValueError, TypeError, KeyError, zlib.error) as error:
-        raise CopyDamaged(f"an object is damaged: {error}") from None
+        raise CopyDamaged(f"{name} is damaged: {error}") from None
     return about, payload
 
 
@@ -6009,6 +6013,7 @@ class Entry(NamedTuple):
     kind: str
     number: int
     payload: bytes = b""
+    name: str = ""  # of the object
 
     def __repr__(self) -> str:  # an unsealed payload holds preshared keys
         return f"Entry({self.kind}, {self.number})"
@@ -6085,53 +6090,60 @@ class Epochs:
 
     def read_claim(self, epoch: int) -> Claim:
         """Raises CopyError."""
-        return self._claim_in(self.objects.get(_claim_name(epoch), MAX_MANIFEST))
+        name = _claim_name(epoch)
+        return self._claim_in(name, self.objects.get(name, MAX_MANIFEST))
 
-    def _claim_in(self, data: bytes | None) -> Claim:
+    def _claim_in(self, name: str, data: bytes | None) -> Claim:
         """The claim in an object, which is a claim or a fence. Raises CopyDamaged."""
         try:
-            return Claim(**unpack(data, self._vault)[0]["claim"])
+            return Claim(**unpack(name, data, self._vault)[0]["claim"])
         except (TypeError, KeyError):
-            raise CopyDamaged("a claim is damaged") from None
+            raise CopyDamaged(f"{name} does not contain a claim") from None
 
-    def take(self, top: int, newest: Claim | None, lineage: str) -> Claim:
-        """Claim the epoch above `top`. After a CopyError, find() may show that another was faster.
+    def propose(self, top: int, newest: Claim | None, lineage: str) -> Claim:
+        """The claim that take() would put: for the epoch above `top`. The store stays as it is.
 
         The epoch continues `newest` if that has the same lineage. If `newest` is our own claim,
         whose answer was lost, it stays.
         """
-        if self.claim is None or self.claim != newest:
-            previous = newest.prefix if newest and newest.lineage == lineage else ""
-            now = int(self.clock())
-            claim = Claim(top + 1, self.writer, lineage, self._node, now, previous)
+        if self.claim is not None and self.claim == newest:
+            return self.claim
+        previous = newest.prefix if newest and newest.lineage == lineage else ""
+        return Claim(top + 1, self.writer, lineage, self._node, int(self.clock()), previous)
+
+    def take(self, claim: Claim) -> None:
+        """Put a proposed claim. The caller then reads the epoch that it continues to the end.
+
+        After a CopyError, find() may show that another gateway was faster.
+        """
+        if claim != self.claim:
             self.claim, self._content = claim, pack({"claim": claim._asdict()}, b"", self._vault)
-        name = _claim_name(self.claim.epoch)
-        created = self.objects.put(name, self._content, True)
+        name = _claim_name(claim.epoch)
+        # A store without conditional PUTs would let us overwrite another gateway's claim.
+        if self.objects.get(name, MAX_MANIFEST) is None:
+            self.objects.put(name, self._content, True)
         there = self.objects.get(name, MAX_MANIFEST)
         if there != self._content:
             with contextlib.suppress(CopyDamaged):
-                unpack(there, self._vault)
+                unpack(name, there, self._vault)
                 self.claim = None
                 raise CopyError("another gateway starts at the same time")
             self.objects.put(name, self._content)
             raise CopyError(f"PUT {name}: {_NOT_STORED}")
-        self.fences = self.objects.checks and not (
-            created and self.objects.put(name, self._content, True)
-        )
-        return self.claim
+        self.fences = self.objects.checks and not self.objects.put(name, self._content, True)
 
     # --- reading ---------------------------------------------------------------------------------
 
-    def read(self, prefix: str, have: int = -1) -> tuple[str, list[Entry]]:
+    def read(self, prefix: str, have: int = -1, close: bool = False) -> tuple[str, list[Entry]]:
         """The snapshot and segments of the epoch `prefix`, or of the newest epoch before it.
 
         Returns the epoch's prefix and the entries, ("", []) when no epoch has any. The snapshot has
-        no payload if its number is not above `have`. A reader that holds a claim makes sure that
-        the epoch's writer adds nothing any more.
+        no payload if its number is not above `have`. With `close`, which needs a claim, the epoch's
+        writer adds nothing any more; without it, the writer does not notice the reading.
         """
         while prefix:
             manifest = self._manifest(prefix)
-            entries = self._entries(prefix, manifest, have)
+            entries = self._entries(prefix, manifest, have, close)
             if manifest != self._manifest(prefix):
                 continue  # its writer is at work, and may have deleted the entry that was missing
             if entries:
@@ -6142,15 +6154,25 @@ class Epochs:
         return "", []
 
     def _manifest(self, prefix: str) -> tuple[int, int] | None:
-        """Position and number of the newest snapshot that a manifest names, None without one."""
+        """Position and number of the newest snapshot that a manifest names, None without one.
+
+        One manifest may be a torn upload. Without a readable one, entries begin at position 1: only
+        a writer that has put both deletes any.
+        """
         found: list[tuple[int, int]] = []
-        for data in self.objects.get_all(_manifest_names(prefix), MAX_MANIFEST):
+        names = _manifest_names(prefix)
+        batch = self.objects.get_all(names, MAX_MANIFEST)
+        for name, data in zip(names, batch, strict=True):
             with contextlib.suppress(CopyDamaged, KeyError):
-                about, _ = unpack(data, self._vault)
+                about, _ = unpack(name, data, self._vault)
                 found.append((about["position"], about["number"]))
+        if not found and None not in batch:
+            raise CopyDamaged(f"{' and '.join(names)} are not what was put there")
         return max(found, default=None)
 
-    def _entries(self, prefix: str, manifest: tuple[int, int] | None, have: int) -> list[Entry]:
+    def _entries(
+        self, prefix: str, manifest: tuple[int, int] | None, have: int, close: bool
+    ) -> list[Entry]:
         position, number = manifest or (1, -1)
         found: list[Entry] = []
         if manifest and number <= have:
@@ -6162,7 +6184,7 @@ class Epochs:
             for name, data in zip(names, batch, strict=True):
                 if data is None:
                     missing = manifest is not None and not found
-                    if missing or self._close(name):
+                    if missing or not (close and self.fences) or self._close(name):
                         return found
                     break  # its writer has put this entry in the meantime
                 try:
@@ -6178,21 +6200,19 @@ class Epochs:
                 position += 1
 
     def _decode(self, name: str, data: bytes) -> Entry:
-        about, payload = unpack(data, self._vault)
+        about, payload = unpack(name, data, self._vault)
         try:
             if about["kind"] == "fence":
                 return Entry("fence", 0)
             if about["at"] == name:
-                return Entry(about["kind"], int(about["number"]), payload)
+                return Entry(about["kind"], int(about["number"]), payload, name)
         except (KeyError, TypeError, ValueError):
             pass
         raise CopyDamaged(f"{name} is not what was put there")
 
     def _close(self, name: str) -> bool:
-        """Put a fence at the end if the store can do that. False: an entry is there now."""
-        if self.claim is None or not self.fences:
-            return True
-        fence = {"kind": "fence", "claim": self.claim._asdict()}
+        """Put a fence at the end. False: an entry is there now."""
+        fence = {"kind": "fence", "claim": cast(Claim, self.claim)._asdict()}
         return self.objects.put(name, pack(fence, b"", self._vault), True)
 
     # --- writing ---------------------------------------------------------------------------------
@@ -6216,7 +6236,7 @@ class Epochs:
         if not self.objects.put(name, self._content, self.fences):
             there = self.objects.get(name, MAX_SNAPSHOT)
             if there != self._content:
-                raise self._taken_by(there)
+                raise self._taken_by(name, there)
         elif not self.fences:
             self._look(cast(Claim, self.claim), name)
         if entry.kind == "snapshot":
@@ -6227,27 +6247,28 @@ class Epochs:
 
     def _look(self, claim: Claim, name: str) -> None:
         """Without conditional PUTs: check that the entry is there and our claim is the newest."""
-        names = [name, *map(_claim_name, (claim.epoch, claim.epoch + 1)), _rival_name(claim.prefix)]
+        own, next_one = map(_claim_name, (claim.epoch, claim.epoch + 1))
+        note = _rival_name(claim.prefix)
         limit = max(MAX_MANIFEST, len(self._content))
-        there, ours, higher, rival = self.objects.get_all(names, limit)
+        there, ours, higher, rival = self.objects.get_all([name, own, next_one, note], limit)
         if higher is not None:
-            raise self._taken_by(higher)
+            raise self._taken_by(next_one, higher)
         with contextlib.suppress(CopyDamaged):
-            holder = self._claim_in(ours)
+            holder = self._claim_in(own, ours)
             if holder != claim:  # both claimed it at the same moment: leave the holder a note
-                note = pack({"claim": claim._asdict()}, b"", self._vault)
-                self.objects.put(_rival_name(holder.prefix), note)
-                raise self._taken_by(ours)
+                content = pack({"claim": claim._asdict()}, b"", self._vault)
+                self.objects.put(_rival_name(holder.prefix), content)
+                raise self._taken_by(own, ours)
         if rival is not None and not self._has_rival:
             self._has_rival = True
             text = "remote copy: %s began at the same moment and stops copying; this one goes on"
-            LOG.warning(text, self._taken_by(rival).holder)
+            LOG.warning(text, self._taken_by(note, rival).holder)
         if there != self._content:
             raise CopyError(f"PUT {name}: {_NOT_STORED}")
 
-    def _taken_by(self, data: bytes | None) -> CopyTaken:
+    def _taken_by(self, name: str, data: bytes | None) -> CopyTaken:
         with contextlib.suppress(CopyDamaged):
-            claim = self._claim_in(data)
+            claim = self._claim_in(name, data)
             return CopyTaken(f"{claim.node} (epoch {claim.epoch})")
         return CopyTaken("another gateway")
 
@@ -6375,6 +6396,15 @@ def decode_segment(payload: bytes) -> tuple[bytes, list[TrafficRow]]:
     return journal, rows
 
 
+def _segments(entries: Iterable[Entry]) -> Iterator[tuple[str, int, bytes, list[TrafficRow]]]:
+    for entry in entries:
+        try:
+            segment = decode_segment(entry.payload)
+        except (ValueError, TypeError) as error:
+            raise CopyDamaged(f"{entry.name} is damaged: {error}") from None
+        yield entry.name, entry.number, *segment
+
+
 def read_state(files: Files, entries: Sequence[Entry]) -> Store:
     """The state that a snapshot and its segments make, verified like an import.
 
@@ -6382,10 +6412,14 @@ def read_state(files: Files, entries: Sequence[Entry]) -> Store:
     """
     try:
         snapshot, *behind = entries
-        segments = ((entry.number, *decode_segment(entry.payload)) for entry in behind)
-        return files.read_image(snapshot.payload, segments)
+        return files.read_image(snapshot.payload, _segments(behind), name=snapshot.name)
     except (DamagedError, ValueError, TypeError) as error:
         raise CopyDamaged(str(error)) from None
+
+
+def _outline(prefix: str, entries: Iterable[Entry]) -> tuple[str, list[tuple[str, int]]]:
+    """What tells two readings apart, of which the later one may have left out the payload."""
+    return prefix, [(entry.kind, entry.number) for entry in entries]
 
 
 NO_LINEAGE = "none"  # of a state that began while the copy did not answer
@@ -6484,19 +6518,23 @@ class Copier:
 
     # --- at the start ----------------------------------------------------------------------------
 
-    def boot(self) -> None:
+    def boot(self, check: Callable[[Store], None]) -> None:
         """Claim an epoch, and fill the store from the copy if that is newer than the files.
 
+        The order is: look, check, claim, read on. `check` gets the state that would be served, and
+        may refuse it while the gateway that holds the copy still goes on. What that gateway
+        uploads between look and claim is read after the claim, and then checked, too.
+
         The store is loaded and does not write yet. The newest epoch wins over files that do not
-        contain it. Raises CopyError, StartError.
+        contain it. Raises CopyError, StartError, and what `check` raises.
         """
         try:
-            self._boot(late=False)
+            self._boot(check, late=False)
         except OSError as error:
             path = self._files.path
             raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
 
-    def _boot(self, late: bool) -> None:
+    def _boot(self, check: Callable[[Store], None], late: bool) -> None:
         """`late`: the copy did not answer at the start, so the rows are in use already."""
         own = self._files.writers()
         top, newest = self.epochs.find()
@@ -6512,36 +6550,50 @@ class Copier:
         elif newest and not here and self._store.number:
             here = "unknown, of an older version"
         lineage = choose_lineage(here, there, self._config.lineage, self._config.url)
+        claim = self.epochs.propose(top, newest, lineage)
+        choose = functools.partial(self._choose, own, lineage, check)
+        looked = self.epochs.read(claim.previous, self._store.number)
+        state = choose(*looked)
         if not late:
             self._files.remember_writers([*own, self.epochs.writer])
-        claim = self.epochs.take(top, newest, lineage)
-        writer, copy = self._newer(claim, own)
-        if copy is None:
+        self.epochs.take(claim)
+        last = self.epochs.read(claim.previous, state.number, close=True)
+        if _outline(*last) != _outline(*looked):
+            state = choose(*last)
+        if state is self._store:
             LOG.info("remote copy: epoch %d begins, from the files here", claim.epoch)
-        elif late:
-            raise CopyError(
-                f"the copy's record {copy.number} is not in the files here. Restart the gateway to "
-                "boot from the copy"
-            )
         else:
-            LOG.info("remote copy: epoch %d begins, with record %d", claim.epoch, copy.number)
-            self._take(copy)
+            LOG.info("remote copy: epoch %d begins, with record %d", claim.epoch, state.number)
+            self._take(state)
         self._store.lineage = lineage
+        writer = last[0].partition("-")[2]
         self._contained += [writer] if writer else []
         self.found_nothing = not top
         if late:
             self._files.remember_writers(self._contained)
         self._attached = True
 
-    def _newer(self, claim: Claim, own: Container[str]) -> tuple[str, Store | None]:
-        """The writer of the copy's newest state, and that state if the local files lack it."""
-        prefix, entries = self.epochs.read(claim.previous, self._store.number)
+    def _choose(
+        self,
+        own: Container[str],
+        lineage: str,
+        check: Callable[[Store], None],
+        prefix: str,
+        entries: Sequence[Entry],
+    ) -> Store:
+        """The store if the local files have all that was read, else the copy's state; checked."""
         writer = prefix.partition("-")[2]
         if not entries or (writer in own and entries[-1].number <= self._store.number):
-            return writer, None
+            check(self._store)
+            return self._store
         if not entries[0].payload:
             _, entries = self.epochs.read(prefix)
-        return writer, read_state(self._files, entries)
+        copy = read_state(self._files, entries)
+        copy.lineage = lineage
+        check(copy)
+        if self._store.number:
+            self._files.keep_superseded(self._store)
+        return copy
 
     def _take(self, copy: Store) -> None:
         """Replace the state of the local files by the copy's."""
@@ -6553,9 +6605,16 @@ class Copier:
                 self._store.number,
                 self._files.path,
             )
-            self._files.keep_superseded(self._store)
         copy.number = max(copy.number, self._store.number + 1)  # numbers never go back
         self._store.take(copy)
+
+    def _refuse_newer(self, state: Store) -> None:
+        """The check of a late boot. Raises CopyError."""
+        if state is not self._store:
+            raise CopyError(
+                f"the copy's record {state.number} is not in the files here. Restart the gateway "
+                "to boot from the copy"
+            )
 
     def go_without(self) -> None:
         """Start without the copy, which does not answer."""
@@ -6612,7 +6671,7 @@ class Copier:
     def _step(self, snapshots: bool) -> None:
         """Do one upload, if the copy lacks something."""
         if not self._attached:
-            self._boot(late=True)
+            self._boot(self._refuse_newer, late=True)
         if self.epochs.pending:
             self._done(self.epochs.flush())
         self.epochs.announce()
@@ -15342,24 +15401,24 @@ class Manager:
 
 def plan_links(
     config: Config, store: Store, rows: Sequence[InterfaceSettings], keys: Sequence[bytes]
-) -> tuple[list[Link], ObfuscationState | None, bool]:
+) -> tuple[list[Link], tuple[ObfuscationState | None, bool]]:
     """The interfaces as settings, rows and private keys want them.
 
     Also returns AmneziaWG's parameters, if there is an interface for them, and whether these are
     new. Raises ConfigError.
     """
-    obfuscation, is_new = None, False
+    chosen: tuple[ObfuscationState | None, bool] = None, False
     if config.awg_interface is not None:
-        obfuscation, is_new = initial_obfuscation(config.awg_params, store, config.awg_interface)
-    spoken = obfuscation.parameters if obfuscation else None
+        chosen = initial_obfuscation(config.awg_params, store, config.awg_interface)
+    parameters = chosen[0].parameters if chosen[0] else None
     try:
         links = [
-            make_link(row, key, spoken if row.prefix == AWG_PREFIX else None)
+            make_link(row, key, parameters if row.prefix == AWG_PREFIX else None)
             for row, key in zip(rows, keys, strict=True)
         ]
     except ValueError as error:
         raise ConfigError(f"AWG_PARAMS: {error}") from None
-    return links, obfuscation, is_new
+    return links, chosen
 
 
 class Service:
@@ -15367,8 +15426,10 @@ class Service:
 
     def __init__(self, load: Callable[[], Config]) -> None:
         self._load = load
-        self._may_lack = False  # the state may lack changes that clients have seen
-        self._private_keys: list[bytes] = []  # of the interfaces
+        self._may_lack = False  # the state is the copy's, so it may lack what clients have seen
+        # What _check() found: the interfaces to set up, AmneziaWG's parameters, if they are new.
+        self._wanted: list[tuple[InterfaceSettings, Link]] = []
+        self._obfuscation: tuple[ObfuscationState | None, bool] = None, False
         self._manager = Manager(os.environ)
         self._locks: list[socket.socket] = []  # see lock_interface()
         # The kernel may deliver a signal to any thread; a byte in a socket wakes this one.
@@ -15473,22 +15534,18 @@ class Service:
 
     def _bring_up(self, config: Config) -> None:
         """Open the interfaces and make them equal to the recovered rows."""
-        store = self._gateway.store
-        rows = with_kept(interface_settings(config), store, config)
-        links, obfuscation, is_new = plan_links(config, store, rows, self._private_keys)
-        backends = [self._open(config, link) for link in links]
+        backends = [self._open(config, link) for _, link in self._wanted]
         table = None
         if config.wg_backend != "memory":
-            table = ClassTable(config.service_classes, rows)
+            table = ClassTable(config.service_classes, [row for row, _ in self._wanted])
             table.set_up()
             backends = [
                 ClassedBackend(backend, table, list(row.subnets.values()))
-                for row, backend in zip(rows, backends, strict=True)
+                for (row, _), backend in zip(self._wanted, backends, strict=True)
             ]
         self._gateway.start(
-            list(zip(rows, links, backends, strict=True)),
-            obfuscation,
-            is_new,
+            [(*pair, backend) for pair, backend in zip(self._wanted, backends, strict=True)],
+            *self._obfuscation,
             table,
             self._may_lack or config.durability != "commit",
         )
@@ -15498,22 +15555,23 @@ class Service:
         gateway, app = self._gateway, self._app
         store, files = gateway.store, gateway.files
         store.take(files.load())
-        first, loaded = not files.snapshot_time, store.number
+        first = not files.snapshot_time
+        had_key = [r for r in interface_settings(config) if os.path.exists(r.private_key_file)]
+        check = functools.partial(self._check, config, store, had_key)
         remote = open_object_store(config, time.time)
-        if remote:
+        if remote is None:
+            check(store)
+        else:
             settings = CopySettings(
                 config.snapshot_url or "", config.snapshot_copy_interval, config.snapshot_lineage
             )
             epochs = Epochs(remote, files.vault, socket.gethostname(), time.time)
             app.copier = Copier(epochs, store, files, gateway.keeper.snapshot, settings)
             app.copier.on_taken = functools.partial(self._taken, config, gateway)
-            if not self._boot_from(app.copier, gateway, config.snapshot_required):
+            if not self._boot_from(app.copier, gateway, check, config.snapshot_required):
                 return False
             first = first and app.copier.found_nothing
-        self._may_lack = store.number != loaded
-        app.keep_nonces(config.db_path + ".nonces", first, store.number != loaded)
-        claim_interfaces(config, lambda: store)  # before anything is made or changed
-        self._load_keys(config, store)  # before the first snapshot, which contains them
+        app.keep_nonces(config.db_path + ".nonces", first, self._may_lack)
         if keep_certificate(config, store, self._lacked_certificate):
             tls, app.metrics.certificate_expires = make_tls(config, make_pair=False)
             self._server.tls = tls
@@ -15541,7 +15599,13 @@ class Service:
         LOG.error("remote copy: %s", text)
         gateway.ledger.fence, gateway.ledger.replaced = config.snapshot_fence, text
 
-    def _boot_from(self, copier: Copier, gateway: Gateway, required: bool) -> bool:
+    def _boot_from(
+        self,
+        copier: Copier,
+        gateway: Gateway,
+        check: Callable[[Store], None],
+        required: bool,
+    ) -> bool:
         """Wait until the copy has been read. False when SIGTERM came first.
 
         Raises whatever ended the reading.
@@ -15550,7 +15614,7 @@ class Service:
 
         def boot() -> None:
             try:
-                self._ask_copy(copier, gateway, required)
+                self._ask_copy(copier, gateway, check, required)
             except BaseException as error:
                 errors.append(error)
             finally:
@@ -15563,12 +15627,18 @@ class Service:
             raise error
         return number == 0
 
-    def _ask_copy(self, copier: Copier, gateway: Gateway, required: bool) -> None:
+    def _ask_copy(
+        self,
+        copier: Copier,
+        gateway: Gateway,
+        check: Callable[[Store], None],
+        required: bool,
+    ) -> None:
         """Retry until the copy has been read; give up early if it is not required."""
         pause = 1.0
         while True:
             try:
-                copier.boot()
+                copier.boot(check)
                 return
             except CopyError as error:
                 gateway.starting = f"waiting for the remote copy: {error}"
@@ -15576,11 +15646,28 @@ class Service:
                 if not required and not isinstance(error, CopyDamaged):
                     LOG.warning("remote copy: %s; SNAPSHOT_REQUIRED=false: starting without", error)
                     copier.go_without()
+                    check(gateway.store)
                     return
                 LOG.error("remote copy: %s; next try in about %.0f s", error, pause)
             # Many gateways may be waiting, and must not come back in the same second.
             time.sleep(pause * secrets.SystemRandom().uniform(0.5, 1.5))
             pause = min(2 * pause, COPY_MAX_PAUSE)
+
+    def _check(
+        self, config: Config, own: Store, had_key: Sequence[InterfaceSettings], state: Store
+    ) -> None:
+        """Refuse settings, keys and host if the state cannot be served with them.
+
+        What was read for this is kept for _bring_up(). `own` is the store of the local files, which
+        `state` may be, too; `had_key` are the interfaces whose key file was there at the start.
+        Raises StartError.
+        """
+        self._may_lack = state is not own
+        claim_interfaces(config, lambda: state)  # before anything is made or changed
+        keys = self._load_keys(config, had_key, state)
+        rows = with_kept(interface_settings(config), state, config)
+        links, self._obfuscation = plan_links(config, state, rows, keys)
+        self._wanted = list(zip(rows, links, strict=True))
 
     @staticmethod
     def _refuse_other_keys(
@@ -15597,21 +15684,22 @@ class Service:
                     f"these peers off, set SNAPSHOT_LINEAGE={store.lineage}"
                 )
 
-    def _load_keys(self, config: Config, store: Store) -> None:
-        """Load the private keys, and compare them with what peers know. Raises ConfigError."""
+    def _load_keys(
+        self, config: Config, had_key: Sequence[InterfaceSettings], store: Store
+    ) -> list[bytes]:
+        """The private keys, once compared with what peers know. Raises ConfigError."""
         rows = interface_settings(config)
-        had_key = [row for row in rows if os.path.exists(row.private_key_file)]
-        self._private_keys = [self._load_key(config, row, store) for row in rows]
+        keys = [self._load_key(config, row, store) for row in rows]
         own = {
-            row.name: encode_key(x25519_public(key))
-            for row, key in zip(rows, self._private_keys, strict=True)
+            row.name: encode_key(x25519_public(key)) for row, key in zip(rows, keys, strict=True)
         }
         store.keep_public_keys(own)
         if self._may_lack and config.snapshot_lineage != store.lineage:
             self._refuse_other_keys(had_key, own, store)
-        for row, key in zip(rows, self._private_keys, strict=True):
+        for row, key in zip(rows, keys, strict=True):
             if store.public_keys()[row.name] == own[row.name]:  # otherwise keep a sealed key
                 store.private_keys[row.name] = encode_key(key)
+        return keys
 
     @staticmethod
     def _load_key(config: Config, settings: InterfaceSettings, store: Store) -> bytes:
@@ -16439,7 +16527,7 @@ class Adoption:
         store.take(files.load())
         rows = interface_settings(config)
         keys = [load_private_key(row, store.private_keys.get(row.name)) for row in rows]
-        links, obfuscation, is_new = plan_links(config, store, rows, keys)
+        links, obfuscation = plan_links(config, store, rows, keys)
         store.private_keys[self.live.name] = encode_key(self.live.device.private_key)
         if not files.snapshot_time:  # otherwise `serve` takes its first start for one after a crash
             nonces = NonceGuard(config.max_timestamp_diff)
@@ -16449,7 +16537,7 @@ class Adoption:
         gateway = Gateway(config, store, files, time.time, loop.run)
         opened = [(row, link, MemoryBackend()) for row, link in zip(rows, links, strict=True)]
         loop.start()
-        gateway.start(opened, obfuscation, is_new)
+        gateway.start(opened, *obfuscation)
         try:
             existing = [peer.public_key for peer in store.peers_after(0, MAX_INTEGER)]
             desired = {key: Desired(key, {"public_key": key}) for key in existing}
@@ -17719,8 +17807,9 @@ def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: C
             f"{store.lineage} to replace the copy"
         )
     files.remember_writers([*files.writers(), epochs.writer])
-    claim = epochs.take(top, newest, store.lineage)
-    epochs.read(claim.previous)  # after this nobody adds to the previous epoch
+    claim = epochs.propose(top, newest, store.lineage)
+    epochs.take(claim)
+    epochs.read(claim.previous, close=True)
     image = encode_snapshot(files.image(store, store.number), None)
     epochs.append(Entry("snapshot", store.number, image))
     epochs.announce()

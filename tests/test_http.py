@@ -407,7 +407,7 @@ def a_journal(content: bytes) -> bytes:
         lambda text: list(wggw.decode_lines([text.encode()])),
         lambda text: wggw.parse_journal(a_journal(b'[{"put": %b' % text.encode()), "journal"),
         lambda text: wggw.decode_record({"set": {"obfuscation": text}}, wggw.Peer._fields),
-        lambda text: wggw.unpack(an_object_of_the_copy(b'{"seal": %b}' % text.encode()), None),
+        lambda text: wggw.unpack("x", an_object_of_the_copy(b'{"seal": %b}' % text.encode()), None),
     ],
 )
 def test_depth_is_refused_before_it_is_parsed(parse: Callable[[str], Any]) -> None:

@@ -141,6 +141,7 @@ class Node:
         private_key: str = "",
         now: float = 0.0,
         copy: CopySettings = SETTINGS,
+        check: Callable[[Store], None] = lambda state: None,
     ) -> None:
         path.mkdir(exist_ok=True)
         self.now = now  # 0.0: as it is
@@ -151,7 +152,7 @@ class Node:
         self.copier = Copier(epochs, self.store, self.files, self.save, copy)
         self.copier.on_taken = lambda text: None
         if objects is not None and boot:
-            self.copier.boot()
+            self.copier.boot(check)
         elif objects is not None:
             self.copier.go_without()
         if private_key:
@@ -534,7 +535,7 @@ def test_what_a_gateway_refused_healed_or_imported_is_in_the_copy_as_it_is_there
     epochs = Epochs(objects, None, "node", time.time)
     settings = CopySettings("the store", 0.0, "")
     copier = Copier(epochs, world.store, world.files, snapshot, settings)
-    copier.boot()
+    copier.boot(lambda state: None)
     world.gateway.ledger.on_written = copier.begin()
 
     def check(*keys: object) -> None:
@@ -933,12 +934,12 @@ def test_a_damaged_copy_is_never_taken_for_an_empty_one(tmp_path: Path, damage: 
 
 def test_no_object_of_a_copy_is_more_than_an_error(tmp_path: Path) -> None:
     data = wggw.pack({"kind": "segment"}, b"payload", None)
-    assert wggw.unpack(data, None) == ({"kind": "segment"}, b"payload")
+    assert wggw.unpack("x", data, None) == ({"kind": "segment"}, b"payload")
     wrong = [data[:end] for end in range(len(data))]
     wrong += [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(len(data))]
     for text in wrong:
         with pytest.raises(CopyDamaged):
-            wggw.unpack(text, None)
+            wggw.unpack("x", text, None)
 
 
 def test_with_a_key_nothing_unsealed_is_believed(tmp_path: Path) -> None:
@@ -954,7 +955,7 @@ def test_with_a_key_nothing_unsealed_is_believed(tmp_path: Path) -> None:
     forged = b"wggw-copy 2 %b %b" % (hashlib.sha256(content).hexdigest().encode(), content)
     assert digest not in forged
     with pytest.raises(CopyDamaged):
-        wggw.unpack(forged, VAULT)
+        wggw.unpack("x", forged, VAULT)
 
 
 # --- settings and signatures ----------------------------------------------------------------------
@@ -1137,10 +1138,10 @@ def test_whatever_the_store_does_is_an_error_in_time(
 def test_an_answer_that_announces_less_than_it_has_is_noticed(server: TlsStore) -> None:
     objects = connect(server)
     objects.put("a", wggw.pack({}, b"x" * 1000, None))
-    assert wggw.unpack(objects.get("a", 1000), None) == ({}, b"x" * 1000)
+    assert wggw.unpack("a", objects.get("a", 1000), None) == ({}, b"x" * 1000)
     server.fault = lambda method, name: "announce less" if method == "GET" else ""
     with pytest.raises(CopyDamaged):
-        wggw.unpack(objects.get("a", 1000), None)
+        wggw.unpack("a", objects.get("a", 1000), None)
 
 
 def test_a_drip_of_bytes_does_not_get_around_the_deadline(

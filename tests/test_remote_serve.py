@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from harness import GatewayProcess, a_key, free_port, running, some, wait_for
 from objects import S3, SECRET_KEY, TOKEN, TlsStore, real_s3, tls_store
+from test_obfuscated_api import BOTH
 from test_remote import BASE
 
 import wggw
@@ -193,14 +195,14 @@ def test_a_store_that_does_not_answer_at_the_start_is_waited_for(
 
 def test_a_look_at_the_copy_that_ends_in_a_defect_ends_the_start() -> None:
     class Broken:
-        def boot(self) -> None:
+        def boot(self, check: object) -> None:
             raise RuntimeError("can't start new thread")
 
     service = wggw.Service(lambda: wggw.load_config({"GATEWAY_API_KEY": "a" * 64}, None))
     gateway: Any = SimpleNamespace(starting="")
     copier: Any = Broken()
     with pytest.raises(RuntimeError, match="can't start"):
-        service._boot_from(copier, gateway, required=True)
+        service._boot_from(copier, gateway, lambda state: None, required=True)
 
 
 @pytest.mark.parametrize("fault", ["refuse", "stall"])
@@ -490,3 +492,62 @@ def test_a_foreign_copy_ends_the_start(tmp_path: Path, server: TlsStore) -> None
     finally:
         foreign.close()
         own.close()
+
+
+@pytest.mark.parametrize(
+    ("case", "more", "says"),
+    [
+        (
+            "key file",
+            {},
+            "WG_PRIVATE_KEY_FILE: the public key of .* but the 2 peers of the copy",
+        ),
+        ("subnet", {"WG_IPV4_SUBNET": "10.77.0.0/24"}, "WG_IPV4_SUBNET.*is used by 2 peers"),
+        ("S4", {"WG_MTU": "1290"}, "AWG_PARAMS: S4: WG_MTU 1290 minus S4"),
+        ("damage", {}, "00000001-[0-9a-f]{16}-00000001 is not what was put there"),
+        ("SNAPSHOT_KEY", {"SNAPSHOT_KEY": "some other key of it"}, "SNAPSHOT_KEY"),
+        ("lineage", {"SNAPSHOT_LINEAGE": "ab" * 16}, "SNAPSHOT_LINEAGE: .* is neither"),
+    ],
+)
+def test_a_start_that_is_refused_leaves_the_copy_to_the_gateway_that_runs(
+    tmp_path: Path, server: TlsStore, case: str, more: dict[str, str], says: str
+) -> None:
+    settings = settings_of(server, tmp_path, SNAPSHOT_KEY=SECRET, SNAPSHOT_COPY_INTERVAL="0.2")
+    if case == "S4":
+        settings |= BOTH
+    running_one, refused = node(tmp_path, "a", settings), node(tmp_path, "b", settings | more)
+    try:
+        running_one.start()
+        expected = create(running_one, 1)
+        wait_for_copy(running_one)
+        expected |= create(running_one, 2)
+        wait_for_copy(running_one)
+        before = dict(server.objects)
+        if case == "damage":
+            [snapshot] = [name for name in before if re.fullmatch(".*-[0-9a-f]{16}-00000001", name)]
+            server.objects[snapshot] = before[snapshot][:-9]
+        elif case == "key file":
+            (refused.directory / "privatekey").write_text(a_key("another"))
+            (refused.directory / "privatekey").chmod(0o600)
+        process = refused.spawn()
+        if case == "damage":  # it waits until the copy is good
+            wait_for(lambda: re.search(says, refused.text()), 60, "the reason in the log")
+            refused.kill()
+        else:
+            assert process.wait(60) == 2, refused.text()
+        assert re.search(says, refused.text()), refused.text()
+        expected |= create(running_one, 3)
+        wait_for_copy(running_one)
+        shown = status(running_one)
+        assert shown["status"] == "healthy" and shown["remote_copy"]["failure"] is None
+        assert [name for name in server.objects if name.startswith("claim")] == ["claim-00000001"]
+        server.objects.update(before)
+        replacement = node(tmp_path, "c", settings)
+        try:
+            replacement.start()
+            assert peers(replacement) == expected
+        finally:
+            replacement.close()
+    finally:
+        running_one.close()
+        refused.close()

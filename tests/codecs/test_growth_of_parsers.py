@@ -280,9 +280,9 @@ def journal(data: bytes) -> None:
 def an_object_of_the_copy(content: bytes) -> object:
     """The content with its checksum right, and the bytes as they are."""
     with contextlib.suppress(wggw.CopyDamaged):
-        wggw.unpack(content, None)
+        wggw.unpack("x", content, None)
     digest = hashlib.sha256(content).hexdigest().encode("ascii")
-    return wggw.unpack(b"wggw-copy 2 %b %b" % (digest, content), None)
+    return wggw.unpack("x", b"wggw-copy 2 %b %b" % (digest, content), None)
 
 
 def chains(data: bytes) -> object:

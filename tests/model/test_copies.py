@@ -30,6 +30,10 @@ class Killed(BaseException):
     """The gateway's process ends here."""
 
 
+class Refused(BaseException):
+    """So it does here, because the settings do not fit the state that it would serve."""
+
+
 class World:
     """The store, and who does the next step.
 
@@ -163,10 +167,10 @@ class ModelFiles:
     def totals(self, since: int) -> tuple[float, list[Any]]:
         return self.snapshot_time, []
 
-    def read_image(self, data: bytes, segments: Any = ()) -> Rows:
+    def read_image(self, data: bytes, segments: Any, name: str) -> Rows:
         number, given = json.loads(data)
         peers = set(given)
-        for last, journal, _ in segments:
+        for _, last, journal, _ in segments:
             file = wggw.parse_journal(journal, "a segment")
             assert file.last == last and file.after <= number
             for landing in file.landings:
@@ -226,7 +230,7 @@ class Gateway:
         try:
             self.pause()
             self._live()
-        except Killed:
+        except (Killed, Refused):
             pass
         except wggw.ConfigError as error:  # two first starts in the same moment, and no conditions
             self.error = None if self.world.claimed_twice else error
@@ -253,13 +257,32 @@ class Gateway:
         )
         copier.on_taken = lambda text: None
         added, deleted = set(world.added), set(world.deleted)
+        checked: list[tuple[int, set[int]]] = []
+        refuses = world.faults and world.chance.random() < 0.2
+
+        def check(state: Any) -> None:
+            self.pause()
+            checked.append((state.number, set(state.peers)))
+            if refuses:
+                raise Refused
+
         while True:
             try:
-                copier.boot()
+                copier.boot(check)
                 break
+            except Refused:
+                ours = [name for name in world.objects if writer in name]
+                claims = [
+                    wggw.unpack(n, o, None)[0] for n, o in world.objects.items() if "claim" in n
+                ]
+                held = [claim for claim in claims if claim["claim"]["writer"] == writer]
+                # A claim of an attempt before this one may be there, or arrive late: it had passed.
+                assert len(checked) > 1 or not (ours or held), "a refused start has left something"
+                raise
             except CopyError as error:
                 self.refusal = error
                 self.pause()
+        assert checked[-1][1] == self.rows.peers, "what is served is not what was checked last"
         world.check_boot(self.rows.peers, added, deleted)
         self.pause()
         disk.lineage, disk.number, disk.peers = (
