@@ -15802,24 +15802,24 @@ class Manager:
 
 def plan_links(
     config: Config, store: Store, rows: Sequence[InterfaceSettings], keys: Sequence[bytes]
-) -> tuple[list[Link], ObfuscationState | None, bool]:
+) -> tuple[list[Link], tuple[ObfuscationState | None, bool]]:
     """The interfaces as settings, rows and private keys want them.
 
     Also returns AmneziaWG's parameters, if there is an interface for them, and whether these are
     new. Raises ConfigError.
     """
-    obfuscation, is_new = None, False
+    chosen: tuple[ObfuscationState | None, bool] = None, False
     if config.awg_interface is not None:
-        obfuscation, is_new = initial_obfuscation(config.awg_params, store, config.awg_interface)
-    spoken = obfuscation.parameters if obfuscation else None
+        chosen = initial_obfuscation(config.awg_params, store, config.awg_interface)
+    parameters = chosen[0].parameters if chosen[0] else None
     try:
         links = [
-            make_link(row, key, spoken if row.prefix == AWG_PREFIX else None)
+            make_link(row, key, parameters if row.prefix == AWG_PREFIX else None)
             for row, key in zip(rows, keys, strict=True)
         ]
     except ValueError as error:
         raise ConfigError(f"AWG_PARAMS: {error}") from None
-    return links, obfuscation, is_new
+    return links, chosen
 
 
 class Service:
@@ -16070,8 +16070,7 @@ class Service:
         claim_interfaces(config, lambda: state)  # before anything is made or changed
         keys = self._load_keys(config, had_key, state)
         rows = with_kept(interface_settings(config), state, config)
-        links, parameters, are_new = plan_links(config, state, rows, keys)
-        self._obfuscation = parameters, are_new
+        links, self._obfuscation = plan_links(config, state, rows, keys)
         self._wanted = list(zip(rows, links, strict=True))
 
     @staticmethod
@@ -17017,7 +17016,7 @@ class Adoption:
         store.take(files.load())
         rows = interface_settings(config)
         keys = [load_private_key(row, store.private_keys.get(row.name)) for row in rows]
-        links, obfuscation, is_new = plan_links(config, store, rows, keys)
+        links, obfuscation = plan_links(config, store, rows, keys)
         store.private_keys[self.live.name] = encode_key(self.live.device.private_key)
         if not files.snapshot_time:  # otherwise `serve` takes its first start for one after a crash
             nonces = NonceGuard(config.max_timestamp_diff)
@@ -17027,7 +17026,7 @@ class Adoption:
         gateway = Gateway(config, store, files, time.time, loop.run)
         opened = [(row, link, MemoryBackend()) for row, link in zip(rows, links, strict=True)]
         loop.start()
-        gateway.start(opened, obfuscation, is_new)
+        gateway.start(opened, *obfuscation)
         try:
             existing = [peer.public_key for peer in store.peers_after(0, MAX_INTEGER)]
             desired = {key: Desired(key, {"public_key": key}) for key in existing}
