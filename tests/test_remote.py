@@ -424,6 +424,28 @@ def _moved(row: TrafficRow, chance: random.Random) -> TrafficRow:
     )
 
 
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_boot_costs_what_the_docs_say(tmp_path: Path, checks: bool) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "RAM_BASED.md").read_text()
+    [requests] = re.findall(r"A boot needs ([0-9]+) requests when a dozen", text)
+    objects = MemoryObjects(checks)
+    with Node(tmp_path_of(tmp_path, "a"), objects) as node:
+        for number in range(1, 14):
+            node.put(a_peer(number))
+            node.tick()
+    snapshot, *behind = objects.entries()
+    assert len(behind) == 12
+    for directory, reads in (("a", 0), ("b", 1)):
+        objects.asked.clear()
+        with Node(tmp_path_of(tmp_path, directory), objects) as node:
+            assert len(node.state) == 13
+        asked = [name for method, name in objects.asked if method == "GET"]
+        assert len(objects.asked) <= int(requests)
+        assert asked.count(snapshot) == reads
+        assert {asked.count(name) for name in behind} == {2}
+        objects.objects = {n: o for n, o in objects.objects.items() if n != "claim-00000002"}
+
+
 UNITS = {"million": 1e6, "GB": 1e9, "TB": 1e12}
 
 
