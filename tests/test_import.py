@@ -6,7 +6,6 @@ import contextlib
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -353,101 +352,6 @@ def test_import_without_a_signature_is_refused(victim: GatewayProcess, good: byt
     assert state(victim) == before
 
 
-# --- under load -----------------------------------------------------------------------------------
-
-
-class Creator(threading.Thread):
-    """Creates until told to stop; keeps when each answer's request began."""
-
-    def __init__(self, gateway: GatewayProcess, number: int, stop: threading.Event) -> None:
-        super().__init__(daemon=True)
-        self.done: list[tuple[float, str]] = []
-        self.failure: BaseException | None = None
-        self._gateway, self._number, self._stop_event = gateway, number, stop
-
-    def run(self) -> None:
-        client = self._gateway.client()
-        try:
-            while not self._stop_event.is_set():
-                key = a_key((self._number, len(self.done)))
-                begun = time.monotonic()
-                answer = client.create(key)
-                assert answer.status == 200, answer
-                self.done.append((begun, key))
-        except BaseException as error:
-            self.failure = error
-        finally:
-            client.close()
-
-
-@pytest.mark.parametrize("settings", FORMS)
-def test_import_under_load_loses_nothing_acknowledged_after_it(
-    tmp_path: Path, settings: dict[str, str]
-) -> None:
-    settings = {"WG_IPV4_SUBNET": "10.7.0.0/16", "SNAPSHOT_INTERVAL": "0.2", **settings}
-    with running(tmp_path, **settings) as gateway:
-        for number in range(20):
-            assert gateway.client().create(a_key(("base", number))).status == 200
-        data = export(gateway)
-        stop = threading.Event()
-        creators = [Creator(gateway, number, stop) for number in range(3)]
-        for creator in creators:
-            creator.start()
-        last = 0.0
-        for _ in range(6):
-            written = sum(len(creator.done) for creator in creators)
-            wait_for(lambda n=written: sum(len(c.done) for c in creators) > n + 10)
-            begun = time.monotonic()
-            assert import_(gateway, data).status == 200
-            last = time.monotonic()
-            assert last - begun < 30
-        counted = sum(len(creator.done) for creator in creators)
-        wait_for(lambda: sum(len(c.done) for c in creators) > counted + 10)
-        stop.set()
-        for creator in creators:
-            creator.join(30)
-            assert not creator.is_alive()
-            assert creator.failure is None, creator.failure
-        check_in_line(gateway)
-        gateway.kill()
-        gateway.start()
-        client = gateway.client()
-        after = [key for creator in creators for begun, key in creator.done if begun > last]
-        assert len(after) > 5
-        for key in after:
-            assert client.get(key).status == 200
-        for number in range(20):
-            assert client.get(a_key(("base", number))).status == 200
-        check_in_line(gateway)
-
-
-def test_exports_under_load_are_states_that_were_on_disk(tmp_path: Path) -> None:
-    """What an export shows was acknowledged or is on disk: it is never ahead of a kill."""
-    with running(tmp_path, WG_IPV4_SUBNET="10.7.0.0/16", SNAPSHOT_INTERVAL="0.2") as gateway:
-        stop = threading.Event()
-        creators = [Creator(gateway, number, stop) for number in range(3)]
-        for creator in creators:
-            creator.start()
-        wait_for(lambda: sum(len(c.done) for c in creators) > 3)
-        client = gateway.client()
-        data = b""
-        for _ in range(5):
-            data = client.send("GET", SNAPSHOT).body
-        gateway.kill()
-        stop.set()
-        for creator in creators:
-            creator.join(30)
-        gateway.start()
-        shown = {row["public_key"] for row in state(gateway)[0]["configurations"]}
-        with contextlib.closing(sqlite3.connect(":memory:")) as database:
-            database.deserialize(data)
-            exported = {
-                row[0] for row in database.execute("SELECT public_key FROM peers LIMIT 999")
-            }
-        listed = {key for key in exported if gateway.client().get(key).status == 200}
-        assert exported == listed and shown
-
-
 # --- a disk that fails ----------------------------------------------------------------------------
 
 
@@ -476,9 +380,8 @@ def source(tmp_path: Path, **settings: str) -> tuple[bytes, list[Any]]:
     return data, seen
 
 
+# Of the disk alone: model/test_faults.py.
 FAULTS: dict[str, Callable[[World, int], None]] = {
-    "disk once": lambda w, n: w.disk.fail(nth=n),
-    "disk for good": lambda w, n: w.disk.fail(nth=n, forever=True),
     "interface refuses": lambda w, n: w.backend.fail("apply", "setup", nth=n),
     "interface does half": lambda w, n: w.backend.fail("apply", "setup", nth=n, what="half"),
     "interface's answer is lost": lambda w, n: w.backend.fail("apply", nth=n, what="lost"),

@@ -133,6 +133,10 @@ def test_settings_that_exist_are_changed_by_their_options_alone(host: Machine) -
     assert printed
     assert "10.0.1.2" in host.output(f"cd .. && {printed[1]} && cat laptop.conf")
     assert host.output(look) == before
+    keys = (
+        "sha256sum /etc/wggw/*.pem /etc/wggw/privatekey; wg show wg0 peers; wg show wg0 public-key"
+    )
+    seen = host.output(keys)
     install.signal("TERM")
     assert install.wait() == 0
     dns = '{"d1": "9.9.9.9"}'
@@ -147,6 +151,7 @@ def test_settings_that_exist_are_changed_by_their_options_alone(host: Machine) -
         ":9001",
     ):
         assert told in install.text()
+    assert host.output(keys) == seen
     lines = host.output("cat /etc/wggw/wggw.env").splitlines()
     assert lines[:3] == ["# mine", 'GATEWAY_API_KEY="0123456789 abcdef"', "WG_IPV6_SUBNET="]
     assert sorted(lines[-3:]) == ["API_PORT=9001", f"DNS_SERVERS='{dns}'", "WG_MTU=1380"]
@@ -219,22 +224,6 @@ def test_kill_leaves_no_temporary_file(host: Machine) -> None:
     install.signal("KILL")
     assert install.wait() == -9
     assert list((host.bin / "tmp").iterdir()) == []
-
-
-@pytest.mark.real
-def test_second_start_keeps_peers_keys_and_settings(host: Machine) -> None:
-    look = "sha256sum /etc/wggw/*; wg show wg0 peers; wg show wg0 public-key"
-    seen = []
-    for _ in range(2):
-        install = host.start(COMMAND)
-        printed = PRINTED.search(install.wait_text(">laptop.conf"))
-        assert printed
-        if not seen:
-            host.output(printed[1])
-        seen.append(host.output(look))
-        install.signal("TERM")
-        assert install.wait() == 0
-    assert seen[0] == seen[1]
 
 
 @pytest.mark.real
@@ -567,16 +556,14 @@ def test_upgrade_mends_a_service_that_was_restarted_again_and_again(installed: M
 
 
 @pytest.mark.real
-def test_uninstall_removes_what_a_killed_run_kept_and_no_settings(installed: Machine) -> None:
+def test_uninstall_removes_what_a_killed_run_kept_and_neither_settings_nor_data(
+    installed: Machine,
+) -> None:
     kept = "/etc/systemd/system/wggw.service.before /usr/local/sbin/wggw.before"
     installed.output(f"touch {kept}; rm -r /var/lib/wggw")
     shown = installed.output("./install.sh --uninstall --yes")
     assert "settings and data stay in /etc/wggw (" in shown
     assert installed.output("find /usr/local /etc/systemd/system -name '*wggw*'") == ""
-
-
-@pytest.mark.real
-def test_uninstall_without_settings_keeps_the_data(installed: Machine) -> None:
-    installed.output("rm -r /etc/wggw")
+    installed.output("mv /etc/wggw /var/lib/wggw")  # data without settings
     shown = installed.output("./install.sh --uninstall --yes")
     assert "settings and data stay in /var/lib/wggw (" in shown

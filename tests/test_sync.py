@@ -392,28 +392,6 @@ def test_a_single_change_that_was_acknowledged_meanwhile_outlives_a_failing_desi
     world.close()
 
 
-def test_every_prefix_of_the_journal_has_all_of_it_or_nothing(tmp_path: Path) -> None:
-    world = a_world(tmp_path)
-    first, second = before_and_after()
-    sync(world, first)
-    before = peers(world)
-    sync(world, second)
-    after = peers(world)
-    world.crash()
-    journal = Path(world.config.db_path + ".journal")
-    data = journal.read_bytes()
-    header = data.index(b"\n") + 1
-    seen = []
-    for end in (*range(header, len(data), len(data) // 60), len(data)):
-        journal.write_bytes(data[:end])
-        files = wggw.Files(world.config.db_path, "commit", wggw.Disk())
-        store = files.load()
-        assert store.peers_after(0, 10**6) in ([], before, after), end
-        seen.append(len(store.peers_after(0, 10**6)))
-    assert seen == sorted(seen, key=[0, len(before), len(after)].index)
-    assert set(seen) == {0, len(before), len(after)}
-
-
 # --- others at the same time ----------------------------------------------------------------------
 
 
@@ -653,79 +631,6 @@ def test_a_defect_leaves_nothing_marked_or_taken(
     assert state(world) == before
     assert sync(world, second).created == 40
     world.close()
-
-
-def test_rows_interface_and_pools_agree_whatever_others_change_meanwhile(tmp_path: Path) -> None:
-    world = a_world(tmp_path)
-    base = [{"public_key": a_key(n)} for n in range(1500)]
-    sync(world, base)
-    done: set[str] = set()
-    enough = threading.Event()
-
-    def work() -> None:
-        dice = random.Random(1)
-        for number in itertools.takewhile(lambda _: not enough.is_set(), itertools.count()):
-            key = a_key(dice.randrange(1500))
-            try:
-                choice = dice.randrange(3)
-                if choice == 0:
-                    do(world.gateway, "set_status", public_key=key, status="suspended")
-                elif choice == 1:
-                    do(world.gateway, "delete", public_key=key)
-                else:
-                    key = a_key(("new", number))
-                    do(world.gateway, "create", public_key=key)
-                done.add(key)
-            except wggw.NotFound:
-                pass
-
-    other = threading.Thread(target=work, daemon=True)
-    other.start()
-    try:
-        for turn in itertools.count():
-            sync(world, [{**e, "dns": f"d{1 + turn % 3}"} for e in base[: 1500 - turn]])
-            if turn >= 3 and len(done) > 20:
-                break
-    finally:
-        enough.set()
-        other.join()
-    rows = {peer.public_key for peer in state(world)[0]}
-    assert rows <= done | {e["public_key"] for e in base}
-    world.crash()
-    world.open()
-    assert {peer.public_key for peer in state(world)[0]} == rows
-    world.close()
-
-
-def test_a_killed_gateway_has_all_of_it_or_nothing(tmp_path: Path) -> None:
-    gateway = GatewayProcess(tmp_path, WG_IPV4_SUBNET="10.0.0.0/8")
-    body = lines([{"public_key": a_key(("k", n))} for n in range(4000)])
-    try:
-        for delay in (0.1, 0.2, 0.35):
-            gateway.start()
-            client = gateway.client()
-            client.create(a_key("old"))
-            kind = {"Content-Type": "application/x-ndjson"}
-            sender = threading.Thread(
-                target=_ignoring, args=(gateway.client(), body, kind), daemon=True
-            )
-            sender.start()
-            time.sleep(delay)
-            gateway.kill()
-            sender.join()
-            gateway.start()
-            total = gateway.client().send("GET", "/api/v1/server/status").json["total_peers"]
-            assert total in (1, 4000), total
-            gateway.stop()
-    finally:
-        gateway.close()
-
-
-def _ignoring(client: Client, body: bytes, kind: dict[str, str]) -> None:
-    try:
-        client.send("PUT", PATH + "?allow_mass_delete=true", body, **kind)
-    except Exception:
-        pass
 
 
 PEERS = 60000 if LONG else 5000
