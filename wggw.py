@@ -11954,9 +11954,9 @@ class Gateway:
                 self.ledger.land(Flight(Record(changed)))
             except GatewayError as error:
                 raise StartError(f"MOVE_PEERS: {error.detail}") from None
-            moved = show_peers(len(changed))
+            count = show_peers(len(changed))
             LOG.warning(
-                "MOVE_PEERS: moved %s to the present settings; now remove MOVE_PEERS", moved
+                "MOVE_PEERS: moved %s to the present settings; now remove MOVE_PEERS", count
             )
 
     def change_classes(self, classes: Mapping[str, ServiceClass]) -> None:
