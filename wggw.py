@@ -3680,7 +3680,7 @@ class AddressPool:
 # nothing is acknowledged until there is a fresh snapshot with a new journal. fsync is never
 # retried: the kernel may have dropped the pages.
 #
-# One thread at a time writes: the ledger's lander, or the holder of Ledger.turn.
+# One thread at a time writes: the ledger's lander, or the holder of Lander.turn.
 # Never here: what a record means.
 # ==================================================================================================
 
@@ -5377,7 +5377,7 @@ def open_parts(landings: Iterable[Landing]) -> set[int]:
 
 
 class Files:
-    """Snapshot and journal of a store on disk. One thread at a time writes: see Ledger.turn."""
+    """Snapshot and journal of a store on disk. One thread at a time writes: see Lander.turn."""
 
     def __init__(self, path: str, durability: str, disk: Disk, vault: Vault | None = None) -> None:
         self.path = os.path.realpath(path)
@@ -9639,9 +9639,9 @@ def refuse_misfits(findings: Iterable[Finding]) -> None:
 # journal, or it was declared void. If neither succeeded, nobody knows what a restart will find, and
 # the connection ends without an answer (OutcomeUnknown).
 #
-# Threads: rows, pools and the table of keys in flight belong to the owner; other threads reach them
-# by `run(function)`. The lander writes to journal and interfaces; any other thread must hold `turn`
-# to do so.
+# Threads: rows, pools and the Ledger, the table of what is in flight, belong to the owner; other
+# threads reach them by `run(function)`. The Lander's thread writes to journal and interfaces; any
+# other thread must hold the lander's `turn` to do so.
 # Never here: rules, and sockets of clients.
 # ==================================================================================================
 
@@ -9660,23 +9660,6 @@ class Step(NamedTuple):
 
     before: Peer | None
     after: Peer | None
-
-
-class Answer:
-    """A value that one thread waits for and another one gives. A lock is the cheapest signal."""
-
-    def __init__(self) -> None:
-        self._given: Any = None
-        self._bell = threading.Lock()
-        self._bell.acquire()
-
-    def give(self, value: Any) -> None:
-        self._given = value
-        self._bell.release()
-
-    def take(self) -> Any:
-        self._bell.acquire()
-        return self._given
 
 
 class Later(Generic[_T]):
@@ -9704,11 +9687,19 @@ class Later(Generic[_T]):
             self._waiting.append(call)
 
 
+def when_all(laters: list[Later[Any]], call: Callable[[], None]) -> None:
+    """Call `call` when all values have come. Consumes `laters`. Owner."""
+    if laters:
+        laters.pop().then(lambda _: when_all(laters, call))
+    else:
+        call()
+
+
 def wait_for(run: Run, later: Later[_T]) -> _T:
     """Wait for the value. For workers."""
-    answer = Answer()
-    run(lambda: later.then(answer.give))
-    return cast(_T, answer.take())
+    answer: queue.SimpleQueue[_T] = queue.SimpleQueue()
+    run(lambda: later.then(answer.put))
+    return answer.get()
 
 
 class Flight(Later["GatewayError | None"]):
@@ -9719,26 +9710,60 @@ class Flight(Later["GatewayError | None"]):
         self.record = record or Record()
         self.changes: dict[str, list[Change]] = {}  # by interface
         self.setup: dict[str, Link | None] = {}  # interfaces to set up; None: as they are now
+        self.steps: list[Step] = []
         self.keys: list[str] = []
-        self.claimed: list[tuple[HeldAddress, int]] = []  # with the results of claim()
-        self.freed: list[HeldAddress] = []
-        self.on_landed: Callable[[], None] | None = None  # called when the rows have the change
+        # What claim() returned; None: an address that another peer of this flight gives up.
+        self.claimed: dict[HeldAddress, int | None] = {}
+        self.freed: dict[HeldAddress, None] = {}
+        self._spares: dict[tuple[str, str], list[HeldAddress]] = {}
+        self.on_landed: list[Callable[[], None]] = []  # called when the rows have the change
         self.error: GatewayError | None = None
         self.needs_disk = True  # False: it lands without the disk; the next snapshot contains it
         self.suspects: dict[str, str] = {}  # the interfaces that refused it, with the reason
         self.number = 0
 
-    def add_step(self, step: Step) -> None:
-        """Add the changes of the interfaces that a step needs."""
-        before, after = _projection(step.before), _projection(step.after)
-        if before == after:
-            return
-        if before and step.before and (after is None or before.public_key != after.public_key):
-            gone = Change(before.public_key, None)
-            self.changes.setdefault(step.before.interface, []).append(gone)
-        if after and step.after:
-            change = Change(after.public_key, after)
-            self.changes.setdefault(step.after.interface, []).append(change)
+    @property
+    def interfaces(self) -> Collection[str]:
+        """The interfaces that it changes."""
+        return {**self.setup, **self.changes} if self.setup else self.changes
+
+    def complete(self) -> None:
+        """Take the rows and the changes of the interfaces from the steps.
+
+        Removals come first: another peer may get the address of a removed one.
+        """
+        put = [after for _, after in self.steps if after]
+        delete = [before.id for before, after in self.steps if before and not after]
+        self.record = self.record._replace(put=put, delete=delete)
+        gone: list[tuple[str, Change]] = []
+        come: list[tuple[str, Change]] = []
+        for before, after in self.steps:
+            was, now = _projection(before), _projection(after)
+            if before and was and (now is None or was.public_key != now.public_key):
+                gone.append((before.interface, Change(was.public_key, None)))
+            if after and now and was != now:
+                come.append((after.interface, Change(now.public_key, now)))
+        for name, change in gone + come:
+            self.changes.setdefault(name, []).append(change)
+
+    def spare(self, interface: str, family: str) -> str | None:
+        """The first address that it frees there and that none of its peers has taken again."""
+        if not self._spares:
+            for address in reversed(self.freed):
+                self._spares.setdefault(address[:2], []).append(address)
+        spares = self._spares.get((interface, family), [])
+        while spares and spares[-1] not in self.freed:
+            spares.pop()
+        return spares[-1][2] if spares else None
+
+
+def _addresses(peer: Peer | None) -> list[HeldAddress]:
+    held: list[HeldAddress] = []
+    if peer and peer.assigned_ip:
+        held.append((peer.interface, "ipv4", peer.assigned_ip))
+    if peer and peer.assigned_ipv6:
+        held.append((peer.interface, "ipv6", peer.assigned_ipv6))
+    return held
 
 
 def _projection(peer: Peer | None) -> WirePeer | None:
@@ -9752,70 +9777,162 @@ class Busy(Exception):
         self.flight = flight
 
 
-class Interfaces(Protocol):
-    """The interfaces as the ledger uses them."""
+class InterfaceTraffic(NamedTuple):
+    """The traffic of an interface's peers at the last sample.
 
-    def project(self, name: str, changes: Sequence[Change], links: Sequence[Link | None]) -> None:
-        """Set an interface up as the last of `links`, then do the changes. BackendError."""
+    `rx_bytes` and `tx_bytes` count since the gateway's start. The rates are in bytes a second,
+    between the last two samples. `time` is the last sample's on the monotonic clock (0.0: none).
+    """
 
-    def suspect(self, name: str, reason: str) -> None:
-        """The interface may differ from the rows: it must be reconciled. Owner."""
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    rx_rate: float = 0.0
+    tx_rate: float = 0.0
+    time: float = 0.0
 
-    def pool(self, address: HeldAddress) -> AddressPool:
-        """Owner."""
 
+class Tunnel:
+    """An interface for peers, and the gateway's knowledge of it.
 
-class Ledger:
-    """Flights, and the lander that lands them.
-
-    `in_flight` holds flights by public key, `addresses` by each address that they take or free.
-    `airborne` holds every opened flight that has not landed, the oldest first. While there is an
-    `exclusive` flight, nothing else is decided.
+    Only the lander changes the interface, by project(), and workers read it. Everything else here
+    belongs to the owner of the rows. `failure` is None, or says why the interface may differ from
+    the rows. `clients_key` is the public key that the configurations of its peers name.
     """
 
     def __init__(
         self,
-        run: Run,
-        store: Store,
-        files: Files,
-        interfaces: Interfaces,
-        clock: Callable[[], float],
+        settings: InterfaceSettings,
+        link: Link,
+        backend: Backend,
+        obfuscation: ObfuscationState | None,
     ) -> None:
-        self._clock = clock
+        self.settings = settings
+        self.name = settings.name
+        self.link = link
+        self.backend = backend
+        self.obfuscation = obfuscation
+        self.public_key = self.clients_key = encode_key(x25519_public(link.private_key))
+        self.pools: dict[str, AddressPool] = {}
+        self.failure: str | None = None
+        self.failures = 0  # how often it failed
+        self.must_set_up = False  # the interface itself failed, not only its peers
+        self.traffic = InterfaceTraffic()
+        self.known: set[int] = set()  # fingerprints of peers that a sample found to be right
+        self.newborn: set[bytes] = set()  # see Projection._scrub()
+        self.rx_bytes = self.tx_bytes = 0  # counted since the start
+        self.reading = threading.Lock()  # one reader at a time
+        self.is_read = False  # landings on it wait: see Lander
+        self.is_silent = False  # it did not answer the last reading, so a landing need not ask
+
+    def project(self, flights: Sequence[Flight]) -> None:
+        """Set the interface up as flights demand, then do their changes. Raises BackendError."""
+        links = [flight.setup[self.name] for flight in flights if self.name in flight.setup]
+        changes = [c for flight in flights for c in flight.changes.get(self.name, ())]
+        if self.is_silent:
+            raise NoAnswer(f"{self.name}: the interface does not answer")
+        if links:
+            self.backend.setup(next(filter(None, reversed(links)), self.link))
+        if changes:
+            self.backend.apply(changes)
+
+    def fail(self, reason: str) -> None:
+        """Note that the interface may differ from the rows: it must be reconciled."""
+        self.failure = reason
+        self.failures += 1
+
+    def suspect(self, reason: str) -> None:
+        """Note that the interface failed. Repeated failures for one reason are logged once."""
+        if self.failure != reason:
+            LOG.error("%s", reason)
+        self.fail(reason)
+
+    def make_pools(self, store: Store) -> dict[str, AddressPool]:
+        """The pools with the addresses of a store. Raises Conflict."""
+        pools = {
+            family: AddressPool(
+                subnet, [a for a in self.settings.kept if (":" in a) == (family == "ipv6")]
+            )
+            for family, subnet in self.settings.subnets.items()
+        }
+        for family in FAMILIES:
+            held = [a for _, a in store.held_rows(self.name, family, 0, MAX_INTEGER) if a]
+            try:
+                if family in pools:
+                    pools[family].restore(held, store.released(family))
+                elif held:
+                    raise ValueError
+            except ValueError:  # the address is a VPN client's, which is never logged
+                subnet = self.settings.subnets.get(family)
+                raise Conflict(
+                    f"there is a peer whose {family} address is outside of {subnet}, "
+                    "excluded there, or given twice"
+                ) from None
+        return pools
+
+    def with_defaults(self, peer: Peer, config: Config) -> Peer:
+        """The peer with the DNS choice and the port that it follows by default."""
+        if peer.dns is not None and peer.port is not None:
+            return peer
+        dns = next(iter(config.dns_servers)) if peer.dns is None else peer.dns
+        return peer._replace(dns=dns, port=peer.port or self.settings.ports[0])
+
+    def note_link(self, link: Link, state: ObfuscationState | None) -> None:
+        """Note the key and the parameters that the interface has now."""
+        if link.private_key != self.link.private_key:
+            self.public_key = encode_key(x25519_public(link.private_key))
+        self.link, self.obfuscation = link, state
+
+    def note_clients_key(self, store: Store, kept: str | None) -> None:
+        """Note the public key that the rows name now. `kept`: its private key, if not the own."""
+        self.clients_key = store.public_keys().get(self.name, self.public_key)
+        is_own = self.clients_key == self.public_key
+        key = encode_key(self.link.private_key) if is_own else kept
+        store.private_keys.pop(self.name, None)
+        if key:
+            store.private_keys[self.name] = key
+
+    def count(self, rx: int, tx: int) -> None:
+        self.rx_bytes += rx
+        self.tx_bytes += tx
+
+    def rate(self) -> None:
+        """Compute the rates between the last two samples."""
+        last, now = self.traffic, time.monotonic()
+        rx_rate = tx_rate = 0.0
+        if last.time and now > last.time:
+            rx_rate = (self.rx_bytes - last.rx_bytes) / (now - last.time)
+            tx_rate = (self.tx_bytes - last.tx_bytes) / (now - last.time)
+        self.traffic = InterfaceTraffic(self.rx_bytes, self.tx_bytes, rx_rate, tx_rate, now)
+
+
+class Ledger:
+    """The table of what is in flight. Owner; land() is for workers.
+
+    `in_flight` holds flights by public key, `addresses` by each address that they take or free.
+    `airborne` holds every opened flight that has not landed, the oldest first. While there is an
+    `exclusive` flight, nothing else is decided. The lander takes what is in `waiting`.
+    """
+
+    def __init__(self, run: Run, files: Files, tunnels: Mapping[str, Tunnel]) -> None:
+        self.run, self.files, self.tunnels = run, files, tunnels
         self.in_flight: dict[str, Flight] = {}
         self.addresses: dict[HeldAddress, Flight] = {}
         self.airborne: dict[Flight, None] = {}
         self.exclusive: Flight | None = None
-        self.applying = False  # a landing is only partly in the rows
+        self.waiting: queue.SimpleQueue[list[Flight]] = queue.SimpleQueue()
+        self.watchers: list[set[str]] = []  # each collects every key that is marked
         self.broken: str | None = None  # an internal error: the rows cannot be trusted any more
         self.uncertain = False  # the journal may hold changes that the rows do not have
         self.replaced: str | None = None  # the gateway that has taken over the remote copy
         self.fence = False  # refuse changes when there is one
-        self.turn = threading.Lock()  # held while writing to the journal or the interfaces
-        self.on_written: Callable[[Sequence[Written]], None] | None = None  # for the remote copy
-        self.watchers: list[set[str]] = []  # each collects every key that is marked
-        self.on_changed: Callable[[], None] = lambda: None  # called when rows have changed; owner
-        self._run = run
-        self._store = store
-        self._files = files
-        self._interfaces = interfaces
-        self._number = store.number  # of the last record that was numbered
+        self.stopping = False
         self.gathers = False  # dispatch() is called once for all flights of a round
         self._gathered: list[Flight] = []
-        self._queue: queue.SimpleQueue[list[Flight]] = queue.SimpleQueue()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._lander, name="lander", daemon=True)
-
-    def start(self) -> None:
-        self._number = self._store.number
-        self._thread.start()
 
     @property
     def failure(self) -> str | None:
         """Why changes are refused, or None."""
-        return self.broken or self._files.journal.failure
-
-    # --- by the owner ----------------------------------------------------------------------------
+        return self.broken or self.files.journal.failure
 
     def check(self, *keys: str) -> None:
         """Raises Busy when one of the keys, or an exclusive flight, is in flight."""
@@ -9827,24 +9944,43 @@ class Ledger:
                 raise Busy(flight)
 
     def check_address(self, address: HeldAddress, mine: Flight | None = None) -> None:
-        """Before refusing this address: raises Busy when a flight other than `mine` holds it."""
-        flight = self.addresses.get(address)
-        if flight not in (None, mine):
+        """Check that `mine`, or any new flight, can claim this address.
+
+        Raises Busy when another flight may free it, otherwise Conflict, or Invalid when `mine` has
+        claimed it already.
+        """
+        flight, name = self.addresses.get(address), ADDRESS_FIELD[address[1]]
+        if self._pool(address).is_free(address[2]) or (mine and address in mine.freed):
+            return
+        if mine and address in mine.claimed:
+            raise Invalid(name, "another element has the same address")
+        if flight is not None:
             self.check_disk()
             raise Busy(flight)
+        raise Conflict(f"{name}: the address is not free")
 
-    def check_pool(self, interface: str, family: str, mine: Flight | None = None) -> None:
-        """Before refusing for lack of addresses: raises Busy when a flight may free one."""
-        for address in self.addresses:
-            if address[:2] == (interface, family):
-                self.check_address(address, mine)
+    def find_address(self, interface: str, family: str, mine: Flight | None = None) -> str:
+        """The next free address of a pool, or one that `mine` frees.
+
+        Raises Busy when another flight may free one, otherwise Unavailable.
+        """
+        found = self.tunnels[interface].pools[family].peek()
+        if found is None and mine is not None:
+            found = mine.spare(interface, family)
+        if found is not None:
+            return found
+        for address, flight in self.addresses.items():
+            if address[:2] == (interface, family) and flight is not mine:
+                self.check_disk()
+                raise Busy(flight)
+        raise Unavailable(f"the {family} addresses of {interface} are exhausted")
 
     def check_disk(self) -> None:
         if self.failure:
             raise Unavailable("the disk refuses writes: repeat the change when it works again")
         if self.fence and self.replaced:
             raise Unavailable(f"SNAPSHOT_FENCE: {self.replaced}")
-        if self._stopping:
+        if self.stopping:
             raise Unavailable("the gateway is stopping", headers=[("Retry-After", "5")])
 
     def open(self, flight: Flight) -> None:
@@ -9859,11 +9995,28 @@ class Ledger:
             watcher.add(key)
 
     def claim(self, flight: Flight, address: HeldAddress) -> None:
-        """Take a free address for the flight. Raises ValueError when it is not free."""
-        pool = self._interfaces.pool(address)
-        flight.claimed.append((address, pool.claim(address[2])))
-        pool.in_flight += 1
+        """Take an address for the flight: see check_address()."""
+        if address in flight.freed:
+            del flight.freed[address]
+            flight.claimed[address] = None
+        else:
+            flight.claimed[address] = self._pool(address).claim(address[2])
+            self._pool(address).in_flight += 1
         self.addresses[address] = flight
+
+    def add(self, flight: Flight, step: Step) -> None:
+        """Add a step to a flight: mark its keys, claim and free its addresses."""
+        for key in {peer.public_key for peer in step if peer}:
+            self.mark(flight, key)
+        gone, come = _addresses(step.before), _addresses(step.after)
+        for address in come:
+            if address not in gone:
+                self.claim(flight, address)
+        flight.freed.update((address, None) for address in gone if address not in come)
+        flight.steps.append(step)
+
+    def _pool(self, address: HeldAddress) -> AddressPool:
+        return self.tunnels[address[0]].pools[address[1]]
 
     def submit(self, flight: Flight) -> None:
         self.airborne[flight] = None
@@ -9875,21 +10028,21 @@ class Ledger:
     def dispatch(self) -> None:
         """Pass the submitted flights to the lander."""
         if self._gathered:
-            self._queue.put(self._gathered)
+            self.waiting.put(self._gathered)
             self._gathered = []
 
     def release(self, flight: Flight, refused: bool) -> Iterator[None]:
         """Release what a flight holds, and call the functions that wait for it. In slices."""
-        for address, turn in reversed(flight.claimed):
-            pool = self._interfaces.pool(address)
-            pool.in_flight -= 1
-            if refused:
-                pool.put_back(address[2], turn)
+        for address, turn in reversed(flight.claimed.items()):
+            if turn is not None:
+                self._pool(address).in_flight -= 1
+                if refused:
+                    self._pool(address).put_back(address[2], turn)
             self.addresses.pop(address, None)
             yield
         for address in flight.freed:
             if not refused:
-                self._interfaces.pool(address).release(address[2])
+                self._pool(address).release(address[2])
             self.addresses.pop(address, None)
             yield
         for key in flight.keys:
@@ -9901,22 +10054,66 @@ class Ledger:
         self.airborne.pop(flight, None)
         # The keys must be free by now: a reconcile() that skipped them would clear the suspicion.
         for name, reason in flight.suspects.items():
-            self._interfaces.suspect(name, reason)
+            self.tunnels[name].suspect(reason)
         flight.give(flight.error)
 
-    # --- the lander ------------------------------------------------------------------------------
+    def land(self, flight: Flight) -> None:
+        """Submit a flight and wait until it has landed. Raises its error. For workers."""
+        self.run(lambda: self.submit(flight))
+        error = wait_for(self.run, flight)
+        if error:
+            raise error
 
-    def _lander(self) -> None:
-        while not self._stopping or not self._queue.empty():
-            flights = self._queue.get()
-            while not self._queue.empty():
-                flights += self._queue.get()
+
+class Lander:
+    """The thread that lands flights, and what workers do with the files in their `turn`.
+
+    A userspace WireGuard answers no message while it is being read, so flights for such an
+    interface wait for the end of the reading, and the others land.
+    """
+
+    def __init__(self, ledger: Ledger, store: Store, clock: Callable[[], float]) -> None:
+        self.applying = False  # a landing is only partly in the rows
+        self.turn = threading.Lock()  # held while writing to the journal or the interfaces
+        self.snapshot_failure: str | None = None
+        self.on_written: Callable[[Sequence[Written]], None] | None = None  # for the remote copy
+        self.on_changed: Callable[[], None] = lambda: None  # called when rows have changed; owner
+        self._ledger, self._store, self._clock = ledger, store, clock
+        self._run, self._files, self._tunnels = ledger.run, ledger.files, ledger.tunnels
+        self._number = store.number  # of the last record that was numbered
+        self._thread = threading.Thread(target=self._take_flights, name="lander", daemon=True)
+
+    def start(self) -> None:
+        self._number = self._store.number
+        self._thread.start()
+
+    def stop(self, seconds: float) -> bool:
+        """Refuse new changes and land the waiting ones. Whether all of them landed in time."""
+        self._ledger.stopping = True
+        self._ledger.waiting.put([])
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    # --- landings --------------------------------------------------------------------------------
+
+    def _take_flights(self) -> None:
+        held: list[Flight] = []
+        ledger = self._ledger
+        while held or not ledger.stopping or not ledger.waiting.empty():
+            flights = held + ledger.waiting.get()
+            while not ledger.waiting.empty():
+                flights += ledger.waiting.get()
+            read = {name for name, tunnel in self._tunnels.items() if tunnel.is_read}
+            if ledger.stopping:  # a stop waits for no reading
+                read.clear()
+            held = [flight for flight in flights if not read.isdisjoint(flight.interfaces)]
+            flights = [flight for flight in flights if read.isdisjoint(flight.interfaces)]
             try:
                 if flights:
                     self._land(flights)
             except Exception as error:  # a defect: nobody knows what is on disk
                 log_defect(error)
-                self.broken = "an internal error: restart the gateway"
+                ledger.broken = "an internal error: restart the gateway"
                 self._run(functools.partial(self._give_up, flights))
 
     def _give_up(self, flights: Sequence[Flight]) -> None:
@@ -9927,20 +10124,23 @@ class Ledger:
                     "an internal error: see the gateway's log, and restart it"
                 )
                 flight.claimed.clear()
-                for _ in self.release(flight, refused=True):
+                for _ in self._ledger.release(flight, refused=True):
                     pass
 
     def _land(self, flights: Sequence[Flight]) -> None:
         with self.turn:
             written = self._write(flights)
-            self._project([flight for flight in flights if flight.error is None], written)
+            for name in {name: None for flight in flights for name in flight.interfaces}:
+                concerned = [f for f in flights if f.error is None and name in f.interfaces]
+                self._project(self._tunnels[name], concerned)
+            self._void(flights, written)
             if self.on_written and written:
                 self.on_written(written)
             run_in_slices(self._run, self._hand_back(flights))
 
     def _write(self, flights: Sequence[Flight]) -> list[Written]:
         """Number the records and write them to disk, or refuse the flights that need the disk."""
-        broken = self.failure is not None  # then _append() writes nothing
+        broken = self._ledger.failure is not None  # then _append() writes nothing
         written: list[Written] = []
         now = int(self._clock())
         for flight in flights:
@@ -9956,7 +10156,7 @@ class Ledger:
             refusal: GatewayError = Unavailable("the disk refused the change: repeat it later")
             if not broken and not self._files.journal.withdraw():
                 refusal = OutcomeUnknown("the line may still be in the journal")
-                self.uncertain = True
+                self._ledger.uncertain = True
             for flight in flights:
                 if flight.number and flight.needs_disk:
                     flight.error = refusal
@@ -9964,69 +10164,54 @@ class Ledger:
         return written
 
     def _append(self, written: Sequence[Written]) -> None:
-        if written and self.broken:
-            raise DiskError(self.broken)
+        if written and self._ledger.broken:
+            raise DiskError(self._ledger.broken)
         if written and self._files.journaled:
             sync = self._files.durability == "commit"
             contents = [record.content for record in written]
             self._files.journal.write(written[0].number, contents, sync)
 
-    def _project(self, flights: Sequence[Flight], written: list[Written]) -> None:
-        """Apply the flights to the interfaces, and void the records of those that fail there."""
-        names = {name: None for flight in flights for name in (*flight.setup, *flight.changes)}
-        for name in names:
-            mine = [
-                f for f in flights if f.error is None and (name in f.changes or name in f.setup)
-            ]
-            if not mine:
+    @staticmethod
+    def _project(tunnel: Tunnel, flights: Sequence[Flight]) -> None:
+        """Apply flights to an interface: in one message, or else each alone; refuse what fails.
+
+        After a missing answer nothing else is tried, because each try may take as long.
+        """
+        failed: BackendError | None = None
+        tries = [flights] if flights else []
+        while tries:
+            tried = tries.pop(0)
+            if not isinstance(failed, NoAnswer):
+                try:
+                    tunnel.project(tried)
+                    continue
+                except BackendError as error:
+                    failed = error
+            if len(tried) > 1 and not isinstance(failed, NoAnswer):
+                tries = [[flight] for flight in tried]
                 continue
-            try:
-                self._send(name, mine)
-            except BackendError as error:
-                self._refuse(self._try_alone(name, mine, error))
+            for flight in tried:
+                flight.error = Unavailable("the interface is not usable")
+                if isinstance(failed, ParametersRefused):
+                    flight.error = Invalid("parameters", str(failed))
+                flight.suspects = dict.fromkeys(flight.interfaces, str(failed))
+
+    def _void(self, flights: Sequence[Flight], written: list[Written]) -> None:
+        """Declare the records void that are on disk and that an interface refused."""
         on_disk = {record.number for record in written}
         refused = [flight for flight in flights if flight.error and flight.number in on_disk]
         if not refused:
             return
-        void = [flight.number for flight in refused]
         self._number += 1
-        record = Record(void=void).written(self._number)
-        written.append(record)
+        void = Record(void=[flight.number for flight in refused]).written(self._number)
+        written.append(void)
         try:
-            self._append([record])
+            self._append([void])
         except DiskError as error:
             LOG.error("%s", error)
-            self.uncertain = True
+            self._ledger.uncertain = True
             for flight in refused:
                 flight.error = OutcomeUnknown("its record is in the journal and not void")
-
-    def _send(self, name: str, flights: Sequence[Flight]) -> None:
-        links = [flight.setup[name] for flight in flights if name in flight.setup]
-        changes = [c for flight in flights for c in flight.changes.get(name, ())]
-        self._interfaces.project(name, changes, links)
-
-    def _try_alone(
-        self, name: str, flights: Sequence[Flight], error: BackendError
-    ) -> Mapping[Flight, BackendError]:
-        """The flights that fail alone. After a missing answer the lander tries no other flight."""
-        if len(flights) == 1 or isinstance(error, NoAnswer):
-            return dict.fromkeys(flights, error)
-        failed: dict[Flight, BackendError] = {}
-        for number, flight in enumerate(flights):
-            try:
-                self._send(name, [flight])
-            except BackendError as again:
-                failed[flight] = again
-                if isinstance(again, NoAnswer):
-                    return failed | dict.fromkeys(flights[number:], again)
-        return failed
-
-    def _refuse(self, failed: Mapping[Flight, BackendError]) -> None:
-        for flight, error in failed.items():
-            flight.error = Unavailable("the interface is not usable")
-            if isinstance(error, ParametersRefused):
-                flight.error = Invalid("parameters", str(error))
-            flight.suspects = dict.fromkeys((*flight.changes, *flight.setup), str(error))
 
     def _hand_back(self, flights: Sequence[Flight]) -> Iterator[None]:
         """Change rows and pools, and answer the requests that waited. Owner, in slices."""
@@ -10036,22 +10221,15 @@ class Ledger:
                 if flight.number:
                     yield from self._store.apply_in_slices(flight.record)
                     self._store.number = flight.number
-                if flight.on_landed:
-                    flight.on_landed()
-            yield from self.release(flight, refused=flight.error is not None)
+                for call in flight.on_landed:
+                    call()
+            yield from self._ledger.release(flight, refused=flight.error is not None)
             yield
         self._store.number = max(self._store.number, self._number)
         self.applying = False
         self.on_changed()
 
-    # --- by workers ------------------------------------------------------------------------------
-
-    def land(self, flight: Flight) -> None:
-        """Submit a flight and wait until it has landed. Raises its error."""
-        self._run(lambda: self.submit(flight))
-        error = wait_for(self._run, flight)
-        if error:
-            raise error
+    # --- the files, by workers -------------------------------------------------------------------
 
     def between_landings(self, function: Callable[[], _T]) -> _T:
         """Have the owner call it at a moment when no landing is only partly in the rows."""
@@ -10061,35 +10239,40 @@ class Ledger:
                 return result[0]
             time.sleep(BREATH_SECONDS)
 
-    def _new_image(self) -> tuple[int, bytes] | None:
-        """The number and the image of the rows; None if nothing changed since the last one."""
-        if not self._store.changed:
-            return None
-        self._store.changed = False
-        number = self._store.number
-        return number, self._files.image(self._store, number)
+    def snapshot(self) -> None:
+        """Write a snapshot if something changed. The status shows a failure until one succeeds."""
+        with self._files.writing:
+            try:
+                if self._ledger.broken:
+                    raise DiskError(self._ledger.broken)
+                failed = self._ledger.failure is not None
+                if failed or self._store.changed:
+                    (self._renew if failed else self._write_snapshot)()
+                    LOG.debug("snapshot written")
+                self.snapshot_failure = None
+            except (OSError, DiskError) as error:
+                self.snapshot_failure = _reason(error)
+                LOG.error("cannot write a snapshot, trying again: %s", self.snapshot_failure)
 
-    def snapshot(self) -> bool:
-        """Write a snapshot if something changed. Raises OSError, DiskError."""
-        if self.broken:
-            raise DiskError(self.broken)
-        if self.failure:
-            return self._renew()
-        warm_up(self._run(self._store.image_size))
-        made = self.between_landings(self._new_image)
-        if made is None:
-            return False
+    def _write_snapshot(self) -> None:
+        store, files = self._store, self._files
+
+        def make() -> tuple[int, bytes]:
+            store.changed = False
+            return store.number, files.image(store, store.number)
+
+        warm_up(self._run(store.image_size))
+        made = self.between_landings(make)
         try:
-            self._files.write_snapshot(*made)
-            if self._files.journaled:
+            files.write_snapshot(*made)
+            if files.journaled:
                 with self.turn:
-                    self._files.journal.cut(made[0])
+                    files.journal.cut(made[0])
         except (OSError, DiskError):
-            self._store.changed = True
+            store.changed = True
             raise
-        return True
 
-    def _renew(self) -> bool:
+    def _renew(self) -> None:
         """After a disk fault: write a fresh snapshot and journal, then accept changes again.
 
         No record has a higher number than the snapshot, so that no refused record reappears.
@@ -10102,30 +10285,27 @@ class Ledger:
                 return self._files.image(self._store, number)
 
             self._files.renew(number, self._run(make))
-            self.uncertain = False
+            self._ledger.uncertain = False
             self._store.changed = False
-        return True
 
-    def flush(self) -> None:
-        """Sync the changes that DURABILITY=interval has not synced yet. Raises DiskError."""
-        if self._files.journaled:
-            with self.turn:
-                self._files.journal.flush()
-
-    def look(self) -> None:
-        """Notice that the journal's file is gone. Raises DiskError."""
+    def heal(self) -> None:
+        """Write a snapshot after a disk fault, or when the journal is gone or has become long."""
         if self._files.journaled and self.turn.acquire(blocking=False):
             try:
-                self._files.journal.look()
+                with contextlib.suppress(DiskError):
+                    self._files.journal.look()
             finally:
                 self.turn.release()
+        too_long = self._files.journal_bytes > JOURNAL_LIMIT
+        if self._ledger.failure or self.snapshot_failure or too_long:
+            self.snapshot()
 
-    def stop(self, seconds: float) -> bool:
-        """Refuse new changes and land the waiting ones. Whether all of them landed in time."""
-        self._stopping = True
-        self._queue.put([])
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+    def flush(self) -> None:
+        """Sync the changes that DURABILITY=interval has not synced yet."""
+        if self._files.journaled:
+            # After a DiskError the next change is refused, and heal() repairs.
+            with self.turn, contextlib.suppress(DiskError):
+                self._files.journal.flush()
 
 
 def advance(work: Iterator[Any]) -> bool:
@@ -10152,20 +10332,6 @@ def run_in_slices(run: Run, work: Iterator[Any]) -> None:
 # ==================================================================================================
 
 _Row = TypeVar("_Row", bound=Sequence[Any])
-
-
-class InterfaceTraffic(NamedTuple):
-    """The traffic of an interface's peers at the last sample.
-
-    `rx_bytes` and `tx_bytes` count since the gateway's start. The rates are in bytes a second,
-    between the last two samples. `time` is the last sample's on the monotonic clock (0.0: none).
-    """
-
-    rx_bytes: int = 0
-    tx_bytes: int = 0
-    rx_rate: float = 0.0
-    tx_rate: float = 0.0
-    time: float = 0.0
 
 
 class Outcome(NamedTuple):
@@ -10282,38 +10448,19 @@ def initial_obfuscation(
     return chosen, kept is None
 
 
-class _placed:  # in lower case because it is used like a function
-    """Adds to errors the place in the body. A generator would cost a desired state more time."""
-
-    __slots__ = ("_place",)
-
-    def __init__(self, place: str) -> None:
-        self._place = place
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, GatewayError):
-            error.detail = f"{self._place}: {error.detail}"
-
-
-def _real_psk(preshared_key: str | None) -> str | None:
-    return None if preshared_key == NO_KEY else preshared_key
+@contextlib.contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """Add the place in the body to errors."""
+    try:
+        yield
+    except GatewayError as error:
+        error.detail = f"{place}: {error.detail}"
+        raise
 
 
 def _counted_by(peer: Peer) -> tuple[str, str, str]:
     """While these values stay the same, the interface keeps a peer's counters."""
     return peer.public_key, peer.interface, peer.status
-
-
-def _addresses(peer: Peer | None) -> list[HeldAddress]:
-    held: list[HeldAddress] = []
-    if peer and peer.assigned_ip:
-        held.append((peer.interface, "ipv4", peer.assigned_ip))
-    if peer and peer.assigned_ipv6:
-        held.append((peer.interface, "ipv6", peer.assigned_ipv6))
-    return held
 
 
 def pool_usage(given: Iterable[AddressPool | None]) -> dict[str, Any]:
@@ -10328,109 +10475,36 @@ def pool_usage(given: Iterable[AddressPool | None]) -> dict[str, Any]:
     }
 
 
-# --- tunnels --------------------------------------------------------------------------------------
-
-
-class Tunnel:
-    """An interface for peers, and the gateway's knowledge of it.
-
-    Only the lander changes the interface, by project(), and workers read it. Everything else here
-    belongs to the owner of the rows. `failure` is None, or says why the interface may differ from
-    the rows. `clients_key` is the public key that the configurations of its peers name.
-    """
+class Core:
+    """The state that the parts of the gateway share."""
 
     def __init__(
-        self,
-        settings: InterfaceSettings,
-        link: Link,
-        backend: Backend,
-        obfuscation: ObfuscationState | None,
+        self, config: Config, store: Store, files: Files, clock: Callable[[], float], run: Run
     ) -> None:
-        self.settings = settings
-        self.name = settings.name
-        self.link = link
-        self.backend = backend
-        self.obfuscation = obfuscation
-        self.public_key = self.clients_key = encode_key(x25519_public(link.private_key))
-        self.pools: dict[str, AddressPool] = {}
-        self.failure: str | None = None
-        self.failures = 0  # how often it failed
-        self.must_set_up = False  # the interface itself failed, not only its peers
-        self.traffic = InterfaceTraffic()
-        self.known: set[int] = set()  # fingerprints of peers that a sample found to be right
-        self.newborn: set[bytes] = set()  # see Projection._scrub()
-        self.rx_bytes = self.tx_bytes = 0  # counted since the start
-        self.reading = threading.Lock()  # one reader at a time
-
-    def fail(self, reason: str) -> None:
-        self.failure = reason
-        self.failures += 1
-
-    def make_pools(self, store: Store) -> dict[str, AddressPool]:
-        """The pools with the addresses of a store. Raises Conflict."""
-        pools = {
-            family: AddressPool(
-                subnet, [a for a in self.settings.kept if (":" in a) == (family == "ipv6")]
-            )
-            for family, subnet in self.settings.subnets.items()
-        }
-        for family in FAMILIES:
-            held = [a for _, a in store.held_rows(self.name, family, 0, MAX_INTEGER) if a]
-            try:
-                if family in pools:
-                    pools[family].restore(held, store.released(family))
-                elif held:
-                    raise ValueError
-            except ValueError:  # the address is a VPN client's, which is never logged
-                subnet = self.settings.subnets.get(family)
-                raise Conflict(
-                    f"there is a peer whose {family} address is outside of {subnet}, "
-                    "excluded there, or given twice"
-                ) from None
-        return pools
-
-    def with_defaults(self, peer: Peer, config: Config) -> Peer:
-        """The peer with the DNS choice and the port that it follows by default."""
-        if peer.dns is not None and peer.port is not None:
-            return peer
-        dns = next(iter(config.dns_servers)) if peer.dns is None else peer.dns
-        return peer._replace(dns=dns, port=peer.port or self.settings.ports[0])
-
-    def note_link(self, link: Link, state: ObfuscationState | None) -> None:
-        """Note the key and the parameters that the interface has now."""
-        if link.private_key != self.link.private_key:
-            self.public_key = encode_key(x25519_public(link.private_key))
-        self.link, self.obfuscation = link, state
-
-    def count(self, rx: int, tx: int) -> None:
-        self.rx_bytes += rx
-        self.tx_bytes += tx
-
-    def rate(self) -> None:
-        """Compute the rates between the last two samples."""
-        last, now = self.traffic, time.monotonic()
-        rx_rate = tx_rate = 0.0
-        if last.time and now > last.time:
-            rx_rate = (self.rx_bytes - last.rx_bytes) / (now - last.time)
-            tx_rate = (self.tx_bytes - last.tx_bytes) / (now - last.time)
-        self.traffic = InterfaceTraffic(self.rx_bytes, self.tx_bytes, rx_rate, tx_rate, now)
+        self.config, self.store, self.files = config, store, files
+        self.clock, self.run = clock, run
+        self.tunnels: dict[str, Tunnel] = {}
+        self.classes = config.service_classes  # SIGHUP may change them
+        self.class_table: ClassTable | None = None
+        self.ledger = Ledger(run, files, self.tunnels)
+        self.rules = Rules(self)
 
 
-@dataclass
-class Core:
-    """The state that the parts of the gateway share. `failures` holds open failures by subject."""
+def set_link(
+    flight: Flight, tunnel: Tunnel, private_key: bytes, state: ObfuscationState | None
+) -> None:
+    """Have a flight give an interface this key and these parameters. Raises ValueError."""
+    link = make_link(tunnel.settings, private_key, state.parameters if state else None)
+    flight.setup[tunnel.name] = link
+    flight.on_landed.append(lambda: tunnel.note_link(link, state))
+    if state is not None:
+        settings = {**flight.record.settings, "obfuscation": encode_state(state)}
+        flight.record = flight.record._replace(settings=settings)
 
-    config: Config
-    store: Store
-    files: Files
-    clock: Callable[[], float]
-    run: Run
-    tunnels: dict[str, Tunnel] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    classes: Mapping[str, ServiceClass] = field(default_factory=dict)  # SIGHUP may change them
-    class_table: ClassTable | None = None
-    ledger: Ledger = field(init=False)
-    rules: Rules = field(init=False)
+
+def online_since(now: float) -> int:
+    """A peer with a handshake after this time (Unix seconds) is online."""
+    return int(now) - ONLINE_SECONDS
 
 
 # --- rules ----------------------------------------------------------------------------------------
@@ -10491,15 +10565,10 @@ class Rules:
         Raises Conflict when a wanted one is not free, Unavailable when a pool is exhausted.
         """
         for family, name in ADDRESS_FIELD.items():
-            if name in wanted and not tunnel.pools[family].is_free(wanted[name]):
+            if name in wanted:
                 self._core.ledger.check_address((tunnel.name, family, wanted[name]))
-                raise Conflict(f"{name}: the address is not free")
         for family in missing:
-            address = tunnel.pools[family].peek()
-            if address is None:
-                self._core.ledger.check_pool(tunnel.name, family)
-                raise Unavailable(f"the {family} addresses of {tunnel.name} are exhausted")
-            wanted[ADDRESS_FIELD[family]] = address
+            wanted[ADDRESS_FIELD[family]] = self._core.ledger.find_address(tunnel.name, family)
         return wanted
 
     def set_status(self, fields: Mapping[str, Any]) -> Step:
@@ -10759,7 +10828,8 @@ def _as_columns(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields.get("tunnel_traffic"):
         values["tunnel_traffic"] = ",".join(fields["tunnel_traffic"])
     if "preshared_key" in fields:
-        values["preshared_key"] = _real_psk(fields["preshared_key"])
+        key = fields["preshared_key"]
+        values["preshared_key"] = None if key == NO_KEY else key
     return values
 
 
@@ -10814,7 +10884,6 @@ class Bulk:
     def __init__(self, core: Core) -> None:
         self._core = core
         self.flight = Flight()
-        self.steps: list[Step] = []
 
     def __enter__(self) -> Bulk:
         self._core.run(lambda: self._core.ledger.open(self.flight))
@@ -10845,25 +10914,25 @@ class Bulk:
             busy_items.clear()
 
     def add(self, step: Step) -> None:
-        """Mark the step's keys and add it. Owner; the keys are not in flight."""
-        for key in {peer.public_key for peer in step if peer}:
-            self._core.ledger.mark(self.flight, key)
-        self.steps.append(step)
+        """Owner; the keys are not in flight."""
+        self._core.ledger.add(self.flight, step)
 
     def land(self) -> None:
         """Land the steps and everything else that the flight has. Raises GatewayError."""
-        flight = self.flight
-        put = [step.after for step in self.steps if step.after]
-        delete = [step.before.id for step in self.steps if step.before and not step.after]
-        flight.record = flight.record._replace(put=put, delete=delete)
-        if flight.record.is_empty() and not flight.changes and not flight.setup:
+        self.flight.complete()
+        if self.flight.interfaces or not self.flight.record.is_empty():
+            self._core.ledger.land(self.flight)
+
+
+def chunks(run: Run, read: Callable[[int], Sequence[_Row]]) -> Iterator[_Row]:
+    """All rows of read(id of the last row), a slice at a time. For workers."""
+    after = 0
+    while True:
+        rows = run(functools.partial(read, after))
+        yield from rows
+        if not rows:
             return
-        for step in sorted(self.steps, key=lambda step: step.after is not None):
-            flight.add_step(step)
-        for changes in flight.changes.values():
-            # Removals come first: another peer may get the address of a removed one.
-            changes.sort(key=lambda change: change.peer is not None)
-        self._core.ledger.land(flight)
+        after = rows[-1][0]
 
 
 class Wish(NamedTuple):
@@ -10888,32 +10957,29 @@ class DesiredState:
 
     def __init__(self, core: Core, desired: dict[str, Desired]) -> None:
         self._core = core
+        self._bulk = Bulk(core)
         self._desired = desired
         self._keys = frozenset(desired)
         self._leaving: list[int] = []  # ids
         self._differing: list[tuple[int, str, Desired]] = []  # id (0: a new peer), key
         self._wishes: list[Wish] = []
-        # Addresses that the flight frees or takes, and whether one of its peers has taken them.
-        self._freed: dict[HeldAddress, bool] = {}
-        self._spares: dict[tuple[str, str], list[HeldAddress]] = {}
         self._unchanged = self._deleted = 0
 
     def perform(self, dry_run: bool, allow_mass_delete: bool) -> DesiredResult:
         """Raises GatewayError, with nothing changed."""
         self._compare()
-        with Bulk(self._core) as bulk:
-            bulk.each(self._leaving, lambda number: self._leave(bulk, number))
-            bulk.each(self._differing, lambda item: self._wish(bulk, *item))
+        with self._bulk as bulk:
+            bulk.each(self._leaving, self._leave)
+            bulk.each(self._differing, self._wish)
             total = self._core.run(lambda: sum(self._core.store.counts.values()))
             if self._deleted * 2 > total and not allow_mass_delete and not dry_run:
                 raise Conflict(
                     f"this would delete {self._deleted} of {total} peers: "
                     "if you want that, repeat it with allow_mass_delete=true"
                 )
-            for assign in (self._take_named, self._take_any):
-                bulk.each(range(len(self._wishes)), lambda i, a=assign: a(bulk, i))  # type: ignore[misc]
+            bulk.each(self._wishes, self._take_named)
+            bulk.each(self._wishes, self._take_any)
             if not dry_run:
-                self._fill(bulk)
                 bulk.land()
         created = sum(wish.before is None for wish in self._wishes)
         updated = len(self._wishes) - created
@@ -10922,15 +10988,12 @@ class DesiredState:
     def _compare(self) -> None:
         """Find the peers that differ. Peers that are made after the comparison began stay."""
         newest = self._core.run(lambda: self._core.store.next_id)
-        after = 0
-        while True:
-            after = self._core.run(functools.partial(self._compare_some, after, newest))
-            if not after:
-                break
+        for _ in chunks(self._core.run, functools.partial(self._compare_some, newest)):
+            pass
         self._differing += [(0, key, wanted) for key, wanted in self._desired.items()]
         self._desired.clear()
 
-    def _compare_some(self, after: int, newest: int) -> int:
+    def _compare_some(self, newest: int, after: int) -> Sequence[Peer]:
         peers = self._core.store.peers_after(after, READ_CHUNK)
         for known in peers:
             wanted = self._desired.pop(known.public_key, None)
@@ -10944,24 +11007,24 @@ class DesiredState:
                 self._unchanged += 1
             else:
                 self._differing.append((known.id, known.public_key, wanted))
-        return peers[-1].id if peers else 0
+        return peers
 
-    def _leave(self, bulk: Bulk, number: int) -> None:
+    def _leave(self, number: int) -> None:
         """Delete a peer that is not in the list, whatever its key is now."""
         peer = self._core.store.by_id(number)
         if peer is None or peer.public_key in self._keys:
             return
         self._core.ledger.check(peer.public_key)
         self._core.rules.check_usable(peer.interface)
-        bulk.add(Step(peer, None))
-        self._freed.update(dict.fromkeys(_addresses(peer), False))
+        self._bulk.add(Step(peer, None))
         self._deleted += 1
 
-    def _wish(self, bulk: Bulk, number: int, key: str, wanted: Desired) -> None:
+    def _wish(self, item: tuple[int, str, Desired]) -> None:
+        number, key, wanted = item
         self._core.ledger.check(key)
         known = self._core.store.get(key)
         if number and (known is None or known.id != number):
-            self._leave(bulk, number)
+            self._leave(number)
         with _placed(wanted.place):
             if known is None:
                 after, missing = self._core.rules.wished_new(wanted.fields)
@@ -10971,127 +11034,254 @@ class DesiredState:
                     self._unchanged += 1
                     return
                 self._core.rules.check_usable(known.interface)
-        self._core.ledger.mark(bulk.flight, key)
+        self._core.ledger.mark(self._bulk.flight, key)
         self._wishes.append(Wish(known, after, missing, wanted.place))
         kept = _addresses(after)
-        self._freed.update({a: False for a in _addresses(known) if a not in kept})
+        self._bulk.flight.freed.update((a, None) for a in _addresses(known) if a not in kept)
 
-    def _take_named(self, bulk: Bulk, index: int) -> None:
+    def _take_named(self, wish: Wish) -> None:
         """Take the addresses that an element names."""
-        wish = self._wishes[index]
-        held = _addresses(wish.before)
+        held, ledger, flight = _addresses(wish.before), self._core.ledger, self._bulk.flight
         named = [address for address in _addresses(wish.after) if address not in held]
         with _placed(wish.place):
             for address in named:
-                self._check_free(bulk, address)
+                ledger.check_address(address, flight)
         for address in named:
-            self._take(bulk, address)
+            ledger.claim(flight, address)
 
-    def _check_free(self, bulk: Bulk, address: HeldAddress) -> None:
-        interface, family, text = address
-        if self._freed.get(address):
-            raise Invalid(ADDRESS_FIELD[family], "another element has the same address")
-        pool = self._core.tunnels[interface].pools[family]
-        if address not in self._freed and not pool.is_free(text):
-            self._core.ledger.check_address(address, bulk.flight)
-            raise Conflict(f"{ADDRESS_FIELD[family]}: the address is not free")
-
-    def _take(self, bulk: Bulk, address: HeldAddress) -> None:
-        if address not in self._freed:
-            self._core.ledger.claim(bulk.flight, address)
-        self._freed[address] = True
-
-    def _take_any(self, bulk: Bulk, index: int) -> None:
+    def _take_any(self, wish: Wish) -> None:
         """Take an address in each missing family: a free one, or one that the flight frees."""
-        wish = self._wishes[index]
-        after = wish.after
+        after, ledger, flight = wish.after, self._core.ledger, self._bulk.flight
         found: dict[str, Any] = {}
-        for family in wish.missing:
-            text = self._core.tunnels[after.interface].pools[family].peek()
-            found[family] = text or self._spare(after.interface, family)
-            if found[family] is None:
-                self._core.ledger.check_pool(after.interface, family, bulk.flight)
-                with _placed(wish.place):
-                    raise Unavailable(f"the {family} addresses of {after.interface} are exhausted")
+        with _placed(wish.place):
+            for family in wish.missing:
+                found[family] = ledger.find_address(after.interface, family, flight)
         for family, text in found.items():
-            self._take(bulk, (after.interface, family, text))
+            ledger.claim(flight, (after.interface, family, text))
         after = after._replace(**{ADDRESS_FIELD[family]: text for family, text in found.items()})
         if wish.before is None:
             after = after._replace(id=self._core.rules.new_id())
-        self._wishes[index] = wish._replace(after=after)
-
-    def _spare(self, interface: str, family: str) -> str | None:
-        """The first address that the flight frees and no peer has taken again."""
-        if not self._spares:
-            for address in reversed(self._freed):
-                self._spares.setdefault(address[:2], []).append(address)
-        spares = self._spares.get((interface, family), [])
-        while spares and self._freed[spares[-1]]:
-            spares.pop()
-        return spares[-1][2] if spares else None
-
-    def _fill(self, bulk: Bulk) -> None:
-        bulk.steps += [Step(wish.before, wish.after) for wish in self._wishes]
-        bulk.flight.freed = [address for address, taken in self._freed.items() if not taken]
+        flight.steps.append(Step(wish.before, after))
 
 
-def chunks(run: Run, read: Callable[[int], Sequence[_Row]]) -> Iterator[_Row]:
-    """All rows of read(id of the last row), a slice at a time. For workers."""
-    after = 0
-    while True:
-        rows = run(functools.partial(read, after))
-        yield from rows
-        if not rows:
-            return
-        after = rows[-1][0]
+class Import:
+    """Replaces the whole state by another one, as one flight.
+
+    The flight has the peers that differ and all traffic totals; nothing else is decided before it
+    has landed. An interface gets the key that the other state's peers know if `replace_key` is
+    true. It keeps its own if `replace_key` is false; None refuses keys that differ.
+    """
+
+    def __init__(self, core: Core, other: Store, replace_key: bool | None) -> None:
+        """Raises Conflict, when the other state does not fit here."""
+        self._core = core
+        self._other = other
+        self._known_keys = self._find_known_keys()
+        self._keys: dict[str, bytes] = {}  # the private keys that interfaces get
+        self.cut = 0  # how many peers need new configurations
+        self._check()
+        self._pools = {name: tunnel.make_pools(other) for name, tunnel in core.tunnels.items()}
+        for name, public in self._known_keys.items():
+            if public != core.tunnels[name].public_key:
+                self._choose_key(core.tunnels[name], public, replace_key)
+
+    def _check(self) -> None:
+        core = self._core
+        config = replace(core.config, service_classes=core.classes, move_peers=False)
+        for found in look_at_stored(
+            config, [t.settings for t in core.tunnels.values()], self._other
+        ):
+            raise Conflict(f"the snapshot does not fit: {found.subject}: {found.found}")
+        if any(self._other.get(tunnel.public_key) for tunnel in core.tunnels.values()):
+            raise Conflict("the snapshot has this gateway's own key as a peer")
+
+    def _find_known_keys(self) -> dict[str, str]:
+        """By interface: the public key that the other state's peers know, if the state has it."""
+        other, names = self._other, self._core.tunnels
+        sealed = {n: key for n, key in other.private_keys.items() if n in names}
+        known = {n: encode_key(x25519_public(decode_key(key))) for n, key in sealed.items()}
+        known |= other.public_keys()
+        return {n: key for n, key in known.items() if n in names and other.peers_on(n)}
+
+    def _choose_key(self, tunnel: Tunnel, public: str, replace_key: bool | None) -> None:
+        name = tunnel.name
+        mine = self._core.run(lambda: self._core.store.peers_on(name))
+        theirs = self._other.peers_on(name)
+        if replace_key is None:
+            raise Conflict(
+                f"replace_key: the configurations of the snapshot's {theirs} peers on {name} "
+                f"name the public key {public}, and this node's is {tunnel.public_key}: "
+                f"replace_key=true gives {name} the snapshot's key (and cuts off the {mine} "
+                "peers that are here now), replace_key=false keeps this node's (and cuts off "
+                f"the snapshot's {theirs} until they have new configurations)"
+            )
+        self.cut += mine if replace_key else theirs
+        if replace_key:
+            key = clamp(decode_key(self._other.private_keys.get(name, NO_KEY)))
+            if encode_key(x25519_public(key)) != public:
+                raise Conflict(
+                    f"replace_key: the snapshot does not hold the private key of {name}: put "
+                    f"it into {tunnel.settings.private_key_file} and restart, then import"
+                )
+            self._keys[name] = key
+
+    def perform(self) -> None:
+        """Raises GatewayError, with nothing changed: the key files are as before, too."""
+        tunnels = self._core.tunnels
+        before = {name: tunnels[name].link.private_key for name in self._keys}
+        try:
+            for name, key in self._keys.items():
+                self._write_key(tunnels[name].settings, key)
+            self._land()
+        except BaseException:
+            for name, key in before.items():
+                with contextlib.suppress(Conflict):
+                    self._write_key(tunnels[name].settings, key)
+            raise
+
+    @staticmethod
+    def _write_key(settings: InterfaceSettings, key: bytes) -> None:
+        try:
+            if load_private_key(settings) != key:
+                content = encode_key(key).encode("ascii")
+                Disk().replace(settings.private_key_file, [content, b"\n"])
+        except (OSError, ConfigError) as error:
+            reason = str(error) if isinstance(error, ConfigError) else _reason(error)
+            raise Conflict(
+                f"replace_key: the key of {settings.name} cannot be put into "
+                f"{settings.private_key_file}: {reason}"
+            ) from None
+
+    def _land(self) -> None:
+        core, other = self._core, self._other
+        with contextlib.ExitStack() as stack:
+            for tunnel in core.tunnels.values():  # a reading must not span the import
+                stack.enter_context(tunnel.reading)
+            bulk = stack.enter_context(Bulk(core))
+            settings = self._settings()
+            flight = bulk.flight
+            flight.record = Record(settings=settings, released=other.released())
+            self._set_links(flight)
+
+            def begin() -> list[Flight]:
+                """Decide nothing else from now on. Returns the flights that must land first."""
+                core.ledger.exclusive = flight
+                return [earlier for earlier in core.ledger.airborne if earlier is not flight]
+
+            for earlier in core.run(begin):
+                core.run(core.ledger.check_disk)  # or an earlier flight may wait for the disk
+                wait_for(core.run, earlier)
+            core.run(core.ledger.check_disk)
+            flight.record = flight.record._replace(traffic=self._compare(bulk))
+            flight.on_landed.append(self._note)
+            bulk.land()
+
+    def _settings(self) -> dict[str, str]:
+        """A state without public keys gets this gateway's."""
+        own = {name: tunnel.public_key for name, tunnel in self._core.tunnels.items()}
+        settings = {"public_keys": json.dumps({**own, **self._known_keys})}
+        if (periods := self._other.meta("periods")) is not None:
+            settings["periods"] = json.dumps(periods)
+        return settings
+
+    def _set_links(self, flight: Flight) -> None:
+        """A state without AmneziaWG's parameters keeps this gateway's. Raises Conflict."""
+        for name, tunnel in self._core.tunnels.items():
+            state = tunnel.obfuscation and (self._other.meta("obfuscation") or tunnel.obfuscation)
+            if state is not None or name in self._keys:
+                key = self._keys.get(name, tunnel.link.private_key)
+                try:
+                    set_link(flight, tunnel, key, state)
+                except ValueError as error:
+                    raise Conflict(f"the snapshot's parameters do not fit here: {error}") from None
+
+    def _compare(self, bulk: Bulk) -> list[TrafficRow]:
+        """Add the steps that make the peers those of the other state. Returns the new totals."""
+        store, other = self._core.store, self._other
+        theirs = {peer.id: peer for peer in other.peers_after(0, MAX_INTEGER)}
+        mine = chunks(self._core.run, lambda after: store.peers_after(after, READ_CHUNK))
+        pairs = [Step(peer, theirs.pop(peer.id, None)) for peer in mine]
+        pairs += [Step(None, wanted) for wanted in theirs.values()]
+        traffic: list[TrafficRow] = []
+
+        def compare(step: Step) -> None:
+            before, wanted = step
+            if before != wanted:
+                bulk.flight.steps.append(step)
+            if wanted is None:
+                return
+            seen = TrafficRow(wanted.id, 0, 0, 0, 0, 0)
+            if before and _counted_by(before) == _counted_by(wanted):  # its counters go on
+                seen = store.traffic_row(wanted.id)
+            row = other.traffic_row(wanted.id)
+            traffic.append(row._replace(rx_seen=seen.rx_seen, tx_seen=seen.tx_seen))
+
+        bulk.each(pairs, compare)
+        return traffic
+
+    def _note(self) -> None:
+        for name, tunnel in self._core.tunnels.items():
+            tunnel.pools = self._pools[name]
+            tunnel.known = set()  # the totals have changed
+            tunnel.note_clients_key(self._core.store, self._other.private_keys.get(name))
 
 
-# --- the interfaces, limits and the disk ---------------------------------------------------------
+# --- the interfaces and limits --------------------------------------------------------------------
 
 
 class Projection:
-    """Keeps the interfaces equal to the rows. The lander calls project(), workers the rest."""
+    """Keeps the interfaces equal to the rows, and counts their traffic. For workers."""
 
     def __init__(self, core: Core, limits: Limits) -> None:
         self._core = core
         self._limits = limits
-
-    def project(self, name: str, changes: Sequence[Change], links: Sequence[Link | None]) -> None:
-        tunnel = self._core.tunnels[name]
-        if links:
-            tunnel.backend.setup(next(filter(None, reversed(links)), tunnel.link))
-        if changes:
-            tunnel.backend.apply(changes)
-
-    def suspect(self, name: str, reason: str) -> None:
-        """Note that an interface failed. It logs repeated failures for one reason once. Owner."""
-        tunnel = self._core.tunnels[name]
-        if tunnel.failure != reason:
-            LOG.error("%s", reason)
-        tunnel.fail(reason)
-
-    def pool(self, address: HeldAddress) -> AddressPool:
-        interface, family, _ = address
-        return self._core.tunnels[interface].pools[family]
+        self.failure: str | None = None  # why the last sample is not complete
 
     @contextlib.contextmanager
-    def _watching(self, tunnel: Tunnel) -> Iterator[set[str]]:
-        """Collect the keys in flight now or later: for those a reading is stale."""
-        touched: set[str] = set()
+    def _reading(self, tunnel: Tunnel, everything: bool) -> Iterator[tuple[Reading, set[str]]]:
+        """Read an interface: `everything`, or without the peers that a sample found to be right.
+
+        The set collects the keys in flight now or later: for those the reading is stale. Raises
+        BackendError.
+        """
+        ledger, touched = self._core.ledger, set[str]()
 
         def begin() -> None:
-            touched.update(self._core.ledger.in_flight)
-            self._core.ledger.watchers.append(touched)
+            touched.update(ledger.in_flight)
+            ledger.watchers.append(touched)
 
         with tunnel.reading:
+            known, tunnel.known = tunnel.known, set()
+            is_uapi = tunnel.backend.kind == "uapi"
+            if is_uapi:  # the reading begins between two landings
+                flight = Flight()
+                flight.on_landed.append(functools.partial(setattr, tunnel, "is_read", True))
+                self._land(tunnel, lambda: ledger.land(flight))
             self._core.run(begin)
             try:
-                yield touched
+                try:
+                    reading = tunnel.backend.read(() if everything else known)
+                    tunnel.is_silent = False
+                except NoAnswer:
+                    tunnel.is_silent = is_uapi
+                    raise
+                finally:
+                    tunnel.is_read = False
+                    ledger.waiting.put([])  # the lander looks again
+                yield reading, touched
             finally:
-                self._core.run(lambda: self._core.ledger.watchers.remove(touched))
+                self._core.run(lambda: ledger.watchers.remove(touched))
+
+    @staticmethod
+    def _land(tunnel: Tunnel, land: Callable[[], None]) -> None:
+        """Land a flight of the gateway's own. Raises BackendError."""
+        try:
+            land()
+        except GatewayError as error:
+            raise BackendError(tunnel.failure or error.detail) from None
 
     def reconcile(self, name: str | None = None) -> SyncResult:
-        """Make one interface or all equal to the rows, changing only what differs. For workers.
+        """Make one interface or all equal to the rows, changing only what differs.
 
         A failing interface does not stop the others. Raises BackendError at the end.
         """
@@ -11102,15 +11292,10 @@ class Projection:
     def _reconcile(self, tunnel: Tunnel) -> SyncResult:
         """Compare everything that the gateway sets, and repair it. Raises BackendError."""
         failures = tunnel.failures
-        with self._watching(tunnel) as touched:
-            reading = tunnel.backend.read(())
-            tunnel.known = set()
+        with self._reading(tunnel, everything=True) as (reading, touched):
             with Bulk(self._core) as bulk:
                 result = self._repair(tunnel, reading, touched, bulk)
-                try:
-                    bulk.land()
-                except GatewayError as error:
-                    raise BackendError(tunnel.failure or error.detail) from None
+                self._land(tunnel, bulk.land)
             self._account(tunnel, [state for _, state in reading.changed], touched)
 
         def cleared() -> None:  # unless the interface failed again meanwhile
@@ -11124,64 +11309,78 @@ class Projection:
         self, tunnel: Tunnel, reading: Reading, touched: set[str], bulk: Bulk
     ) -> SyncResult:
         """Fill a flight with the changes that make an interface equal to the rows."""
-        flight, name = bulk.flight, tunnel.name
+        core, name = self._core, tunnel.name
+        bulk.flight.needs_disk = False
         if tunnel.must_set_up or reading.device_differs(tunnel.link):
-            flight.setup[name] = None
+            bulk.flight.setup[name] = None
         actual = {state.peer.public_key: state.peer for _, state in reading.changed}
         present = len(actual)
-        rows = chunks(
-            self._core.run, lambda after: self._core.store.wire_rows(name, after, READ_CHUNK)
-        )
+        rows = chunks(core.run, lambda after: core.store.wire_rows(name, after, READ_CHUNK))
         plan = list(diff((encode_wire(*row[1:]) for row in rows if row[1]), actual))
-        logged = present and len(plan) <= MAX_REPAIRS_LOGGED  # filling an empty one is no repair
-        done: collections.Counter[str] = collections.Counter()
+        plan.sort(key=lambda entry: entry[1].peer is not None)  # removals first: see diff()
+        # A peer that cannot be read is on the interface, maybe, so it is removed there first.
+        done = self._change(tunnel, plan, touched, bulk, anew=bool(reading.unreadable))
+        if present and len(plan) <= MAX_REPAIRS_LOGGED:  # filling an empty one is no repair
+            for key, what in done.items():
+                LOG.info("%s: repair: %s %s", name, short_key(key), what)
+        added, updated, removed = map(list(done.values()).count, ("added", "updated", "removed"))
+        return SyncResult(added, updated, removed, present - updated - removed)
+
+    def _change(
+        self,
+        tunnel: Tunnel,
+        plan: Sequence[tuple[str, Change]],
+        touched: set[str],
+        bulk: Bulk,
+        anew: bool,
+    ) -> dict[str, str]:
+        """Put the changes of diff() into a flight, by key, except those of touched peers.
+
+        Counters of added peers restart at 0. With `anew` they are removed first, because the
+        interface may have them.
+        """
+        store, flight = self._core.store, bulk.flight
+        done: dict[str, str] = {}
         restart: list[tuple[int, int, int]] = []
 
-        def take(entry: tuple[str, Change]) -> None:
-            what, change = entry
-            key = encode_key(change.public_key)
+        def change(entry: tuple[str, Change]) -> None:
+            what, wanted = entry
+            key = encode_key(wanted.public_key)
             if key in touched:
                 return
             self._core.ledger.mark(flight, key)
             touched.discard(key)
-            changes = flight.changes.setdefault(name, [])
-            done[what] += 1
-            if logged:
-                LOG.info("%s: repair: %s %s", name, short_key(key), what)
-            if what == "added" and reading.unreadable:  # the interface may have it: restart at 0
-                changes.append(Change(change.public_key, None))
-            elif what == "added":  # it was not on the interface, so its counters restart at 0
-                peer = self._core.store.get(key)
-                row = self._core.store.traffic_row(peer.id) if peer else None
-                if row and row.rx_seen + row.tx_seen:
-                    restart.append((row.id, 0, 0))
-            changes.append(change)
+            done[key] = what
+            changes = flight.changes.setdefault(tunnel.name, [])
+            peer = store.get(key) if what == "added" else None
+            row = store.traffic_row(peer.id) if peer else None
+            if row and row.rx_seen + row.tx_seen:
+                restart.append((row.id, *(row[3:5] if anew else (0, 0))))
+            if what == "added" and anew:
+                changes.append(Change(wanted.public_key, None))
+            changes.append(wanted)
 
-        bulk.each(plan, take)
+        bulk.each(plan, change)
         flight.record = Record(restart=restart)
-        flight.needs_disk = False
-        unchanged = present - done["updated"] - done["removed"]
-        return SyncResult(done["added"], done["updated"], done["removed"], unchanged)
+        return done
 
     def sample(self) -> None:
-        """Add every interface's counters to the rows, and check peers that changed. For workers.
+        """Add every interface's counters to the rows, and check peers that changed.
 
         Raises BackendError.
         """
         try:
             _each(self._core.tunnels.values(), self._sample)
-            self._core.failures.pop("counters", None)
+            self.failure = None
         except BackendError as error:
-            self._core.failures["counters"] = str(error)
+            self.failure = str(error)
             raise
         finally:
             self._limits.enforce_quotas()
 
     def _sample(self, tunnel: Tunnel) -> None:
         scrubbing = bool(self._core.config.privacy_scrub)
-        with self._watching(tunnel) as touched:
-            known, tunnel.known = tunnel.known, set()
-            reading = tunnel.backend.read(set() if scrubbing else known)
+        with self._reading(tunnel, everything=scrubbing) as (reading, touched):
             states = [state for _, state in reading.changed]
             right, all_counted = self._account(tunnel, states, touched)
             if all_counted:
@@ -11206,25 +11405,19 @@ class Projection:
         """How an interface differs from the rows, as far as a reading can tell; "" if equal."""
         if reading.device_differs(tunnel.link):
             return "its key, port or parameters are not ours"
-        stale = [
-            state
-            for _, state in reading.changed
-            if state.peer.public_key not in right and encode_key(state.peer.public_key) in touched
-        ]
-        foreign = len(reading.changed) - len(right) - len(stale)
-        if foreign:
-            return f"{foreign} peers differ"
+        others = {state.peer.public_key for _, state in reading.changed} - right
+        stale = sum(encode_key(key) in touched for key in others)
+        if len(others) > stale:
+            return f"{len(others) - stale} peers differ"
         if len(touched) > READ_CHUNK:
             return ""  # the next sample can count them
+        store, name = self._core.store, tunnel.name
         expected = self._core.run(
-            lambda: (
-                self._core.store.counts[tunnel.name, "active"]
-                - len(self._core.store.counted(tunnel.name, list(touched)))
-            )
+            lambda: store.counts[name, "active"] - len(store.counted(name, list(touched)))
         )
         # Touched peers may still be among the known ones, which makes the number too high.
-        if not expected <= reading.peers - len(stale) <= expected + len(touched):
-            return f"it has {reading.peers - len(stale)} peers instead of {expected}"
+        if not expected <= reading.peers - stale <= expected + len(touched):
+            return f"it has {reading.peers - stale} peers instead of {expected}"
         return ""
 
     def _account(
@@ -11249,8 +11442,9 @@ class Projection:
     def _account_some(
         self, tunnel: Tunnel, states: Sequence[PeerState], touched: set[str], right: set[bytes]
     ) -> Flight | None:
+        store, ledger = self._core.store, self._core.ledger
         by_key = {encode_key(state.peer.public_key): state for state in states}
-        rows = self._core.store.counted(tunnel.name, list(by_key))
+        rows = store.counted(tunnel.name, list(by_key))
         changed: list[TrafficRow] = []
         received = sent = 0
         for key, state in by_key.items():
@@ -11259,95 +11453,72 @@ class Projection:
                 continue
             if encode_wire(*row[:5]) == state.peer:
                 right.add(state.peer.public_key)
-            before = TrafficRow._make(row[5:])
-            seen = self._core.store.restarted.get(before.id)
+            before = shown = TrafficRow._make(row[5:])
+            seen = store.restarted.get(before.id)
             if seen and state.rx_bytes >= seen[0] and state.tx_bytes >= seen[1]:
                 before = before._replace(rx_seen=seen[0], tx_seen=seen[1])
             after = before.counted(state.rx_bytes, state.tx_bytes, state.last_handshake)
-            if after != TrafficRow._make(row[5:]):
+            if after != shown:
                 changed.append(after)
                 received += after.rx_bytes - before.rx_bytes
                 sent += after.tx_bytes - before.tx_bytes
         if not changed:
             return None
         flight = Flight(Record(traffic=changed))
-        flight.on_landed = lambda: tunnel.count(received, sent)
-        if self._core.ledger.failure:
+        flight.on_landed.append(lambda: tunnel.count(received, sent))
+        if ledger.failure:
             flight.give(Unavailable("nothing can be counted now"))  # the next sample counts it
         else:
-            self._core.ledger.submit(flight)
+            ledger.submit(flight)
         return flight
 
     def _scrub(self, tunnel: Tunnel, states: Sequence[PeerState], touched: set[str]) -> None:
         """Make the interface forget the endpoints of peers without a handshake for PRIVACY_SCRUB s.
 
         Only removing a peer does that; the same message adds it again. Its counters restart after
-        the sample that was just taken. Raises BackendError.
+        the sample that was just taken, which found the interface equal to the rows. Raises
+        BackendError.
         """
         limit = int(self._core.clock()) - self._core.config.privacy_scrub
         before, tunnel.newborn = tunnel.newborn, set()
-        chosen: list[WirePeer] = []
+        plan: list[tuple[str, Change]] = []
         for peer, last_handshake, *_, located in states:
             if not located or last_handshake > limit:
                 continue
             if not last_handshake and peer.public_key not in before:
                 tunnel.newborn.add(peer.public_key)  # it may be in its first handshake
                 continue
-            chosen.append(peer)
-        if not chosen:
-            return
-        restart: list[tuple[int, int, int]] = []
-
-        with Bulk(self._core) as bulk:
-
-            def forget(peer: WirePeer) -> None:
-                key = encode_key(peer.public_key)
-                stored = self._core.store.get(key)
-                if stored is None or key in touched or _projection(stored) != peer:
-                    return
-                row = self._core.store.traffic_row(stored.id)
-                restart.append((row.id, row.rx_seen, row.tx_seen))
-                self._core.ledger.mark(bulk.flight, key)
-                changes = bulk.flight.changes.setdefault(tunnel.name, [])
-                changes += [Change(peer.public_key, None), Change(peer.public_key, peer)]
-
-            bulk.each(chosen, forget)
-            if not restart:
-                return
-            bulk.flight.record = Record(restart=restart)
-            try:
-                self._core.ledger.land(bulk.flight)
-            except GatewayError as error:
-                raise BackendError(tunnel.failure or error.detail) from None
-        LOG.debug("%s: forgot the endpoints of %d peers", tunnel.name, len(restart))
+            plan.append(("added", Change(peer.public_key, peer)))
+        if plan:
+            with Bulk(self._core) as bulk:
+                done = self._change(tunnel, plan, touched, bulk, anew=True)
+                self._land(tunnel, bulk.land)
+            LOG.debug("%s: forgot the endpoints of %d peers", tunnel.name, len(done))
 
     def supervise(self) -> None:
-        """Recreate an interface that is gone, and repair one that failed. For workers."""
+        """Recreate an interface that is gone, and repair one that failed."""
         for tunnel in self._core.tunnels.values():
             try:
-                if not tunnel.backend.alive():
-                    tunnel.must_set_up = True
-                    if tunnel.failure is None:
-                        LOG.warning("%s: the interface is gone or down: setting it up", tunnel.name)
-                        self._core.run(functools.partial(tunnel.fail, "it is being set up"))
-                elif tunnel.failure is not None:
-                    tunnel.backend.read(())  # if it hangs, this waits and not the lander
-                if tunnel.failure is not None:
-                    self._set_up(tunnel)
-                    LOG.info("%s: %s", tunnel.name, self._reconcile(tunnel))
+                self._supervise(tunnel)
             except BackendError as error:
-                self._core.run(functools.partial(self.suspect, tunnel.name, str(error)))
+                self._core.run(functools.partial(tunnel.suspect, str(error)))
 
-    def _set_up(self, tunnel: Tunnel) -> None:
-        """Have the lander set the interface up. Raises BackendError."""
-        flight = Flight()
-        flight.setup[tunnel.name] = None
-        failure = tunnel.failure
-        try:
-            self._core.ledger.land(flight)
-        except GatewayError:
-            raise BackendError(tunnel.failure or failure or "it cannot be set up") from None
-        tunnel.must_set_up = False
+    def _supervise(self, tunnel: Tunnel) -> None:
+        ledger = self._core.ledger
+        if not tunnel.backend.alive():
+            tunnel.must_set_up = True
+            if tunnel.failure is None:
+                LOG.warning("%s: the interface is gone or down: setting it up", tunnel.name)
+                self._core.run(functools.partial(tunnel.fail, "it is being set up"))
+        elif tunnel.failure is not None:
+            with self._reading(tunnel, everything=True):
+                pass  # if it hangs, this waits and not the lander
+        if tunnel.failure is not None:
+            flight = Flight()
+            flight.setup[tunnel.name] = None
+            self._land(tunnel, lambda: ledger.land(flight))
+            tunnel.must_set_up = False
+            LOG.info("%s: %s", tunnel.name, self._reconcile(tunnel))
 
 
 def _each(chosen: Iterable[Tunnel], work: Callable[[Tunnel], _T]) -> list[_T]:
@@ -11383,101 +11554,70 @@ class Limits:
         known, due = core.run(lambda: (core.store.meta("periods"), core.store.expired(int(now))))
         if known != (starts := period_starts(now)):
             self._begin_periods(known, starts)
-        if due:
-            self._enforce(due)
+        self._enforce(due)
 
     def enforce_quotas(self) -> None:
         """Suspend peers that have used up their quota, and activate those that have quota again."""
         rows = chunks(self._core.run, lambda after: self._core.store.quotas(after, READ_CHUNK))
-        due = [number for number, is_due in rows if is_due]
-        if due:
-            self._enforce(due)
+        self._enforce([number for number, is_due in rows if is_due])
 
     def _begin_periods(self, known: Mapping[str, int] | None, now: Mapping[str, int]) -> None:
         """Reset quotas when their day, week or month has ended, also while the gateway was down.
 
         The state holds the starts of the periods whose quotas are reset. They are written last, so
-        that the reset is repeated after a crash.
+        that the reset is repeated after a crash. It needs no usable interface.
         """
         core = self._core
         begun = [period for period in PERIODS if known and known[period] != now[period]]
         rows = chunks(core.run, lambda after: core.store.periodic(begun, after, READ_CHUNK))
         due = [number for number, is_due in rows if is_due]
+        steps: list[Step] = []
         with contextlib.suppress(GatewayError):
             for numbers in _slices(due):
-                with Bulk(core) as bulk:
-                    bulk.each(numbers, functools.partial(self._begin_quota, bulk))
-                    bulk.land()
-            core.ledger.land(Flight(Record(settings={"periods": json.dumps(now)})))
-        if due:
-            LOG.info("a new %s: %d quotas are reset", " and ".join(begun), len(due))
+                steps += self._change(numbers, core.rules.begin_quota)
+            if len(steps) == len(due):  # else some are busy, and the next tick continues
+                core.ledger.land(Flight(Record(settings={"periods": json.dumps(now)})))
+        if steps:
+            LOG.info("a new %s: %d quotas are reset", " and ".join(begun), len(steps))
             self.enforce_quotas()
 
-    def _begin_quota(self, bulk: Bulk, number: int) -> None:
-        """Reset a quota. This changes only the rows, and needs no usable interface."""
-        peer = self._core.store.by_id(number)
-        if peer is not None:
-            self._core.ledger.check_disk()
-            self._core.ledger.check(peer.public_key)
-            bulk.add(Step(peer, self._core.rules.begin_quota(peer)))
-
-    def _enforce(self, ids: Sequence[int]) -> None:
-        """Apply the limits to peers, as one flight. The next tick tries busy peers again."""
+    def _enforce(self, due: Sequence[int]) -> None:
+        """Apply the limits to peers, as one flight."""
         core = self._core
-        with contextlib.suppress(GatewayError), Bulk(core) as bulk:
 
-            def enforce(number: int) -> None:
-                peer = core.store.by_id(number)
-                if (
-                    peer is None
-                    or core.ledger.exclusive
-                    or peer.public_key in core.ledger.in_flight
-                ):
-                    return
-                after = core.rules.enforce_limits(peer)
-                if after != peer and core.tunnels[peer.interface].failure is None:
-                    bulk.add(Step(peer, after))
+        def limited(peer: Peer) -> Peer:
+            is_usable = core.tunnels[peer.interface].failure is None
+            return core.rules.enforce_limits(peer) if is_usable else peer
 
-            core.run(core.ledger.check_disk)
-            bulk.each(ids, enforce)
-            bulk.land()
-            for _, after in bulk.steps:
+        with contextlib.suppress(GatewayError):
+            for _, after in self._change(due, limited):
                 if after is not None:
                     key, why = short_key(after.public_key), LIMIT_WORDS[after.status_reason]
                     LOG.info("%s: %s %s", after.interface, key, why)
 
+    def _change(self, ids: Sequence[int], rule: Callable[[Peer], Peer]) -> Sequence[Step]:
+        """Make peers what a rule says, as one flight. The next tick tries busy peers again.
 
-class Keeper:
-    """Writes snapshots, and recovers from disk faults. For workers."""
+        Raises GatewayError.
+        """
+        core = self._core
+        if not ids:
+            return ()
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+        def change(number: int) -> None:
+            peer = core.store.by_id(number)
+            with contextlib.suppress(Busy):
+                if peer is not None:
+                    core.ledger.check(peer.public_key)
+                    after = rule(peer)
+                    if after != peer:
+                        bulk.add(Step(peer, after))
 
-    def snapshot(self) -> None:
-        """Write a snapshot if something changed. The status shows a failure until one succeeds."""
-        with self._core.files.writing:
-            try:
-                if self._core.ledger.snapshot():
-                    LOG.debug("snapshot written")
-                self._core.failures.pop("snapshot", None)
-            except (OSError, DiskError) as error:
-                self._core.failures["snapshot"] = _reason(error)
-                LOG.error("cannot write a snapshot, trying again: %s", _reason(error))
-
-    def heal(self) -> None:
-        """Write a snapshot after a disk fault, or when the journal has become long."""
-        with contextlib.suppress(DiskError):
-            self._core.ledger.look()
-        if (
-            self._core.ledger.failure
-            or "snapshot" in self._core.failures
-            or self._core.files.journal_bytes > JOURNAL_LIMIT
-        ):
-            self.snapshot()
-
-    def flush(self) -> None:
-        with contextlib.suppress(DiskError):  # the next change gets the error, and heal() repairs
-            self._core.ledger.flush()
+        core.run(core.ledger.check_disk)
+        with Bulk(core) as bulk:
+            bulk.each(ids, change)
+            bulk.land()
+        return bulk.flight.steps
 
 
 # --- the facade -----------------------------------------------------------------------------------
@@ -11527,7 +11667,7 @@ class Figures(NamedTuple):
             yield "suspended", reason, number
 
 
-class Gateway:
+class Gateway(Core):
     """Peers, their addresses and their interfaces. Errors for the caller are GatewayErrors.
 
     `run` calls a function as the owner of the rows. Methods "for workers" may take long.
@@ -11536,17 +11676,12 @@ class Gateway:
     def __init__(
         self, config: Config, store: Store, files: Files, clock: Callable[[], float], run: Run
     ) -> None:
-        self._core = core = Core(config, store, files, clock, run)
-        core.classes = config.service_classes
-        self.config, self.store, self.files, self.run = config, store, files, run
-        self.tunnels = core.tunnels
+        super().__init__(config, store, files, clock, run)
         self.ready = False
         self.starting = "the gateway is starting"  # readiness answers this until then
-        self.rules = core.rules = Rules(core)
-        self.limits = Limits(core)
-        self.projection = Projection(core, self.limits)
-        self.ledger = core.ledger = Ledger(run, store, files, self.projection, clock)
-        self.keeper = Keeper(core)
+        self.limits = Limits(self)
+        self.projection = Projection(self, self.limits)
+        self.lander = Lander(self.ledger, store, clock)
         self._bulk = threading.Lock()  # one desired state, import or rotation at a time
 
     # --- start and stop --------------------------------------------------------------------------
@@ -11564,29 +11699,20 @@ class Gateway:
         `is_new`: the state lacks `obfuscation`. Without `class_table` the gateway enforces no
         class. `may_lack`: the state may lack changes that clients have seen.
         """
-        self._core.class_table = class_table
-        self.ledger.start()
+        self.class_table = class_table
+        self.lander.start()
         if self.config.move_peers:
             self._move_peers([settings for settings, _, _ in opened])
         for settings, link, backend in opened:
             state = None if link.obfuscation is None else obfuscation
-            tunnel = Tunnel(settings, link, backend, state)
-            try:
-                tunnel.pools = tunnel.make_pools(self.store)
-            except Conflict as error:
-                prefix = settings.prefix
-                raise ConfigError(
-                    f"{prefix}_IPV4_SUBNET, {prefix}_IPV6_SUBNET: {error.detail}"
-                ) from None
-            tunnel.clients_key = self.store.public_keys().get(settings.name, tunnel.public_key)
-            self.tunnels[settings.name] = tunnel
+            self._add_tunnel(Tunnel(settings, link, backend, state))
         news: dict[str, str] = {}
         if is_new and obfuscation is not None:
             news["obfuscation"] = encode_state(obfuscation)
         if may_lack:
             feed = self.store.meta("feed") or Feed()
             begin = self.store.sequence if self.store.diverged is None else self.store.diverged
-            news["feed"] = feed.skipped(begin, self._core.clock()).encode()
+            news["feed"] = feed.skipped(begin, self.clock()).encode()
         if news:
             with contextlib.suppress(Unavailable):  # a full disk: the next start tries again
                 self.ledger.land(Flight(Record(settings=news)))
@@ -11613,25 +11739,36 @@ class Gateway:
                 raise StartError(f"MOVE_PEERS: {error.detail}") from None
             LOG.warning("MOVE_PEERS: %d peers follow the settings from now on", len(changed))
 
+    def _add_tunnel(self, tunnel: Tunnel) -> None:
+        try:
+            tunnel.pools = tunnel.make_pools(self.store)
+        except Conflict as error:
+            prefix = tunnel.settings.prefix
+            raise ConfigError(
+                f"{prefix}_IPV4_SUBNET, {prefix}_IPV6_SUBNET: {error.detail}"
+            ) from None
+        tunnel.clients_key = self.store.public_keys().get(tunnel.name, tunnel.public_key)
+        self.tunnels[tunnel.name] = tunnel
+
     def change_classes(self, classes: Mapping[str, ServiceClass]) -> None:
         """Enforce other classes. For workers. Raises ConfigError, with nothing changed."""
-        if classes == self._core.classes:
+        if classes == self.classes:
             return
         self.run(lambda: refuse_misfits(look_at_stored_classes(classes, self.store)))
-        if self._core.class_table is not None:
+        if self.class_table is not None:
             try:
-                self._core.class_table.change(classes)
+                self.class_table.change(classes)
             except BackendError as error:
                 raise ConfigError(f"SERVICE_CLASSES: {error}") from None
-        self._core.classes = classes
+        self.classes = classes
 
     def close(self) -> None:
         """Land the waiting changes, and write the last snapshot. For workers."""
         sample = threading.Thread(target=self._last_sample, daemon=True)
         sample.start()
         sample.join(LAST_SAMPLE_SECONDS)
-        if self.ledger.stop(STOP_SECONDS):
-            self.keeper.snapshot()
+        if self.lander.stop(STOP_SECONDS):
+            self.lander.snapshot()
         else:
             LOG.warning(
                 "stopped during a change; its caller gets no answer: disk or interface was too slow"
@@ -11658,7 +11795,9 @@ class Gateway:
                 return
             self.rules.check_usable(peer.interface)
             self.ledger.check_disk()
-            flight = self._flight(step)
+            flight = Flight()
+            self.ledger.add(flight, step)
+            flight.complete()
         except Busy as busy:
             busy.flight.then(lambda _: self.change(name, fields, reply))
             return
@@ -11670,21 +11809,6 @@ class Gateway:
 
     def _outcome(self, changed: bool, peer: Peer) -> Outcome:
         return Outcome(changed, peer, self.store.traffic(peer.id))
-
-    def _flight(self, step: Step) -> Flight:
-        flight = Flight()
-        before, after = step
-        delete = [before.id] if before and not after else []
-        flight.record = Record([after] if after else [], delete)
-        flight.add_step(step)
-        gone, come = _addresses(before), _addresses(after)
-        for address in come:
-            if address not in gone:
-                self.ledger.claim(flight, address)
-        flight.freed = [address for address in gone if address not in come]
-        for key in {peer.public_key for peer in step if peer}:
-            self.ledger.mark(flight, key)
-        return flight
 
     def batch(
         self, operations: Sequence[BatchOperation], reply: Callable[[list[Any]], None]
@@ -11705,27 +11829,18 @@ class Gateway:
                 reply(results)
             done.give(None)
 
-        def begin(
-            rule: str, fields: Mapping[str, Any], answer: Reply, earlier: list[Later[None]]
-        ) -> None:
-            """Wait for the answers of the earlier operations on its keys, then begin."""
-            if earlier:
-                earlier.pop().then(lambda _: begin(rule, fields, answer, earlier))
-            else:
-                self.change(rule, fields, answer)
-
         for place, operation in enumerate(operations):
             done = Later[None]()
             answer = functools.partial(finish, place, done)
             if isinstance(operation, GatewayError):
                 answer(operation)
             else:
-                name, fields = operation
-                rule, more = BATCH_RULES[name]
+                rule, more = BATCH_RULES[operation[0]]
+                fields = {**operation[1], **more}
                 keys = {fields["public_key"], fields.get("new_public_key", fields["public_key"])}
                 earlier = [latest[key] for key in keys if key in latest]
                 latest.update(dict.fromkeys(keys, done))
-                begin(rule, {**fields, **more}, answer, earlier)
+                when_all(earlier, functools.partial(self.change, rule, fields, answer))
             yield
         if not operations:
             reply(results)
@@ -11757,19 +11872,12 @@ class Gateway:
         )
         return (address for _, address in rows if address)
 
-    def peer_count(self) -> int:
-        return self.run(lambda: sum(self.store.counts.values()))
-
-    def online_since(self) -> int:
-        """A peer with a handshake after this time (Unix seconds) is online."""
-        return int(self._core.clock()) - ONLINE_SECONDS
-
     def figures(self) -> Figures:
         """Owner."""
         return Figures(
             dict(self.store.counts),
             dict(self.store.reasons),
-            self.store.online(self.online_since()),
+            self.store.online(online_since(self.clock())),
             self.store.number,
             self.files.journal_bytes,
             self.files.snapshot_time,
@@ -11780,11 +11888,11 @@ class Gateway:
                 for family, pool in tunnel.pools.items()
             },
             [*self.degraded(), *self._warnings()],
-            [self._class_figures(name) for name in self._core.classes],
+            [self._class_figures(name) for name in self.classes],
         )
 
     def _class_figures(self, name: str) -> ClassFigures:
-        table = self._core.class_table
+        table = self.class_table
         dropped = table.dropped if table else {}
         return ClassFigures(
             name,
@@ -11796,17 +11904,14 @@ class Gateway:
 
     def degraded(self) -> list[str]:
         """The reasons why the gateway is neither ready nor healthy; empty when it is both."""
-        reasons = [
-            f"interface {tunnel.name}: {tunnel.failure}"
-            for tunnel in self.tunnels.values()
-            if tunnel.failure is not None
-        ]
-        reasons += [f"{subject}: {reason}" for subject, reason in dict(self._core.failures).items()]
-        if self.ledger.failure:
-            reasons.append(f"changes are refused: {self.ledger.failure}")
-        if self.ledger.replaced:
-            reasons.append(f"remote copy: {self.ledger.replaced}")
-        return reasons
+        reasons = {f"interface {tunnel.name}": tunnel.failure for tunnel in self.tunnels.values()}
+        reasons |= {
+            "counters": self.projection.failure,
+            "snapshot": self.lander.snapshot_failure,
+            "changes are refused": self.ledger.failure,
+            "remote copy": self.ledger.replaced,
+        }
+        return [f"{subject}: {reason}" for subject, reason in reasons.items() if reason is not None]
 
     def _warnings(self) -> Iterator[str]:
         """The reasons why the gateway is ready but not healthy.
@@ -11829,21 +11934,12 @@ class Gateway:
 
     def accept_keys(self) -> None:
         """Make the peers' configurations name the interfaces' own keys. For workers."""
-        tunnels = self.tunnels.values()
-        keys = {**self.run(self.store.public_keys), **{t.name: t.public_key for t in tunnels}}
+        tunnels, store = self.tunnels.values(), self.store
+        keys = {**self.run(store.public_keys), **{t.name: t.public_key for t in tunnels}}
         flight = Flight(Record(settings={"public_keys": json.dumps(keys)}))
-        flight.on_landed = lambda: self._note_keys(self.store.private_keys)
+        for tunnel in tunnels:
+            flight.on_landed.append(functools.partial(tunnel.note_clients_key, store, None))
         self.ledger.land(flight)
-
-    def _note_keys(self, sealed: Mapping[str, str]) -> None:
-        """Take over the state's new public keys, and their private keys from `sealed`. Owner."""
-        for tunnel in self.tunnels.values():
-            tunnel.clients_key = self.store.public_keys().get(tunnel.name, tunnel.public_key)
-            is_own = tunnel.clients_key == tunnel.public_key
-            key = encode_key(tunnel.link.private_key) if is_own else sealed.get(tunnel.name)
-            self.store.private_keys.pop(tunnel.name, None)
-            if key:
-                self.store.private_keys[tunnel.name] = key
 
     # --- AmneziaWG's parameters ------------------------------------------------------------------
 
@@ -11873,25 +11969,19 @@ class Gateway:
         self.rules.check_usable(tunnel.name)
         self.ledger.check_disk()
         before = cast(ObfuscationState, tunnel.obfuscation)
-        cut = 0
-        if same_language(before.parameters, wanted.parameters):
-            state = wanted._replace(version=before.version)
-        else:
-            cut = self.store.peers_on(tunnel.name)
-            state = wanted._replace(version=before.version + 1)
+        is_same = same_language(before.parameters, wanted.parameters)
+        cut = 0 if is_same else self.store.peers_on(tunnel.name)
         if cut and not confirmed:
             raise Conflict(
                 f"confirm: {cut} peers will have no connection until they get the new parameters: "
                 'if you want that, repeat the request with "confirm": true'
             )
+        flight = Flight()
+        state = wanted._replace(version=before.version + (not is_same))
         try:
-            link = make_link(tunnel.settings, tunnel.link.private_key, state.parameters)
+            set_link(flight, tunnel, tunnel.link.private_key, state)
         except ValueError as error:
             raise Invalid("parameters", str(error)) from None
-        flight = Flight(Record(settings={"obfuscation": encode_state(state)}))
-        flight.setup[tunnel.name] = link
-        flight.on_landed = lambda: tunnel.note_link(link, state)
-        self.ledger.open(flight)
         return flight, cut
 
     # --- all peers at once -----------------------------------------------------------------------
@@ -11905,11 +11995,11 @@ class Gateway:
         """
         with self._bulk, collector_off():
             self.run(self.ledger.check_disk)
-            return DesiredState(self._core, desired).perform(dry_run, allow_mass_delete)
+            return DesiredState(self, desired).perform(dry_run, allow_mass_delete)
 
     def export(self) -> bytes:
         """The whole state as a snapshot file. Everything in it is on disk here. For workers."""
-        image = self.ledger.between_landings(
+        image = self.lander.between_landings(
             lambda: self.files.image(self.store, self.store.number, journaled=False)
         )
         return encode_snapshot(image, self.files.vault)
@@ -11919,187 +12009,23 @@ class Gateway:
     ) -> tuple[int, int]:
         """Replace the whole state by a snapshot file's. For workers.
 
-        Returns how many peers the state has, and how many peers need new configurations.
-        `replace_key` matters when an interface has another key than the snapshot's peers know. True
-        gives it theirs, False keeps its own, None refuses. The import is one flight of the peers
-        that differ and all traffic totals. Raises GatewayError.
+        Returns how many peers the state has, and how many peers need new configurations. For
+        `replace_key` see Import. Raises GatewayError.
         """
         try:
             other = self.files.read_image(data, vault=self.files.vault)
-        except DamagedError as error:
-            raise Malformed(f"the snapshot was refused: {error.found}") from None
-        except ConfigError as error:
-            raise Malformed(f"the snapshot was refused: {error}") from None
+        except (DamagedError, ConfigError) as error:
+            reason = error.found if isinstance(error, DamagedError) else error
+            raise Malformed(f"the snapshot was refused: {reason}") from None
         with self._bulk, collector_off():
-            self._check_import(other)
-            pools = {name: tunnel.make_pools(other) for name, tunnel in self.tunnels.items()}
-            keys, cut = self._import_keys(other, replace_key)
+            work = Import(self, other, replace_key)
+            total = sum(other.counts.values())
             if not dry_run:
-                with self._written_keys(keys):
-                    self._import(other, pools, keys)
-        return sum(other.counts.values()), cut
-
-    def _check_import(self, other: Store) -> None:
-        config = replace(self.config, service_classes=self._core.classes, move_peers=False)
-        for found in look_at_stored(config, [t.settings for t in self.tunnels.values()], other):
-            raise Conflict(f"the snapshot does not fit: {found.subject}: {found.found}")
-        for tunnel in self.tunnels.values():
-            if other.get(tunnel.public_key):
-                raise Conflict("the snapshot has this gateway's own key as a peer")
-
-    def _keys_of(self, other: Store) -> dict[str, str]:
-        """By interface: the public key that another state's peers know, if the state has it."""
-        sealed = {n: key for n, key in other.private_keys.items() if n in self.tunnels}
-        known = {n: encode_key(x25519_public(decode_key(key))) for n, key in sealed.items()}
-        known |= other.public_keys()
-        return {n: key for n, key in known.items() if n in self.tunnels and other.peers_on(n)}
-
-    def _import_keys(self, other: Store, replace: bool | None) -> tuple[dict[str, bytes], int]:
-        """The private keys that interfaces must get, and how many peers the choice cuts off."""
-        keys: dict[str, bytes] = {}
-        cut = 0
-        for name, public in self._keys_of(other).items():
-            tunnel = self.tunnels[name]
-            if public == tunnel.public_key:
-                continue
-            mine = self.run(functools.partial(self.store.peers_on, name))
-            theirs = other.peers_on(name)
-            if replace is None:
-                raise Conflict(
-                    f"replace_key: the configurations of the snapshot's {theirs} peers on {name} "
-                    f"name the public key {public}, and this node's is {tunnel.public_key}: "
-                    f"replace_key=true gives {name} the snapshot's key (and cuts off the {mine} "
-                    "peers that are here now), replace_key=false keeps this node's (and cuts off "
-                    f"the snapshot's {theirs} until they have new configurations)"
-                )
-            cut += mine if replace else theirs
-            if replace:
-                keys[name] = clamp(decode_key(other.private_keys.get(name, NO_KEY)))
-                if encode_key(x25519_public(keys[name])) != public:
-                    raise Conflict(
-                        f"replace_key: the snapshot does not hold the private key of {name}: put "
-                        f"it into {tunnel.settings.private_key_file} and restart, then import"
-                    )
-        return keys, cut
-
-    @contextlib.contextmanager
-    def _written_keys(self, keys: Mapping[str, bytes]) -> Iterator[None]:
-        """Write these keys to their files. If the import fails, write the former ones again."""
-        before = {name: self.tunnels[name].link.private_key for name in keys}
-        try:
-            for name, key in keys.items():
-                self._write_key(name, key)
-            yield
-        except BaseException:
-            for name, key in before.items():
-                with contextlib.suppress(Conflict):
-                    self._write_key(name, key)
-            raise
-
-    def _write_key(self, name: str, key: bytes) -> None:
-        settings = self.tunnels[name].settings
-        try:
-            if load_private_key(settings) != key:
-                content = encode_key(key).encode("ascii")
-                Disk().replace(settings.private_key_file, [content, b"\n"])
-        except (OSError, ConfigError) as error:
-            reason = str(error) if isinstance(error, ConfigError) else _reason(error)
-            raise Conflict(
-                f"replace_key: the key of {name} cannot be put into {settings.private_key_file}: "
-                f"{reason}"
-            ) from None
-
-    def _import(
-        self, other: Store, pools: Mapping[str, dict[str, AddressPool]], keys: Mapping[str, bytes]
-    ) -> None:
-        with contextlib.ExitStack() as stack:
-            for tunnel in self.tunnels.values():  # a reading must not span the import
-                stack.enter_context(tunnel.reading)
-            bulk = stack.enter_context(Bulk(self._core))
-            flight = bulk.flight
-            settings, notes = self._import_links(other, keys, flight)
-
-            def begin() -> list[Flight]:
-                """Decide nothing else from now on. Returns the flights that must land first."""
-                self.ledger.exclusive = flight
-                return [earlier for earlier in self.ledger.airborne if earlier is not flight]
-
-            for earlier in self.run(begin):
-                self.run(self.ledger.check_disk)  # or an earlier flight may wait for the disk
-                wait_for(self.run, earlier)
-            self.run(self.ledger.check_disk)
-            traffic = self._plan_import(other, bulk)
-            if (periods := other.meta("periods")) is not None:
-                settings["periods"] = json.dumps(periods)
-            flight.record = Record(traffic=traffic, settings=settings, released=other.released())
-
-            def landed() -> None:
-                for name, tunnel in self.tunnels.items():
-                    tunnel.pools = pools[name]
-                    tunnel.known = set()  # the totals have changed
-                for note in notes:
-                    note()
-                self._note_keys(other.private_keys)
-
-            flight.on_landed = landed
-            bulk.land()
-        LOG.info("imported %d peers", self.peer_count())
-        self.limits.expire()
-        self.limits.enforce_quotas()
-
-    def _plan_import(self, other: Store, bulk: Bulk) -> list[TrafficRow]:
-        """Add the steps that make the peers those of another store. Returns the new totals."""
-        theirs = {peer.id: peer for peer in other.peers_after(0, MAX_INTEGER)}
-        mine = chunks(
-            self.run, lambda at: [(p.id, p) for p in self.store.peers_after(at, READ_CHUNK)]
-        )
-        pairs: list[tuple[Peer | None, Peer | None]] = [
-            (peer, theirs.pop(number, None)) for number, peer in mine
-        ]
-        pairs += [(None, wanted) for wanted in theirs.values()]
-        traffic: list[TrafficRow] = []
-
-        def compare(pair: tuple[Peer | None, Peer | None]) -> None:
-            before, wanted = pair
-            if before != wanted:
-                bulk.steps.append(Step(before, wanted))
-            if wanted is None:
-                return
-            seen = TrafficRow(wanted.id, 0, 0, 0, 0, 0)
-            if before and _counted_by(before) == _counted_by(wanted):  # its counters go on
-                seen = self.store.traffic_row(wanted.id)
-            row = other.traffic_row(wanted.id)
-            traffic.append(row._replace(rx_seen=seen.rx_seen, tx_seen=seen.tx_seen))
-
-        bulk.each(pairs, compare)
-        return traffic
-
-    def _import_links(
-        self, other: Store, keys: Mapping[str, bytes], flight: Flight
-    ) -> tuple[dict[str, str], list[Callable[[], None]]]:
-        """Set the interfaces up for another state.
-
-        Returns the settings of the record, and what to call when it has landed. A state without
-        AmneziaWG's parameters or public keys gets this gateway's. Raises Conflict.
-        """
-        settings: dict[str, str] = {}
-        notes: list[Callable[[], None]] = []
-        for name, tunnel in self.tunnels.items():
-            state = tunnel.obfuscation and (other.meta("obfuscation") or tunnel.obfuscation)
-            if state is None and name not in keys:
-                continue
-            key = keys.get(name, tunnel.link.private_key)
-            try:
-                link = make_link(tunnel.settings, key, state.parameters if state else None)
-            except ValueError as error:
-                raise Conflict(f"the snapshot's parameters do not fit here: {error}") from None
-            flight.setup[name] = link
-            notes.append(functools.partial(tunnel.note_link, link, state))
-            if state is not None:
-                settings["obfuscation"] = encode_state(state)
-        own = {name: tunnel.public_key for name, tunnel in self.tunnels.items()}
-        settings["public_keys"] = json.dumps({**own, **self._keys_of(other)})
-        return settings, notes
+                work.perform()
+                LOG.info("imported %d peers", total)
+                self.limits.expire()
+                self.limits.enforce_quotas()
+        return total, work.cut
 
 
 # Operations of a batch: the rule, and the fields that it gets in addition to the operation's.
@@ -12994,7 +12920,7 @@ class App:
         # The requests that wait for changes, with `after` and `limit` of each.
         self._waiting: dict[Later[Response], tuple[int, int]] = {}
         self._told = 0  # the last change that those requests were woken for
-        gateway.ledger.on_changed = self._wake_waiting
+        gateway.lander.on_changed = self._wake_waiting
         self.metrics = RequestMetrics()
         self.copier: Copier | None = None
         self._clock = clock
@@ -13198,7 +13124,7 @@ class App:
     def _view(self, peer: Peer, traffic: Traffic) -> View:
         tunnel = self.gateway.tunnels[peer.interface]
         peer = tunnel.with_defaults(peer, self.config)
-        return View(peer, traffic, tunnel, self.config, self.gateway.online_since())
+        return View(peer, traffic, tunnel, self.config, online_since(self._clock()))
 
     def _change(
         self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], dict[str, Any]]
@@ -13355,7 +13281,7 @@ class App:
             query.get("status"),
             self._named_interface(query),
             query.get("online"),
-            self.gateway.online_since(),
+            online_since(self._clock()),
             query.get("status_reason"),
             query.get("label"),
             query.get("request_id"),
@@ -14234,16 +14160,16 @@ class Loop:
         """Call a function in the loop. Returns its result, or raises its exception."""
         if threading.current_thread() is self._thread:
             return function()
-        answer = Answer()
+        answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def call() -> None:
             try:
-                answer.give((function(), None))
+                answer.put((function(), None))
             except BaseException as error:
-                answer.give((None, error))
+                answer.put((None, error))
 
         self.post(call)
-        result, error = answer.take()
+        result, error = answer.get()
         if error is not None:
             raise error
         return cast(_T, result)
@@ -15513,7 +15439,7 @@ class Service:
                 config.snapshot_url or "", config.snapshot_copy_interval, config.snapshot_lineage
             )
             epochs = Epochs(remote, files.vault, socket.gethostname(), time.time)
-            app.copier = Copier(epochs, store, files, gateway.keeper.snapshot, settings)
+            app.copier = Copier(epochs, store, files, gateway.lander.snapshot, settings)
             app.copier.on_taken = functools.partial(self._taken, config, gateway)
             if not self._boot_from(app.copier, gateway, config.snapshot_required):
                 return False
@@ -15526,7 +15452,7 @@ class Service:
         self._keep_gateways(config, store)
         files.begin(store)
         if app.copier:
-            gateway.ledger.on_written = app.copier.begin()
+            gateway.lander.on_written = app.copier.begin()
         return True
 
     def _keep_certificate(self, config: Config, gateway: Gateway) -> None:
@@ -15687,11 +15613,11 @@ class Service:
             (SUPERVISE_SECONDS, host.tick),
         ]
         disk = [
-            (config.snapshot_interval, gateway.keeper.snapshot),
-            (SUPERVISE_SECONDS, gateway.keeper.heal),
+            (config.snapshot_interval, gateway.lander.snapshot),
+            (SUPERVISE_SECONDS, gateway.lander.heal),
         ]
         if config.durability == "interval":
-            disk.append((DURABILITY_INTERVAL, gateway.keeper.flush))
+            disk.append((DURABILITY_INTERVAL, gateway.lander.flush))
         timers = [
             Timer("interface", projection),
             Timer("disk", disk),

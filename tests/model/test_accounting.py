@@ -124,7 +124,7 @@ class Histories(RuleBasedStateMachine):
         with contextlib.suppress(wggw.Unavailable):
             outcome = do(self.gateway, rule, public_key=key, **more.get(what, {}))
             assert not outcome.changed
-        self.gateway.keeper.heal()
+        self.gateway.lander.heal()
         self.gateway.projection.supervise()
         assert self.gateway.degraded() == []
         assert self.gateway.get(key).peer == before
@@ -160,7 +160,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def snapshot(self) -> None:
-        self.gateway.keeper.snapshot()
+        self.gateway.lander.snapshot()
 
     @rule()
     def orderly_restart(self) -> None:
@@ -275,7 +275,7 @@ def test_what_the_disk_refused_to_note_is_counted_later(world: World) -> None:
     world.gateway.projection.sample()
     assert total(world) == (0, 0)
     world.gateway.projection.sample()  # the disk has failed: nothing is noted
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     world.gateway.projection.sample()
     assert total(world) == (7, 0)
     world.close()
