@@ -9619,7 +9619,8 @@ def refuse_misfits(findings: Iterable[Finding]) -> None:
 
 
 # ==================================================================================================
-# ledger: the one way in which anything changes
+# ledger: the one way in which anything changes: flights, the tunnels (interfaces) that they change,
+# the table of what is in flight, and the lander
 #
 # A Flight is a change that was decided: its record, the changes of the interfaces, the keys that it
 # concerns, the addresses that it takes and frees. The order is always record, interface, rows:
@@ -9818,7 +9819,7 @@ class Tunnel:
         self.must_set_up = False  # the interface itself failed, not only its peers
         self.traffic = InterfaceTraffic()
         self.known: set[int] = set()  # fingerprints of peers that a sample found to be right
-        self.newborn: set[bytes] = set()  # see Projection._scrub()
+        self.newborn: set[bytes] = set()  # see Comparison.scrub()
         self.rx_bytes = self.tx_bytes = 0  # counted since the start
         self.reading = threading.Lock()  # one reader at a time
         self.is_read = False  # landings on it wait: see Lander
@@ -9828,7 +9829,7 @@ class Tunnel:
         """Set the interface up as flights demand, then do their changes. Raises BackendError."""
         links = [flight.setup[self.name] for flight in flights if self.name in flight.setup]
         changes = [c for flight in flights for c in flight.changes.get(self.name, ())]
-        if self.is_silent:
+        if self.is_silent and not links:
             raise NoAnswer(f"{self.name}: the interface does not answer")
         if links:
             self.backend.setup(next(filter(None, reversed(links)), self.link))
@@ -10321,8 +10322,8 @@ def run_in_slices(run: Run, work: Iterator[Any]) -> None:
 
 
 # ==================================================================================================
-# gateway: rules, tunnels (interfaces as projections of the rows), desired states, and the facade
-# that http uses
+# gateway: rules, desired states and imports, interfaces as projections of the rows, limits, and the
+# facade that http uses
 #
 # A rule reads rows and fields and returns a Step, or raises a refusal; it changes nothing. The step
 # becomes a flight of the ledger. Rules run as the owner of the rows. Workers do the long work (the
@@ -11076,11 +11077,11 @@ class Import:
         """Raises Conflict, when the other state does not fit here."""
         self._core = core
         self._other = other
+        self._check()
+        self._pools = {name: tunnel.make_pools(other) for name, tunnel in core.tunnels.items()}
         self._known_keys = self._find_known_keys()
         self._keys: dict[str, bytes] = {}  # the private keys that interfaces get
         self.cut = 0  # how many peers need new configurations
-        self._check()
-        self._pools = {name: tunnel.make_pools(other) for name, tunnel in core.tunnels.items()}
         for name, public in self._known_keys.items():
             if public != core.tunnels[name].public_key:
                 self._choose_key(core.tunnels[name], public, replace_key)
@@ -11229,6 +11230,161 @@ class Import:
 # --- the interfaces and limits --------------------------------------------------------------------
 
 
+class Comparison:
+    """An interface as it was read, and what differs from the rows. For workers.
+
+    `touched` collects the keys that were in flight when the reading began, or later: for those the
+    reading is stale.
+    """
+
+    def __init__(self, core: Core, tunnel: Tunnel, reading: Reading, touched: set[str]) -> None:
+        self._core, self._tunnel, self._touched = core, tunnel, touched
+        self.reading = reading
+        self._states = [state for _, state in reading.changed]
+        self._right: set[bytes] = set()  # keys of peers that account() found to be as in the rows
+
+    def repair(self) -> SyncResult:
+        """Make the interface equal to the rows. Raises BackendError."""
+        core, name, reading = self._core, self._tunnel.name, self.reading
+        actual = {state.peer.public_key: state.peer for state in self._states}
+        present = len(actual)
+        rows = chunks(core.run, lambda after: core.store.wire_rows(name, after, READ_CHUNK))
+        plan = list(diff((encode_wire(*row[1:]) for row in rows if row[1]), actual))
+        plan.sort(key=lambda entry: entry[1].peer is not None)  # removals first: see diff()
+        with Bulk(core) as bulk:
+            bulk.flight.needs_disk = False
+            if self._tunnel.must_set_up or reading.device_differs(self._tunnel.link):
+                bulk.flight.setup[name] = None
+            # Peers that cannot be read may be among those that seem to be missing.
+            done = self._change(bulk, plan, anew=bool(reading.unreadable))
+            if present and len(plan) <= MAX_REPAIRS_LOGGED:  # filling an empty one is no repair
+                for key, what in done.items():
+                    LOG.info("%s: repair: %s %s", name, short_key(key), what)
+            _land(self._tunnel, bulk.land)
+        added, updated, removed = map(list(done.values()).count, ("added", "updated", "removed"))
+        return SyncResult(added, updated, removed, present - updated - removed)
+
+    def _change(self, bulk: Bulk, plan: Sequence[tuple[str, Change]], anew: bool) -> dict[str, str]:
+        """Put the changes of diff() into a flight, by key, except those of touched peers.
+
+        Counters of added peers restart at 0. With `anew` these peers are removed first, because the
+        interface may have them.
+        """
+        store, flight = self._core.store, bulk.flight
+        done: dict[str, str] = {}
+        restart: list[tuple[int, int, int]] = []
+
+        def change(entry: tuple[str, Change]) -> None:
+            what, wanted = entry
+            key = encode_key(wanted.public_key)
+            if key in self._touched:
+                return
+            self._core.ledger.mark(flight, key)
+            self._touched.discard(key)
+            done[key] = what
+            changes = flight.changes.setdefault(self._tunnel.name, [])
+            peer = store.get(key) if what == "added" else None
+            row = store.traffic_row(peer.id) if peer else None
+            if row and row.rx_seen + row.tx_seen:
+                restart.append((row.id, *(row[3:5] if anew else (0, 0))))
+            if what == "added" and anew:
+                changes.append(Change(wanted.public_key, None))
+            changes.append(wanted)
+
+        bulk.each(plan, change)
+        flight.record = Record(restart=restart)
+        return done
+
+    def difference(self) -> str:
+        """How the interface differs after account(), as far as the reading tells; "" if equal."""
+        reading, touched = self.reading, self._touched
+        if reading.device_differs(self._tunnel.link):
+            return "its key, port or parameters are not ours"
+        others = {state.peer.public_key for state in self._states} - self._right
+        stale = sum(encode_key(key) in touched for key in others)
+        if len(others) > stale:
+            return f"{len(others) - stale} peers differ"
+        if len(touched) > READ_CHUNK:
+            return ""  # the next sample can count them
+        store, name = self._core.store, self._tunnel.name
+        expected = self._core.run(
+            lambda: store.counts[name, "active"] - len(store.counted(name, list(touched)))
+        )
+        # Touched peers may still be among the known ones, which makes the number too high.
+        if not expected <= reading.peers - stale <= expected + len(touched):
+            return f"it has {reading.peers - stale} peers instead of {expected}"
+        return ""
+
+    def account(self) -> bool:
+        """Add the counters to the totals. Whether all were added: then they need not be again."""
+        run, flights = self._core.run, list[Flight]()
+        for start in range(0, len(self._states), READ_CHUNK):
+            states = self._states[start : start + READ_CHUNK]
+            flights += run(functools.partial(self._account_some, states))
+        errors = [wait_for(run, flight) for flight in flights]
+        return not any(errors)
+
+    def known(self) -> set[int]:
+        """The fingerprints of peers that account() found to be as in the rows."""
+        changed = self.reading.changed
+        right = {mark for mark, state in changed if state.peer.public_key in self._right}
+        return self.reading.same | right
+
+    def _account_some(self, states: Sequence[PeerState]) -> list[Flight]:
+        store, ledger, tunnel = self._core.store, self._core.ledger, self._tunnel
+        by_key = {encode_key(state.peer.public_key): state for state in states}
+        rows = store.counted(tunnel.name, list(by_key))
+        changed: list[TrafficRow] = []
+        received = sent = 0
+        for key, state in by_key.items():
+            row = rows.get(key)
+            if row is None or key in self._touched:
+                continue
+            if encode_wire(*row[:5]) == state.peer:
+                self._right.add(state.peer.public_key)
+            before = shown = TrafficRow._make(row[5:])
+            seen = store.restarted.get(before.id)
+            if seen and state.rx_bytes >= seen[0] and state.tx_bytes >= seen[1]:
+                before = before._replace(rx_seen=seen[0], tx_seen=seen[1])
+            after = before.counted(state.rx_bytes, state.tx_bytes, state.last_handshake)
+            if after != shown:
+                changed.append(after)
+                received += after.rx_bytes - before.rx_bytes
+                sent += after.tx_bytes - before.tx_bytes
+        if not changed:
+            return []
+        flight = Flight(Record(traffic=changed))
+        flight.on_landed.append(lambda: tunnel.count(received, sent))
+        if ledger.failure:
+            flight.give(Unavailable("nothing can be counted now"))  # the next sample counts it
+        else:
+            ledger.submit(flight)
+        return [flight]
+
+    def scrub(self) -> None:
+        """Make the interface forget the endpoints of peers without a handshake for PRIVACY_SCRUB s.
+
+        Only removing a peer does that; the same message adds it again. Its counters restart after
+        those that account() has just added, and difference() has found none. Raises BackendError.
+        """
+        tunnel = self._tunnel
+        limit = int(self._core.clock()) - self._core.config.privacy_scrub
+        before, tunnel.newborn = tunnel.newborn, set()
+        plan: list[tuple[str, Change]] = []
+        for peer, last_handshake, *_, located in self._states:
+            if not located or last_handshake > limit:
+                continue
+            if not last_handshake and peer.public_key not in before:
+                tunnel.newborn.add(peer.public_key)  # it may be in its first handshake
+                continue
+            plan.append(("added", Change(peer.public_key, peer)))
+        if plan:
+            with Bulk(self._core) as bulk:
+                done = self._change(bulk, plan, anew=True)
+                _land(tunnel, bulk.land)
+            LOG.debug("%s: forgot the endpoints of %d peers", tunnel.name, len(done))
+
+
 class Projection:
     """Keeps the interfaces equal to the rows, and counts their traffic. For workers."""
 
@@ -11238,11 +11394,10 @@ class Projection:
         self.failure: str | None = None  # why the last sample is not complete
 
     @contextlib.contextmanager
-    def _reading(self, tunnel: Tunnel, everything: bool) -> Iterator[tuple[Reading, set[str]]]:
+    def _compared(self, tunnel: Tunnel, everything: bool) -> Iterator[Comparison]:
         """Read an interface: `everything`, or without the peers that a sample found to be right.
 
-        The set collects the keys in flight now or later: for those the reading is stale. Raises
-        BackendError.
+        Raises BackendError.
         """
         ledger, touched = self._core.ledger, set[str]()
 
@@ -11252,33 +11407,31 @@ class Projection:
 
         with tunnel.reading:
             known, tunnel.known = tunnel.known, set()
-            is_uapi = tunnel.backend.kind == "uapi"
-            if is_uapi:  # the reading begins between two landings
-                flight = Flight()
-                flight.on_landed.append(functools.partial(setattr, tunnel, "is_read", True))
-                self._land(tunnel, lambda: ledger.land(flight))
             self._core.run(begin)
             try:
-                try:
-                    reading = tunnel.backend.read(() if everything else known)
-                    tunnel.is_silent = False
-                except NoAnswer:
-                    tunnel.is_silent = is_uapi
-                    raise
-                finally:
-                    tunnel.is_read = False
-                    ledger.waiting.put([])  # the lander looks again
-                yield reading, touched
+                reading = self._read(tunnel, () if everything else known)
+                yield Comparison(self._core, tunnel, reading, touched)
             finally:
                 self._core.run(lambda: ledger.watchers.remove(touched))
 
-    @staticmethod
-    def _land(tunnel: Tunnel, land: Callable[[], None]) -> None:
-        """Land a flight of the gateway's own. Raises BackendError."""
+    def _read(self, tunnel: Tunnel, known: Container[int]) -> Reading:
+        """Read an interface. Landings on it wait if it would make them wait: see Lander."""
+        if tunnel.backend.kind != "uapi":
+            return tunnel.backend.read(known)
+        ledger, flight = self._core.ledger, Flight()
+        # The reading begins between two landings.
+        flight.on_landed.append(functools.partial(setattr, tunnel, "is_read", True))
+        _land(tunnel, lambda: ledger.land(flight))
         try:
-            land()
-        except GatewayError as error:
-            raise BackendError(tunnel.failure or error.detail) from None
+            reading = tunnel.backend.read(known)
+            tunnel.is_silent = False
+            return reading
+        except NoAnswer:
+            tunnel.is_silent = True
+            raise
+        finally:
+            tunnel.is_read = False
+            ledger.waiting.put([])  # the lander looks again
 
     def reconcile(self, name: str | None = None) -> SyncResult:
         """Make one interface or all equal to the rows, changing only what differs.
@@ -11292,11 +11445,9 @@ class Projection:
     def _reconcile(self, tunnel: Tunnel) -> SyncResult:
         """Compare everything that the gateway sets, and repair it. Raises BackendError."""
         failures = tunnel.failures
-        with self._reading(tunnel, everything=True) as (reading, touched):
-            with Bulk(self._core) as bulk:
-                result = self._repair(tunnel, reading, touched, bulk)
-                self._land(tunnel, bulk.land)
-            self._account(tunnel, [state for _, state in reading.changed], touched)
+        with self._compared(tunnel, everything=True) as compared:
+            result = compared.repair()
+            compared.account()
 
         def cleared() -> None:  # unless the interface failed again meanwhile
             if tunnel.failures == failures:
@@ -11304,65 +11455,6 @@ class Projection:
 
         self._core.run(cleared)
         return result
-
-    def _repair(
-        self, tunnel: Tunnel, reading: Reading, touched: set[str], bulk: Bulk
-    ) -> SyncResult:
-        """Fill a flight with the changes that make an interface equal to the rows."""
-        core, name = self._core, tunnel.name
-        bulk.flight.needs_disk = False
-        if tunnel.must_set_up or reading.device_differs(tunnel.link):
-            bulk.flight.setup[name] = None
-        actual = {state.peer.public_key: state.peer for _, state in reading.changed}
-        present = len(actual)
-        rows = chunks(core.run, lambda after: core.store.wire_rows(name, after, READ_CHUNK))
-        plan = list(diff((encode_wire(*row[1:]) for row in rows if row[1]), actual))
-        plan.sort(key=lambda entry: entry[1].peer is not None)  # removals first: see diff()
-        # A peer that cannot be read is on the interface, maybe, so it is removed there first.
-        done = self._change(tunnel, plan, touched, bulk, anew=bool(reading.unreadable))
-        if present and len(plan) <= MAX_REPAIRS_LOGGED:  # filling an empty one is no repair
-            for key, what in done.items():
-                LOG.info("%s: repair: %s %s", name, short_key(key), what)
-        added, updated, removed = map(list(done.values()).count, ("added", "updated", "removed"))
-        return SyncResult(added, updated, removed, present - updated - removed)
-
-    def _change(
-        self,
-        tunnel: Tunnel,
-        plan: Sequence[tuple[str, Change]],
-        touched: set[str],
-        bulk: Bulk,
-        anew: bool,
-    ) -> dict[str, str]:
-        """Put the changes of diff() into a flight, by key, except those of touched peers.
-
-        Counters of added peers restart at 0. With `anew` they are removed first, because the
-        interface may have them.
-        """
-        store, flight = self._core.store, bulk.flight
-        done: dict[str, str] = {}
-        restart: list[tuple[int, int, int]] = []
-
-        def change(entry: tuple[str, Change]) -> None:
-            what, wanted = entry
-            key = encode_key(wanted.public_key)
-            if key in touched:
-                return
-            self._core.ledger.mark(flight, key)
-            touched.discard(key)
-            done[key] = what
-            changes = flight.changes.setdefault(tunnel.name, [])
-            peer = store.get(key) if what == "added" else None
-            row = store.traffic_row(peer.id) if peer else None
-            if row and row.rx_seen + row.tx_seen:
-                restart.append((row.id, *(row[3:5] if anew else (0, 0))))
-            if what == "added" and anew:
-                changes.append(Change(wanted.public_key, None))
-            changes.append(wanted)
-
-        bulk.each(plan, change)
-        flight.record = Record(restart=restart)
-        return done
 
     def sample(self) -> None:
         """Add every interface's counters to the rows, and check peers that changed.
@@ -11380,120 +11472,21 @@ class Projection:
 
     def _sample(self, tunnel: Tunnel) -> None:
         scrubbing = bool(self._core.config.privacy_scrub)
-        with self._reading(tunnel, everything=scrubbing) as (reading, touched):
-            states = [state for _, state in reading.changed]
-            right, all_counted = self._account(tunnel, states, touched)
+        with self._compared(tunnel, everything=scrubbing) as compared:
+            all_counted = compared.account()
             if all_counted:
-                tunnel.known = reading.same | {
-                    mark for mark, state in reading.changed if state.peer.public_key in right
-                }
-            wrong = self._difference_found(tunnel, reading, right, touched)
+                tunnel.known = compared.known()
+            wrong = compared.difference()
             if scrubbing and all_counted and not wrong:
-                self._scrub(tunnel, states, touched)
+                compared.scrub()
         tunnel.rate()
         if wrong and tunnel.failure is None:
             LOG.warning("%s: %s: it is being repaired", tunnel.name, wrong)
             self._core.run(functools.partial(tunnel.fail, wrong))
             tunnel.must_set_up = False
             LOG.info("%s: %s", tunnel.name, self._reconcile(tunnel))
-        if reading.unreadable:
-            raise BackendError(f"{tunnel.name}: {reading.unreadable} peers cannot be read")
-
-    def _difference_found(
-        self, tunnel: Tunnel, reading: Reading, right: set[bytes], touched: set[str]
-    ) -> str:
-        """How an interface differs from the rows, as far as a reading can tell; "" if equal."""
-        if reading.device_differs(tunnel.link):
-            return "its key, port or parameters are not ours"
-        others = {state.peer.public_key for _, state in reading.changed} - right
-        stale = sum(encode_key(key) in touched for key in others)
-        if len(others) > stale:
-            return f"{len(others) - stale} peers differ"
-        if len(touched) > READ_CHUNK:
-            return ""  # the next sample can count them
-        store, name = self._core.store, tunnel.name
-        expected = self._core.run(
-            lambda: store.counts[name, "active"] - len(store.counted(name, list(touched)))
-        )
-        # Touched peers may still be among the known ones, which makes the number too high.
-        if not expected <= reading.peers - stale <= expected + len(touched):
-            return f"it has {reading.peers - stale} peers instead of {expected}"
-        return ""
-
-    def _account(
-        self, tunnel: Tunnel, states: Sequence[PeerState], touched: set[str]
-    ) -> tuple[set[bytes], bool]:
-        """Add the counters to the totals.
-
-        Returns the keys of peers that the interface has right, and whether all counters were added.
-        """
-        right: set[bytes] = set()
-        flights: list[Flight] = []
-        for start in range(0, len(states), READ_CHUNK):
-            chunk = states[start : start + READ_CHUNK]
-            flight = self._core.run(
-                functools.partial(self._account_some, tunnel, chunk, touched, right)
-            )
-            if flight is not None:
-                flights.append(flight)
-        errors = [wait_for(self._core.run, flight) for flight in flights]
-        return right, not any(errors)
-
-    def _account_some(
-        self, tunnel: Tunnel, states: Sequence[PeerState], touched: set[str], right: set[bytes]
-    ) -> Flight | None:
-        store, ledger = self._core.store, self._core.ledger
-        by_key = {encode_key(state.peer.public_key): state for state in states}
-        rows = store.counted(tunnel.name, list(by_key))
-        changed: list[TrafficRow] = []
-        received = sent = 0
-        for key, state in by_key.items():
-            row = rows.get(key)
-            if row is None or key in touched:
-                continue
-            if encode_wire(*row[:5]) == state.peer:
-                right.add(state.peer.public_key)
-            before = shown = TrafficRow._make(row[5:])
-            seen = store.restarted.get(before.id)
-            if seen and state.rx_bytes >= seen[0] and state.tx_bytes >= seen[1]:
-                before = before._replace(rx_seen=seen[0], tx_seen=seen[1])
-            after = before.counted(state.rx_bytes, state.tx_bytes, state.last_handshake)
-            if after != shown:
-                changed.append(after)
-                received += after.rx_bytes - before.rx_bytes
-                sent += after.tx_bytes - before.tx_bytes
-        if not changed:
-            return None
-        flight = Flight(Record(traffic=changed))
-        flight.on_landed.append(lambda: tunnel.count(received, sent))
-        if ledger.failure:
-            flight.give(Unavailable("nothing can be counted now"))  # the next sample counts it
-        else:
-            ledger.submit(flight)
-        return flight
-
-    def _scrub(self, tunnel: Tunnel, states: Sequence[PeerState], touched: set[str]) -> None:
-        """Make the interface forget the endpoints of peers without a handshake for PRIVACY_SCRUB s.
-
-        Only removing a peer does that; the same message adds it again. Its counters restart after
-        the sample that was just taken, which found the interface equal to the rows. Raises
-        BackendError.
-        """
-        limit = int(self._core.clock()) - self._core.config.privacy_scrub
-        before, tunnel.newborn = tunnel.newborn, set()
-        plan: list[tuple[str, Change]] = []
-        for peer, last_handshake, *_, located in states:
-            if not located or last_handshake > limit:
-                continue
-            if not last_handshake and peer.public_key not in before:
-                tunnel.newborn.add(peer.public_key)  # it may be in its first handshake
-                continue
-            plan.append(("added", Change(peer.public_key, peer)))
-        if plan:
-            with Bulk(self._core) as bulk:
-                done = self._change(tunnel, plan, touched, bulk, anew=True)
-                self._land(tunnel, bulk.land)
-            LOG.debug("%s: forgot the endpoints of %d peers", tunnel.name, len(done))
+        if unreadable := compared.reading.unreadable:
+            raise BackendError(f"{tunnel.name}: {unreadable} peers cannot be read")
 
     def supervise(self) -> None:
         """Recreate an interface that is gone, and repair one that failed."""
@@ -11504,21 +11497,28 @@ class Projection:
                 self._core.run(functools.partial(tunnel.suspect, str(error)))
 
     def _supervise(self, tunnel: Tunnel) -> None:
-        ledger = self._core.ledger
         if not tunnel.backend.alive():
             tunnel.must_set_up = True
             if tunnel.failure is None:
                 LOG.warning("%s: the interface is gone or down: setting it up", tunnel.name)
                 self._core.run(functools.partial(tunnel.fail, "it is being set up"))
         elif tunnel.failure is not None:
-            with self._reading(tunnel, everything=True):
-                pass  # if it hangs, this waits and not the lander
+            with tunnel.reading:
+                self._read(tunnel, ())  # if it hangs, this waits and not the lander
         if tunnel.failure is not None:
             flight = Flight()
             flight.setup[tunnel.name] = None
-            self._land(tunnel, lambda: ledger.land(flight))
+            _land(tunnel, lambda: self._core.ledger.land(flight))
             tunnel.must_set_up = False
             LOG.info("%s: %s", tunnel.name, self._reconcile(tunnel))
+
+
+def _land(tunnel: Tunnel, land: Callable[[], None]) -> None:
+    """Land a flight for which no caller waits. Raises BackendError."""
+    try:
+        land()
+    except GatewayError as error:
+        raise BackendError(tunnel.failure or error.detail) from None
 
 
 def _each(chosen: Iterable[Tunnel], work: Callable[[Tunnel], _T]) -> list[_T]:

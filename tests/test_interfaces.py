@@ -193,8 +193,11 @@ def test_a_stop_waits_for_no_reading(world: World, monkeypatch: pytest.MonkeyPat
     go_on.set()
 
 
-def test_what_waited_for_a_reading_without_an_answer_is_refused_at_once(world: World) -> None:
-    """It would otherwise wait for a second timeout; supervision finds the interface well again."""
+@pytest.mark.parametrize("then", ["well again", "gone"])
+def test_what_waited_for_a_reading_without_an_answer_is_refused_at_once(
+    world: World, then: str
+) -> None:
+    """It would otherwise wait for a second timeout; supervision repairs it."""
     go_on = hold_reading(world, "wg0")
     waiting = submit(world.gateway, "create", public_key=a_key(1), obfuscation=KIND["wg0"])
     world.backends["wg0"].fail("read", what="hangs")
@@ -202,6 +205,7 @@ def test_what_waited_for_a_reading_without_an_answer_is_refused_at_once(world: W
     with pytest.raises(wggw.Unavailable):
         waiting()
     assert world.backends["wg0"].faults.calls["apply"] == 0
+    world.backends["wg0"].is_up = then != "gone"
     world.gateway.projection.supervise()
     assert world.gateway.degraded() == []
     assert create(world, 1, "wg0").status == "active"
