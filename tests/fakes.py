@@ -440,7 +440,7 @@ class World:
                 return function()
 
         self.gateway = gateway = wggw.Gateway(self.config, store, self.files, self.clock, run)
-        gateway.ledger._thread = threading.Thread(target=self._lander, name="lander", daemon=True)
+        gateway.lander._thread = threading.Thread(target=self._lander, name="lander", daemon=True)
         self.is_open = True
         store.take(self.files.load())
         obfuscation, is_new = None, False
@@ -494,7 +494,7 @@ class World:
         """
         self.disk.faults.crashed.set()
         self._ring()
-        lander = self.gateway.ledger._thread
+        lander = self.gateway.lander._thread
         if lander.ident is not None:
             lander.join(30.0)
             assert not lander.is_alive()
@@ -516,19 +516,19 @@ class World:
         What is decided from now on was never answered: a "stopping" that it meets is no refusal.
         """
         _LOST.add(self.gateway)
-        self.gateway.ledger._stopping = True
-        self.gateway.ledger._queue.put([])
+        self.gateway.ledger.stopping = True
+        self.gateway.ledger.waiting.put([])
 
     def _lander(self) -> None:
         with contextlib.suppress(Crash):
-            wggw.Ledger._lander(self.gateway.ledger)
+            wggw.Lander._take_flights(self.gateway.lander)
         if self.crashed:
             self._lose_all()
 
     def _lose_all(self) -> None:
         ledger = self.gateway.ledger
         with self.lock:
-            ledger._stopping = True
+            ledger.stopping = True
             ledger.exclusive = None
             while ledger.airborne:
                 ledger.in_flight.clear()
@@ -585,7 +585,10 @@ def submit(gateway: wggw.Gateway, rule: str, **fields: Any) -> Callable[[], wggw
 def batch(
     gateway: wggw.Gateway, operations: Sequence[wggw.BatchOperation]
 ) -> list[wggw.Outcome | wggw.GatewayError]:
-    """Do a batch and wait for its results."""
+    """Do a batch in one round of the loop and wait for its results.
+
+    As in the program, the lander gets all flights of the round at once.
+    """
     answered = threading.Event()
     answers: list[Any] = []
 
@@ -594,9 +597,14 @@ def batch(
         answers.extend(Lost("the gateway crashed") if lost else result for result in results)
         answered.set()
 
-    wggw.run_in_slices(
-        gateway.run, gateway.batch(operations, lambda operation, result: result, reply)
-    )
+    def one_round() -> None:
+        gateway.ledger.gathers = True
+        for _ in gateway.batch(operations, lambda operation, result: result, reply):
+            pass
+        gateway.ledger.gathers = False
+        gateway.ledger.dispatch()
+
+    gateway.run(one_round)
     if not answered.wait(60.0):
         raise AssertionError("no answer to a batch")
     return answers

@@ -255,7 +255,7 @@ def test_no_refusal_of_a_batch_rests_on_a_change_that_the_disk_lost(tmp_path: Pa
     )
     refusals = [r.status if isinstance(r, wggw.GatewayError) else None for r in results]
     assert refusals == [503, 503, 400, None]
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     assert world.store.peers_after(0, 99) == before
     world.close()
 
@@ -309,7 +309,7 @@ def test_a_refusal_never_rests_on_a_change_that_is_refused_itself(
         with pytest.raises(wggw.Unavailable) as caught:
             other()
         assert "exhausted" not in caught.value.detail
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     world.gateway.projection.supervise()
     assert do(world.gateway, "create", public_key=a_key(4)).peer.assigned_ip == "10.0.0.2"
     world.close()

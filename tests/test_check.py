@@ -477,7 +477,7 @@ def rotate_meanwhile(world: World, monkeypatch: pytest.MonkeyPatch, first: str) 
         found = read_journal(*arguments) if first == "journal" else None
         while numbers:
             do(world.gateway, "create", public_key=a_key(numbers.pop()))
-            world.gateway.keeper.snapshot()
+            world.gateway.lander.snapshot()
         return found or read_journal(*arguments)
 
     monkeypatch.setattr(wggw, "read_journal", rotating)

@@ -225,7 +225,7 @@ SETTINGS = {
 def test_a_class_that_cannot_be_enforced_is_a_503_that_says_why(tmp_path: Path) -> None:
     world = World(tmp_path, **SETTINGS).open()
     table = FakeTable()
-    world.gateway._core.class_table = table
+    world.gateway.class_table = table
     table.failure = "nft: No such file or directory"
     with pytest.raises(wggw.Unavailable, match="cannot be enforced: nft: No such file"):
         do(world.gateway, "create", public_key=a_key(1), service_class="slow")

@@ -87,8 +87,8 @@ def test_expiry_and_what_is_not_on_disk_are_looked_at_every_second(
     for job in (
         gateway.limits.expire,
         gateway.projection.supervise,
-        gateway.keeper.heal,
-        gateway.keeper.flush,
+        gateway.lander.heal,
+        gateway.lander.flush,
     ):
         assert Looks.every[job] <= 1
 
@@ -153,7 +153,7 @@ def test_quota_is_tried_again_when_the_disk_refuses(world: World) -> None:
     assert state(world, paid) == ACTIVE
     assert world.gateway.degraded()
     world.disk.heal()
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     world.gateway.projection.sample()
     assert state(world, paid) == QUOTA
     assert not world.gateway.degraded()
@@ -254,6 +254,6 @@ def test_quotas_begin_anew_when_the_disk_works_again(world: World) -> None:
     at(world, DAY)
     assert state(world) == QUOTA
     world.disk.heal()
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     at(world, DAY + 1)
     assert (state(world), used(world, PEER)) == (ACTIVE, 0)

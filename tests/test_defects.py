@@ -267,7 +267,7 @@ def test_what_a_failing_disk_kept_from_being_counted_is_counted_behind_it(tmp_pa
         world.gateway.projection.sample()
         assert traffic_of(world.gateway, a_key(1)).rx_bytes == 0
     world.disk.heal()
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     world.gateway.projection.sample()
     assert traffic_of(world.gateway, a_key(1)).rx_bytes == 100
     assert world.gateway.tunnels["wg0"].traffic.rx_bytes == 100
@@ -388,7 +388,7 @@ def test_a_repair_that_disk_and_interface_refuse_leaves_no_doubt(tmp_path: Path)
         world.gateway.projection.reconcile()
     assert not world.gateway.ledger.uncertain
     world.disk.heal()
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     world.gateway.projection.supervise()
     assert world.gateway.degraded() == [] and a_key(1) in world.backend.peers
     world.close()

@@ -28,7 +28,7 @@ def listed(store: wggw.Store) -> dict[str, Any]:
 def test_changes_that_a_crash_took_make_followers_begin_again(tmp_path: Path) -> None:
     world = build(tmp_path, DURABILITY="none")
     do(world.gateway, "create", public_key=a_key(1))
-    world.gateway.keeper.snapshot()
+    world.gateway.lander.snapshot()
     kept = world.store.feeds.sequence
     do(world.gateway, "create", public_key=a_key(2))
     seen = world.store.feeds.sequence

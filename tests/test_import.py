@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import World, build, do, submit, traffic_of
+from fakes import World, build, do, peer_of, submit, traffic_of
 from harness import API_KEY, LONG, Answer, GatewayProcess, a_key, running, some, wait_for
 from test_restart import change_all_sorts, state
 
@@ -410,7 +410,7 @@ def test_a_fault_at_any_call_of_an_import_leaves_the_old_state(tmp_path: Path, f
         refused += not done
         assert rows(world) == (new if done else old), nth
         world.gateway.projection.supervise()
-        world.gateway.keeper.heal()
+        world.gateway.lander.heal()
         assert world.gateway.degraded() == [], nth
         active = {peer.public_key for peer, _ in rows(world) if peer.status == "active"}
         assert world.backend.peers.keys() == active
@@ -438,7 +438,7 @@ def test_import_is_refused_while_the_disk_refuses_writes(tmp_path: Path) -> None
     assert world.gateway.degraded() != []
     assert not imported(world, data)
     assert rows(world) == before
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     assert world.gateway.degraded() == []
     assert imported(world, data)
     assert rows(world) == before
@@ -508,6 +508,39 @@ def test_a_change_on_its_way_lands_before_an_import_and_a_later_one_behind_it(
     made = second().peer
     assert [peer for peer, _ in rows(world)] == [*(peer for peer, _ in new), made]
     assert world.gateway.projection.reconcile()[:3] == (0, 0, 0)
+    world.close()
+
+
+def test_an_import_and_a_new_quota_period_do_not_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The import begins when the quotas' flight is open and has decided nothing yet."""
+    world = build(tmp_path)
+    fields = {"quota_bytes": 100, "quota_period": "day"}
+    do(world.gateway, "create", public_key=a_key(1), **fields)
+    world.backend.move(a_key(1), 10)
+    world.gateway.projection.sample()
+    ledger, data = world.gateway.ledger, world.gateway.export()
+    enter = wggw.Bulk.__enter__
+    imports: list[threading.Thread] = []
+
+    def entered(bulk: wggw.Bulk) -> wggw.Bulk:
+        enter(bulk)
+        if not imports:
+            imports.append(
+                threading.Thread(target=world.gateway.import_, args=(data,), daemon=True)
+            )
+            imports[0].start()
+            wait_for(lambda: ledger.exclusive is not None)
+        return bulk
+
+    monkeypatch.setattr(wggw.Bulk, "__enter__", entered)
+    world.now += 86400
+    expiry = threading.Thread(target=world.gateway.limits.expire, daemon=True)
+    expiry.start()
+    wait_for(lambda: imports and not expiry.is_alive() and not imports[0].is_alive())
+    peer, traffic = peer_of(world.gateway, a_key(1)), traffic_of(world.gateway, a_key(1))
+    assert traffic.total == peer.quota_base == 10
     world.close()
 
 

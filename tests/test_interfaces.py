@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import NOON, World, build, do, traffic_of
+from fakes import NOON, World, build, do, submit, traffic_of
 from harness import a_key
 
 import wggw
@@ -144,6 +146,71 @@ def test_one_that_fails_does_not_keep_the_other_from_repair_and_sampling(
     assert any(reason.startswith("counters: ") for reason in world.gateway.degraded())
 
 
+def hold_reading(world: World, name: str) -> threading.Event:
+    """Begin a reading of an interface that, like wireguard-go, answers nothing else meanwhile.
+
+    It goes on when the event is set.
+    """
+    begun, go_on = threading.Event(), threading.Event()
+
+    def before(kind: str) -> None:
+        if kind == "read":
+            begun.set()
+            assert go_on.wait(60.0)
+
+    def read() -> None:
+        with contextlib.suppress(wggw.BackendError):
+            world.gateway.projection.reconcile(name)
+
+    world.backends[name].kind = "uapi"
+    world.backends[name].faults.before = before
+    threading.Thread(target=read, daemon=True).start()
+    assert begun.wait(60.0)
+    return go_on
+
+
+@pytest.mark.parametrize("read", NAMES)
+def test_a_reading_holds_back_landings_on_its_own_interface_only(world: World, read: str) -> None:
+    (other,) = set(NAMES) - {read}
+    go_on = hold_reading(world, read)
+    waiting = submit(world.gateway, "create", public_key=a_key(1), obfuscation=KIND[read])
+    assert create(world, 2, other).interface == other
+    assert (held(world, read), held(world, other)) == (set(), {a_key(2)})
+    assert a_key(1) in world.gateway.ledger.in_flight
+    go_on.set()
+    assert waiting().peer.interface == read
+    assert held(world, read) == {a_key(1)}
+
+
+def test_a_stop_waits_for_no_reading(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wggw, "LAST_SAMPLE_SECONDS", 0.1)
+    monkeypatch.setattr(wggw, "STOP_SECONDS", 60.0)
+    go_on = hold_reading(world, "wg0")
+    waiting = submit(world.gateway, "create", public_key=a_key(1), obfuscation=KIND["wg0"])
+    world.gateway.close()
+    assert waiting().changed
+    assert held(world, "wg0") == {a_key(1)}
+    go_on.set()
+
+
+@pytest.mark.parametrize("then", ["well again", "gone"])
+def test_what_waited_for_a_reading_without_an_answer_is_refused_at_once(
+    world: World, then: str
+) -> None:
+    """It would otherwise wait for a second timeout; supervision repairs it."""
+    go_on = hold_reading(world, "wg0")
+    waiting = submit(world.gateway, "create", public_key=a_key(1), obfuscation=KIND["wg0"])
+    world.backends["wg0"].fail("read", what="hangs")
+    go_on.set()
+    with pytest.raises(wggw.Unavailable):
+        waiting()
+    assert world.backends["wg0"].faults.calls["apply"] == 0
+    world.backends["wg0"].is_up = then != "gone"
+    world.gateway.projection.supervise()
+    assert world.gateway.degraded() == []
+    assert create(world, 1, "wg0").status == "active"
+
+
 def test_a_change_of_both_that_one_of_them_refuses_is_on_neither(world: World) -> None:
     for name in NAMES:
         create(world, name, name)
@@ -169,7 +236,7 @@ def test_usage_and_counts_are_of_one_interface_or_of_all(world: World) -> None:
     assert whole["assigned_ips"] == ["10.0.0.2", "10.1.0.2", "10.1.0.3"]
     assert [part["gateway_ip"] for part in parts] == ["10.0.0.1", "10.1.0.1"]
     assert whole["gateway_ip"] == "10.0.0.1"
-    assert world.gateway.peer_count() == 3
+    assert sum(world.store.counts.values()) == 3
     figures = world.gateway.run(world.gateway.figures)
     assert figures.peers("active", "awg0") == 1 and figures.peers("suspended", "awg0") == 1
     assert figures.pools["awg0", "ipv4"]["used"] == 2

@@ -358,7 +358,7 @@ def furnished(path: Path, **settings: str) -> World:
     for number in range(1, 4):
         do(world.gateway, "create", public_key=a_key(number), protocol="dual")
         if number < 3:
-            world.gateway.keeper.snapshot()
+            world.gateway.lander.snapshot()
     world.crash()
     return world
 
@@ -543,7 +543,7 @@ def test_durability_and_key_may_change_between_starts(tmp_path: Path) -> None:
         if number % 2:
             world.close()
         else:
-            world.gateway.keeper.snapshot()
+            world.gateway.lander.snapshot()
             world.crash()
 
 
@@ -567,9 +567,9 @@ def test_a_snapshot_is_an_ordinary_database_for_its_owner_alone(tmp_path: Path) 
 
 def test_a_snapshot_is_written_only_when_something_changed(world: World) -> None:
     world.open()
-    world.gateway.keeper.snapshot()
+    world.gateway.lander.snapshot()
     before = contents(world.directory)
-    world.gateway.keeper.snapshot()
+    world.gateway.lander.snapshot()
     assert contents(world.directory) == before
     world.close()
 
@@ -598,10 +598,10 @@ def test_a_start_on_a_disk_that_fails_serves_reads_and_heals(
     assert traffic_of(world.gateway, a_key(1)).rx_bytes == 500
     with pytest.raises(wggw.Unavailable):
         do(world.gateway, "create", public_key=a_key(4))
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     assert world.gateway.degraded()
     world.disk.heal()
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     assert world.gateway.degraded() == []
     do(world.gateway, "create", public_key=a_key(4))
     world.backend.move(a_key(1), 600)  # more than was seen before it began anew
@@ -623,7 +623,7 @@ def test_a_journal_that_is_removed_while_running_is_never_taken_for_an_empty_one
     with pytest.raises(wggw.Unavailable):
         do(world.gateway, "create", public_key=a_key(4))
     world.disk.fail("write", "rename", nth=3, forever=True)
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     assert world.gateway.ledger.failure
     world.crash()
     world.disk.heal()
@@ -633,7 +633,7 @@ def test_a_journal_that_is_removed_while_running_is_never_taken_for_an_empty_one
 def test_after_a_removed_journal_a_fresh_snapshot_mends_all(world: World) -> None:
     world.open()
     (world.directory / "wireguard.db.journal").unlink()
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     do(world.gateway, "create", public_key=a_key(4))
     world.crash()
     world.open()
@@ -673,11 +673,11 @@ def test_no_nonce_is_used_twice(
             world.open()
             for number in range(4):  # some of them wait for the disk to work again
                 submit(world.gateway, "create", public_key=a_key((life, number)))
-                wait_for(lambda: world.gateway.ledger._queue.empty() or world.crashed)
+                wait_for(lambda: world.gateway.ledger.waiting.empty() or world.crashed)
                 if number == 2:
-                    world.gateway.keeper.snapshot()
+                    world.gateway.lander.snapshot()
             world.disk.heal()
-            world.gateway.keeper.heal()
+            world.gateway.lander.heal()
             with contextlib.suppress(Lost):
                 do(world.gateway, "create", public_key=a_key((life, 4)))
         world.disk.heal()

@@ -536,7 +536,7 @@ def test_a_rotation_that_fails_leaves_interface_and_state_as_they_were(
     assert world.gateway.obfuscated().obfuscation == before and world.gateway.degraded()
     for faults in world.faults:
         faults.heal()
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     world.gateway.projection.supervise()
     assert world.gateway.degraded() == []
     assert in_line(world) == before
@@ -640,7 +640,7 @@ def test_an_import_whose_parameters_are_refused_changes_nothing(tmp_path: Path, 
         world.gateway.import_(image)
     for faults in world.faults:
         faults.heal()
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     world.gateway.projection.supervise()
     assert world.gateway.degraded() == []
     assert in_line(world) == before

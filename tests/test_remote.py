@@ -553,12 +553,12 @@ def test_what_a_gateway_refused_healed_or_imported_is_in_the_copy_as_it_is_there
     image = other.gateway.export()
     other.close()
     world, objects = build(tmp_path, backends={"wg0": other.backend}), MemoryObjects()
-    snapshot = world.gateway.keeper.snapshot
+    snapshot = world.gateway.lander.snapshot
     epochs = Epochs(objects, None, "node", time.time)
     settings = CopySettings("the store", 0.0, "", 0.0)
     copier = Copier(epochs, world.store, world.files, snapshot, settings)
     copier.boot(lambda state: None)
-    world.gateway.ledger.on_written = copier.begin()
+    world.gateway.lander.on_written = copier.begin()
 
     def check(*keys: object) -> None:
         copier.tick()
@@ -579,7 +579,7 @@ def test_what_a_gateway_refused_healed_or_imported_is_in_the_copy_as_it_is_there
     world.disk.fail("fsync")
     with pytest.raises(wggw.Unavailable):
         do(world.gateway, "create", public_key=a_key(4))
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     do(world.gateway, "create", public_key=a_key(5))
     check(1, 3, 5)
     world.gateway.import_(image)

@@ -330,7 +330,7 @@ def attempt(world: World, elements: Elements) -> bool:
     for faults in world.faults:
         faults.heal()
     world.gateway.projection.supervise()
-    world.gateway.keeper.heal()
+    world.gateway.lander.heal()
     assert not world.gateway.degraded()
     return taken
 
@@ -408,16 +408,16 @@ def behind_comparing(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]
 
 def before_landing(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
     """Have work() done when a desired state has marked everything, and submitted nothing yet."""
-    fill = wggw.DesiredState._fill
+    land = wggw.Bulk.land
 
-    def filled(desired: wggw.DesiredState, bulk: wggw.Bulk) -> None:
-        thread = threading.Thread(target=work, daemon=True)  # this one is the owner of the rows
-        fill(desired, bulk)
-        thread.start()
-        started.append(thread)
+    def landed(bulk: wggw.Bulk) -> None:
+        if not started:
+            started.append(threading.Thread(target=work, daemon=True))
+            started[0].start()
+        land(bulk)
 
     started: list[threading.Thread] = []
-    monkeypatch.setattr(wggw.DesiredState, "_fill", filled)
+    monkeypatch.setattr(wggw.Bulk, "land", landed)
 
 
 SINGLE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -646,7 +646,7 @@ def test_the_rows_are_never_held_long(tmp_path: Path) -> None:
     gc.freeze()  # what other tests left in this process is no gateway's
     world = a_world(tmp_path)
     holds: list[float] = []
-    core, run = world.gateway._core, world.gateway.run
+    gateway, run = world.gateway, world.gateway.run
 
     def timed(function: Callable[[], Any], /) -> Any:
         def work() -> Any:
@@ -657,7 +657,7 @@ def test_the_rows_are_never_held_long(tmp_path: Path) -> None:
 
         return run(work)
 
-    core.run = world.gateway.run = world.gateway.ledger._run = timed
+    gateway.run = gateway.ledger.run = gateway.lander._run = timed
     base: Elements = [
         {"public_key": a_key(n), "assigned_ip": f"10.1.{n // 250}.{n % 250 + 2}"}
         for n in range(PEERS)

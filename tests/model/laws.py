@@ -36,11 +36,11 @@ def check_at_rest(world: World) -> list[wggw.Peer]:
     """Rows, files, interfaces and pools agree, and nothing is in flight; returns the peers."""
     gateway, store = world.gateway, world.store
     ledger = gateway.ledger
-    wait_for(lambda: not ledger.applying)  # who waited is told before the last of it
+    wait_for(lambda: not gateway.lander.applying)  # who waited is told before the last of it
     peers = store.peers_after(0, wggw.MAX_INTEGER)
     left = (ledger.in_flight, ledger.airborne, ledger.addresses, ledger.exclusive, ledger._gathered)
     assert not any(left), left
-    left = (ledger.watchers, ledger.applying, ledger.broken)
+    left = (ledger.watchers, gateway.lander.applying, ledger.broken)
     assert not any(left), left
     assert gateway.degraded() == [], gateway.degraded()
     if world.config.durability != "none":

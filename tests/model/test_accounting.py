@@ -124,7 +124,7 @@ class Histories(RuleBasedStateMachine):
         with contextlib.suppress(wggw.Unavailable):
             outcome = do(self.gateway, rule, public_key=key, **more.get(what, {}))
             assert not outcome.changed
-        self.gateway.keeper.heal()
+        self.gateway.lander.heal()
         self.gateway.projection.supervise()
         assert self.gateway.degraded() == []
         assert peer_of(self.gateway, key) == before
@@ -160,7 +160,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def snapshot(self) -> None:
-        self.gateway.keeper.snapshot()
+        self.gateway.lander.snapshot()
 
     @rule()
     def orderly_restart(self) -> None:

@@ -135,7 +135,7 @@ OPERATIONS = {
     "quota": Operation(sample, lambda world: (change_quota(world), move(world)), whole=False),
     "scrub": Operation(sample, move, settings=SCRUB),
     "repair": Operation(reconcile, made_anew),
-    "snapshot": Operation(lambda world: world.gateway.keeper.snapshot()),
+    "snapshot": Operation(lambda world: world.gateway.lander.snapshot()),
     "stop": Operation(World.close),
     "start": Operation(World.open, World.close),
     "start after a kill": Operation(World.open, World.crash),
@@ -177,7 +177,7 @@ class Stage:
         world.open()
         for number in (1, 2, 3):
             do(world.gateway, "create", public_key=a_key(number), protocol="dual")
-        world.gateway.keeper.snapshot()
+        world.gateway.lander.snapshot()
         soon = int(world.now) + 50
         do(world.gateway, "create", public_key=a_key("suspended"), expires_at=soon)
         do(world.gateway, "set_status", public_key=a_key("suspended"), status="suspended")
@@ -239,7 +239,7 @@ class Stage:
                 world.crash()
             else:
                 world.disk.heal()
-                world.gateway.keeper.heal()
+                world.gateway.lander.heal()
         thread.join(30)
         assert not thread.is_alive()
         return told[0]
@@ -262,7 +262,7 @@ class Stage:
         world.disk.heal()
         if not world.is_open:
             world.open()
-        world.gateway.keeper.heal()
+        world.gateway.lander.heal()
         world.gateway.projection.supervise()
         sample(world)
 

@@ -157,7 +157,7 @@ class History:
             self.http.call("PUT", PEERS + "?allow_mass_delete=true", body)
         elif what == "export":
             self.exported = self.http.call("GET", "/api/v1/snapshot")[1]
-            gateway.keeper.snapshot()
+            gateway.lander.snapshot()
         elif what == "import":
             assert self.http.call("PUT", "/api/v1/snapshot", self.exported)[0] == 200
         elif what == "ask" and self.waiting is None:

@@ -327,7 +327,7 @@ class History:
     def _rest(self) -> None:
         """What the timers do within a second when nothing fails any more."""
         gateway = self.world.gateway
-        gateway.keeper.heal()
+        gateway.lander.heal()
         gateway.projection.supervise()
         gateway.projection.sample()
         gateway.limits.expire()
@@ -355,11 +355,11 @@ class History:
     def _disk_timer(self) -> None:
         rng, gateway = random.Random(self.rng.random()), self.world.gateway
         while not self.ended.is_set():
-            gateway.keeper.heal()
+            gateway.lander.heal()
             if rng.random() < 0.3:
-                gateway.keeper.snapshot()
+                gateway.lander.snapshot()
             if rng.random() < 0.3:
-                gateway.keeper.flush()
+                gateway.lander.flush()
             time.sleep(rng.random() * 0.01)
 
     def _interface_timer(self) -> None:

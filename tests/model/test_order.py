@@ -188,7 +188,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def snapshot(self) -> None:
-        self.world.gateway.keeper.snapshot()
+        self.world.gateway.lander.snapshot()
 
     @rule(seconds=st.integers(1, 100_000))
     def time_passes(self, seconds: int) -> None:
@@ -233,7 +233,7 @@ class Histories(RuleBasedStateMachine):
         assert shown == {key: (p.addresses, p.active) for key, p in self.peers.items()}
         active = self.world.store.counts.peers["wg0", "active"]
         assert active == sum(p.active for p in self.peers.values())
-        assert self.world.gateway.peer_count() == len(self.peers)
+        assert sum(self.world.store.counts.values()) == len(self.peers)
 
     @invariant()
     def pools_are_those_of_the_model(self) -> None:

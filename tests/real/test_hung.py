@@ -135,8 +135,8 @@ def test_looks_at_one_that_hangs_do_not_hold_up_the_lander(inside: Inside) -> No
             do(inside.gateway, "delete", public_key=a_key(1))
         inside.gateway.projection.supervise()
         assert inside.gateway.degraded()
-        assert inside.gateway.ledger.turn.acquire(blocking=False)
-        inside.gateway.ledger.turn.release()
+        assert inside.gateway.lander.turn.acquire(blocking=False)
+        inside.gateway.lander.turn.release()
         assert not inside.gateway.ledger.airborne
     finally:
         os.kill(pid, signal.SIGCONT)

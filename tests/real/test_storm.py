@@ -101,8 +101,8 @@ class Storm:
                 job()
             except wggw.BackendError:
                 assert self.by == "death"
-        self.gateway.keeper.snapshot()
-        self.gateway.keeper.flush()
+        self.gateway.lander.snapshot()
+        self.gateway.lander.flush()
 
     def others(self, dice: random.Random) -> None:
         time.sleep({"nobody": 1, "others": 0.2, "death": 1.5}[self.by])
