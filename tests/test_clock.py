@@ -82,7 +82,8 @@ def test_expiry_and_what_is_not_on_disk_are_looked_at_every_second(
     monkeypatch.setattr(wggw, "Timer", Looks)
     config = dataclasses.replace(world.config, durability="interval")
     gateway = world.gateway
-    app: Any = SimpleNamespace(gateway=gateway, nonces=wggw.NonceGuard(60), copier=None)
+    admission = SimpleNamespace(nonces=wggw.NonceGuard(60))
+    app: Any = SimpleNamespace(gateway=gateway, admission=admission, copier=None)
     wggw.Service._start_timers(config, app, wggw.HostMetrics(str(tmp_path)))
     for job in (
         gateway.limits.expire,
