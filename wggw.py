@@ -4872,16 +4872,20 @@ class Counts:
     """
 
     def __init__(self, db: sqlite3.Connection) -> None:
-        self.peers: collections.Counter[tuple[str, str]] = collections.Counter()
-        self.reasons: collections.Counter[tuple[str, str]] = collections.Counter()
-        self.classes: collections.Counter[str] = collections.Counter()
-        self.class_addresses: collections.Counter[str] = collections.Counter()
-        for row in db.execute(
-            "SELECT interface, status, status_reason, service_class, count(*), "
-            "sum((assigned_ip IS NOT NULL) + (assigned_ipv6 IS NOT NULL)) "
-            "FROM peers GROUP BY 1, 2, 3, 4"
-        ):
-            self._add(row[:4], row[4], row[5])
+        kinds = db.execute("SELECT interface, status, count(*) FROM peers GROUP BY 1, 2")
+        self.peers = collections.Counter({(name, status): n for name, status, n in kinds})
+        kinds = db.execute(
+            "SELECT interface, status_reason, count(*) FROM peers "
+            "WHERE status_reason IS NOT NULL GROUP BY 1, 2"
+        )
+        self.reasons = collections.Counter({(name, reason): n for name, reason, n in kinds})
+        classes = db.execute(
+            "SELECT service_class, count(*), sum(CASE WHEN status = 'active' THEN "
+            "(assigned_ip IS NOT NULL) + (assigned_ipv6 IS NOT NULL) ELSE 0 END) "
+            "FROM peers WHERE service_class IS NOT NULL GROUP BY 1"
+        ).fetchall()
+        self.classes = collections.Counter({name: n for name, n, _ in classes})
+        self.class_addresses = collections.Counter({name: n for name, _, n in classes})
         self.next_id: int = db.execute("SELECT coalesce(max(id), 0) + 1 FROM peers").fetchone()[0]
 
     def total(self) -> int:
@@ -4892,19 +4896,13 @@ class Counts:
 
     def add(self, peer: Peer, sign: int) -> None:
         """Count a peer that came (1) or went (-1)."""
-        addresses = bool(peer.assigned_ip) + bool(peer.assigned_ipv6)
-        kind = (peer.interface, peer.status, peer.status_reason, peer.service_class)
-        self._add(kind, sign, sign * addresses)
-
-    def _add(self, kind: Sequence[Any], peers: int, addresses: int) -> None:
-        interface, status, reason, service_class = kind
-        self.peers[interface, status] += peers
-        if reason is not None:
-            self.reasons[interface, reason] += peers
-        if service_class is not None:
-            self.classes[service_class] += peers
-            if status == "active":
-                self.class_addresses[service_class] += addresses
+        self.peers[peer.interface, peer.status] += sign
+        if peer.status_reason is not None:
+            self.reasons[peer.interface, peer.status_reason] += sign
+        if peer.service_class is not None:
+            self.classes[peer.service_class] += sign
+            if peer.status == "active":
+                self.class_addresses[peer.service_class] += sign * len(_addresses_of(peer))
 
 
 class Released:

@@ -101,8 +101,7 @@ def test_it_is_checked_and_served_with_every_peer(archive: Path, tmp_path: Path)
         assert_same(gateway, shown)
         assert gateway.stop() == 0
         if "sealed" not in archive.name:
-            with contextlib.closing(wggw.open_memory()) as newest:
-                wggw.make_schema(newest)
+            with contextlib.closing(wggw.empty_database()) as newest:
                 query = "SELECT type, name, sql FROM sqlite_master"
                 schema = frozenset(newest.execute(query))
             assert form(tmp_path / "db") == (wggw.SCHEMA_VERSION, schema)
