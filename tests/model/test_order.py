@@ -233,7 +233,7 @@ class Histories(RuleBasedStateMachine):
         assert shown == {key: (p.addresses, p.active) for key, p in self.peers.items()}
         active = self.world.store.counts.peers["wg0", "active"]
         assert active == sum(p.active for p in self.peers.values())
-        assert sum(self.world.store.counts.values()) == len(self.peers)
+        assert self.world.store.counts.total() == len(self.peers)
 
     @invariant()
     def pools_are_those_of_the_model(self) -> None:
