@@ -236,7 +236,7 @@ def test_usage_and_counts_are_of_one_interface_or_of_all(world: World) -> None:
     assert whole["assigned_ips"] == ["10.0.0.2", "10.1.0.2", "10.1.0.3"]
     assert [part["gateway_ip"] for part in parts] == ["10.0.0.1", "10.1.0.1"]
     assert whole["gateway_ip"] == "10.0.0.1"
-    assert sum(world.store.counts.values()) == 3
+    assert world.store.counts.total() == 3
     figures = world.gateway.run(world.gateway.figures)
     assert figures.peers("active", "awg0") == 1 and figures.peers("suspended", "awg0") == 1
     assert figures.pools["awg0", "ipv4"]["used"] == 2
