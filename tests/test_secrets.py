@@ -169,7 +169,7 @@ HARMLESS = {
         "Request.key",
         "Admitted.key",
     ),
-    *("Setting.secret", "Peer.public_key", "WirePeer.public_key"),
+    *("Setting.secret", "Peer.public_key", "WirePeer.public_key", "Served.public_key"),
 }
 VALUES = {
     name: member
