@@ -4427,7 +4427,6 @@ def _configuration_sql(names: Iterable[str]) -> str:
 
 ALL_MEMBERS = tuple(CONFIGURATION_SQL)
 _SHOWN = _configuration_sql(ALL_MEMBERS)
-_SHOW = f"SELECT {_SHOWN} {_SHOWN_FROM} WHERE p.public_key = :public_key"
 _CHANGES = f"""
     SELECT p.sequence, json_object('sequence', p.sequence, 'time', {_TIME.format("p.changed_at")},
         'deleted', json('false'), 'public_key', p.public_key, 'configuration', {_SHOWN})
@@ -4969,10 +4968,11 @@ class Configurations:
             self._viewed = view[1:]
         return {"online_since": view.online_since}
 
-    def show(self, public_key: str, view: View) -> str | None:
-        """A peer's configuration as JSON."""
+    def show(self, public_key: str, view: View, names: tuple[str, ...] = ALL_MEMBERS) -> str | None:
+        """A peer's configuration as JSON, with all members or those named."""
         values = {**self.prepare(view), "public_key": public_key}
-        row: tuple[str] | None = self._db.execute(_SHOW, values).fetchone()
+        query = f"SELECT {_configuration_sql(names)} {_SHOWN_FROM} WHERE p.public_key = :public_key"
+        row: tuple[str] | None = self._db.execute(query, values).fetchone()
         return row[0] if row else None
 
     def page(
@@ -13300,6 +13300,11 @@ def named_interface(gateway: Gateway, query: Mapping[str, Any]) -> str | None:
     return name
 
 
+# The members of a configuration in the answer to a change, which has a `status` of its own.
+_DONE = tuple(name for name in ALL_MEMBERS if name != "status")
+_DONE_IPV4 = tuple(name for name in _DONE if name != "assigned_ipv6")
+
+
 class PeerHandlers:
     """Handlers of routes about peers; `box` opens and seals payloads.
 
@@ -13353,23 +13358,24 @@ class PeerHandlers:
     def _create(self, body: Mapping[str, Any], entry: LogEntry) -> Later[Response]:
         fields = parse_create(body)
         entry.peer = short_key(fields["public_key"])
-        return self._change(
-            "create", fields, lambda outcome: _JSON_ENCODER.encode(self._created(outcome, fields))
-        )
+        return self._change("create", fields, lambda outcome: self._created(outcome, fields))
 
-    def _created(self, outcome: Outcome, fields: Mapping[str, Any]) -> dict[str, Any]:
-        shown: dict[str, Any] = json.loads(self._show(outcome.peer.public_key))
+    def _created(self, outcome: Outcome, fields: Mapping[str, Any]) -> str:
+        """What a create answers. A peer without an IPv6 address has no assigned_ipv6 in it."""
+        peer, more = outcome.peer, {}
         if not outcome.changed:
-            tunnel = self._gateway.tunnels[outcome.peer.interface]
-            differs = differing(tunnel.with_defaults(outcome.peer, self._config), fields)
-            shown |= {"differs": differs} if differs else {}
-        if fields["ignored"]:
-            shown["ignored"] = fields["ignored"]
-        shown["peer_status"] = shown["status"]
-        shown["status"] = "created" if outcome.changed else "exists"
-        if shown["assigned_ipv6"] is None:
-            del shown["assigned_ipv6"]
-        return shown
+            tunnel = self._gateway.tunnels[peer.interface]
+            more["differs"] = differing(tunnel.with_defaults(peer, self._config), fields)
+        more["ignored"] = fields["ignored"]
+        more = {name: names for name, names in more.items() if names}
+        said = "created" if outcome.changed else "exists"
+        return self._show_done(said, peer, _DONE if peer.assigned_ipv6 else _DONE_IPV4, **more)
+
+    def _show_done(self, said: str, peer: Peer, names: tuple[str, ...] = _DONE, **more: Any) -> str:
+        """These members of a configuration as JSON, with a `status` that says what was done."""
+        shown = self._show(peer.public_key, names)
+        done = {"status": said, "peer_status": peer.status, **more}
+        return f"{shown[:-1]},{_JSON_ENCODER.encode(done)[1:]}"
 
     def run_batch(self, request: Request) -> Later[Response]:
         operations = [_decode_operation(given) for given in body_fields(request)["operations"]]
@@ -13403,19 +13409,19 @@ class PeerHandlers:
         try:
             if isinstance(result, GatewayError):
                 raise result
-            return self._show_done(*cast(tuple[str, Mapping[str, Any]], operation), result)
+            text = self._done(*cast(tuple[str, Mapping[str, Any]], operation), result)
+            return cast(dict[str, Any], json.loads(text))
         except GatewayError as error:
             return problem_details(error)
 
     @answering_defects
-    def _show_done(self, name: str, fields: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+    def _done(self, name: str, fields: Mapping[str, Any], outcome: Outcome) -> str:
         if name == "create":
             return self._created(outcome, fields)
-        said, key = OPERATIONS[name].said, outcome.peer.public_key
-        if name not in ("update", "rotate", "reset-quota"):
-            return {"status": said, "public_key": key}
-        shown = json.loads(self._show(key))
-        return {**shown, "status": said, "peer_status": shown["status"]}
+        said, peer = OPERATIONS[name].said, outcome.peer
+        if name in ("update", "rotate", "reset-quota"):
+            return self._show_done(said, peer)
+        return _JSON_ENCODER.encode({"status": said, "public_key": peer.public_key})
 
     @collector_off()
     def sync_peers(self, request: Request) -> Response:
@@ -13576,9 +13582,9 @@ class PeerHandlers:
 
     # --- what handlers share ---------------------------------------------------------------------
 
-    def _show(self, public_key: str) -> str:
-        """A peer's configuration as JSON."""
-        text = self._gateway.store.configurations.show(public_key, self._gateway.view())
+    def _show(self, public_key: str, names: tuple[str, ...] = ALL_MEMBERS) -> str:
+        """A peer's configuration as JSON, with all members or those named."""
+        text = self._gateway.store.configurations.show(public_key, self._gateway.view(), names)
         if text is None:
             raise NotFound(NO_PEER)
         return text
