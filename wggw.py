@@ -5486,7 +5486,7 @@ class Store:
         for number, record in records:
             if number > self.number and number not in void:
                 if skipped and number > self.number + 1:
-                    skipped(f"{number - self.number - 1} records before {number} are missing")
+                    skipped(f"no record between {self.number} and {number}")
                 try:
                     self.apply(record)
                 except _BAD_RECORD as error:

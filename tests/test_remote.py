@@ -366,10 +366,9 @@ def test_totals_wait_for_their_interval_however_often_local_snapshots_are_writte
             node.save()
             node.tick()
         assert [method for method, _ in objects.asked] == ["PUT"] * 3
-        files = Files(str(tmp_path / "nowhere"), "commit", FakeDisk())
         _, newest = node.copier.epochs.find()
         assert newest
-        copy = read_state(files, node.copier.epochs.read(newest.prefix)[1])
+        copy = read_state(node.copier.epochs.read(newest.prefix)[1])
         assert copy.traffic_row(1) == node.store.traffic_row(1)
 
 

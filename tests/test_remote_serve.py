@@ -509,7 +509,7 @@ def test_a_foreign_copy_ends_the_start(tmp_path: Path, server: TlsStore) -> None
         (
             "key file",
             {},
-            "WG_PRIVATE_KEY_FILE: the public key of .* but the 2 peers of the copy",
+            "WG_PRIVATE_KEY_FILE: the public key .* of the copy's 2 peers",
         ),
         ("subnet", {"WG_IPV4_SUBNET": "10.77.0.0/24"}, "WG_IPV4_SUBNET.*is used by 2 peers"),
         ("S4", {"WG_MTU": "1290"}, "AWG_PARAMS: S4: WG_MTU 1290 minus S4"),
