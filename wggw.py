@@ -5,20 +5,28 @@
 A VPN provider's backend tells the gateway over HTTPS which peers may connect. The gateway assigns
 addresses, configures the WireGuard interface, reports usage, and restores all this after a restart.
 
-A request's path
-    A thread of server.Server does the TLS handshake and hands the connection to server.Loop, the
-    one thread that owns rows and connections. The loop reads a head; http.Admission verifies its
-    signature and finds the route; the body is decoded once, into frozen values. A read is answered
-    from the rows. A change is decided by gateway.Rules and becomes a ledger.Flight. The ledger's
-    lander, another thread, takes all waiting flights: it writes their records to the journal with
-    one fsync, sends the interface one message, and hands the flights back. Then the loop changes
-    the rows and answers.
+A request's path (server.Loop means: class Loop in the section server)
+    A thread for each new connection does the TLS handshake and hands it to server.Loop, the one
+    thread that owns rows and connections. The loop reads a head; http.Admission verifies its
+    signature and finds the route; the body is decoded once, into frozen values. The rows answer a
+    read. gateway.Rules decides a change, which becomes a ledger.Flight; while its key is in flight
+    already, it waits for that landing. The ledger.Lander, another thread, takes all waiting
+    flights: it writes their records to the journal with one fsync, sends each interface one
+    message, and waits until the loop has changed the rows and answered.
+
+A start's path
+    The thread of server.Service listens (nothing but /healthz and /openapi.json is served yet),
+    locks the files and the interfaces' names, loads the snapshot and replays the journal, claims
+    the remote copy, sets the interfaces up, starts the lander, and makes the interfaces equal to
+    the rows. Until the lander starts, that thread owns the rows. A record on disk counts even if a
+    crash came before interface or rows had it: the start completes that unanswered change.
 
 Who owns what
     loop      rows, address pools, connections: nobody else touches them, so they have no lock.
-    lander    the journal's file, and whatever changes an interface.
-    workers   everything that takes long: they read interfaces, decode desired states and write
-              snapshots. They reach the rows through run(), a few milliseconds at a time.
+    lander    the interfaces and the journal's file. A worker may write the journal, too, while it
+              holds Lander.turn.
+    workers   threads of timers and of long requests: they read interfaces, decode desired states
+              and write snapshots. They reach the rows by run(), a few milliseconds at a time.
 
 Sections, each using only those above it (search for "# name:")
     constants, errors, config, values, crypto, addresses, journal and snapshot files, store, object
@@ -29,16 +37,18 @@ Laws
     1. The rows are the truth; an interface is a projection of them. Everything that the gateway
        sets is compared: peers with allowed IPs, preshared keys and service classes, and the
        interface's key, port, addresses and AmneziaWG parameters.
-    2. An answer is given only when disk and interface both have the change: record, then interface,
-       then rows. A request that fails leaves all of them as they were, and nothing is ever undone.
+    2. An answer is given only when disk (with DURABILITY=commit) and interface have the change:
+       record, then interface, then rows. The record of a refused change is removed or declared
+       void, the interface is made equal to the rows again, and no row ever changes back.
     3. An address becomes free only after the interface has dropped the peer. Addresses that were
        never used are assigned first, then the one that was released longest ago.
-    4. Live changes and replay run through the same Store.apply(). An acknowledged change is never
-       undone, and a refused change never reappears.
-    5. The cost of a request does not depend on the number of peers.
+    4. Live changes and replay run through the same Store.apply_in_slices(). An acknowledged change
+       is never lost, and a refused one never reappears. One without an answer may be either.
+    5. The cost of a request about one peer does not depend on the number of peers.
     6. No request starts a process; no outside input ever reaches a shell.
-    7. The gateway changes and removes only what it made, which it recognises by a mark on the thing
-       itself.
+    7. The gateway changes and removes only what it made: interfaces with its mark as their alias,
+       the nftables tables `inet wggw` and `inet wggw_classes`, ufw rules with the comment "wggw".
+       Besides, it turns forwarding on (and sets accept_ra for that), and never off.
 
 The files on disk
     DB_PATH            the snapshot: an ordinary SQLite database, replaced atomically. Table `meta`
@@ -61,14 +71,16 @@ The files on disk
                        "wggw-nonces 1 stopped FORGOTTEN" and lines of CREATED NONCE (a hash).
     DB_PATH.writers    names of the writers of the remote copy whose entries these files contain.
     DB_PATH.sock       the Unix socket for commands on this host.
-    DB_PATH.lock       is locked as long as a gateway uses these files.
+    DB_PATH.lock       is locked as long as a gateway uses these files. An abstract socket locks
+                       each interface in the same way: see lock_interface().
     DB_PATH.superseded a snapshot of the state that a start did not use: the files' or the copy's.
     With SNAPSHOT_KEY set (AES-256-GCM, a key for each file by HKDF from a random salt):
                        the journal's first line has SALT and KEY-CHECK (hex) before its CRC, and a
                        line's JSON is base64 of a random nonce and what is sealed; the snapshot is a
                        line "wggw-snapshot 1 SALT KEY-CHECK CRC" and sealed chunks of 64 KiB,
                        numbered, the last one marked.
-    At SNAPSHOT_URL    claim-N, N-WRITER-PLACE, N-WRITER-manifest-0 and -1: see section remote.
+    At SNAPSHOT_URL    claim-N, N-WRITER-PLACE, N-WRITER-manifest-0 and -1, N-WRITER-rival: see
+                       section remote copy.
                        Each is "wggw-copy 2 SHA256 ABOUT", a newline and the payload. ABOUT is
                        JSON; SHA256 covers everything after it. The payload is a snapshot, or a line
                        of traffic totals and a journal, in the formats above. It is compressed
@@ -3691,11 +3703,12 @@ class AddressPool:
 # that the bad line's record was on disk. In that case acknowledged changes are damaged, and the
 # start is refused (exit 3).
 #
-# After a failed write or fsync the file is never written again. Its last line is removed, and
-# nothing is acknowledged until there is a fresh snapshot with a new journal. fsync is never
+# After a failed write or fsync nothing is added to the file. Its bad line is removed, and nothing
+# is acknowledged until there is a fresh snapshot with a new journal. That snapshot's number is at
+# least the bad line's, so a line that could not be removed never counts afterwards. fsync is never
 # retried: the kernel may have dropped the pages.
 #
-# One thread at a time writes: the ledger's lander, or the holder of Lander.turn.
+# The holder of Lander.turn writes the journal, and the holder of Files.writing the snapshot.
 # Never here: what a record means.
 # ==================================================================================================
 
@@ -4229,9 +4242,9 @@ def _open_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
 # store: the rows. Schema, records, the one apply(), replay, the snapshot's image
 #
 # The rows say what is on disk and on the interfaces. They live in a SQLite database in memory.
-# Every change of them is a Record, and apply() is the only code that changes rows. Requests that
-# landed, the replay of a journal, imports and the boot from a copy all use it. Only the owner of
-# the rows calls it.
+# Every change of them is a Record, and only apply_in_slices() puts records into rows; apply() does
+# all slices at once. Requests that landed, the replay of a journal, imports and the boot from a
+# copy all use it. Only the owner of the rows calls it. remember(), at a start, needs no record.
 #
 # A Store has parts that share its database: Counts and Released, which every change keeps up to
 # date, and Configurations, Feeds and Queries, which read. _Change is one record on its way into the
@@ -4755,7 +4768,7 @@ def warm_up(size: int) -> None:
     Page faults take four fifths of the time of copying an image, and stall all threads. During a
     read into the block the other threads run. glibc then keeps the block for the copy, as it keeps
     freed blocks up to the size of the largest one freed so far (mallopt(3), M_MMAP_THRESHOLD);
-    serve() frees one of LARGEST_BLOCK.
+    Service._announce() frees one of LARGEST_BLOCK.
     """
     block = bytearray(size)
     with contextlib.suppress(OSError), open("/dev/zero", "rb", buffering=0) as zeros:
@@ -5639,7 +5652,7 @@ def load_snapshot(path: str, vault: Vault | None) -> Store:
 
 
 class Files:
-    """Snapshot and journal of a store on disk. One thread at a time writes: see Lander.turn."""
+    """Snapshot and journal of a store on disk, written under `writing` and under Lander.turn."""
 
     def __init__(self, path: str, durability: str, disk: Disk, vault: Vault | None = None) -> None:
         self.path = os.path.realpath(path)
@@ -6043,8 +6056,9 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
 #
 # A new writer looks at the newest epoch, decides whether it can go on from there, claims the next
 # epoch, and then reads the previous epoch's entries once more, up to the first missing one. A start
-# that is refused has only looked, so it disturbs nobody. After that last reading the old writer
-# must add nothing there, or what it adds would be lost:
+# that is refused has only looked, and disturbs nobody, unless what came between look and claim is
+# the reason. An entry that the old writer adds after the second reading would be lost, so the old
+# writer must learn that it was replaced:
 #   * If the store has conditional PUTs (S3's If-None-Match), the new writer puts a fence at the
 #     missing position. The old writer puts its entries conditionally, too. So only one of them
 #     gets the position, and a writer that does not get it knows that it was replaced.
@@ -6056,8 +6070,11 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
 # A writer repeats an upload whose answer was lost with the same bytes, so it does not matter how
 # often and when they arrive. Nothing depends on clocks.
 #
-# Epochs implements this protocol; Copier decides what to put and when. A timer's thread runs
-# Copier, and no request waits for it.
+# A replaced writer learns it at its next upload. It copies no more, and goes on serving; with
+# SNAPSHOT_FENCE it refuses changes. What it had not copied is only in its own files.
+#
+# Epochs implements this protocol; Copier decides what to put and when. A start's thread boots
+# Copier, then a timer's thread runs it, and no request waits for it.
 # Never here: what a record means.
 # ==================================================================================================
 
@@ -6982,7 +6999,10 @@ class Reading(NamedTuple):
 
 
 class Backend(Protocol):
-    """One interface. Only the lander calls setup() and apply(), one worker alive() and read()."""
+    """One interface. After open_backend(), only the lander calls setup() and apply().
+
+    Workers call alive() and read(), with one reading at a time.
+    """
 
     kind: str
 
@@ -8644,9 +8664,14 @@ def open_backend(mode: str, link: Link) -> Backend:
 
 # ==================================================================================================
 # host network: what the host needs around the interfaces: forwarding, our own nftables tables, and
-# rules in ufw if ufw is active. Every step is idempotent; nothing of anybody else's is changed.
+# rules in ufw if ufw is active. Every step is idempotent; nothing of anybody else's is changed,
+# except that forwarding stays on, with accept_ra = 2 where it was 1.
+#
+# ClassTable has the rules of the service classes. ClassedBackend wraps an interface's backend and
+# puts the addresses of its peers into the sets of their classes.
+#
 # FIT, at the end, is the table of checks of the settings against the host and the stored peers.
-# Never here: changes of peers.
+# Never here: policy. The gateway decides which peers there should be.
 # ==================================================================================================
 
 LINK_KINDS = {PLAIN_PREFIX: WG_GENL_NAME, AWG_PREFIX: AWG_GENL_NAME}  # by InterfaceSettings.prefix
@@ -9916,22 +9941,24 @@ def refuse_misfits(findings: Iterable[Finding]) -> None:
 #
 #   1. The lander takes all waiting flights, numbers their records, writes them as one line and
 #      syncs it. If that fails, neither interface nor rows have the change: the flights are refused
-#      (503), and no change is accepted before a fresh snapshot has been written.
+#      (503), and no change is accepted before a fresh snapshot has been written. Only the repair
+#      of an interface goes on, as it needs no disk.
 #   2. Each interface gets one message. If that fails, the lander tries each flight alone, refuses
 #      those that fail, and writes a record that declares their records void. The gateway then
 #      reconciles the interface.
-#   3. The owner of the rows applies the records, returns addresses to their pools, and answers the
-#      requests that waited.
+#   3. The owner of the rows (the loop) applies the records, returns addresses to their pools, and
+#      answers the requests that waited. Only then the lander begins the next landing.
 #
-# So nothing is ever undone, the rows hold only what is on disk and on the interface, and a reader
-# waits for neither. A request about a key in flight is decided after the landing. The gateway
-# answers with a refusal only when the record cannot reappear: its line was removed from the
-# journal, or it was declared void. If neither succeeded, nobody knows what a restart will find, and
-# the connection ends without an answer (OutcomeUnknown).
+# So no row ever changes back, the rows hold only what is on disk and on the interface, and a reader
+# waits for neither. A request about a key in flight is decided after the landing. A flight also
+# waits while its userspace interface is being read, and all decisions wait for an import. The
+# gateway refuses a flight only when its record cannot reappear: step 1 removed the line, or step 2
+# declared it void. If that failed, nobody knows what a restart will find: the connection ends
+# without an answer (OutcomeUnknown), and no change is decided before there is a fresh snapshot.
 #
 # Threads: rows, pools and the Ledger, the table of what is in flight, belong to the owner; other
-# threads reach them by `run(function)`. The Lander's thread writes to journal and interfaces; any
-# other thread must hold the lander's `turn` to do so.
+# threads reach them by `run(function)`. Only the Lander's thread changes interfaces. It holds
+# `turn` during a whole landing, and a worker holds `turn` while it changes the journal.
 # Never here: rules, and sockets of clients.
 # ==================================================================================================
 
@@ -10084,7 +10111,8 @@ class InterfaceTraffic(NamedTuple):
 class Tunnel:
     """An interface for peers, and the gateway's knowledge of it.
 
-    Only the lander changes the interface, by project(), and workers read it. Everything else here
+    Only the lander changes the interface, by project(), and workers read it. What they find
+    (`known`, `newborn`, `is_silent`, `must_set_up`, `traffic`) is theirs; everything else here
     belongs to the owner of the rows. `failure` is None, or says why the interface may differ from
     the rows. `clients_key` is the public key that the configurations of its peers name.
     """
@@ -10360,7 +10388,7 @@ class Ledger:
 
 
 class Lander:
-    """The thread that lands flights, and what workers do with the files in their `turn`.
+    """The thread that lands flights, and what workers do with the files while they hold `turn`.
 
     A userspace WireGuard answers no message while it is being read, so flights for such an
     interface wait for the end of the reading, and the others land.
@@ -10622,7 +10650,7 @@ def run_in_slices(run: Run, work: Iterator[Any]) -> None:
 # becomes a flight of the ledger. Rules run as the owner of the rows. Workers do the long work (the
 # reading of an interface, a desired state, an import, a snapshot), and use the rows by `run`, a few
 # milliseconds at a time.
-# Never here: JSON, SQL and HTTP.
+# Never here: SQL and HTTP.
 # ==================================================================================================
 
 _Row = TypeVar("_Row", bound=Sequence[Any])
@@ -12614,6 +12642,10 @@ def render_process(started: float) -> Iterator[str]:
 # the route's handler decodes it with a table of fields, asks the gateway, and shows the outcome.
 # One table, ROUTES, says what is accepted and describes it (OpenAPI). Most handlers run in the
 # loop; the route's `place` names those that a worker's thread runs.
+#
+# Every path below /api needs a signature. /metrics needs METRICS_TOKEN or, if there is none, a
+# caller on loopback without a proxy. /healthz, /readyz and /openapi.json are open. Root and the
+# gateway's own user may do everything over the Unix socket, without a signature.
 # ==================================================================================================
 
 
@@ -14481,8 +14513,9 @@ def render_response(
 # Nothing in it may block or take longer than a few milliseconds: long work runs in slices, or in
 # its own thread, which asks for slices by Loop.run().
 #
-# Commands on this host connect to a Unix socket, where the loop accepts them. Server's thread
-# accepts all others. For each of them a thread does the TLS handshake within a deadline, and
+# Commands on this host connect to a Unix socket, where the loop accepts them if the kernel names
+# root or our user as the caller. Server's thread accepts all others, from allowed addresses only.
+# The loop makes room for each, and a thread of its own does the TLS handshake within a deadline and
 # hands the connection to the loop. A thread takes it back to read a long body, and returns it with
 # the answer. While a request waits for its answer, the loop reads only what fits into the buffer: a
 # client that does not read its answers gets no further answers.

@@ -125,6 +125,12 @@ def test_who_guesses_is_told_to_wait_wherever_there_is_something_to_guess(guard:
             assert "429" in described(route)["responses"]
 
 
+def test_the_paths_that_need_a_signature_are_those_below_api() -> None:
+    """Admission.admit() goes by the path, before it looks for the route."""
+    for route in wggw.ROUTES:
+        assert (route.guard == "signed") == route.template.startswith("/api/")
+
+
 def headers_of(response: dict[str, Any]) -> dict[str, Any]:
     """The headers of a response, or of the shared one that it names."""
     name = response.get("$ref", "").removeprefix("#/components/responses/")
