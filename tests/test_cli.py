@@ -561,8 +561,14 @@ def test_an_interrupt_while_a_disk_does_not_answer(tmp_path: Path) -> None:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         return 0
 
+    def interrupted() -> bool:
+        process.send_signal(signal.SIGINT)  # one that comes just before the read is not noticed
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        return process.returncode is not None
+
     writing = wait_for(opened, what="the command to read")
-    process.send_signal(signal.SIGINT)
+    wait_for(interrupted, 60, "the command's end")
     out, error = process.communicate(timeout=60)
     os.close(writing)
     assert (process.returncode, out, error) == (130, b"", b"")

@@ -633,7 +633,7 @@ def test_idle_connections_wake_nobody(server: wggw.Server, monkeypatch: pytest.M
         wires[-1].send(b"GET")  # so that the head's deadline comes within this test
     server.loop.after_round = lambda: rounds.append(time.monotonic())
     time.sleep(3)
-    assert len(rounds) <= 6
+    assert len(rounds) <= 20  # one for each connection and deadline would be 200
     for wire in wires:
         assert wire.answer()[0] == 408
         wire.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import GatewayProcess, a_key, run_wggw, running, wait_for
+from harness import PROGRAM, ROOT, GatewayProcess, a_key, run_wggw, running, wait_for
 from test_tls import write_pair
 
 STATUS, PEERS = "/api/v1/server/status", "/api/v1/configurations/"
@@ -131,7 +132,9 @@ def test_root_and_the_gateway_s_user_get_in_and_nobody_else() -> None:
         place = Path(directory)
         os.chown(place, NOBODY, NOBODY)
         place.chmod(0o711)
+        shutil.copy(ROOT / "wggw.py", place)
         gateway = GatewayProcess(place, prefix)
+        gateway.program = [*PROGRAM[:-1], str(place)]
         try:
             gateway.start()
             assert "200 OK" in answer(place, 0) and "200 OK" in answer(place, NOBODY)
