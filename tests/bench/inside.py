@@ -37,12 +37,11 @@ def a_peer(number: int, public_key: str, interface: str) -> wggw.Peer:
         "assigned_ip": f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}",
         "assigned_ipv6": f"fd42:4242:1::{number:x}",
         "tunnel_traffic": "ipv4,ipv6",
-        "dns": "d1",
-        "port": 51820,
         "persistent_keepalive": 25,
         "created_at": 1765200000,
     }
-    return wggw.Peer(**{**dict.fromkeys(wggw.Peer._fields), **fields})  # type: ignore[arg-type]
+    defaults = {**dict.fromkeys(wggw.Peer._fields), **wggw.Peer._field_defaults}
+    return wggw.Peer(**{**defaults, **fields})  # type: ignore[arg-type]
 
 
 def write_peers(path: Path, peers: Sequence[wggw.Peer], snapshot: bool) -> None:
@@ -89,7 +88,7 @@ def hold(path: str) -> dict[str, Any]:
 
 
 def a_link(name: str) -> wggw.Link:
-    return wggw.Link(name, ("10.0.0.1/8",), 1420, 0, wggw.make_private_key())
+    return wggw.Link(name, ("198.18.0.1/32",), 1420, 0, wggw.make_private_key())
 
 
 def a_backend(kind: str, link: wggw.Link) -> wggw.Backend:
@@ -151,7 +150,7 @@ def sampling(kind: str, name: str, path: str) -> dict[str, Any]:
     device = backend.read(()).device
     tunnel.link = link._replace(private_key=device.private_key, listen_port=device.listen_port)
     gateway.tunnels[name] = tunnel
-    gateway.ledger.start()
+    gateway.lander.start()
     samples, dumps = [], []
     for _ in range(5):
         used = time.process_time()
