@@ -9665,14 +9665,20 @@ def taken_networks(tunnels: Sequence[InterfaceSettings]) -> list[tuple[IPv4or6Ne
 def free_subnet(
     wanted: IPv4or6Network, taken: Sequence[tuple[IPv4or6Network, str]]
 ) -> IPv4or6Network:
-    """The wanted subnet, or else a private one of its size that overlaps no network in `taken`."""
+    """The wanted subnet, or else a private one that overlaps no network in `taken`.
+
+    It has the wanted size, and at most that of a /16 or /64. Where all is taken, the wanted one.
+    """
     length = max(wanted.prefixlen, 16 if wanted.version == 4 else 64)
     blocks: list[IPv4or6Network] = [*TRANSLATED, ipaddress.ip_network("fd42:4242::/32")]
     others: Iterator[IPv4or6Network] = (
         found
+        for first, step in ((257, 256), (0, 1))  # first such as 10.1.1.0/24, which few have
         for block in blocks
         if block.version == wanted.version and 8 <= block.prefixlen <= length
-        for found in itertools.islice(cast(Any, block).subnets(new_prefix=length), 257, 70_000, 256)
+        for found in itertools.islice(
+            cast(Any, block).subnets(new_prefix=length), first, 70_000, step
+        )
     )
     for found in itertools.chain([wanted], others):
         if not any(network.overlaps(cast(Any, found)) for network, _ in taken):

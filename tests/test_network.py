@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import secrets
@@ -27,6 +28,24 @@ def ruleset(**settings: str) -> str:
 
 
 # --- text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "taken", "found"),
+    [
+        ("10.0.0.0/24", [], "10.0.0.0/24"),
+        ("10.0.0.0/24", ["10.0.0.0/16"], "10.1.1.0/24"),
+        ("10.0.0.0/24", ["10.0.0.0/8"], "172.17.1.0/24"),
+        ("10.0.0.0/8", ["10.0.0.0/8"], "172.16.0.0/16"),
+        ("10.0.0.0/16", ["10.0.0.0/8", "172.16.0.0/15"], "172.18.0.0/16"),
+        ("fd42:4242:1::/64", ["fd42:4242:1::/64"], "fd42:4242:0:101::/64"),
+    ],
+)
+def test_a_free_subnet_overlaps_none_of_the_hosts(
+    wanted: str, taken: list[str], found: str
+) -> None:
+    networks = [(ipaddress.ip_network(text), "eth0") for text in taken]
+    assert str(wggw.free_subnet(ipaddress.ip_network(wanted), networks)) == found
 
 
 @pytest.mark.parametrize(
