@@ -12138,13 +12138,14 @@ class Gateway(Core):
         """Enforce other classes. For workers. Raises ConfigError, with nothing changed."""
         if classes == self.classes:
             return
-        self.run(lambda: refuse_misfits(look_at_stored_classes(classes, self.store)))
-        if self.class_table is not None:
-            try:
-                self.class_table.change(classes)
-            except BackendError as error:
-                raise ConfigError(f"SERVICE_CLASSES: {error}") from None
-        self.classes = classes
+        with self._bulk, self.lander.turn:  # no change puts an address into a class meanwhile
+            self.run(lambda: refuse_misfits(look_at_stored_classes(classes, self.store)))
+            if self.class_table is not None:
+                try:
+                    self.class_table.change(classes)
+                except BackendError as error:
+                    raise ConfigError(f"SERVICE_CLASSES: {error}") from None
+            self.classes = classes
 
     def close(self) -> None:
         """Land the waiting changes, and write the last snapshot. For workers."""

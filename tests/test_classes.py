@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import random
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -276,6 +277,19 @@ def test_classes_that_peers_have_cannot_go(tmp_path: Path) -> None:
         wggw.ConfigError, match="the class 'slow' is used by 1 peer, but is not there"
     ):
         third.open()
+
+
+def test_classes_change_when_no_change_of_a_peer_is_landing(tmp_path: Path) -> None:
+    world = World(tmp_path, **SETTINGS).open()
+    changing = threading.Thread(target=world.gateway.change_classes, args=({},))
+    with world.gateway.lander.turn:
+        changing.start()
+        changing.join(0.2)
+        assert changing.is_alive()
+        assert sorted(world.gateway.classes) == ["fast", "slow"]
+    changing.join(10)
+    assert world.gateway.classes == {}
+    world.close()
 
 
 def test_status_shows_classes_on_a_screen() -> None:
