@@ -8602,10 +8602,15 @@ class MemoryBackend:
         return True
 
     def read(self, known: Container[int]) -> Reading:
-        states = [PeerState(peer, 0, 0, 0) for peer in tuple(self._peers.values())]
-        found = [(hash(state), state) for state in states]
-        changed = [row for row in found if row[0] not in known]
-        return Reading(None, len(found), changed, {row[0] for row in found if row[0] in known})
+        reading = Reading(None, len(self._peers), [], set())
+        for peer in tuple(self._peers.values()):
+            state = PeerState(peer, 0, 0, 0)
+            fingerprint = hash(state)
+            if fingerprint in known:
+                reading.same.add(fingerprint)
+            else:
+                reading.changed.append((fingerprint, state))
+        return reading
 
     def apply(self, changes: Sequence[Change]) -> None:
         for public_key, peer in changes:
