@@ -15100,9 +15100,11 @@ class PendingConnection:
 
     def __init__(self, accepted: socket.socket, source: str) -> None:
         self.socket, self.source, self.group = accepted, source, address_group(source)
+        self.closed = False
 
     def close(self) -> None:
         """End the handshake, whose thread then closes the socket."""
+        self.closed = True  # the thread may be about to replace the socket
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)  # not SSLSocket's: it is in use
 
@@ -15253,6 +15255,8 @@ class Server(ThreadingHTTPServer):
             connected = pending.socket = self.tls.wrap_socket(
                 pending.socket, server_side=True, do_handshake_on_connect=False
             )
+            if pending.closed:
+                raise ConnectionAbortedError
             connected.do_handshake()
         except (OSError, ValueError):  # ssl.SSLError is an OSError; ValueError: it was closed
             pending.socket.close()
