@@ -9969,7 +9969,8 @@ def refuse_misfits(findings: Iterable[Finding]) -> None:
 #
 # Threads: rows, pools and the Ledger, the table of what is in flight, belong to the owner; other
 # threads reach them by `run(function)`. Only the Lander's thread changes interfaces. It holds
-# `turn` during a whole landing, and a worker holds `turn` while it changes the journal.
+# `turn` during a whole landing, and a worker holds it while it changes the journal or the service
+# classes.
 # Never here: rules, and sockets of clients.
 # ==================================================================================================
 
@@ -10407,7 +10408,7 @@ class Lander:
 
     def __init__(self, ledger: Ledger, store: Store, clock: Callable[[], float]) -> None:
         self.applying = False  # a landing is only partly in the rows
-        self.turn = threading.Lock()  # held while writing to the journal or the interfaces
+        self.turn = threading.Lock()  # held while changing journal, interfaces, service classes
         self.snapshot_failure: str | None = None
         self.on_written: Callable[[Sequence[Written]], None] | None = None  # for the remote copy
         self.on_changed: Callable[[], None] = lambda: None  # called when rows have changed; owner
