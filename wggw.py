@@ -7006,11 +7006,12 @@ class Backend(Protocol):
 
     kind: str
 
-    def setup(self, link: Link | None = None) -> None:
+    def setup(self, link: Link | None = None, make: bool = True) -> None:
         """Create and configure what is missing; leave the rest alone. Raises BackendError.
 
         An interface of this name that the gateway did not make is left alone: ForeignError. `link`
-        replaces the wanted setup; name and kind must be the same.
+        replaces the wanted setup; name and kind must be the same. Without `make` the interface must
+        be there: to make it can mean to start a program, and no request waits for that.
         """
 
     def alive(self) -> bool:
@@ -7835,9 +7836,11 @@ class NetlinkBackend:
         self._family = WIREGUARD_FAMILY
         self._index = 0
 
-    def setup(self, link: Link | None = None) -> None:
-        self._link = link or self._link
+    def setup(self, link: Link | None = None, make: bool = True) -> None:
         name = self._link.name
+        if not make:
+            check_same_link(self._route, name, self._index)
+        self._link = link or self._link
         made = not self._route.index(name)
         if not is_same_link(self._route, name, self._index):
             take_link(self._route, self._name, self._link, self._create)
@@ -8273,12 +8276,17 @@ class UapiBackend:
         self._process: subprocess.Popen[bytes] | None = None
         self._index = 0
 
-    def setup(self, link: Link | None = None) -> None:
-        self._link = link or self._link
-        if not is_same_link(self._route, self._link.name, self._index):
-            take_link(self._route, self._link.kind, self._link, self._make)
+    def setup(self, link: Link | None = None, make: bool = True) -> None:
+        name = self._link.name
+        if not make:
+            check_same_link(self._route, name, self._index)
+        elif not is_same_link(self._route, name, self._index):
+            take_link(self._route, self._link.kind, link or self._link, self._make)
         if not uapi_answers(self._path):
+            if not make:
+                raise BackendError(f"{name}: its program is gone, and the gateway starts it again")
             self._start()
+        self._link = link or self._link
         device = self._dialect.understand(self._device())
         lines = ""
         if device.private_key != self._link.private_key:
@@ -8595,7 +8603,7 @@ class MemoryBackend:
         self._peers: dict[bytes, WirePeer] = {}
         self._owners: dict[bytes, bytes] = {}  # allowed IP -> public key
 
-    def setup(self, link: Link | None = None) -> None:
+    def setup(self, link: Link | None = None, make: bool = True) -> None:
         pass
 
     def alive(self) -> bool:
@@ -9102,8 +9110,8 @@ class ClassedBackend:
         self._strays: set[Member] = set()  # members in the sets that no peer has
         self._changes = 0
 
-    def setup(self, link: Link | None = None) -> None:
-        self._inner.setup(link)
+    def setup(self, link: Link | None = None, make: bool = True) -> None:
+        self._inner.setup(link, make)
         self._table.set_up()
 
     def alive(self) -> bool:
@@ -10161,7 +10169,8 @@ class Tunnel:
         if self.is_silent and not links:
             raise NoAnswer(f"{self.name}: the interface does not answer")
         if links:
-            self.backend.setup(next(filter(None, reversed(links)), self.link))
+            wanted = next(filter(None, reversed(links)), None)
+            self.backend.setup(wanted or self.link, make=wanted is None)
         if changes:
             self.backend.apply(changes)
 
@@ -11288,6 +11297,13 @@ class Bulk:
             self._core.ledger.land(self.flight)
 
 
+def free(*lists: Any) -> None:
+    """Empty lists one object at a time: to free 60,000 at once would stall all threads."""
+    for items in lists:
+        while items:
+            items.pop()
+
+
 def chunks(run: Run, read: Callable[[int], Sequence[_Row]]) -> Iterator[_Row]:
     """All rows of read(id of the last row), a slice at a time. For workers."""
     after = 0
@@ -11347,6 +11363,9 @@ class DesiredState:
                 bulk.land()
         created = sum(wish.before is None for wish in self._wishes)
         updated = len(self._wishes) - created
+        flight = bulk.flight
+        free(self._differing, self._wishes, flight.steps, flight.record.put)
+        free(*flight.changes.values())
         return DesiredResult(created, updated, self._deleted, self._unchanged)
 
     def _compare(self) -> None:

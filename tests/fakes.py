@@ -326,8 +326,10 @@ class FakeBackend(wggw.MemoryBackend):
         if what is not None:
             raise wggw.BackendError("apply failed, as told")
 
-    def setup(self, link: wggw.Link | None = None) -> None:
+    def setup(self, link: wggw.Link | None = None, make: bool = True) -> None:
         what = self._check("setup")
+        if not make and not self.is_up:
+            raise wggw.BackendError("the interface is gone")
         self.link = link or self.link
         if self.link is not None:
             self.device = wggw.Device(

@@ -518,6 +518,8 @@ FAULTS: dict[str, Callable[[World], None]] = {
     "interface": lambda w: w.backend.fail("setup"),
     "interface, for good": lambda w: w.backend.fail("setup", forever=True),
     "interface hangs": lambda w: w.backend.fail("setup", what="hangs"),
+    # No request makes it again, because that can mean to start a program.
+    "interface gone": lambda w: setattr(w.backend, "is_up", False),
     "disk": lambda w: w.disk.fail("write"),
 }
 

@@ -88,6 +88,20 @@ class TestUapiBackend(InterfaceContract):
         put(backend, peer("a", "10.99.0.2/32"))
         assert wg_dump(name).peers == {peer("a", "10.99.0.2/32")}
 
+    def test_no_request_for_another_setup_starts_the_program(
+        self, backend: wggw.Backend, interface: interfaces.Opened
+    ) -> None:
+        other = interface.link._replace(listen_port=interface.link.listen_port + 1)
+        interface.destroy()
+        assert netns.daemon_pid(interface.link.name) is None
+        with pytest.raises(wggw.BackendError, match="sets it up again|starts it again"):
+            backend.setup(other, make=False)
+        assert netns.daemon_pid(interface.link.name) is None
+        backend.setup()
+        assert wg_dump(interface.link.name).listen_port == interface.link.listen_port
+        backend.setup(other, make=False)
+        assert wg_dump(interface.link.name).listen_port == other.listen_port
+
     def test_a_running_program_is_used_without_one_to_start(
         self, backend: wggw.Backend, interface: interfaces.Opened
     ) -> None:
