@@ -15821,15 +15821,216 @@ def plan_links(
     return links, chosen
 
 
+class Start:
+    """Brings a gateway's state back: the rows from the files or the remote copy, and interfaces
+    that are equal to the rows.
+
+    Service calls the public methods in their order. Until the lander starts, its thread owns the
+    rows. Raises StartError.
+    """
+
+    def __init__(self, config: Config, app: App, manager: Manager) -> None:
+        self._config, self._app, self._manager = config, app, manager
+        self._gateway, self._store = app.gateway, app.gateway.store
+        rows = interface_settings(config)
+        self._had_key = [row for row in rows if os.path.exists(row.private_key_file)]
+        self._is_first = False  # neither the files nor the copy had a state
+        self._may_lack = False  # the state is the copy's, so it may lack what clients have seen
+        # What _check() found: the interfaces to set up, AmneziaWG's parameters, if they are new.
+        self._wanted: list[tuple[InterfaceSettings, Link]] = []
+        self._obfuscation: tuple[ObfuscationState | None, bool] = None, False
+
+    def read(self, wait_for: Callable[[Callable[[], None]], bool]) -> bool:
+        """Fill the rows from the files or the remote copy.
+
+        `wait_for` runs the reading of the copy. Its result is the result: False when SIGTERM came
+        first.
+        """
+        config, gateway, store = self._config, self._gateway, self._store
+        files = gateway.files
+        store.take(files.load())
+        self._is_first = not files.snapshot_time
+        remote = open_object_store(config, time.time)
+        if remote is None:
+            self._check(store)
+            return True
+        settings = CopySettings(
+            config.snapshot_url or "",
+            config.snapshot_copy_interval,
+            config.snapshot_lineage,
+            config.snapshot_interval,
+        )
+        epochs = Epochs(remote, files.vault, socket.gethostname(), time.time)
+        copier = Copier(epochs, store, files, gateway.lander.snapshot, settings)
+        copier.on_taken = self._taken
+        self._app.copier = copier
+        is_read = wait_for(lambda: self._read_copy(copier))
+        self._is_first = self._is_first and copier.found_nothing
+        return is_read
+
+    def begin(self) -> None:
+        """Write the first snapshot, and continue the remote copy."""
+        config, gateway, app = self._config, self._gateway, self._app
+        app.admission.keep_nonces(config.db_path + ".nonces", self._is_first, self._may_lack)
+        self._keep_gateways()
+        gateway.files.begin(self._store)
+        if app.copier:
+            gateway.lander.on_written = app.copier.begin()
+
+    def open_interfaces(self) -> None:
+        """Open the interfaces and make them equal to the rows."""
+        config = self._config
+        backends = [self._open(link) for _, link in self._wanted]
+        table = None
+        if config.wg_backend != "memory":
+            table = ClassTable(config.service_classes, [row for row, _ in self._wanted])
+            table.set_up()
+            backends = [
+                ClassedBackend(backend, table, list(row.subnets.values()))
+                for (row, _), backend in zip(self._wanted, backends, strict=True)
+            ]
+        self._gateway.start(
+            [(*pair, backend) for pair, backend in zip(self._wanted, backends, strict=True)],
+            *self._obfuscation,
+            table,
+            self._may_lack or config.durability != "commit",
+        )
+
+    # --- the remote copy -------------------------------------------------------------------------
+
+    def _read_copy(self, copier: Copier) -> None:
+        """Retry until the copy has been read; give up early if it is not required."""
+        gateway, pause = self._gateway, 1.0
+        while True:
+            try:
+                copier.boot(self._check)
+                return
+            except CopyError as error:
+                gateway.starting = f"waiting for the remote copy: {error}"
+                self._manager.tell(f"STATUS={gateway.starting}", "EXTEND_TIMEOUT_USEC=300000000")
+                if not self._config.snapshot_required and not isinstance(error, CopyDamaged):
+                    LOG.warning("remote copy: %s; SNAPSHOT_REQUIRED=false: starting without", error)
+                    copier.go_without()
+                    self._check(self._store)
+                    return
+                LOG.error("remote copy: %s; next try in about %.0f s", error, pause)
+            # Many gateways may be waiting, and must not come back in the same second.
+            time.sleep(pause * secrets.SystemRandom().uniform(0.5, 1.5))
+            pause = min(2 * pause, COPY_MAX_PAUSE)
+
+    def _taken(self, text: str) -> None:
+        """Another gateway has taken the copy over."""
+        LOG.error("remote copy: %s", text)
+        ledger = self._gateway.ledger
+        ledger.fence, ledger.replaced = self._config.snapshot_fence, text
+
+    # --- keys and addresses ----------------------------------------------------------------------
+
+    def _check(self, state: Store) -> None:
+        """Refuse settings, keys and host if the state cannot be served with them.
+
+        What was read for this is kept for open_interfaces(). `state` is the store of the local
+        files, or that of the copy.
+        """
+        config = self._config
+        self._may_lack = state is not self._store
+        claim_interfaces(config, lambda: state)  # before anything is made or changed
+        keys = self._load_keys(state)
+        rows = with_kept(interface_settings(config), state, config)
+        links, self._obfuscation = plan_links(config, state, rows, keys)
+        self._wanted = list(zip(rows, links, strict=True))
+
+    def _load_keys(self, store: Store) -> list[bytes]:
+        """The private keys, once compared with what peers know. Raises ConfigError."""
+        rows = interface_settings(self._config)
+        keys = [self._load_key(row, store) for row in rows]
+        own = {
+            row.name: encode_key(x25519_public(key)) for row, key in zip(rows, keys, strict=True)
+        }
+        self._keep_public_keys(store, own)
+        if self._may_lack and self._config.snapshot_lineage != store.lineage:
+            self._refuse_other_keys(own, store)
+        for row, key in zip(rows, keys, strict=True):
+            if store.public_keys()[row.name] == own[row.name]:  # otherwise keep a sealed key
+                store.private_keys[row.name] = encode_key(key)
+        return keys
+
+    def _refuse_other_keys(self, own: Mapping[str, str], store: Store) -> None:
+        """Refuse another node's state whose peers know other keys. Raises ConfigError."""
+        for row in self._had_key:
+            known, peers = store.public_keys()[row.name], store.counts.on(row.name)
+            if known != own[row.name] and peers:
+                raise ConfigError(
+                    f"{row.prefix}_PRIVATE_KEY_FILE: the public key of {row.private_key_file!r} is "
+                    f"{own[row.name]}, but the configurations of the copy's "
+                    f"{show_peers(peers)} name {known}: put that key there (a sealed copy "
+                    "contains it: just move the file away), or, to cut these peers off, set "
+                    f"SNAPSHOT_LINEAGE={store.lineage}"
+                )
+
+    @staticmethod
+    def _keep_public_keys(store: Store, own: Mapping[str, str]) -> None:
+        """Remember the keys of interfaces that lack a remembered key, or peers."""
+        kept = store.public_keys()
+        for name, key in store.private_keys.items():  # older encrypted states have only these
+            if name in own and name not in kept:
+                kept[name] = encode_key(x25519_public(decode_key(key)))
+        kept |= {n: key for n, key in own.items() if n not in kept or not store.counts.on(n)}
+        if kept != store.public_keys():
+            store.remember("public_keys", json.dumps(kept))
+
+    def _load_key(self, settings: InterfaceSettings, store: Store) -> bytes:
+        """A private key: from its file, or the rows, or a new one. Raises ConfigError."""
+        config, kept = self._config, store.private_keys.get(settings.name)
+        # The default file's directory needs root, and the memory backend does not.
+        if config.wg_backend == "memory" and config.wg_private_key_file == DEFAULT_KEY_FILE:
+            LOG.info("%s: the private key is temporary, because WG_BACKEND=memory", settings.name)
+            key = decode_key(kept) if kept else make_private_key()
+            own = encode_key(x25519_public(key))
+            store.remember("public_keys", json.dumps({**store.public_keys(), settings.name: own}))
+            return key
+        known = store.counts.on(settings.name)
+        if known and not kept and not os.path.exists(settings.private_key_file):
+            LOG.warning(
+                "%s: its private key is missing, without which its %s cannot connect: put the key "
+                "into %s and restart",
+                settings.name,
+                show_peers(known),
+                settings.private_key_file,
+            )
+        return load_private_key(settings, kept)
+
+    def _keep_gateways(self) -> None:
+        """Remember the gateway's addresses in the rows; the next snapshot contains them."""
+        config, store = self._config, self._store
+        gateways: dict[str, Sequence[str]] = {}
+        for row in with_kept(interface_settings(config), store, config):
+            gateways[row.name] = (*row.gateways, *row.kept)
+            if row.kept:
+                text = "%s also keeps %s, which clients may use; MOVE_PEERS=true removes it"
+                LOG.info(text, row.name, ", ".join(row.kept))
+        if gateways != store.meta("gateways"):
+            store.remember("gateways", json.dumps(gateways))
+
+    def _open(self, link: Link) -> Backend:
+        config = self._config
+        if config.wg_backend == "memory":
+            LOG.warning(
+                "WG_BACKEND=memory: there is no interface, so no peer can send or receive packets"
+            )
+        try:
+            return open_backend(config.wg_backend, link)
+        except ForeignError as error:
+            raise ConfigError(str(error)) from None
+        except BackendError as error:
+            raise StartError(f"WG_BACKEND {config.wg_backend}: {error}") from None
+
+
 class Service:
     """The whole service: builds the parts, runs until SIGTERM, reloads on SIGHUP."""
 
     def __init__(self, load: Callable[[], Config]) -> None:
         self._load = load
-        self._may_lack = False  # the state is the copy's, so it may lack what clients have seen
-        # What _check() found: the interfaces to set up, AmneziaWG's parameters, if they are new.
-        self._wanted: list[tuple[InterfaceSettings, Link]] = []
-        self._obfuscation: tuple[ObfuscationState | None, bool] = None, False
         self._manager = Manager(os.environ)
         self._locks: list[socket.socket] = []  # see lock_interface()
         # The kernel may deliver a signal to any thread; a byte in a socket wakes this one.
@@ -15850,9 +16051,12 @@ class Service:
         self._build(config, log)
         self._lock(config)
         with collector_off():
-            if not self._recover(config):
+            start = Start(config, self._app, self._manager)
+            if not start.read(self._wait_for):
                 return 0
-            self._bring_up(config)
+            self._keep_certificate(config)
+            start.begin()
+            start.open_interfaces()
         timers = self._start_timers(config, self._app, self._host)
         self._announce(config)
         self._wait()
@@ -15889,6 +16093,30 @@ class Service:
         self._server.listen_locally(config.db_path)
         if config.wg_backend != "memory":
             self._locks = [lock_interface(row.name) for row in interface_settings(config)]
+
+    def _wait_for(self, work: Callable[[], None]) -> bool:
+        """Do some work in a thread. False when SIGTERM came first. Raises what the work raises."""
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                self._wake.send(b"\0")
+
+        threading.Thread(target=run, daemon=True).start()
+        while (number := self._signals.recv(1)[0]) == signal.SIGHUP:
+            LOG.info("SIGHUP is ignored while the gateway starts")
+        for error in errors:
+            raise error
+        return number == 0
+
+    def _keep_certificate(self, config: Config) -> None:
+        if keep_certificate(config, self._gateway.store, self._lacked_certificate):
+            tls, self._app.metrics.certificate_expires = make_tls(config, make_pair=False)
+            self._server.tls = tls
 
     def _announce(self, config: Config) -> None:
         self._loop.after_round = self._end_of_round(self._gateway)
@@ -15931,225 +16159,6 @@ class Service:
         if app.copier:
             app.copier.finish(STOP_SECONDS)
         left.clear()
-
-    def _bring_up(self, config: Config) -> None:
-        """Open the interfaces and make them equal to the recovered rows."""
-        backends = [self._open(config, link) for _, link in self._wanted]
-        table = None
-        if config.wg_backend != "memory":
-            table = ClassTable(config.service_classes, [row for row, _ in self._wanted])
-            table.set_up()
-            backends = [
-                ClassedBackend(backend, table, list(row.subnets.values()))
-                for (row, _), backend in zip(self._wanted, backends, strict=True)
-            ]
-        self._gateway.start(
-            [(*pair, backend) for pair, backend in zip(self._wanted, backends, strict=True)],
-            *self._obfuscation,
-            table,
-            self._may_lack or config.durability != "commit",
-        )
-
-    def _recover(self, config: Config) -> bool:
-        """Fill the store from the files or the remote copy. False when SIGTERM came first."""
-        gateway, app = self._gateway, self._app
-        store, files = gateway.store, gateway.files
-        store.take(files.load())
-        first = not files.snapshot_time
-        had_key = [r for r in interface_settings(config) if os.path.exists(r.private_key_file)]
-        check = functools.partial(self._check, config, store, had_key)
-        remote = open_object_store(config, time.time)
-        if remote is None:
-            check(store)
-        else:
-            settings = CopySettings(
-                config.snapshot_url or "",
-                config.snapshot_copy_interval,
-                config.snapshot_lineage,
-                config.snapshot_interval,
-            )
-            epochs = Epochs(remote, files.vault, socket.gethostname(), time.time)
-            app.copier = Copier(epochs, store, files, gateway.lander.snapshot, settings)
-            app.copier.on_taken = functools.partial(self._taken, config, gateway)
-            if not self._boot_from(app.copier, gateway, check, config.snapshot_required):
-                return False
-            first = first and app.copier.found_nothing
-        app.admission.keep_nonces(config.db_path + ".nonces", first, self._may_lack)
-        if keep_certificate(config, store, self._lacked_certificate):
-            tls, app.metrics.certificate_expires = make_tls(config, make_pair=False)
-            self._server.tls = tls
-        self._keep_gateways(config, store)
-        files.begin(store)
-        if app.copier:
-            gateway.lander.on_written = app.copier.begin()
-        return True
-
-    @staticmethod
-    def _keep_gateways(config: Config, store: Store) -> None:
-        """Remember the gateway's addresses in the rows; the next snapshot contains them."""
-        gateways: dict[str, Sequence[str]] = {}
-        for row in with_kept(interface_settings(config), store, config):
-            gateways[row.name] = (*row.gateways, *row.kept)
-            if row.kept:
-                text = "%s also keeps %s, which clients may use; MOVE_PEERS=true removes it"
-                LOG.info(text, row.name, ", ".join(row.kept))
-        if gateways != store.meta("gateways"):
-            store.remember("gateways", json.dumps(gateways))
-
-    @staticmethod
-    def _taken(config: Config, gateway: Gateway, text: str) -> None:
-        """Another gateway has taken the copy over."""
-        LOG.error("remote copy: %s", text)
-        gateway.ledger.fence, gateway.ledger.replaced = config.snapshot_fence, text
-
-    def _boot_from(
-        self,
-        copier: Copier,
-        gateway: Gateway,
-        check: Callable[[Store], None],
-        required: bool,
-    ) -> bool:
-        """Wait until the copy has been read. False when SIGTERM came first.
-
-        Raises whatever ended the reading.
-        """
-        errors: list[BaseException] = []
-
-        def boot() -> None:
-            try:
-                self._ask_copy(copier, gateway, check, required)
-            except BaseException as error:
-                errors.append(error)
-            finally:
-                self._wake.send(b"\0")
-
-        threading.Thread(target=boot, daemon=True).start()
-        while (number := self._signals.recv(1)[0]) == signal.SIGHUP:
-            LOG.info("SIGHUP is ignored while the gateway starts")
-        for error in errors:
-            raise error
-        return number == 0
-
-    def _ask_copy(
-        self,
-        copier: Copier,
-        gateway: Gateway,
-        check: Callable[[Store], None],
-        required: bool,
-    ) -> None:
-        """Retry until the copy has been read; give up early if it is not required."""
-        pause = 1.0
-        while True:
-            try:
-                copier.boot(check)
-                return
-            except CopyError as error:
-                gateway.starting = f"waiting for the remote copy: {error}"
-                self._manager.tell(f"STATUS={gateway.starting}", "EXTEND_TIMEOUT_USEC=300000000")
-                if not required and not isinstance(error, CopyDamaged):
-                    LOG.warning("remote copy: %s; SNAPSHOT_REQUIRED=false: starting without", error)
-                    copier.go_without()
-                    check(gateway.store)
-                    return
-                LOG.error("remote copy: %s; next try in about %.0f s", error, pause)
-            # Many gateways may be waiting, and must not come back in the same second.
-            time.sleep(pause * secrets.SystemRandom().uniform(0.5, 1.5))
-            pause = min(2 * pause, COPY_MAX_PAUSE)
-
-    def _check(
-        self, config: Config, own: Store, had_key: Sequence[InterfaceSettings], state: Store
-    ) -> None:
-        """Refuse settings, keys and host if the state cannot be served with them.
-
-        What was read for this is kept for _bring_up(). `own` is the store of the local files, which
-        `state` may be, too; `had_key` are the interfaces whose key file was there at the start.
-        Raises StartError.
-        """
-        self._may_lack = state is not own
-        claim_interfaces(config, lambda: state)  # before anything is made or changed
-        keys = self._load_keys(config, had_key, state)
-        rows = with_kept(interface_settings(config), state, config)
-        links, self._obfuscation = plan_links(config, state, rows, keys)
-        self._wanted = list(zip(rows, links, strict=True))
-
-    @staticmethod
-    def _refuse_other_keys(
-        rows: Sequence[InterfaceSettings], own: Mapping[str, str], store: Store
-    ) -> None:
-        """Refuse another node's state whose peers know other keys. Raises ConfigError."""
-        for row in rows:
-            known, peers = store.public_keys()[row.name], store.counts.on(row.name)
-            if known != own[row.name] and peers:
-                raise ConfigError(
-                    f"{row.prefix}_PRIVATE_KEY_FILE: the public key of {row.private_key_file!r} is "
-                    f"{own[row.name]}, but the configurations of the copy's "
-                    f"{show_peers(peers)} name {known}: put that key there (a sealed copy "
-                    "contains it: just move the file away), or, to cut these peers off, set "
-                    f"SNAPSHOT_LINEAGE={store.lineage}"
-                )
-
-    def _load_keys(
-        self, config: Config, had_key: Sequence[InterfaceSettings], store: Store
-    ) -> list[bytes]:
-        """The private keys, once compared with what peers know. Raises ConfigError."""
-        rows = interface_settings(config)
-        keys = [self._load_key(config, row, store) for row in rows]
-        own = {
-            row.name: encode_key(x25519_public(key)) for row, key in zip(rows, keys, strict=True)
-        }
-        self._keep_public_keys(store, own)
-        if self._may_lack and config.snapshot_lineage != store.lineage:
-            self._refuse_other_keys(had_key, own, store)
-        for row, key in zip(rows, keys, strict=True):
-            if store.public_keys()[row.name] == own[row.name]:  # otherwise keep a sealed key
-                store.private_keys[row.name] = encode_key(key)
-        return keys
-
-    @staticmethod
-    def _keep_public_keys(store: Store, own: Mapping[str, str]) -> None:
-        """Remember the keys of interfaces that lack a remembered key, or peers."""
-        kept = store.public_keys()
-        for name, key in store.private_keys.items():  # older encrypted states have only these
-            if name in own and name not in kept:
-                kept[name] = encode_key(x25519_public(decode_key(key)))
-        kept |= {n: key for n, key in own.items() if n not in kept or not store.counts.on(n)}
-        if kept != store.public_keys():
-            store.remember("public_keys", json.dumps(kept))
-
-    @staticmethod
-    def _load_key(config: Config, settings: InterfaceSettings, store: Store) -> bytes:
-        """A private key: from its file, or the rows, or a new one. Raises ConfigError."""
-        kept = store.private_keys.get(settings.name)
-        # The default file's directory needs root, and the memory backend does not.
-        if config.wg_backend == "memory" and config.wg_private_key_file == DEFAULT_KEY_FILE:
-            LOG.info("%s: the private key is temporary, because WG_BACKEND=memory", settings.name)
-            key = decode_key(kept) if kept else make_private_key()
-            own = encode_key(x25519_public(key))
-            store.remember("public_keys", json.dumps({**store.public_keys(), settings.name: own}))
-            return key
-        known = store.counts.on(settings.name)
-        if known and not kept and not os.path.exists(settings.private_key_file):
-            LOG.warning(
-                "%s: its private key is missing, without which its %s cannot connect: put the key "
-                "into %s and restart",
-                settings.name,
-                show_peers(known),
-                settings.private_key_file,
-            )
-        return load_private_key(settings, kept)
-
-    @staticmethod
-    def _open(config: Config, link: Link) -> Backend:
-        if config.wg_backend == "memory":
-            LOG.warning(
-                "WG_BACKEND=memory: there is no interface, so no peer can send or receive packets"
-            )
-        try:
-            return open_backend(config.wg_backend, link)
-        except ForeignError as error:
-            raise ConfigError(str(error)) from None
-        except BackendError as error:
-            raise StartError(f"WG_BACKEND {config.wg_backend}: {error}") from None
 
     @staticmethod
     def _start_timers(config: Config, app: App, host: HostMetrics) -> list[Timer]:

@@ -12,7 +12,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,15 +194,12 @@ def test_a_store_that_does_not_answer_at_the_start_is_waited_for(
 
 
 def test_a_look_at_the_copy_that_ends_in_a_defect_ends_the_start() -> None:
-    class Broken:
-        def boot(self, check: object) -> None:
-            raise RuntimeError("can't start new thread")
+    def look() -> None:
+        raise RuntimeError("can't start new thread")
 
     service = wggw.Service(lambda: wggw.load_config({"GATEWAY_API_KEY": "a" * 64}, None))
-    gateway: Any = SimpleNamespace(starting="")
-    copier: Any = Broken()
     with pytest.raises(RuntimeError, match="can't start"):
-        service._boot_from(copier, gateway, lambda state: None, required=True)
+        service._wait_for(look)
 
 
 @pytest.mark.parametrize("fault", ["refuse", "stall"])
