@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from rig import (
     Reads,
     fill,
     is_healthy,
+    measured,
     memory_gateway,
     put,
     quiet_reads,
@@ -102,16 +104,19 @@ def test_while_many_peers_are_read(tmp_path: Path) -> None:
         client = gateway.client()
         keys = [KEY, *(a_key(number) for number in range(many - 1))]
         fill(client, keys)
-        until = interface.faults.calls("get") + 4
-        number = 0
-        with (
-            quiet_reads(tmp_path / "quiet", READS["a peer"]) as quiet,
-            Reads(gateway, READS["a peer"]) as reads,
-        ):
-            while interface.faults.calls("get") < until or len(reads.times) < 50:
-                assert client.create(a_key(("new", number))).status == 200
-                number += 1
-        reads.check(SOON, LONGEST, quiet)
+        numbers = itertools.count()
+
+        def measure() -> None:
+            until = interface.faults.calls("get") + 4
+            with (
+                quiet_reads(tmp_path / f"quiet{next(numbers)}", READS["a peer"]) as quiet,
+                Reads(gateway, READS["a peer"]) as reads,
+            ):
+                while interface.faults.calls("get") < until or len(reads.times) < 50:
+                    assert client.create(a_key(("new", next(numbers)))).status == 200
+            reads.check(SOON, LONGEST, quiet)
+
+        measured(measure)
 
 
 def test_while_a_desired_state_is_under_way(tmp_path: Path) -> None:
@@ -119,14 +124,21 @@ def test_while_a_desired_state_is_under_way(tmp_path: Path) -> None:
     with memory_gateway(tmp_path) as gateway:
         assert gateway.client().create(KEY).status == 200
         elements = [{"public_key": key} for key in (KEY, *map(a_key, range(many)))]
-        with (
-            quiet_reads(tmp_path / "quiet", READS["a peer"]) as quiet,
-            Reads(gateway, READS["a peer"]) as reads,
-        ):
-            for keepalive in (25, 21, 22):
-                wanted = [{**element, "persistent_keepalive": keepalive} for element in elements]
-                assert Background(gateway, lambda c, w=wanted: put(c, w)).wait(120).status == 200
-        reads.check(SOON if LONG else 0.3, LONGEST, quiet)
+        numbers = itertools.count(20)
+
+        def measure() -> None:
+            with (
+                quiet_reads(tmp_path / f"quiet{next(numbers)}", READS["a peer"]) as quiet,
+                Reads(gateway, READS["a peer"]) as reads,
+            ):
+                for _ in range(3):
+                    changed = {"persistent_keepalive": next(numbers)}
+                    wanted = [{**element, **changed} for element in elements]
+                    writer = Background(gateway, lambda c, w=wanted: put(c, w))
+                    assert writer.wait(120).status == 200
+            reads.check(SOON if LONG else 0.3, LONGEST, quiet)
+
+        measured(measure)
 
 
 # --- an interface that hangs ----------------------------------------------------------------------
