@@ -321,8 +321,10 @@ COPY_TIMEOUT = 10.0  # seconds for which the object store may be silent
 COPY_DEADLINE = 30.0  # seconds for one object, plus its bytes divided by COPY_SLOWEST
 COPY_SLOWEST = 200_000  # bytes a second
 COPY_MAX_PAUSE = 10.0  # seconds between two tries of a boot, on average
-COPY_SWEEP = 32  # earlier epochs whose objects a writer removes,
-COPY_SWEEP_SECONDS = 86400.0  # once a day: by then later objects have replaced them
+COPY_SWEEP = 32  # earlier epochs whose objects a writer removes at once,
+COPY_SWEEP_SECONDS = 86400.0  # a day after another epoch has replaced them
+COPY_FIRST_SWEEP = 3600.0  # seconds from the start to the first removal, at most
+COPY_GARBAGE = 10_000  # names of objects to remain for another try to delete them
 MAX_MANIFEST = 2**18  # bytes of a claim or a manifest
 
 LOG = logging.getLogger("wggw")
@@ -3271,6 +3273,9 @@ class Vault:
         return derive_key(self._secret, b"wggw " + purpose, salt, length)
 
 
+SEAL_BYTES = 16  # that Seal.seal() adds: the tag of AES-GCM
+
+
 class Seal:
     """A file's own key. `header` (salt and key check, hex) stands in the file's first line.
 
@@ -5816,7 +5821,14 @@ class Files:
 
 
 class CopyError(Exception):
-    """The object store did not do what it was asked to; the text is safe to show."""
+    """The object store did not do what it was asked to; the text is safe to show.
+
+    `status` is the status with which it refused, 0 without one.
+    """
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class ObjectStore:
@@ -5837,7 +5849,6 @@ class ObjectStore:
         self._authorize = authorize
         self.checks = checks
         self.requests = self.bytes_sent = self.bytes_received = 0
-        self._conditions = True  # until the store says that it has no conditional PUTs
         self._idle: list[http.client.HTTPConnection] = []
         self._session: ssl.SSLSession | None = None
         self._lock = threading.Lock()
@@ -5845,7 +5856,9 @@ class ObjectStore:
     def get(self, name: str, limit: int) -> bytes | None:
         """Return an object of at most `limit` bytes, None when the store has none of this name."""
         status, content = self._exchange("GET", name, limit=limit)
-        if status == HTTPStatus.NOT_FOUND and self._error_code(content) in ("", "NoSuchKey"):
+        # In front of S3, a proxy's error would not have the code.
+        missing = ("NoSuchKey",) if self.checks else ("", "NoSuchKey")
+        if status == HTTPStatus.NOT_FOUND and self._error_code(content) in missing:
             return None
         self._expect("GET", name, status, content, HTTPStatus.OK)
         return content
@@ -5875,17 +5888,13 @@ class ObjectStore:
     def put(self, name: str, content: bytes, create: bool = False) -> bool:
         """Put an object; return True once the store has it.
 
-        With `create`, an object that is already there stays as it is, and put() returns False; only
-        a store without conditional PUTs overwrites it.
+        With `create`, an object that is already there stays as it is, and put() returns False. A
+        store without conditional PUTs overwrites it, or refuses this with status 501.
         """
-        conditional = create and self._conditions
-        condition = {"If-None-Match": "*"} if conditional else {}
+        condition = {"If-None-Match": "*"} if create else {}
         status, answer = self._exchange("PUT", name, content, condition)
-        if conditional and status == HTTPStatus.PRECONDITION_FAILED:
+        if create and status == HTTPStatus.PRECONDITION_FAILED:
             return False
-        if conditional and status == HTTPStatus.NOT_IMPLEMENTED:
-            self._conditions = False
-            return self.put(name, content)
         self._expect("PUT", name, status, answer, 200, 201, 204)
         return True
 
@@ -5896,7 +5905,7 @@ class ObjectStore:
     def _expect(self, method: str, name: str, status: int, answer: bytes, *good: int) -> None:
         if status not in good:
             text = f"{method} {name}: status {status} {self._error_code(answer)}"
-            raise CopyError(text.rstrip())
+            raise CopyError(text.rstrip(), status)
 
     @staticmethod
     def _error_code(answer: bytes) -> str:
@@ -5918,9 +5927,15 @@ class ObjectStore:
         headers = {**self._authorize(method, self._path + name, content), **more}
         request = (method, self._path + name, content or None, headers)
         try:
-            if kept is not None:  # the store may have closed it in the meantime
-                with contextlib.suppress(ConnectionError, http.client.BadStatusLine):
+            if kept is not None:
+                try:
                     return self._ask(kept, request, limit)
+                except (OSError, http.client.BadStatusLine):
+                    # The store has closed it, or a firewall has forgotten it and all the others.
+                    with self._lock:
+                        idle, self._idle = self._idle, []
+                    for connection in idle:
+                        connection.close()
             return self._ask(self._connect(), request, limit)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise CopyError(f"{method} {name}: {_reason(error)}") from None
@@ -5951,9 +5966,11 @@ class ObjectStore:
             response = connection.getresponse()
             self._session = getattr(connected, "session", None)
             good = response.status == HTTPStatus.OK
+            endless = response.length is None and not response.chunked
             body = response.read(limit if good else MAX_HEAD)
-            if good and request[0] == "GET" and response.length:
-                raise http.client.IncompleteRead(body)  # the object is cut off or too large
+            if good and request[0] == "GET" and (response.length or endless):
+                # The object is cut off or too large, or nobody can tell.
+                raise http.client.IncompleteRead(body)
             if not response.isclosed():
                 connection.close()
         except BaseException:
@@ -6049,10 +6066,14 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
 #
 # Every start of a gateway that writes claims an epoch: it puts the object claim-N, where N is one
 # more than the newest claim's number. The claim names the writer (a random name), the lineage of
-# the state, and the epoch that it continues. All other objects of a writer have names that begin
+# the state, and the epoch before it. All other objects of a writer have names that begin
 # with N-WRITER: numbered entries, each put once, and two manifests in turn, which name the position
 # of the newest snapshot. An entry is a snapshot, a segment (the records that follow the entry
 # before it), or a fence.
+#
+# A writer continues the epoch before its own if that has the same lineage, and ends it in any case.
+# If it has no entries, the writer goes back to the first epoch that has some: whoever put them had
+# ended all epochs before that one.
 #
 # A new writer looks at the newest epoch, decides whether it can go on from there, claims the next
 # epoch, and then reads the previous epoch's entries once more, up to the first missing one. A start
@@ -6080,7 +6101,15 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
 
 
 class CopyDamaged(CopyError):
-    """An object is not what a gateway put there. Trying again helps only if the store was wrong."""
+    """An object is not what a gateway put there. Trying again helps only if the store was wrong.
+
+    `cut`: it is only the beginning of such an object. A store that tears uploads leaves this, and
+    no writer counts it as stored.
+    """
+
+    def __init__(self, text: str, cut: bool = False) -> None:
+        super().__init__(text)
+        self.cut = cut
 
 
 class CopyTaken(CopyError):
@@ -6097,15 +6126,20 @@ class CopyTaken(CopyError):
 def pack(about: Mapping[str, Any], payload: bytes, vault: Vault | None) -> bytes:
     """An object of the copy: "wggw-copy 2 SHA256 ABOUT", a newline, the compressed payload.
 
-    ABOUT is JSON. A vault seals the payload, so that it opens only together with the same ABOUT.
+    ABOUT is JSON, with the `size` of what is behind the newline. A vault seals the payload, so that
+    it opens only together with the same ABOUT. Raises CopyError when unpack() would refuse it.
     """
     seal = Seal.new(vault, b"copy") if vault else None
-    given = {**about, "seal": seal.header.decode("ascii")} if seal else about
-    head = json.dumps(given, separators=(",", ":")).encode("ascii")
     body = zlib.compress(payload, 3)
+    given = {**about, "size": len(body) + (SEAL_BYTES if seal else 0)}
+    if seal:
+        given["seal"] = seal.header.decode("ascii")
+    head = json.dumps(given, separators=(",", ":")).encode("ascii")
     if seal:
         body = seal.seal(0, head, body)
     content = b"%b\n%b" % (head, body)
+    if max(len(payload), len(content) + 77) > MAX_SNAPSHOT:
+        raise CopyError(f"it would have more than {MAX_SNAPSHOT} bytes, which no boot reads")
     return b"wggw-copy 2 %b %b" % (hashlib.sha256(content).hexdigest().encode("ascii"), content)
 
 
@@ -6116,7 +6150,7 @@ def unpack(name: str, data: bytes | None, vault: Vault | None) -> tuple[dict[str
     data = data or b""
     digest = hashlib.sha256(data[77:]).hexdigest().encode("ascii")
     if data[:77] != b"wggw-copy 2 %b " % digest:
-        raise CopyDamaged(f"{name} is not what was put there")
+        raise CopyDamaged(f"{name} is not what was put there", _is_cut(data))
     head, _, body = data[77:].partition(b"\n")
     try:
         about = load_json(head.decode("ascii"))
@@ -6136,11 +6170,21 @@ def unpack(name: str, data: bytes | None, vault: Vault | None) -> tuple[dict[str
             raise ValueError("it is cut off or too large")
     except (ValueError, TypeError, KeyError, zlib.error) as error:
         raise CopyDamaged(f"{name} is damaged: {error}") from None
+    about.pop("size", None)
     return about, payload
 
 
+def _is_cut(data: bytes) -> bool:
+    """Whether an object ends too early. One of an earlier version does not tell its size."""
+    head, newline, body = data[77:].partition(b"\n")
+    try:
+        return not newline or len(body) < load_json(head.decode("ascii")).get("size", MAX_INTEGER)
+    except (ValueError, TypeError, AttributeError):
+        return False
+
+
 class Claim(NamedTuple):
-    """Who holds an epoch. `previous` is the prefix of the epoch that it continues, "" for none."""
+    """Who holds an epoch. `previous` is the prefix of the epoch before it, "" for none."""
 
     epoch: int
     writer: str
@@ -6152,6 +6196,14 @@ class Claim(NamedTuple):
     @property
     def prefix(self) -> str:
         return f"{self.epoch:08d}-{self.writer}"
+
+
+class Manifest(NamedTuple):
+    """The position and number of a snapshot, and whether the epoch's writer relies on fences."""
+
+    position: int
+    number: int
+    fenced: bool = False
 
 
 class Entry(NamedTuple):
@@ -6183,6 +6235,7 @@ def _rival_name(prefix: str) -> str:
 
 
 _NOT_STORED = "a read returns other bytes than were put there"
+NO_DELETE = (403, 405, 501)  # statuses of a store that never deletes
 
 
 class Epochs:
@@ -6208,10 +6261,12 @@ class Epochs:
         self._node = node
         self.clock = clock
         self._content = b""  # the bytes of the claim or of the pending entry
+        self._time: int | None = None  # of the claim: a repeated one must have the same bytes
         self._position = 1  # of the next entry
         self._snapshots: list[tuple[int, int]] = []  # positions and numbers, the newest last
         self._announced = 0  # how many of them the manifests have named
-        self._deletes = True  # until the store refuses a DELETE
+        self._garbage: collections.deque[str] = collections.deque(maxlen=COPY_GARBAGE)
+        self._swept: set[int] = set()  # older epochs whose objects are deleted
         self._has_rival = False  # another writer claimed this epoch, too
 
     def find(self) -> tuple[int, Claim | None]:
@@ -6230,36 +6285,53 @@ class Epochs:
         for epoch in range(low, 0, -1):
             try:
                 return low, self.read_claim(epoch)
-            except CopyDamaged:  # a torn upload, if the store can tear them: nobody held this epoch
-                if self.objects.checks or epoch == 1:
+            except CopyDamaged as error:  # nobody held an epoch whose claim's upload was torn
+                if self.objects.checks or not error.cut or epoch == 1:
                     raise
         return 0, None
 
     def read_claim(self, epoch: int) -> Claim:
         """Raises CopyError."""
         name = _claim_name(epoch)
-        return self._claim_in(name, self.objects.get(name, MAX_MANIFEST))
+        return self._claim_of(epoch, self.objects.get(name, MAX_MANIFEST))
+
+    def _claim_of(self, epoch: int, data: bytes | None) -> Claim:
+        """The claim of an epoch, from its object. Raises CopyDamaged."""
+        name = _claim_name(epoch)
+        claim = self._claim_in(name, data)
+        if claim.epoch != epoch:
+            raise CopyDamaged(f"{name} is not what was put there")
+        return claim
 
     def _claim_in(self, name: str, data: bytes | None) -> Claim:
         """The claim in an object, which is a claim or a fence. Raises CopyDamaged."""
-        try:
-            return Claim(**unpack(name, data, self._vault)[0]["claim"])
-        except (TypeError, KeyError):
-            raise CopyDamaged(f"{name} does not contain a claim") from None
+        about, _ = unpack(name, data, self._vault)
+        with contextlib.suppress(TypeError, KeyError):
+            claim = Claim(**about["claim"])
+            texts = (claim.writer, claim.lineage, claim.node)
+            if (
+                all(isinstance(text, str) for text in texts)
+                and all(isinstance(number, int) for number in (claim.epoch, claim.time))
+                and re.fullmatch("([0-9]{8}-.+)?", claim.previous)
+                and int(claim.previous[:8] or 0) < claim.epoch
+            ):
+                return claim
+        raise CopyDamaged(f"{name} does not contain a claim")
 
     def propose(self, top: int, newest: Claim | None, lineage: str) -> Claim:
         """The claim that take() would put: for the epoch above `top`. The store stays as it is.
 
-        The epoch continues `newest` if that has the same lineage. If `newest` is our own claim,
-        whose answer was lost, it stays.
+        If `newest` is our own claim, whose answer was lost, it stays.
         """
         if self.claim is not None and self.claim == newest:
             return self.claim
-        previous = newest.prefix if newest and newest.lineage == lineage else ""
-        return Claim(top + 1, self.writer, lineage, self._node, int(self.clock()), previous)
+        if self._time is None:
+            self._time = int(self.clock())
+        previous = newest.prefix if newest else ""
+        return Claim(top + 1, self.writer, lineage, self._node, self._time, previous)
 
     def take(self, claim: Claim) -> None:
-        """Put a proposed claim. The caller then reads the epoch that it continues to the end.
+        """Put a proposed claim. The caller then reads the epoch before it to the end.
 
         After a CopyError, find() may show that another gateway was faster.
         """
@@ -6268,7 +6340,7 @@ class Epochs:
         name = _claim_name(claim.epoch)
         # A store without conditional PUTs would let us overwrite another gateway's claim.
         if self.objects.get(name, MAX_MANIFEST) is None:
-            self.objects.put(name, self._content, True)
+            self._create(name, self._content)
         there = self.objects.get(name, MAX_MANIFEST)
         if there != self._content:
             with contextlib.suppress(CopyDamaged):
@@ -6277,49 +6349,66 @@ class Epochs:
                 raise CopyError("another gateway starts at the same time")
             self.objects.put(name, self._content)
             raise CopyError(f"PUT {name}: {_NOT_STORED}")
-        self.fences = self.objects.checks and not self.objects.put(name, self._content, True)
+        self.fences = self.objects.checks and not self._create(name, self._content)
+
+    def _create(self, name: str, content: bytes) -> bool:
+        """Put an object unless it is there. A store without conditional PUTs overwrites it."""
+        try:
+            return self.objects.put(name, content, True)
+        except CopyError as error:
+            if error.status != HTTPStatus.NOT_IMPLEMENTED:
+                raise
+            return self.objects.put(name, content)
 
     # --- reading ---------------------------------------------------------------------------------
 
-    def read(self, prefix: str, have: int = -1, close: bool = False) -> tuple[str, list[Entry]]:
+    def read(
+        self, prefix: str, lineage: str, have: int = -1, close: bool = False
+    ) -> tuple[str, list[Entry]]:
         """The snapshot and segments of the epoch `prefix`, or of the newest epoch before it.
 
-        Returns the epoch's prefix and the entries, ("", []) when no epoch has any. The snapshot has
-        no payload if its number is not above `have`. With `close`, which needs a claim, the epoch's
-        writer adds nothing any more; without it, the writer does not notice the reading.
+        Returns the epoch's prefix and the entries; ("", []) when no epoch has any, or when they
+        have another lineage. The snapshot has no payload if its number is not above `have`. With
+        `close`, which needs a claim, the epoch's writer adds nothing any more; without it, the
+        writer does not notice the reading.
         """
         while prefix:
-            manifest = self._manifest(prefix)
+            head = claim, manifest = self._head(prefix)
+            if close and manifest and manifest.fenced and not self.fences:
+                raise CopyError("the store refused the conditional PUTs that it had before")
             entries = self._entries(prefix, manifest, have, close)
-            if manifest != self._manifest(prefix):
+            if head != self._head(prefix):
                 continue  # its writer is at work, and may have deleted the entry that was missing
             if entries:
-                return prefix, entries
+                return (prefix, entries) if claim.lineage == lineage else ("", [])
             if manifest is not None:
                 names = " and ".join(_manifest_names(prefix))
                 raise CopyDamaged(f"{names} do not lead to a snapshot")
-            prefix = self.read_claim(int(prefix[:8])).previous  # it has no snapshot
+            prefix = claim.previous  # it has no snapshot
         return "", []
 
-    def _manifest(self, prefix: str) -> tuple[int, int] | None:
-        """Position and number of the newest snapshot that a manifest names, None without one.
+    def _head(self, prefix: str) -> tuple[Claim, Manifest | None]:
+        """The claim of an epoch, and its manifest that names the newest snapshot, if any.
 
         A manifest may be a torn upload. If none can be read, the snapshot must be at position 1,
-        where the first one is until its writer deletes it.
+        where the first one is until its writer deletes it. Raises CopyError.
         """
-        found: list[tuple[int, int]] = []
-        names = _manifest_names(prefix)
-        batch = self.objects.get_all(names, MAX_MANIFEST)
+        epoch, names = int(prefix[:8]), _manifest_names(prefix)
+        claim, *batch = self.objects.get_all([_claim_name(epoch), *names], MAX_MANIFEST)
+        found: list[Manifest] = []
         for name, data in zip(names, batch, strict=True):
-            with contextlib.suppress(CopyDamaged, KeyError):
+            with contextlib.suppress(CopyDamaged):
                 about, _ = unpack(name, data, self._vault)
-                found.append((about["position"], about["number"]))
-        return max(found, default=None if batch == [None, None] else (1, MAX_INTEGER))
+                position, number = about.get("position"), about.get("number")
+                if isinstance(position, int) and isinstance(number, int) and position > 0:
+                    found.append(Manifest(position, number, bool(about.get("fenced"))))
+        missing = None if batch == [None, None] else Manifest(1, MAX_INTEGER)
+        return self._claim_of(epoch, claim), max(found, default=missing)
 
     def _entries(
-        self, prefix: str, manifest: tuple[int, int] | None, have: int, close: bool
+        self, prefix: str, manifest: Manifest | None, have: int, close: bool
     ) -> list[Entry]:
-        position, number = manifest or (1, -1)
+        position, number, _ = manifest or Manifest(1, -1)
         found: list[Entry] = []
         if manifest and number <= have:
             found.append(Entry("snapshot", number))
@@ -6335,11 +6424,12 @@ class Epochs:
                     break  # its writer has put this entry in the meantime
                 try:
                     entry = self._decode(name, data)
-                except CopyDamaged:
+                except CopyDamaged as error:
                     behind = _entry_names(prefix, position + 1, COPY_SEGMENTS + 2)
-                    if self.objects.checks or any(self.objects.get_all(behind, MAX_SNAPSHOT)):
+                    is_torn = error.cut and not self.objects.checks
+                    if not is_torn or any(self.objects.get_all(behind, MAX_SNAPSHOT)):
                         raise
-                    return found  # a torn upload, which its writer did not count as copied
+                    return found  # its writer did not count it as copied
                 if entry.kind == "fence":
                     return found
                 found = [entry] if entry.kind == "snapshot" else [*found, entry]
@@ -6397,11 +6487,11 @@ class Epochs:
         note = _rival_name(claim.prefix)
         limit = max(MAX_MANIFEST, len(self._content))
         there, ours, higher, rival = self.objects.get_all([name, own, next_one, note], limit)
-        if higher is not None:
-            raise self._taken_by(next_one, higher)
+        if higher is not None and (found := self._claimed_above(claim)):
+            raise self._taken_by(*found)
         with contextlib.suppress(CopyDamaged):
             holder = self._claim_in(own, ours)
-            if holder != claim:  # both claimed it at the same moment: leave the holder a note
+            if holder.writer != claim.writer:  # both claimed it at the same moment: leave a note
                 content = pack({"claim": claim._asdict()}, b"", self._vault)
                 self.objects.put(_rival_name(holder.prefix), content)
                 raise self._taken_by(own, ours)
@@ -6411,6 +6501,32 @@ class Epochs:
             LOG.warning(text, self._taken_by(note, rival).holder)
         if there != self._content:
             raise CopyError(f"PUT {name}: {_NOT_STORED}")
+
+    def check_newest(self) -> None:
+        """After a boot's reading: whoever claimed a higher epoch may have deleted what it missed.
+
+        Raises CopyError.
+        """
+        if self._claimed_above(cast(Claim, self.claim)):
+            raise CopyError("another gateway has started since this start began")
+
+    def _claimed_above(self, claim: Claim) -> tuple[str, bytes] | None:
+        """Name and content of a claim for a higher epoch.
+
+        One that was cut off does not count: its writer repeats it, and only then reads our entries.
+        """
+        for epoch in itertools.count(claim.epoch + 1):
+            name = _claim_name(epoch)
+            data = self.objects.get(name, MAX_MANIFEST)
+            if data is None:
+                return None
+            try:
+                unpack(name, data, self._vault)
+            except CopyDamaged as error:
+                if error.cut:
+                    continue
+            return name, data
+        return None
 
     def _taken_by(self, name: str, data: bytes | None) -> CopyTaken:
         with contextlib.suppress(CopyDamaged):
@@ -6425,32 +6541,60 @@ class Epochs:
             return
         prefix = cast(Claim, self.claim).prefix
         position, number = self._snapshots[-1]
-        about = {"position": position, "number": number}
+        about = {"position": position, "number": number, "fenced": self.fences}
         self.objects.put(_manifest_names(prefix)[count % 2], pack(about, b"", self._vault))
         self._announced = count
+        old: list[str] = []
         if count > 2:
             start, end = self._snapshots[-3][0], self._snapshots[-2][0]
-            self._delete(_entry_names(prefix, start, end - start))
+            old = _entry_names(prefix, start, end - start)
+        self._delete(old)
 
     def _delete(self, names: Iterable[str]) -> None:
+        """Delete these objects, and those of earlier calls that the store did not delete."""
+        self._garbage.extend(names)
         try:
-            for name in names if self._deletes else ():
-                self.objects.delete(name)
+            while self._garbage:
+                self.objects.delete(self._garbage[0])
+                self._garbage.popleft()
         except CopyError as error:
-            self._deletes = False
-            LOG.info("remote copy: old objects stay in the store, delete them there: %s", error)
+            if error.status in NO_DELETE:
+                self._garbage = collections.deque(maxlen=0)  # nothing is kept for another try
+                LOG.info("remote copy: old objects stay in the store, delete them there: %s", error)
 
     def sweep(self) -> None:
-        """Delete the entries and manifests of older epochs, which ours replaces. Claims stay."""
-        ours, length = cast(Claim, self.claim), COPY_SEGMENTS + 2
-        for epoch in range(ours.epoch - 1, max(0, ours.epoch - COPY_SWEEP), -1):
+        """Delete what epochs hold that were replaced a day ago or earlier, if we have a snapshot.
+
+        Claims stay, and fences: a writer that was replaced may not have tried an upload since.
+        """
+        ours = cast(Claim, self.claim)
+        older = (n for n in range(ours.epoch - 1, 0, -1) if n not in self._swept)
+        for epoch in itertools.islice(older, COPY_SWEEP if self._announced else 0):
             with contextlib.suppress(CopyDamaged):
-                claim = self.read_claim(epoch)
-                manifest = self._manifest(claim.prefix)
-                if manifest and claim.lineage == ours.lineage:
-                    start, end = max(1, manifest[0] - length), manifest[0] + length
-                    self._delete(_entry_names(claim.prefix, start, end - start))
-                    self._delete([*_manifest_names(claim.prefix), _rival_name(claim.prefix)])
+                after = ours if epoch + 1 == ours.epoch else self.read_claim(epoch + 1)
+                if after.time > self.clock() - COPY_SWEEP_SECONDS:
+                    continue
+                claim, manifest = self._head(self.read_claim(epoch).prefix)
+                if claim.lineage == ours.lineage:
+                    self._sweep_epoch(claim.prefix, manifest)
+                self._swept.add(epoch)
+
+    def _sweep_epoch(self, prefix: str, manifest: Manifest | None) -> None:
+        begin = end = manifest.position if manifest else 1
+        while self._has_entry(_entry_names(prefix, end, 1)[0]):
+            end += 1
+        if manifest or end > begin:
+            # Its writer may have ended before it deleted what was older.
+            start = max(1, begin - 3 * (COPY_SEGMENTS + 2))
+            old = _entry_names(prefix, start, end - start)
+            self._delete([*old, *_manifest_names(prefix), _rival_name(prefix)])
+
+    def _has_entry(self, name: str) -> bool:
+        """Whether the object is there, and no fence."""
+        data = self.objects.get(name, MAX_SNAPSHOT)
+        with contextlib.suppress(CopyDamaged):
+            return data is not None and self._decode(name, data).kind != "fence"
+        return True
 
 
 # --- what a gateway puts there, and when ----------------------------------------------------------
@@ -6592,15 +6736,16 @@ def read_state(entries: Sequence[Entry]) -> Store:
         raise CopyDamaged(str(error).split(". ")[0]) from None  # `wggw check` is for files
 
 
-def totals_since(files: Files, since: int) -> tuple[float, list[TrafficRow]]:
-    """When the snapshot was written, and its totals of peers with a handshake since `since`.
+def totals_since(files: Files, since: int) -> tuple[float, int, list[TrafficRow]]:
+    """When the snapshot was written, its number, and its totals of peers with a handshake since
+    `since`.
 
     Both times are Unix seconds. Raises OSError.
     """
-    written, _, image = files.read_snapshot()
+    written, number, image = files.read_snapshot()
     query = f"{_TRAFFIC} WHERE last_handshake >= ? ORDER BY id"
     with contextlib.closing(open_image(image)) as db:
-        return written, [TrafficRow(*row) for row in db.execute(query, (since,))]
+        return written, number, [TrafficRow(*row) for row in db.execute(query, (since,))]
 
 
 def _outline(prefix: str, entries: Iterable[Entry]) -> tuple[str, list[tuple[str, int]]]:
@@ -6634,20 +6779,28 @@ def choose_lineage(here: str, there: str, wanted: str, url: str) -> str:
 
 
 class Writers:
-    """The file with the writers of the remote copy whose entries the local files contain."""
+    """The file with the writers of the remote copy whose entries the local files contain.
+
+    Words are NAME or NAME:NUMBER. After the NUMBER the files have other records than the writer's
+    entries, because they lost some and went on without the copy.
+    """
 
     def __init__(self, files: Files) -> None:
         self._path, self._disk = files.path + ".writers", files.disk
 
-    def names(self) -> list[str]:
+    def read(self) -> dict[str, int]:
+        """By name: the last record of its entries that the files may contain."""
         try:
-            return Path(self._path).read_text("ascii").split()
+            words = Path(self._path).read_text("ascii").split()
+            parts = [word.partition(":") for word in words]
+            return {name: int(number or MAX_INTEGER) for name, _, number in parts}
         except (OSError, ValueError):
-            return []
+            return {}
 
-    def keep(self, names: Sequence[str]) -> None:
-        """Keep the newest of these names. Raises OSError."""
-        content = " ".join(names[-COPY_SWEEP:]).encode("ascii") + b"\n"
+    def keep(self, writers: Mapping[str, int]) -> None:
+        """Keep the newest of these. Raises OSError."""
+        words = [n if last == MAX_INTEGER else f"{n}:{last}" for n, last in writers.items()]
+        content = " ".join(words[-COPY_SWEEP:]).encode("ascii") + b"\n"
         self._disk.replace(self._path, [content])
 
 
@@ -6695,18 +6848,18 @@ class Copier:
         self.on_taken: Callable[[str], None] = LOG.error
         self._taken: CopyTaken | None = None
         self._backlog = Backlog(COPY_BACKLOG, now=self._clock())
-        self._contained = [epochs.writer]  # the writers whose entries the local files contain
+        self._contained = {epochs.writer: MAX_INTEGER}  # see Writers
         self._attached = False  # whether boot() is done: we have an epoch
         self.found_nothing = False  # no gateway ever wrote a copy
         self._number = -1  # the last record in this epoch; -1: its first snapshot is due
         self._segments = 0  # since the newest snapshot
         self._snapshot_time = 0.0  # of the local snapshot whose totals the copy has
         self._next_totals = 0.0  # monotonic; a long journal makes local snapshots more frequent
-        self._swept = time.monotonic()
+        self._random = secrets.SystemRandom()
+        self._next_sweep = time.monotonic() + self._random.uniform(0, COPY_FIRST_SWEEP)
         self._next_try = 0.0  # monotonic
         self._failure: str | None = None
         self._turn = threading.Lock()
-        self._random = secrets.SystemRandom()
 
     def state(self) -> CopyState:
         claim, remote = self.epochs.claim, self.epochs.objects
@@ -6735,15 +6888,20 @@ class Copier:
         The store is loaded and does not write yet. The newest epoch wins over files that do not
         contain it. Raises CopyError, StartError, and what `check` raises.
         """
-        try:
+        with self._disk_needed():
             self._boot(check, late=False)
+
+    @contextlib.contextmanager
+    def _disk_needed(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             path = self._files.path
             raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
 
     def _boot(self, check: Callable[[Store], None], late: bool) -> None:
         """`late`: the copy did not answer at the start, so the rows are in use already."""
-        own = self._writers.names()
+        own = self._writers.read()
         top, newest = self.epochs.find()
         mine = newest is not None and newest.writer in {*own, self.epochs.writer}
         if late and newest and not mine:
@@ -6759,12 +6917,13 @@ class Copier:
         lineage = choose_lineage(here, there, self._config.lineage, self._config.url)
         claim = self.epochs.propose(top, newest, lineage)
         choose = functools.partial(self._choose, own, lineage, check)
-        looked = self.epochs.read(claim.previous, self._store.number)
+        looked = self.epochs.read(claim.previous, lineage, self._store.number)
         state = choose(*looked)
         if not late:
-            self._writers.keep([*own, self.epochs.writer])
+            self._writers.keep({**own, self.epochs.writer: MAX_INTEGER})
         self.epochs.take(claim)
-        last = self.epochs.read(claim.previous, state.number, close=True)
+        last = self.epochs.read(claim.previous, lineage, state.number, close=True)
+        self.epochs.check_newest()
         if _outline(*last) != _outline(*looked):
             state = choose(*last)
         if state is self._store:
@@ -6773,8 +6932,8 @@ class Copier:
             LOG.info("remote copy: epoch %d begins, with record %d", claim.epoch, state.number)
             self._take(state)
         self._store.lineage = lineage
-        writer = last[0].partition("-")[2]
-        self._contained += [writer] if writer else []
+        if writer := last[0].partition("-")[2]:
+            self._contained[writer] = MAX_INTEGER
         self.found_nothing = not top
         if late:
             self._writers.keep(self._contained)
@@ -6782,19 +6941,19 @@ class Copier:
 
     def _choose(
         self,
-        own: Container[str],
+        own: Mapping[str, int],
         lineage: str,
         check: Callable[[Store], None],
         prefix: str,
         entries: Sequence[Entry],
     ) -> Store:
         """The store if the local files have all that was read, else the copy's state; checked."""
-        writer = prefix.partition("-")[2]
-        if not entries or (writer in own and entries[-1].number <= self._store.number):
+        here = min(own.get(prefix.partition("-")[2], -1), self._store.number)
+        if not entries or entries[-1].number <= here:
             check(self._store)
             return self._store
         if not entries[0].payload:
-            _, entries = self.epochs.read(prefix)
+            _, entries = self.epochs.read(prefix, lineage)
         copy = read_state(entries)
         copy.lineage = lineage
         check(copy)
@@ -6824,8 +6983,15 @@ class Copier:
             )
 
     def go_without(self) -> None:
-        """Start without the copy, which does not answer."""
+        """Start without the copy, which does not answer. Raises StartError.
+
+        If the files have lost records that the copy has, new records get the same numbers.
+        """
         self._store.lineage = self._store.lineage or NO_LINEAGE
+        last = self._store.number
+        if own := self._writers.read():
+            with self._disk_needed():
+                self._writers.keep({name: min(number, last) for name, number in own.items()})
 
     def begin(self) -> Callable[[Sequence[Written]], None]:
         """Begin to follow the store, which is recovered, on disk, and has not changed yet.
@@ -6845,11 +7011,15 @@ class Copier:
         if time.monotonic() >= self._next_try:
             self._try(snapshots=True)
 
-    def finish(self, seconds: float) -> None:
-        """Try to copy the last records when the gateway stops; a snapshot would take too long."""
+    def finish(self, seconds: float) -> bool:
+        """Try to copy the last records when the gateway stops. Whether the copy has them all.
+
+        A snapshot would take too long.
+        """
         last = threading.Thread(target=self._try, args=(False,), daemon=True)
         last.start()
         last.join(seconds)
+        return not last.is_alive() and not self.state().lag_records
 
     def _try(self, snapshots: bool) -> None:
         if self._taken is not None or not self._turn.acquire(blocking=False):
@@ -6886,13 +7056,14 @@ class Copier:
         is_newer = self._snapshot_time != self._files.snapshot_time
         fresh = is_newer and time.monotonic() >= self._next_totals
         due = fresh or self._backlog.lacking_since(self._number) is not None
-        if self._number < self._backlog.begin or (due and self._segments >= COPY_SEGMENTS):
+        is_full = due and snapshots and self._segments >= COPY_SEGMENTS
+        if self._number < self._backlog.begin or is_full:
             if snapshots:
                 self._put_snapshot()
         elif due:
             self._put_segment(records, fresh and snapshots)
-        if time.monotonic() > self._swept + COPY_SWEEP_SECONDS:
-            self._swept = time.monotonic()
+        if snapshots and time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + COPY_SWEEP_SECONDS
             self.epochs.sweep()
 
     def _put_segment(self, records: Sequence[Written], fresh: bool) -> None:
@@ -6900,10 +7071,11 @@ class Copier:
         after, written = self._number, self._snapshot_time
         totals: list[TrafficRow] = []
         if fresh:
-            written, totals = totals_since(
-                self._files, int(self._snapshot_time) - 2 * ONLINE_SECONDS
-            )
+            since = int(self._snapshot_time) - 2 * ONLINE_SECONDS
+            written, number, totals = totals_since(self._files, since)
             self._next_totals = time.monotonic() + self._config.totals_interval
+            if any(r.number > number and b'"traffic":' in r.content for r in records):
+                written, totals = self._snapshot_time, []  # a record has later ones
         if records or totals:
             payload = encode_segment(after, records, totals)
             self._done(self.epochs.append(Entry("segment", after + len(records), payload)))
@@ -16156,9 +16328,8 @@ class Service:
         left.pop(0)
         app.gateway.close()
         left.pop(0)
-        if app.copier:
-            app.copier.finish(STOP_SECONDS)
-        left.clear()
+        if app.copier and app.copier.finish(STOP_SECONDS):
+            left.pop(0)
 
     @staticmethod
     def _start_timers(config: Config, app: App, host: HostMetrics) -> list[Timer]:
@@ -18268,7 +18439,7 @@ def command_copy(arguments: argparse.Namespace) -> int:
         if newest is None:
             raise StartError(f"{config.snapshot_url}: no gateway has written a copy there yet")
         if arguments.action == "verify":
-            prefix, entries = epochs.read(newest.prefix)
+            prefix, entries = epochs.read(newest.prefix, newest.lineage)
             if not entries:
                 raise StartError(
                     f"{config.snapshot_url}: epoch {top} has no state yet: try again in a minute"
@@ -18303,10 +18474,10 @@ def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: C
             f"{store.lineage} to replace the copy"
         )
     writers = Writers(files)
-    writers.keep([*writers.names(), epochs.writer])
+    writers.keep({**writers.read(), epochs.writer: MAX_INTEGER})
     claim = epochs.propose(top, newest, store.lineage)
     epochs.take(claim)
-    epochs.read(claim.previous, close=True)
+    epochs.read(claim.previous, claim.lineage, close=True)
     image = encode_snapshot(files.image(store, store.number), None)
     epochs.append(Entry("snapshot", store.number, image))
     epochs.announce()

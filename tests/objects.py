@@ -43,8 +43,9 @@ class TlsStore(ThreadingHTTPServer):
 
     refuse: 503; stall: no answer; hang up: no answer and the end of the connection; truncate: half
     of what was announced; announce less: half of the length, all of the content; announce more:
-    more than there is, and then nothing; keep half: 200 for an upload of which half is kept;
-    lose the answer: an upload is kept, the connection ends; garbage: no HTTP.
+    more than there is, and then nothing; announce nothing: half of it without a length; keep half:
+    200 for an upload of which half is kept; lose the answer: an upload is kept, the connection
+    ends; garbage: no HTTP.
     """
 
     daemon_threads = True
@@ -85,6 +86,8 @@ class _Objects(BaseHTTPRequestHandler):
         elif fault == "announce more":
             self._answer(200, content, len(content) + 100)
             self.server.ended.wait(60)
+        elif fault == "announce nothing":
+            self._answer(200, content[: len(content) // 2], -1)
         else:
             self._answer(200, content)
 
@@ -118,7 +121,9 @@ class _Objects(BaseHTTPRequestHandler):
     def _answer(self, status: int, content: bytes, announced: int | None = None) -> None:
         self.server.requests.append((self.command, self.path, status))
         self.send_response(status)
-        self.send_header("Content-Length", str(len(content) if announced is None else announced))
+        if announced != -1:
+            length = len(content) if announced is None else announced
+            self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(content)
         self.close_connection = announced not in (None, len(content))

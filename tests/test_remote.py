@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from fakes import FakeDisk, build, do
@@ -185,7 +186,7 @@ def copied(objects: Any, path: Path, vault: Vault | None = None) -> State:
     """What a node with an empty disk would boot from; nothing is written."""
     epochs = Epochs(objects, vault, "nobody", time.time)
     _, newest = epochs.find()
-    entries = epochs.read(newest.prefix)[1] if newest else []
+    entries = epochs.read(newest.prefix, newest.lineage)[1] if newest else []
     return state_of(read_state(entries)) if entries else frozenset()
 
 
@@ -209,7 +210,6 @@ def history(node: Node, tick: Callable[[], None], seen: dict[int, State]) -> Non
             tick()
 
 
-@pytest.mark.parametrize("checks", [True, False])
 @pytest.mark.parametrize("vault", [None, VAULT])
 def test_a_copy_follows_the_store(tmp_path: Path, checks: bool, vault: Vault | None) -> None:
     objects = MemoryObjects(checks)
@@ -312,7 +312,7 @@ def test_few_objects_lie_in_the_store_and_a_boot_reads_few(
         assert copied(objects, tmp_path) == node.state
         _, newest = node.copier.epochs.find()
         assert newest
-        assert len(node.copier.epochs.read(newest.prefix)[1]) <= 11
+        assert len(node.copier.epochs.read(newest.prefix, newest.lineage)[1]) <= 11
 
 
 def test_an_upload_is_one_put_and_nothing_is_asked(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_traffic_totals_alone_are_no_reason_to_upload(tmp_path: Path) -> None:
         assert [method for method, _ in objects.asked] == ["PUT"]
         _, newest = node.copier.epochs.find()
         assert newest
-        copy = read_state(node.copier.epochs.read(newest.prefix)[1])
+        copy = read_state(node.copier.epochs.read(newest.prefix, newest.lineage)[1])
         assert copy.traffic_row(1) == node.store.traffic_row(1)
         assert copy.number == node.store.number
 
@@ -368,7 +368,7 @@ def test_totals_wait_for_their_interval_however_often_local_snapshots_are_writte
         assert [method for method, _ in objects.asked] == ["PUT"] * 3
         _, newest = node.copier.epochs.find()
         assert newest
-        copy = read_state(node.copier.epochs.read(newest.prefix)[1])
+        copy = read_state(node.copier.epochs.read(newest.prefix, newest.lineage)[1])
         assert copy.traffic_row(1) == node.store.traffic_row(1)
 
 
@@ -423,7 +423,6 @@ def _moved(row: TrafficRow, chance: random.Random) -> TrafficRow:
     )
 
 
-@pytest.mark.parametrize("checks", [True, False])
 def test_a_boot_costs_what_the_docs_say(tmp_path: Path, checks: bool) -> None:
     text = (Path(__file__).parent.parent / "docs" / "RAM_BASED.md").read_text()
     [requests] = re.findall(r"A boot needs ([0-9]+) requests when a dozen", text)
@@ -589,6 +588,11 @@ def test_what_a_gateway_refused_healed_or_imported_is_in_the_copy_as_it_is_there
     world.close()
 
 
+@pytest.fixture(params=[True, False], ids=["fences", "looks"])
+def checks(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 def tmp_path_of(path: Path, name: str) -> Path:
     (path / name).mkdir(exist_ok=True)
     return path / name
@@ -720,7 +724,6 @@ def test_the_newest_epoch_wins_over_higher_numbers(
         assert node.state == {*successor, a_peer(60)}
 
 
-@pytest.mark.parametrize("checks", [True, False])
 def test_the_later_of_two_gateways_goes_on(tmp_path: Path, checks: bool) -> None:
     objects = MemoryObjects(checks)
     with Node(tmp_path_of(tmp_path, "a"), objects) as one:
@@ -790,7 +793,6 @@ def test_what_is_uploaded_between_look_and_claim_is_read_and_checked(tmp_path: P
             assert two.state == one.state == checked[-1]
 
 
-@pytest.mark.parametrize("checks", [True, False])
 def test_a_start_that_looked_for_long_takes_no_epoch_from_a_faster_one(
     tmp_path: Path, checks: bool
 ) -> None:
@@ -918,21 +920,189 @@ def test_a_lineage_stays_for_life(tmp_path: Path) -> None:
 # --- what is old, and what is damaged -------------------------------------------------------------
 
 
-def test_old_epochs_are_removed_a_day_later(tmp_path: Path) -> None:
-    objects = MemoryObjects()
+DAY = 86_401.0
+
+
+def left_of(objects: MemoryObjects, epoch: int) -> list[str]:
+    """What an epoch has in the store, besides its claim and a fence."""
+    ours = [n for n in objects.objects if n.startswith(f"{epoch:08d}-")]
+    return [n for n in ours if b'"kind":"fence"' not in objects.objects[n]]
+
+
+def sweep(node: Node) -> None:
+    node.copier._next_sweep = 0.0
+    node.tick()
+
+
+def test_old_epochs_are_removed_a_day_after_they_were_replaced(tmp_path: Path) -> None:
+    objects, now = MemoryObjects(), 1e9
     for life in range(3):
-        with Node(tmp_path, objects) as node:
+        with Node(tmp_path, objects, now=now) as node:
             node.put(a_peer(life + 1))
             node.tick()
             node.tick()
-    assert len({name[:8] for name in objects.entries()}) == 3
-    with Node(tmp_path, objects) as node:
-        node.tick()
-        assert len({name[:8] for name in objects.entries()}) == 4
-        node.copier._swept -= 86_401
-        node.tick()
-        assert {name[:8] for name in objects.entries()} == {"00000004"}
+            now += DAY / 2
+    with Node(tmp_path, objects, now=now) as node:
+        sweep(node)  # before it has a snapshot
+        assert [bool(left_of(objects, n)) for n in (1, 2, 3, 4)] == [False, True, True, True]
+        for _ in range(2):
+            node.now += DAY / 2
+            sweep(node)
+        assert [bool(left_of(objects, n)) for n in (1, 2, 3, 4)] == [False, False, False, True]
         assert copied(objects, tmp_path) == node.state
+
+
+def test_many_starts_leave_nothing_that_a_later_one_does_not_remove(tmp_path: Path) -> None:
+    objects, starts = MemoryObjects(), wggw.COPY_SWEEP + 8
+    for life in range(starts):
+        with Node(tmp_path, objects, now=1e9) as node:
+            node.put(a_peer(life + 1))
+            node.tick()
+    with Node(tmp_path, objects, now=1e9 + DAY) as node:
+        for _ in range(3):
+            node.now += DAY
+            sweep(node)
+    assert [n for n in range(1, starts + 1) if left_of(objects, n)] == []
+
+
+def test_a_replaced_gateway_learns_it_after_its_epoch_was_removed(
+    tmp_path: Path, checks: bool
+) -> None:
+    """It was cut off for a day, or nothing changed in all that time."""
+    objects = MemoryObjects(checks)
+    with Node(tmp_path / "a", objects, now=1e9) as old:
+        old.put(a_peer(1))
+        old.tick()
+        with Node(tmp_path / "b", objects, now=1e9) as new:
+            new.tick()
+            new.now += DAY
+            sweep(new)
+            assert left_of(objects, 1) == []
+            old.put(a_peer(2))
+            old.tick()
+            assert "has taken it over" in str(old.copier.state().failure)
+            assert copied(objects, tmp_path) == new.state
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_gateway_of_another_lineage_that_was_replaced_learns_it(
+    tmp_path: Path, checks: bool, crash: bool
+) -> None:
+    """With `crash` the first one to replace it ends between its claim and the end of the old."""
+    objects = MemoryObjects(checks)
+    with Node(tmp_path / "b") as node:
+        node.put(a_peer(5))
+        node.save()
+        ours = SETTINGS._replace(lineage=node.store.lineage)
+    with Node(tmp_path / "a", objects) as old:
+        old.put(a_peer(1))
+        old.tick()
+        if crash:
+            ending = mock.patch.object(Epochs, "take", side_effect=take_and_end, autospec=True)
+            with ending, pytest.raises(Ended):
+                Node(tmp_path / "b", objects, copy=ours)
+        with Node(tmp_path / "b", objects, copy=ours) as new:
+            new.tick()
+            old.put(a_peer(2))
+            old.tick()
+            assert "has taken it over" in str(old.copier.state().failure)
+            assert copied(objects, tmp_path) == new.state
+
+
+class Ended(BaseException):
+    pass
+
+
+_take = Epochs.take
+
+
+def take_and_end(epochs: Epochs, claim: wggw.Claim) -> None:
+    _take(epochs, claim)
+    raise Ended
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stop_without_a_snapshot_of_its_own_removes_nothing(tmp_path: Path, late: bool) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path / "a", objects, now=1e9) as node:
+        node.put(a_peer(1), a_peer(2))
+        node.tick()
+        expected = node.state
+    with Node(tmp_path / "a", objects, now=1e9 + DAY, boot=not late) as node:
+        node.copier._snapshot = mock.Mock(side_effect=OSError(28, "No space left on device"))
+        node.tick()
+        node.now += 2 * DAY
+        node.copier._next_sweep = 0.0
+        assert not node.copier.finish(10.0)
+        assert copied(objects, tmp_path) == expected
+
+
+def test_numbers_that_were_given_again_are_not_taken_for_what_is_in_the_files(
+    tmp_path: Path,
+) -> None:
+    """The disk lost records that were copied, and a start without the copy used their numbers."""
+    objects = MemoryObjects()
+    with Node(tmp_path / "a", objects, durability="interval") as node:
+        node.put(a_peer(1))
+        node.save()
+        node.tick()
+        kept = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+        node.put(a_peer(2), a_peer(3))
+        node.put(a_peer(4))
+        node.tick()
+        expected = node.state
+    for path, content in kept.items():
+        path.write_bytes(content)
+    with Node(tmp_path / "a", objects, boot=False) as node:
+        for number in range(10, 20):
+            node.put(a_peer(number))
+        node.tick()
+        assert "is not in the files here" in str(node.copier.state().failure)
+        own = node.state
+    with Node(tmp_path / "a", objects) as node:
+        assert node.state == expected
+        assert superseded(tmp_path / "a") == own
+
+
+def test_a_claim_that_arrives_late_is_no_other_gateways(tmp_path: Path) -> None:
+    """Its upload had no answer, so it was repeated; time went on in between."""
+    objects, late = MemoryObjects(checks=False), list[bytes]()
+    put, now = objects.put, itertools.count(10**9)
+
+    def lose_the_first(name: str, content: bytes, create: bool = False) -> bool:
+        if name.startswith("claim") and not late:
+            late.append(content)
+            raise CopyError("no answer")
+        return put(name, content, create)
+
+    objects.put = lose_the_first  # type: ignore[method-assign]
+    files, store = Files(str(tmp_path / "db"), "commit", FakeDisk(), VAULT), Store()
+    epochs = Epochs(objects, VAULT, "a", lambda: next(now))  # type: ignore[arg-type]
+    copier = Copier(epochs, store, files, lambda: None, SETTINGS)
+    with pytest.raises(CopyError):
+        copier.boot(lambda state: None)
+    copier.boot(lambda state: None)
+    objects.objects["claim-00000001"] = late[0]
+    files.begin(store)
+    copier.begin()
+    copier.tick()
+    assert copier.state().failure is None
+    files.journal.close()
+
+
+def test_a_claim_that_was_torn_is_nobodys_and_one_above_it_counts(tmp_path: Path) -> None:
+    objects = MemoryObjects(checks=False)
+    with Node(tmp_path / "a", objects) as old:
+        objects.objects["claim-00000002"] = objects.objects["claim-00000001"][:-5]
+        old.put(a_peer(1))
+        old.tick()
+        assert old.copier.state().failure is None
+        with Node(tmp_path / "b", objects) as new:
+            assert new.copier.state().epoch == 3
+            assert new.state == old.state
+            old.put(a_peer(2))
+            old.tick()
+            assert "b (epoch 3) has taken it over" in str(old.copier.state().failure)
 
 
 def test_a_store_that_deletes_nothing_is_good_enough(
@@ -942,15 +1112,182 @@ def test_a_store_that_deletes_nothing_is_good_enough(
     objects = MemoryObjects()
 
     def refuse(name: str) -> None:
-        raise CopyError("DELETE: status 405")
+        raise CopyError("DELETE: status 405", 405)
 
-    objects.delete = refuse  # type: ignore[method-assign]
+    objects.delete = mock.Mock(side_effect=refuse)  # type: ignore[method-assign]
     with Node(tmp_path, objects) as node:
         for number in range(1, 20):
             node.put(a_peer(number))
             node.tick()
         assert node.copier.state().failure is None
         assert copied(objects, tmp_path) == node.state
+    assert objects.delete.call_count == 1
+
+
+def test_what_a_store_did_not_delete_is_deleted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw, "COPY_SEGMENTS", 2)
+    objects = MemoryObjects()
+    counts = list[int]()
+    with Node(tmp_path, objects) as node:
+        for number in range(1, 60):
+            node.put(a_peer(number))
+            if number == 20:
+                delete, objects.delete = objects.delete, mock.Mock(side_effect=CopyError("slow"))  # type: ignore[method-assign]
+            if number == 40:
+                objects.delete = delete  # type: ignore[method-assign]
+            node.tick()
+            counts.append(len(objects.entries()))
+        assert node.copier.state().failure is None
+    assert max(counts[-10:]) <= max(counts[:19]) < max(counts[19:40])
+
+
+def test_what_a_crash_left_undeleted_is_removed_with_the_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw, "COPY_SEGMENTS", 4)
+    objects = MemoryObjects()
+    delete = objects.delete
+    with Node(tmp_path, objects, now=1e9) as node, pytest.raises(Ended):
+        for number in range(1, 100):
+            if number == 25:
+                objects.delete = mock.Mock(side_effect=Ended)  # type: ignore[method-assign]
+            node.put(a_peer(number))
+            node.tick()
+    objects.delete = delete  # type: ignore[method-assign]
+    with Node(tmp_path, objects, now=1e9) as node:
+        node.tick()
+        node.now += DAY
+        sweep(node)
+        assert left_of(objects, 1) == []
+
+
+def test_a_stop_copies_the_last_records_however_many_segments_there_are(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path / "a", objects) as node:
+        node.tick()
+        for number in range(1, wggw.COPY_SEGMENTS + 1):
+            node.put(a_peer(number))
+            node.tick()
+        node.put(a_peer(100))
+        assert node.copier.finish(10.0)
+        assert copied(objects, tmp_path) == node.state
+        node.put(a_peer(101))
+        objects.fail_at, objects.until = objects.calls + 1, objects.calls + 100
+        assert not node.copier.finish(10.0)
+
+
+def test_a_writer_without_fences_replaces_none_that_relies_on_them(tmp_path: Path) -> None:
+    """A proxy refuses conditional PUTs to one gateway, and the other one gets them."""
+    objects = MemoryObjects()
+    with Node(tmp_path / "a", objects) as old:
+        old.put(a_peer(1))
+        old.tick()
+        behind = MemoryObjects()
+        behind.objects = objects.objects
+        put = behind.put
+
+        def refuse(name: str, content: bytes, create: bool = False) -> bool:
+            if create:
+                raise CopyError("status 501", 501)
+            return put(name, content)
+
+        behind.put = refuse  # type: ignore[method-assign]
+        with pytest.raises(CopyError, match="conditional"):
+            Node(tmp_path / "b", behind)
+        old.put(a_peer(2))
+        old.tick()
+        assert old.copier.state().failure is None
+        assert copied(objects, tmp_path) == old.state
+
+
+def test_totals_never_go_back_behind_a_record(tmp_path: Path) -> None:
+    """The local snapshot, whose totals a segment gets, is older than the segment's records."""
+    objects, now = MemoryObjects(), int(time.time())
+    with Node(tmp_path / "a", objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+        node.do(Record(traffic=[TrafficRow(1, 100, 100, 100, 100, now)]))
+        node.save()
+        node.do(Record(put=[a_peer(1)], traffic=[TrafficRow(1, 900, 900, 900, 900, now)]))
+        node.tick()
+        _, newest = node.copier.epochs.find()
+        assert newest is not None
+        copy = read_state(node.copier.epochs.read(newest.prefix, newest.lineage)[1])
+        assert copy.traffic_row(1) == node.store.traffic_row(1)
+
+
+def test_what_no_boot_would_read_is_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path, objects) as node:
+        node.tick()
+        before = copied(objects, tmp_path)
+        monkeypatch.setattr(wggw, "MAX_SNAPSHOT", 100_000)
+        node.put(*map(a_peer, range(1, 2000)))
+        node.tick()
+        state = node.copier.state()
+        assert state.lag_records == 1 and "which no boot reads" in str(state.failure)
+        assert copied(objects, tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": "2"}, {"epoch": 1}, {"epoch": 2.5}, {"time": None}, {"writer": None},
+        {"lineage": 3}, {"node": []}, {"previous": 7}, {"previous": "00000002-ffff"},
+        {"previous": "x"}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_a_claim_that_no_gateway_puts_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path / "a", objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+        claim = {**node.copier.epochs.claim._asdict(), "epoch": 2}  # type: ignore[union-attr]
+    objects.objects["claim-00000002"] = wggw.pack({"claim": claim | change}, b"", None)
+    with pytest.raises(CopyDamaged, match="claim-00000002"):
+        Node(tmp_path / "b", objects)
+
+
+@pytest.mark.parametrize("position", ["1", 1.0, -3, 0, None])
+def test_a_manifest_that_no_gateway_puts_is_refused(tmp_path: Path, position: Any) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path / "a", objects) as node:
+        for number in range(3):
+            node.put(a_peer(number + 1))
+            node.copier._number = -1
+            node.save()
+            node.tick()
+    for name in objects.objects:
+        if "manifest" in name:
+            objects.objects[name] = wggw.pack({"position": position, "number": 1}, b"", None)
+    with pytest.raises(CopyDamaged, match="manifest"):
+        Node(tmp_path / "b", objects)
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+def test_of_the_newest_entry_only_the_beginning_may_be_missing_in_silence(
+    tmp_path: Path, is_torn: bool
+) -> None:
+    """A store without checksums may tear an upload, which then was not counted as copied."""
+    objects = MemoryObjects(checks=False)
+    with Node(tmp_path / "a", objects) as node:
+        for number in (1, 2, 3):
+            node.put(a_peer(number))
+            node.tick()
+    last = objects.entries()[-1]
+    data = objects.objects[last]
+    changed = data[:-9] if is_torn else data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+    objects.objects[last] = changed
+    if is_torn:
+        with Node(tmp_path / "b", objects) as node:
+            assert {peer.id for peer in node.state} == {1, 2}
+    else:
+        with pytest.raises(CopyDamaged, match=last):
+            Node(tmp_path / "b", objects)
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -1178,7 +1515,7 @@ def test_a_wrong_token_and_an_unknown_certificate_are_errors(
     ("method", "fault"),
     [
         *(("GET", f) for f in ("refuse", "stall", "hang up", "truncate", "announce more")),
-        ("GET", "garbage"),
+        *(("GET", f) for f in ("garbage", "announce nothing")),
         *(("PUT", f) for f in ("refuse", "stall", "hang up", "lose the answer")),
         ("PUT", "garbage"),
     ],
@@ -1207,6 +1544,37 @@ def test_an_answer_that_announces_less_than_it_has_is_noticed(server: TlsStore) 
     server.fault = lambda method, name: "announce less" if method == "GET" else ""
     with pytest.raises(CopyDamaged):
         wggw.unpack("a", objects.get("a", 1000), None)
+
+
+def test_connections_that_a_firewall_forgot_cost_one_timeout(
+    server: TlsStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = connect(server)
+    objects.get_all([str(number) for number in range(8)], 1000)
+    kept = list(objects._idle)
+    monkeypatch.setattr(wggw, "COPY_TIMEOUT", 0.5)
+    for connection in kept:
+        connection.sock.settimeout(0.5)
+    forgotten = ["stall"]
+    server.fault = lambda method, name: forgotten.pop() if forgotten else ""
+    assert objects.put("a", b"x") and not forgotten
+    assert not set(objects._idle) & set(kept)
+
+
+def test_what_no_store_says_is_not_taken_for_an_absent_object() -> None:
+    """S3 names the reason: a proxy's page is another thing."""
+    for checks, code, absent in (
+        (True, b"<Code>NoSuchKey</Code>", True), (True, b"", False),
+        (True, b"<Code>NoSuchBucket</Code>", False), (False, b"", True),
+    ):  # fmt: skip
+        objects = ObjectStore("https://s3.example.org", lambda *_: {}, checks)
+        answer = mock.Mock(return_value=(404, code))
+        with mock.patch.object(objects, "_exchange", answer):
+            if absent:
+                assert objects.get("a", 100) is None
+            else:
+                with pytest.raises(CopyError, match="404"):
+                    objects.get("a", 100)
 
 
 def test_a_drip_of_bytes_does_not_get_around_the_deadline(

@@ -15,7 +15,7 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -131,7 +131,7 @@ class Disk:
         self.lineage = ""
         self.number = 0
         self.peers: set[int] = set()
-        self.names: list[str] = []
+        self.writers: dict[str, int] = {}
 
 
 class Rows:
@@ -168,11 +168,11 @@ class ModelWriters:
     def __init__(self, disk: Disk) -> None:
         self.disk = disk
 
-    def names(self) -> list[str]:
-        return list(self.disk.names)
+    def read(self) -> dict[str, int]:
+        return dict(self.disk.writers)
 
-    def keep(self, names: Sequence[str]) -> None:
-        self.disk.names = list(names)
+    def keep(self, writers: Mapping[str, int]) -> None:
+        self.disk.writers = dict(writers)
 
 
 def open_state(data: bytes, segments: Any, name: str) -> Rows:
@@ -194,7 +194,9 @@ def open_state(data: bytes, segments: Any, name: str) -> Rows:
 def _of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wggw, "Writers", lambda files: ModelWriters(files.disk))
     monkeypatch.setattr(wggw, "open_state", open_state)
-    monkeypatch.setattr(wggw, "totals_since", lambda files, since: (files.snapshot_time, []))
+    monkeypatch.setattr(wggw, "totals_since", lambda files, since: (files.snapshot_time, 0, []))
+    for name in ("COPY_FIRST_SWEEP", "COPY_SWEEP_SECONDS"):  # old epochs go at once
+        monkeypatch.setattr(wggw, name, 0.0)
 
 
 def apply(peers: set[int], record: dict[str, int]) -> None:
