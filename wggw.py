@@ -9293,15 +9293,20 @@ class ClassedBackend:
         with self._lock:
             come: set[Member] = set()
             gone = set(self._strays)
+            meanwhile: dict[bytes, set[Member]] = {}  # old and new members, until the old ones go
             for key, peer in changes:
                 members = members_of(peer)
-                before = self._held.pop(key, set())
-                if members:
-                    self._held[key] = members | before
+                before = meanwhile.get(key) or self._held.get(key, set())
+                meanwhile[key] = members | before
                 come |= members - before
                 gone |= before - members
             self._changes += 1
-            self._table.add(come)
+            try:
+                self._table.add(come)
+            except BackendError:  # some may be there now; the next try adds all of them again
+                self._strays |= come.difference(itertools.chain.from_iterable(self._held.values()))
+                raise
+            self._held.update((key, members) for key, members in meanwhile.items() if members)
         try:
             self._inner.apply(changes)
         except BackendError:
@@ -9314,8 +9319,10 @@ class ClassedBackend:
             return
         with self._lock:
             for key, peer in changes:
-                if key in self._held:
-                    self._held[key] = members_of(peer)
+                if members := members_of(peer):
+                    self._held[key] = members
+                else:
+                    self._held.pop(key, None)
             gone -= {member for key, _ in changes for member in self._held.get(key, ())}
             self._table.remove(list(gone))
             self._strays = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import random
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ class FakeTable(wggw.ClassTable):
         super().__init__(CLASSES, [])
         self.members: set[Member] = set()
         self.there = True
+        self.adds_until_failure = sys.maxsize  # so many members are still added
 
     def set_up(self) -> None:
         self.there = True
@@ -35,7 +37,11 @@ class FakeTable(wggw.ClassTable):
         return self.there
 
     def add(self, members: Iterable[Member]) -> None:
-        self.members.update(members)
+        for member in members:
+            if not self.adds_until_failure:
+                raise BackendError("nftables: No such file or directory")
+            self.adds_until_failure -= 1
+            self.members.add(member)
 
     def remove(self, members: Sequence[Member]) -> None:
         self.members.difference_update(members)
@@ -119,6 +125,27 @@ def test_a_change_that_the_interface_refuses_leaves_no_member_behind(
         with pytest.raises(BackendError):
             put(backend, change)
         assert table.members == wanted(peer(2, "slow"))
+
+
+@pytest.mark.parametrize("added", [0, 1])
+def test_a_class_that_was_not_set_is_set_by_the_next_try(
+    backend: ClassedBackend, inner: FakeBackend, table: FakeTable, added: int
+) -> None:
+    """Whatever part of the members was added before the failure."""
+    put(backend, peer(2, "slow"), peer(4, "fast"))
+    for change in (
+        [Change(bytes([2]) * 32, None), Change(bytes([3]) * 32, peer(3, "slow", address=2))],
+        [Change(bytes([5]) * 32, peer(5, "fast"))],
+    ):
+        table.adds_until_failure = added
+        with pytest.raises(BackendError):
+            backend.apply(change)
+        table.adds_until_failure = sys.maxsize
+        drop(backend, 9)  # another peer's change removes what nobody has, and no more
+        assert table.members == wanted(*inner.peers.values())
+        backend.apply(change)
+        assert table.members == wanted(*inner.peers.values())
+    assert held(backend) == {peer(3, "slow", address=2), peer(4, "fast"), peer(5, "fast")}
 
 
 def test_a_peer_is_not_put_where_its_limit_cannot_be(
