@@ -47,7 +47,8 @@ Laws
     5. The cost of a request about one peer does not depend on the number of peers.
     6. No request starts a process; no outside input ever reaches a shell.
     7. The gateway changes and removes only what it made: interfaces with its mark as their alias,
-       the nftables tables `inet wggw` and `inet wggw_classes`, ufw rules with the comment "wggw".
+       the nftables tables `inet wggw` and `inet wggw_classes` with its mark as their comment, ufw
+       rules with the comment "wggw".
        Besides, it turns forwarding on (and sets accept_ra for that), and never off.
 
 The files on disk
@@ -8979,6 +8980,7 @@ def render_ruleset(
         ],
     }
     lines = [f"table {TABLE}", f"delete table {TABLE}", f"table {TABLE} {{"]
+    lines.append(f"  {table_comment(tunnels[0].mark)};")
     if config.limit_ssh:
         lines += [f"  set {name} {{ type {kind}; {LIMIT_SET} }}" for name, kind, _ in LIMITED]
     for head, rules in chains.items():
@@ -9006,13 +9008,34 @@ def run_tool(*command: str, given: str = "") -> str:
     return done.stdout
 
 
-def current_table() -> str:
+def table_comment(mark: str) -> str:
+    """The words in nft that put a gateway's mark on its table, or a hash of a mark that cannot be
+    there: nft allows 128 bytes, and no quotation marks."""
+    if '"' in mark or len(os.fsencode(mark)) > 128:
+        mark = f"{MARK} {hashlib.sha256(os.fsencode(mark)).hexdigest()}"
+    return f'comment "{mark}"'
+
+
+def replace_table(name: str, text: str, mark: str) -> bool:
+    """Give nft the text that makes our table; returns whether it changed. Raises BackendError,
+    also if the table is another gateway's."""
+    before = current_table(name)
+    if other := other_gateway(before, mark):
+        raise BackendError(
+            f"table {name} belongs to the gateway of interfaces with the mark {other!r}: run this "
+            "gateway in another network namespace, or `wggw net down` for the other one"
+        )
+    run_tool("nft", "-f", "-", given=text)
+    return current_table(name) != before
+
+
+def current_table(name: str = TABLE) -> str:
     """Our table as nft prints it, without its sets' elements; empty if there is none.
 
     Raises BackendError.
     """
     try:
-        return run_tool("nft", "-s", "-t", "list", "table", *TABLE.split())
+        return run_tool("nft", "-s", "-t", "list", "table", *name.split())
     except BackendError as error:
         if "No such file or directory" in str(error) and tool("nft"):
             return ""
@@ -9059,13 +9082,16 @@ class Member(NamedTuple):
 def render_classes(
     classes: Mapping[str, ServiceClass], tunnels: Sequence[InterfaceSettings]
 ) -> str:
-    """The text for `nft -f -` that replaces the rules and keeps the members of the classes.
+    """The text for `nft -f -` that replaces the rules and keeps the members of the classes, or
+    removes the table if there are no classes.
 
     The token buckets are emptied: an existing one would keep its former rate.
     """
     table = CLASS_TABLE
+    if not classes:
+        return f"add table {table}\ndelete table {table}\n"
     names = _nft_set(f'"{tunnel.name}"' for tunnel in tunnels)
-    made = [f"add table {table}"]
+    made = [f"add table {table} {{ {table_comment(tunnels[0].mark)}; }}"]
     rules: list[str] = []
     for name, limits in classes.items():
         made += [f"add counter {table} {name}.{what}" for what in CLASS_COUNTERS]
@@ -9166,38 +9192,44 @@ class ClassTable:
     def change(self, classes: Mapping[str, ServiceClass]) -> None:
         """Put other classes in force. Raises BackendError; then the former ones stay in force."""
         text = render_classes(classes, self._tunnels)
-        run_tool("nft", "-f", "-", given=text)
+        replace_table(CLASS_TABLE, text, self._tunnels[0].mark)
         self._classes, self._text, self.failure = classes, text, ""
 
     def set_up(self) -> None:
-        """Make the rules unless they exist; otherwise `failure` says why that was impossible."""
-        if not self._classes:
-            return
+        """Make the rules unless they exist, or remove those of former classes if there are none
+        now; otherwise `failure` says why that was impossible."""
         try:
             if not self.alive():
                 self.change(self._classes)
             self.failure = ""
         except BackendError as error:
             self.failure = str(error)
-            LOG.error("service classes are not in force, peers with a class are refused: %s", error)
+            words = "service classes are not in force, peers with a class are refused"
+            if not self._classes:
+                words = "the rules of former service classes stay in force"
+            LOG.error("%s: %s", words, error)
 
     def alive(self) -> bool:
-        """Whether the rules exist; it also reads what they dropped. Raises BackendError."""
-        if not self._classes:
-            return True
+        """Whether exactly the rules of the classes exist; it also reads what they dropped.
+
+        Raises BackendError.
+        """
         table = nl_attribute(NFTA_OBJ_TABLE, _CLASS_TABLE_NAME)  # and NFTA_RULE_TABLE
         try:
             rules = self._dump(NFT_MSG_GETRULE, nfgenmsg(NFPROTO_INET) + table)
             counter = nl_attribute(NFTA_OBJ_TYPE, struct.pack(">I", NFT_OBJECT_COUNTER))
             counters = self._dump(NFT_MSG_GETOBJ, nfgenmsg(NFPROTO_INET) + table + counter)
-        except NetlinkError as error:
-            if error.errno == errno.ENOENT:
+        except BackendError as error:
+            if not self._classes:
+                return True  # a kernel without nftables has no rules
+            if isinstance(error, NetlinkError) and error.errno == errno.ENOENT:
                 return False
             raise
         self.dropped = dict(decode_counters(counters))
         counters_needed = len(CLASS_COUNTERS) * len(self._classes)
         rules_needed = self._text.count("\nadd rule ")
-        return len(rules) == rules_needed and len(self.dropped) >= counters_needed
+        enough_counters = len(self.dropped) >= counters_needed if self._classes else not counters
+        return len(rules) == rules_needed and enough_counters
 
     def add(self, members: Collection[Member]) -> None:
         """Existing members stay. Raises BackendError; some may have been added then."""
@@ -9512,18 +9544,13 @@ def net_up(
     The rules come first: no packet is ever forwarded without them. The caller has claimed the
     interfaces that exist already.
     """
-    before = current_table()
-    if other := other_gateway(before, links[0].mark):
-        raise BackendError(
-            f"table {TABLE} belongs to the gateway of interfaces with the mark {other!r}: run this "
-            "gateway in another network namespace, or `wggw net down` for the other one"
-        )
     uplinks = [link.name for link in find_uplinks(tunnels)]
-    run_tool("nft", "-f", "-", given=render_ruleset(config, tunnels, uplinks))
-    if current_table() != before:
-        yield f"nftables: table {TABLE}"
-    if config.service_classes:
-        run_tool("nft", "-f", "-", given=render_classes(config.service_classes, tunnels))
+    for name, text in (
+        (TABLE, render_ruleset(config, tunnels, uplinks)),
+        (CLASS_TABLE, render_classes(config.service_classes, tunnels)),
+    ):
+        if replace_table(name, text, tunnels[0].mark):
+            yield f"nftables: table {name}"
     if ufw_is_active():
         yield from align_ufw(ufw_rules(config, tunnels))
     yield from turn_on_forwarding(tunnels)
@@ -9550,21 +9577,26 @@ def net_down(
             f"{found.name} stays: it does not carry this gateway's mark, {mark!r}"
             + (f", but {found.alias!r}" if found.alias else "")
         )
-    table = current_table() if tool("nft") else ""
-    if other := other_gateway(table, mark):
-        yield f"nftables: table {TABLE} stays: it belongs to the gateway with the mark {other!r}"
-        return
-    if table:
-        text = f"delete table {TABLE}; add table {CLASS_TABLE}; delete table {CLASS_TABLE}"
-        run_tool("nft", "-f", "-", given=text)
-        yield f"nftables: table {TABLE} removed"
-    if ufw_is_active():
+    for name in (TABLE, CLASS_TABLE) if tool("nft") else ():
+        table = current_table(name)
+        if other := other_gateway(table, mark):
+            yield f"nftables: table {name} stays: it belongs to the gateway with the mark {other!r}"
+            return
+        if table:
+            run_tool("nft", "delete", "table", *name.split())
+            yield f"nftables: table {name} removed"
+    if tool("ufw"):  # an inactive one keeps its rules until it is active again
         yield from align_ufw([])
     yield "forwarding stays on until the next boot: something else may need it"
 
 
 def other_gateway(table: str, mark: str) -> str:
-    """The mark of another gateway if the table has its interfaces, else "". BackendError."""
+    """The mark of another gateway if it made the table, else "". Raises BackendError.
+
+    A table of an older version has no mark; it is another gateway's if it names its interfaces.
+    """
+    if found := re.search(r'^\t(comment "(.*)")$', table, re.MULTILINE):
+        return "" if found[1] == table_comment(mark) else found[2]
     names = names_of_table(table)
     _, others = links_to_remove(mark, (), recognise_none) if names else ([], [])
     return next((found.alias for found in others if found.name in names), "")
@@ -9653,12 +9685,15 @@ def look_at_network(config: Config, tunnels: Sequence[InterfaceSettings]) -> Ite
 
 
 def _look_at_classes(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
-    if not config.service_classes:
-        return
     with contextlib.closing(ClassTable(config.service_classes, tunnels)) as table:
         if not table.alive():
+            text = "the rules are missing"
+            if not config.service_classes:
+                text = f"there are none, but table {CLASS_TABLE} has the rules of former ones"
             todo = "run `wggw net up`, or restart the gateway"
-            yield Finding("service classes", "the rules are missing", todo, True)
+            yield Finding("service classes", text, todo, True)
+            return
+        if not config.service_classes:
             return
         table.read()
         counts = ", ".join(f"{name} {table.addresses[name]}" for name in config.service_classes)

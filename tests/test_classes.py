@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import random
 import sys
 import threading
@@ -20,12 +21,14 @@ SUBNETS = [ipaddress.ip_network("10.7.0.0/24"), ipaddress.ip_network("fd07::/64"
 NAMES = ("slow", "fast")
 CLASSES = {name: wggw.ServiceClass(1000, None, None) for name in NAMES}
 
+TUNNELS = wggw.interface_settings(wggw.load_config({}, os.devnull, key_needed=False))
+
 
 class FakeTable(wggw.ClassTable):
     """The kernel's sets as a set."""
 
     def __init__(self) -> None:
-        super().__init__(CLASSES, [])
+        super().__init__(CLASSES, TUNNELS)
         self.members: set[Member] = set()
         self.there = True
         self.adds_until_failure = sys.maxsize  # so many members are still added
@@ -151,7 +154,7 @@ def test_a_class_that_was_not_set_is_set_by_the_next_try(
 def test_a_peer_is_not_put_where_its_limit_cannot_be(
     inner: FakeBackend,
 ) -> None:
-    table = wggw.ClassTable(CLASSES, [])
+    table = wggw.ClassTable(CLASSES, TUNNELS)
     table.failure = "nft is missing"
     backend = ClassedBackend(inner, table, SUBNETS)
     with pytest.raises(BackendError, match="service classes are not in force: nft is missing"):

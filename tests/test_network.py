@@ -121,6 +121,10 @@ def test_ufw_is_never_without_the_rule_that_a_new_one_replaces(
     wanted = ["allow from 192.0.2.7 to any port 8000 proto tcp"]
     assert len(list(wggw.align_ufw(wanted))) == 2
     assert calls[1:] == [f"ufw {wanted[0]} comment wggw", "ufw delete allow 8000/tcp"]
+    calls.clear()
+    monkeypatch.setattr(wggw, "tool", lambda name: name if name == "ufw" else None)
+    assert len(list(wggw.net_down("wggw .env", (), wggw.recognise_none, True))) == 2
+    assert calls == ["ufw show added", "ufw delete allow 8000/tcp"]  # also from an inactive one
 
 
 # --- what else blocks -----------------------------------------------------------------------------
@@ -404,17 +408,54 @@ def test_down_goes_by_the_mark_and_needs_no_settings(host: Host, broken: str | N
 
 
 @pytest.mark.real
-def test_table_of_another_gateway_stays(host: Host) -> None:
-    assert host.net("up")[0] == 0
+@pytest.mark.parametrize("has_mark", [True, False])
+def test_table_of_another_gateway_stays(host: Host, has_mark: bool) -> None:
+    """Its mark is on it; one of an older version has none, but its interfaces have."""
+    classes = {"SERVICE_CLASSES": '{"slow":{"down":"1mbit"}}'}
+    assert host.net("up", **classes)[0] == 0
+    mark = f"wggw {host.settings}"
+    if not has_mark:
+        lines = [line for line in host.table().splitlines() if "comment" not in line]
+        host.settings.write_text("\n".join(["flush ruleset", *lines, ""]))
+        assert host.run("nft", "-f", str(host.settings)).returncode == 0
+        assert host.run("ip", "tuntap", "add", "dev", "wg0", "mode", "tun").returncode == 0
+        assert host.run("ip", "link", "set", "dev", "wg0", "alias", mark).returncode == 0
     table = host.table()
-    assert host.run("ip", "tuntap", "add", "dev", "wg0", "mode", "tun").returncode == 0
-    mark = "wggw /elsewhere/.env"
-    assert host.run("ip", "link", "set", "dev", "wg0", "alias", mark).returncode == 0
+    assert ("comment" in table) == has_mark
+    host.settings = host.settings.with_name("another")
     code, text = host.net("up", WG_INTERFACE="wg1")
     assert (code, f"with the mark {mark!r}" in text) == (1, True), text
     code, text = host.net("down", WG_INTERFACE="wg1")
     assert (code, "table inet wggw stays" in text) == (0, True), text
     assert host.table() == table
+
+
+@pytest.mark.parametrize("path", ["/etc/wggw/wggw.env", "/" + 123 * "x", '/the "new" one'])
+def test_a_mark_that_nft_cannot_take_is_a_hash(path: str) -> None:
+    comment = wggw.table_comment(f"wggw {path}")
+    assert (path in comment) == (path == "/etc/wggw/wggw.env")
+    assert comment.count('"') == 2 and len(comment) <= len('comment ""') + 128
+    table = f"table inet wggw {{\n\t{comment}\n}}\n"
+    assert wggw.other_gateway(table, f"wggw {path}") == ""
+    assert wggw.other_gateway(table, "wggw /elsewhere/.env") in comment
+
+
+@pytest.mark.real
+def test_classes_go_with_their_setting_and_with_the_gateway(host: Host) -> None:
+    classes = {"SERVICE_CLASSES": '{"slow":{"down":"1mbit"}}'}
+    code, text = host.net("up", **classes)
+    assert (code, "nftables: table inet wggw_classes" in text) == (0, True), text
+    assert host.net("up", **classes) == (0, "")
+    code, text = host.net("show")
+    former = "WRONG  service classes: there are none, but table inet wggw_classes has the rules"
+    assert former in text
+    assert host.net("up")[0] == 0
+    assert "wggw_classes" not in host.table() and former not in host.net("show")[1]
+    assert host.net("up", **classes)[0] == 0
+    assert host.run("nft", "delete table inet wggw").returncode == 0
+    code, text = host.net("down", **classes)
+    assert (code, "table inet wggw_classes removed" in text) == (0, True), text
+    assert host.table() == ""
 
 
 @pytest.mark.real

@@ -306,6 +306,20 @@ def test_classes_are_changed_by_sighup(
     assert "gold.down.4" in rules(topology) and len(members(topology, "slow")) == 1
 
 
+def test_former_classes_limit_nobody(
+    topology: Topology, gateway: GatewayProcess, client: Client
+) -> None:
+    assert "@slow" in rules(topology)
+    gateway.stop()
+    write_classes(gateway.directory, {})
+    gateway.start()
+    assert "wggw_classes" not in topology.gateway.run("nft", "list", "tables")
+    reload_with(gateway, CLASSES)
+    wait_for(lambda: "wggw_classes" in topology.gateway.run("nft", "list", "tables"))
+    reload_with(gateway, {})
+    wait_for(lambda: "wggw_classes" not in topology.gateway.run("nft", "list", "tables"))
+
+
 def reload_with(gateway: GatewayProcess, classes: dict[str, Any]) -> None:
     write_classes(gateway.directory, classes)
     assert gateway.process is not None
