@@ -16721,6 +16721,10 @@ _NAME_LINE = re.compile(r"(?:friendly_name|name)\s*[=:]\s*(.*)", re.IGNORECASE)
 _SERVER_LINES = frozenset({"address", "listenport", "privatekey", "mtu", "fwmark", "saveconfig"})
 _PEER_LINES = frozenset({"publickey", "presharedkey", "allowedips"})
 _UNUSED_PEER_LINES = frozenset({"endpoint", "persistentkeepalive", "advancedsecurity"})
+_KNOWN_LINES = frozenset(
+    {"dns", "table", "preup", "postup", "predown", "postdown", *_AWG_LINES}
+    | _SERVER_LINES | _PEER_LINES | _UNUSED_PEER_LINES
+)  # fmt: skip
 
 
 def read_wg_file(text: str) -> FoundState:
@@ -16772,8 +16776,15 @@ def read_wg_file(text: str) -> FoundState:
 
 
 def _name_in(comment: str) -> str:
-    """The peer's name in a comment, without the marks that some programs add, or ""."""
+    """The peer's name in a comment, without the marks that some programs add, or "".
+
+    A line that was commented out is no name: it may hold a client's private key.
+    """
     text = comment.strip("# \t")
+    line_name = text.partition("=")[0].strip().lower()
+    is_section = text.lower().startswith(("[interface]", "[peer]"))
+    if line_name in _KNOWN_LINES or is_section or _KEY.search(text):
+        return ""
     match = _NAME_LINE.fullmatch(text)
     if match:
         return match[1].strip()

@@ -153,6 +153,12 @@ def test_peer_that_cannot_be_taken_has_the_reason(text: str, reason: str) -> Non
         ("# one\n[Peer]\n# friendly_name: laptop", "laptop"),
         ("### end other ###\n[Peer]", None),
         ("#\n[Peer]", None),
+        ("# PrivateKey = secret\n[Peer]", None),
+        ("#presharedkey=secret\n# jc = 4\n# PostUp = run\n# DNS=1.1.1.1\n[Peer]", None),
+        ("# laptop\n# PrivateKey = secret\n[Peer]", "laptop"),
+        ("# [Peer]\n# AllowedIPs = 10.8.0.9\n[Peer]", None),
+        ("[Peer] # PrivateKey = secret", None),
+        (f"# its key is {KEYS[0]}\n[Peer]", None),
     ],
 )
 def test_comment_is_a_peers_name(text: str, label: str | None) -> None:
