@@ -8995,7 +8995,8 @@ def run_tool(*command: str, given: str = "") -> str:
             command,
             input=given,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # others may have written comments into what it shows
             timeout=HOST_TOOL_SECONDS,
             check=False,
             env={"PATH": TOOL_PATH, "LC_ALL": "C"},
@@ -9624,8 +9625,19 @@ class ForeignChain(NamedTuple):
     is_ufw: bool = False  # all of its rules lead to chains of ufw, which _look_at_ufw() checks
 
 
-def foreign_chains(ruleset: str, hook: str) -> Iterator[ForeignChain]:
-    """Other programs' chains at a hook, from `nft -j list ruleset`. ValueError, KeyError."""
+def dormant_tables(ruleset: str) -> set[str]:
+    """The tables that see no packet, from `nft -t list ruleset`: in JSON, nft 1.0.6 garbles it."""
+    return set(re.findall(r"^table (\S+ \S+) \{.*\n\tflags .*\bdormant\b", ruleset, re.MULTILINE))
+
+
+def foreign_chains(
+    ruleset: str, hook: str, skipped: Container[str] = (TABLE, CLASS_TABLE)
+) -> Iterator[ForeignChain]:
+    """Other programs' chains at a hook, from `nft -j list ruleset`, except those of some tables.
+
+    Of chains for NAT, only the policy counts: filter rules do not belong there. Raises ValueError,
+    KeyError.
+    """
     items = json.loads(ruleset)["nftables"]
     rules = [item["rule"] for item in items if "rule" in item]
     with_rules = {(rule["family"], rule["table"], rule["chain"]) for rule in rules}
@@ -9637,32 +9649,54 @@ def foreign_chains(ruleset: str, hook: str) -> Iterator[ForeignChain]:
     for chain in (item["chain"] for item in items if "chain" in item):
         table = (chain["family"], chain["table"])
         passed = chain.get("hook") == hook and chain["family"] in ("ip", "ip6", "inet")
-        if passed and " ".join(table) not in (TABLE, CLASS_TABLE):
+        if passed and " ".join(table) not in skipped:
             place = (*table, chain["name"])
             yield ForeignChain(
                 f"table {' '.join(table)}, chain {chain['name']}",
                 chain.get("policy") == "drop",
-                place in with_rules,
+                place in with_rules and chain["type"] != "nat",
                 f"nft list chain {' '.join(place)}",
                 place in with_rules - not_ufw,
             )
 
 
+LEGACY = (  # the old tables of iptables: the file with their names, and the program that shows them
+    ("/proc/net/ip_tables_names", "iptables-legacy"),
+    ("/proc/net/ip6_tables_names", "ip6tables-legacy"),
+)
+LEGACY_TABLES = {
+    "PREROUTING": ("raw", "mangle"),
+    "INPUT": ("mangle", "filter", "security"),
+    "FORWARD": ("mangle", "filter", "security"),
+    "POSTROUTING": ("mangle",),
+}
+
+
 def legacy_chains(chain: str) -> Iterator[ForeignChain]:
-    """The same for the old tables of iptables, which nft does not show. Raises BackendError."""
-    for names, program in (("ip_tables", "iptables-legacy"), ("ip6_tables", "ip6tables-legacy")):
+    """The same for the old tables of iptables, which nft does not show. Raises BackendError.
+
+    A chain may have rules if the program that shows them is not installed.
+    """
+    for path, program in LEGACY:
         try:
-            used = "filter" in Path(f"/proc/net/{names}_names").read_text("ascii").split()
+            used = Path(path).read_text("ascii").split()
         except OSError:
             continue
-        if used and tool(program):
-            lines = run_tool(program, "-t", "filter", "-S", chain).splitlines()
+        for table in LEGACY_TABLES[chain]:
+            if table not in used:
+                continue
+            shown_by = f"{program} -t {table} -S {chain}"
+            if tool(program) is None:
+                name = f"table {table}, chain {chain} of {program}, which is not installed"
+                yield ForeignChain(name, False, True, f"apt-get install iptables; {shown_by}")
+                continue
+            lines = run_tool(*shown_by.split()).splitlines()
             rules = [line for line in lines if line.startswith("-A ")]
             yield ForeignChain(
-                f"{program}, chain {chain}",
+                f"{program}, table {table}, chain {chain}",
                 f"-P {chain} DROP" in lines,
                 bool(rules),
-                f"{program} -S {chain}",
+                shown_by,
                 bool(rules) and all(" -j ufw" in line for line in rules),
             )
 
@@ -9770,16 +9804,22 @@ def _look_at_firewalls(config: Config, tunnels: Sequence[InterfaceSettings]) -> 
     with_ufw = [*_look_at_ufw(config, tunnels)]
     yield from with_ufw
     ruleset = run_tool("nft", "-j", "list", "ruleset")
+    skipped = {TABLE, CLASS_TABLE} | dormant_tables(run_tool("nft", "-t", "list", "ruleset"))
     names = ", ".join(tunnel.name for tunnel in tunnels)
     ports = ", ".join(str(tunnel.ports[0]) for tunnel in tunnels)
     api = f"curl -k https://ADDRESS:{config.api_port}/healthz"
-    for what, hook, trial in (
-        (f"packets from {names}", "forward", "let a client ping 1.1.1.1"),
-        (f"UDP {ports}, TCP {config.api_port}", "input", f"connect a client; on a backend, {api}"),
+    through, to_host = ("prerouting", "forward", "postrouting"), ("prerouting", "input")
+    for what, hooks, trial in (
+        (f"packets from {names}", through, "let a client ping 1.1.1.1"),
+        (f"UDP {ports}, TCP {config.api_port}", to_host, f"connect a client; on a backend, {api}"),
     ):
         doubts = []
         sure = False
-        for chain in (*foreign_chains(ruleset, hook), *legacy_chains(hook.upper())):
+        for chain in (
+            chain
+            for hook in hooks
+            for chain in (*foreign_chains(ruleset, hook, skipped), *legacy_chains(hook.upper()))
+        ):
             if chain.drops and not chain.has_rules:
                 sure = True
                 todo = "accept them there: its policy is drop and it has no rules"
@@ -9792,7 +9832,7 @@ def _look_at_firewalls(config: Config, tunnels: Sequence[InterfaceSettings]) -> 
             yield Finding("firewall", f"{what}: may be dropped by {shown}", todo)
         elif not sure:
             besides = " but ufw's" if with_ufw else ""
-            yield Finding("firewall", f"{what}: no other rule on this host{besides}")
+            yield Finding("firewall", f"{what}: no other filter rule on this host{besides}")
 
 
 # --- whether the settings fit the host and the state ----------------------------------------------
@@ -10010,10 +10050,13 @@ def describe_api_fault(config: Config, error: OSError) -> Finding:
 def find_uplinks(tunnels: Sequence[InterfaceSettings]) -> list[FoundLink]:
     """The links of the host's default routes, where packets from outside arrive.
 
-    The list is empty if the host has no default route (yet). Raises BackendError.
+    The list is empty if the host has no default route (yet), or one through several links, which it
+    does not name. Raises BackendError.
     """
     with contextlib.closing(Route()) as route:
         leading = {each.ifindex for each in route.routes() if each.network.prefixlen == 0}
+        if 0 in leading:
+            return []
         return [
             link
             for link in route.links()

@@ -156,13 +156,17 @@ FOREIGN = "table ip filter, chain FORWARD"
         ([chain(family="inet", table="wggw")], None),
         ([chain(family="inet", table="wggw_classes")], None),
         ([chain(family="bridge")], None),
+        ([chain(type="nat", policy="accept"), ACCEPT], (False, False)),
+        ([chain(type="nat")], (True, False)),
+        ([chain(table="sleeping")], None),
     ],
 )
 def test_foreign_chains_are_judged_by_their_policy_alone(
     items: list[Any], found: tuple[bool, bool] | None
 ) -> None:
     ruleset = json.dumps({"nftables": [{"metainfo": {}}, *items]})
-    chains = list(wggw.foreign_chains(ruleset, "forward"))
+    skipped = {"inet wggw", "inet wggw_classes", "ip sleeping"}
+    chains = list(wggw.foreign_chains(ruleset, "forward", skipped))
     assert [(c.drops, c.has_rules) for c in chains] == ([found] if found else [])
     assert {(c.name, c.shown_by) for c in chains} <= {(FOREIGN, "nft list chain ip filter FORWARD")}
 
@@ -179,6 +183,30 @@ def test_foreign_chains_are_judged_by_their_policy_alone(
 def test_chain_is_ufws_when_all_of_its_rules_lead_there(items: list[Any], found: bool) -> None:
     (only,) = wggw.foreign_chains(json.dumps({"nftables": [chain(), *items]}), "forward")
     assert only.is_ufw == found
+
+
+def test_old_tables_of_iptables_are_looked_at_or_not_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rules = {"filter": "-P INPUT DROP\n", "mangle": "-P INPUT ACCEPT\n-A INPUT -j DROP\n"}
+    (tmp_path / "names").write_text("nat\nfilter\nmangle\n")
+    monkeypatch.setattr(wggw, "LEGACY", ((str(tmp_path / "names"), "iptables-legacy"),))
+    monkeypatch.setattr(wggw, "tool", lambda name: name)
+    monkeypatch.setattr(wggw, "run_tool", lambda *command: rules[command[2]])
+    found = [(c.drops, c.has_rules, c.shown_by) for c in wggw.legacy_chains("INPUT")]
+    assert found == [
+        (False, True, "iptables-legacy -t mangle -S INPUT"),
+        (True, False, "iptables-legacy -t filter -S INPUT"),
+    ]
+    assert [c.has_rules for c in wggw.legacy_chains("POSTROUTING")] == [True]
+    monkeypatch.setattr(wggw, "tool", lambda name: None)
+    unknown = list(wggw.legacy_chains("FORWARD"))
+    assert [(c.drops, c.has_rules) for c in unknown] == [(False, True)] * 2
+    assert "which is not installed" in unknown[0].name and "apt-get install" in unknown[0].shown_by
+
+
+def test_a_tool_may_print_what_is_not_utf8() -> None:
+    assert wggw.run_tool("printf", "caf\\351") == "caf\ufffd"
 
 
 # --- on a host ------------------------------------------------------------------------------------
@@ -248,7 +276,7 @@ def test_up_is_idempotent_and_down_leaves_only_what_was_there(host: Host) -> Non
     code, text = host.net("show", **settings)
     assert code == 1
     assert "WRONG  firewall: packets from wg0: dropped by table ip mine, chain forward" in text
-    assert "ok     firewall: UDP 51820, TCP 8000: no other rule on this host" in text
+    assert "ok     firewall: UDP 51820, TCP 8000: no other filter rule on this host" in text
     assert host.run("nft", "add rule ip mine forward accept").returncode == 0
     code, text = host.net("show", **settings)
     assert "WRONG  firewall" not in text
@@ -262,6 +290,44 @@ def test_up_is_idempotent_and_down_leaves_only_what_was_there(host: Host) -> Non
     assert (code, "removed" in text) == (0, True), text
     assert host.table() == before
     assert host.net("down")[0] == 0
+
+
+@pytest.mark.real
+def test_chains_before_routing_are_told_and_dormant_ones_are_not(host: Host) -> None:
+    assert host.net("up")[0] == 0
+    for table, flags, hook, rule in (
+        ("ip before", "", "prerouting priority raw;", "udp dport 51820 drop;"),
+        ("ip after", "", "postrouting priority 0;", "drop;"),
+        ("inet sleeping", "flags dormant;", "forward priority 0; policy drop;", ""),
+    ):
+        made = f"table {table} {{ {flags} chain c {{ type filter hook {hook} {rule} }}; }}"
+        assert host.run("nft", made).returncode == 0
+    _, text = host.net("show")
+    pre, post = "table ip before, chain c", "table ip after, chain c"
+    assert f"note   firewall: packets from wg0: may be dropped by {pre}; {post}\n" in text
+    assert f"note   firewall: UDP 51820, TCP 8000: may be dropped by {pre}\n" in text
+    assert "sleeping" not in text and "no other filter rule" not in text
+
+
+@pytest.mark.real
+def test_extra_ports_are_redirected_wherever_packets_may_arrive(host: Host) -> None:
+    """A default route through several links does not name them."""
+    for name, net in (("e0", "192.0.2"), ("e1", "198.51.100")):
+        host.run("ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}p")
+        host.run("ip", "address", "add", f"{net}.2/24", "dev", name)
+        host.run("ip", "link", "set", name, "up")
+    assert (
+        host.run("ip", "route", "add", "default", "via", "192.0.2.1", "dev", "e0").returncode == 0
+    )
+    settings = {"WG_EXTRA_PORTS": "5353"}
+    assert host.net("up", **settings)[0] == 0
+    assert 'iifname "e0" fib daddr type local udp dport 5353 redirect' in host.table()
+    hops = "nexthop via 192.0.2.1 dev e0 nexthop via 198.51.100.1 dev e1"
+    assert host.run("ip", "route", "replace", "default", *hops.split()).returncode == 0
+    host.run("ip", "-6", "address", "add", "2001:db8::2/64", "dev", "e0", "nodad")
+    host.run("ip", "-6", "route", "add", "default", "via", "2001:db8::1", "dev", "e0")
+    assert host.net("up", **settings)[0] == 0
+    assert 'iifname != { "lo", "wg0" } fib daddr type local udp dport 5353' in host.table()
 
 
 READ_ONLY = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec"
