@@ -3982,14 +3982,25 @@ def parse_journal(
     return JournalReader(data, name, vault, salvage).read()
 
 
-def read_journal(path: str, vault: Vault | None = None) -> JournalFile | None:
-    """Read a journal's file, None when it does not exist. Raises DamagedError."""
+def read_journal(
+    path: str, vault: Vault | None = None, salvage: bool = False
+) -> JournalFile | None:
+    """Read a journal's file, None when it does not exist. Raises DamagedError, StartError."""
     try:
-        return parse_journal(Path(path).read_bytes(), path, vault)
+        return parse_journal(Path(path).read_bytes(), path, vault, salvage)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _damaged(path, 0, f"cannot be read: {_reason(error)}") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(name: str, error: OSError) -> StartError:
+    """What a file is that cannot be read: damaged, unless this user may not read it."""
+    if isinstance(error, PermissionError):
+        return StartError(
+            f"cannot read {name}: {_reason(error)}: run this as root or as the gateway's user"
+        )
+    return _damaged(name, 0, f"cannot be read: {_reason(error)}")
 
 
 def _damaged(name: str, offset: int, found: str) -> DamagedError:
@@ -5642,11 +5653,11 @@ def open_parts(landings: Iterable[Landing]) -> set[int]:
 
 
 def load_snapshot(path: str, vault: Vault | None) -> Store:
-    """Read a snapshot's file. Raises DamagedError, ConfigError."""
+    """Read a snapshot's file. Raises DamagedError, ConfigError, StartError."""
     try:
         return Store(decode_snapshot(Path(path).read_bytes(), vault, path))
     except OSError as error:
-        raise _damaged(path, 0, f"cannot be read: {_reason(error)}") from None
+        raise _unreadable(path, error) from None
     except Ancestor:
         raise ConfigError(
             f"DB_PATH {path!r} is the database of the gateway before wggw, which wggw does not "
@@ -5678,7 +5689,7 @@ class Files:
     # --- start -----------------------------------------------------------------------------------
 
     def load(self) -> Store:
-        """Read snapshot and journal without writing. Raises DamagedError, ConfigError.
+        """Read snapshot and journal without writing. Raises DamagedError, ConfigError, StartError.
 
         A new installation has neither. A state that has only one of them is damaged.
         """
@@ -18582,7 +18593,10 @@ def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: C
 
 
 def salvage(files: Files) -> Store:
-    """Read everything readable, and print a line for each file and finding."""
+    """Read everything readable, and print a line for each file and finding.
+
+    Raises StartError if this user may not read a file: what is saved then would lack it.
+    """
     store = Store()
     for path in (files.path, files.path + ".previous"):
         try:
@@ -18593,8 +18607,12 @@ def salvage(files: Files) -> Store:
             print(f"used: {path}, record {store.number}")
             break
     for path in (files.journal.previous, files.journal.path):
-        if os.path.exists(path):
-            file = parse_journal(Path(path).read_bytes(), path, files.vault, salvage=True)
+        try:
+            file = read_journal(path, files.vault, salvage=True)
+        except DamagedError as error:
+            print(f"not used: {str(error).split('. ')[0]}")
+            continue
+        if file is not None:
             before = store.number
             store.replay(file, path, functools.partial(print, f"{path}:"))
             print(f"used: {path}: up to record {store.number} (from {before})")
@@ -18606,6 +18624,7 @@ def repair(files: Files) -> int:
     ends = ("", ".previous", ".journal", ".journal.previous")
     found = [name for end in ends if os.path.exists(name := files.path + end)]
     if not found:
+        files.load()  # which says so if this user may not look there
         raise StartError(f"{files.path}: there is no database, and nothing to repair")
     store = salvage(files)
     target = files.path + ".repaired"

@@ -7,13 +7,15 @@ import random
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from fakes import World, build, do
-from harness import API_KEY, LONG, GatewayProcess, a_key, run_wggw, running
+from harness import API_KEY, LONG, WGGW, GatewayProcess, a_key, run_wggw, running
 from test_restart import state, stopped
 
 import wggw
@@ -464,6 +466,43 @@ def test_repair_that_cannot_be_written_is_exit_1(kept: Kept) -> None:
     done = check(kept.directory, "--repair", **kept.settings)
     assert done.code == 1
     assert str(path_of(kept, ".repaired")) in done.err
+
+
+@pytest.mark.parametrize("end", ["", ".journal", ".journal.previous"])
+def test_what_cannot_be_read_is_not_used_and_the_rest_is(kept: Kept, end: str) -> None:
+    path_of(kept, end).unlink()
+    path_of(kept, end).mkdir()
+    done = check(kept.directory, "--repair", **kept.settings)
+    assert (done.code, done.err) == (0, "")
+    assert f"not used: {path_of(kept, end)}: at byte 0: cannot be read: Is a directory" in done.out
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: to become another user")
+@pytest.mark.parametrize("end", ["", ".journal", "directory"])
+@pytest.mark.parametrize("arguments", [[], ["--repair"]])
+def test_files_of_another_user_are_not_damaged(end: str, arguments: list[str]) -> None:
+    directory = Path(tempfile.mkdtemp())  # where another user may look
+    try:
+        world = build(directory)
+        do(world.gateway, "create", public_key=a_key(1))
+        world.close()
+        for file in (directory, *directory.iterdir()):
+            file.chmod(0o777 if file == directory else 0o666)
+        closed = directory if end == "directory" else directory / f"wireguard.db{end}"
+        closed.chmod(0o600)
+        program = "import os, sys, wggw\nos.setuid(65534)\nsys.exit(wggw.main())"
+        done = subprocess.run(
+            [sys.executable, "-c", program, "check", *arguments],
+            cwd="/",
+            env={"DB_PATH": str(directory / "wireguard.db"), "PYTHONPATH": str(WGGW.parent)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        shutil.rmtree(directory)
+    assert (done.returncode, "run this as root" in done.stderr) == (1, True), done
+    assert "mv" not in done.stdout
 
 
 # --- beside a running gateway, and as root --------------------------------------------------------
