@@ -127,6 +127,7 @@ import email.utils
 import enum
 import errno
 import fcntl
+import fnmatch
 import functools
 import gc
 import glob
@@ -4860,11 +4861,15 @@ class Ancestor(ValueError):
 def is_ancestor(db: sqlite3.Connection) -> bool:
     """Whether this is the database of the program before wggw, which has the same default path.
 
-    The table must be an ordinary one: reading another kind would run its code.
+    The table must be an ordinary one: reading another kind, or a generated column, would run its
+    code.
     """
     query = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = 'wg_configs'"
     row = db.execute(query).fetchone()
-    return row is not None and str(row[0]).upper().startswith("CREATE TABLE ")
+    if row is None or not str(row[0]).upper().startswith("CREATE TABLE "):
+        return False
+    query = "SELECT 1 FROM pragma_table_xinfo('wg_configs') WHERE hidden"
+    return db.execute(query).fetchone() is None
 
 
 def open_image(image: bytes) -> sqlite3.Connection:
@@ -16789,7 +16794,7 @@ def read_wg_file(text: str) -> FoundState:
     notes: list[str] = []
     parameters: dict[str, str] = {}
     section = place = next_label = ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         content, _, comment = (part.strip() for part in line.partition("#"))
         name = _name_in(comment)
         key, separator, value = (part.strip() for part in content.partition("="))
@@ -16890,11 +16895,13 @@ def read_json_peers(text: str) -> FoundState:
     """Read wg-easy's state (up to version 14), a list of peers, or lines of one peer each."""
     try:
         parsed = load_json(text)
-    except ValueError:
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        return _peers_of_json(
-            "JSON lines", ((f"line {number}", load_json(line)) for number, line in lines)
-        )
+    except ValueError as error:
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        try:
+            load_json(lines[0][1])
+        except ValueError:
+            raise error from None  # it is one document, which tells where its fault is
+        return _peers_of_json("JSON lines", (_json_line(number, line) for number, line in lines))
     if isinstance(parsed, dict):
         clients = parsed.get("clients")
         if isinstance(clients, dict):
@@ -16911,20 +16918,24 @@ def read_json_peers(text: str) -> FoundState:
 def _peers_of_json(kind: str, given: Iterable[tuple[str, Any]]) -> FoundState:
     """Peers in the fields of the API, without those that only its answers have."""
     answered_only = CONFIGURATION.keys() - SYNC_FIELDS.keys()
-    return FoundState(
-        kind,
-        [
-            FoundPeer(
-                place,
-                {
-                    name: value
-                    for name, value in _json_object(place, peer).items()
-                    if name not in answered_only and value is not None
-                },
-            )
-            for place, peer in given
-        ],
-    )
+    peers: list[FoundPeer] = []
+    for place, peer in given:
+        fields = {
+            name: value
+            for name, value in _json_object(place, peer).items()
+            if name not in answered_only and value is not None
+        }
+        is_text = isinstance(fields.get("public_key", ""), str)
+        peers.append(FoundPeer(place, fields, "" if is_text else "its public_key is not a text"))
+    return FoundState(kind, peers)
+
+
+def _json_line(number: int, line: str) -> tuple[str, Any]:
+    """The place and the value of a line."""
+    try:
+        return f"line {number}", load_json(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} column {error.colno}: {error.msg}") from None
 
 
 def _json_object(place: str, given: Any) -> dict[str, Any]:
@@ -16956,29 +16967,61 @@ def _wg_easy_peer(given: Any, number: int) -> FoundPeer:
 # --- the gateway before this one ------------------------------------------------------------------
 
 
+_ANCESTOR_COLUMNS = {  # with the field of the API, "" for an address
+    "public_key": "public_key",
+    "status": "status",
+    "assigned_port": "port",
+    "dns_choice": "dns",
+    "tunnel_traffic": "tunnel_traffic",
+    "assigned_ip": "",
+    "assigned_ipv6": "",
+}
+
+
 def read_ancestor(data: bytes) -> FoundState:
     """Read the SQLite file of the gateway before this one, which has the same default path."""
-    peers: list[FoundPeer] = []
+    if data[18:20] == b"\2\2":  # https://www.sqlite.org/fileformat.html, 1.3
+        raise ValueError(
+            "it is in WAL mode, and its newest rows may be in another file. Stop the program that "
+            "uses it, and end that mode: python3 -c 'import sqlite3, sys; "
+            'sqlite3.connect(sys.argv[1]).execute("PRAGMA journal_mode=DELETE")\' FILE'
+        )
     db = sqlite3.connect(":memory:")
     try:
         db.deserialize(data)
         if not is_ancestor(db):
             raise ValueError("it is a SQLite file, but not the previous gateway's")
-        rows = db.execute(
-            "SELECT public_key, status, assigned_port, dns_choice, tunnel_traffic, assigned_ip,"
-            " assigned_ipv6 FROM wg_configs ORDER BY created_at, rowid"
-        )
-        for number, (key, status, port, dns, traffic, *addresses) in enumerate(rows, 1):
-            given = {"public_key": key, "status": status, "port": port, "dns": dns}
-            if traffic:
-                given["tunnel_traffic"] = load_json(traffic)
-            fields = {name: value for name, value in given.items() if value is not None}
-            peers.append(_with_addresses(f"row {number}", fields, [str(a) for a in addresses if a]))
+        columns = ", ".join(_ANCESTOR_COLUMNS)
+        rows = db.execute(f"SELECT {columns} FROM wg_configs ORDER BY created_at, rowid")  # noqa: S608
+        peers = [_ancestor_peer(f"row {number}", row) for number, row in enumerate(rows, 1)]
     except sqlite3.Error as error:
         raise ValueError(f"it is a damaged SQLite file: {error}") from None
     finally:
         db.close()
     return FoundState("the previous gateway's database", peers)
+
+
+def _ancestor_peer(place: str, row: Sequence[Any]) -> FoundPeer:
+    """The peer of a row. A column may hold a value of any type, whatever its table says."""
+    fields: dict[str, Any] = {}
+    addresses: list[str] = []
+    for (column, name), value in zip(_ANCESTOR_COLUMNS.items(), row, strict=True):
+        if value is None or value == "":
+            continue
+        if name == "port" and isinstance(value, int):
+            fields[name] = value
+        elif name == "port" or not isinstance(value, str):
+            return FoundPeer(place, fields, f"its {column} has a value of another type")
+        elif not name:
+            addresses.append(value)
+        elif name != "tunnel_traffic":
+            fields[name] = value
+        else:
+            try:
+                fields[name] = load_json(value)
+            except ValueError:
+                return FoundPeer(place, fields, f"its {column} is not JSON")
+    return _with_addresses(place, fields, addresses)
 
 
 # --- a live interface -----------------------------------------------------------------------------
@@ -17107,21 +17150,43 @@ def other_managers(live: LiveInterface) -> Iterator[str]:
         for path in sorted(Path(directory).glob("*.net*"))
         if path.suffix in (".netdev", ".network") and _names_interface(path, live.name)
     ]
-    if files:
-        moved = "; ".join(f"mv {path} {path}.adopted" for path in map(shlex.quote, map(str, files)))
+    netplan = [path for path in files if path.name.startswith("10-netplan-")]
+    if netplan:
+        yield (
+            f"netplan manages {live.name}, too. This ends it and keeps the link up: remove "
+            f"{live.name} from the files in /etc/netplan, then netplan generate; systemctl restart "
+            "systemd-networkd. Do not run netplan apply: that deletes the link"
+        )
+    steps = [_networkd_step(path, live.name) for path in files if path not in netplan]
+    if steps:
         yield (
             f"systemd-networkd manages {live.name}, too. This ends it and keeps the link up: "
-            f"{moved}; systemctl restart systemd-networkd"
+            f"{'; '.join(dict.fromkeys(steps))}; systemctl restart systemd-networkd"
         )
 
 
+def _networkd_step(path: Path, name: str) -> str:
+    """The command that makes systemd-networkd forget the interface, and nothing else."""
+    if name in _names_in(path):
+        return f"mv {shlex.quote(str(path))} {shlex.quote(str(path))}.adopted"
+    own = f"{NETWORKD_DIRECTORIES[0]}/00-{name}.network"  # the first file that fits is used
+    return f"printf '[Match]\\nName={name}\\n[Link]\\nUnmanaged=yes\\n' >{own}"
+
+
 def _names_interface(path: Path, name: str) -> bool:
+    """Whether a file of systemd-networkd has a pattern for this name, systemd.network(5)."""
+    patterns = _names_in(path)
+    fits = any(fnmatch.fnmatchcase(name, pattern.lstrip("!")) for pattern in patterns)
+    return bool(patterns) and fits != patterns[0].startswith("!")
+
+
+def _names_in(path: Path) -> list[str]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, ValueError):
-        return False
+        return []
     pairs = (line.partition("=") for line in lines)
-    return any(key.strip() == "Name" and name in value.split() for key, _, value in pairs)
+    return [word for key, _, value in pairs if key.strip() == "Name" for word in value.split()]
 
 
 class Adoption:
@@ -17394,6 +17459,8 @@ class ApiClient:
             response = connection.getresponse()
             wait = response.headers.get("Retry-After", "")
             return response.status, response.read(), int(wait) if wait.isdecimal() else 0
+        except UnicodeEncodeError:
+            raise
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise StartError(f"no answer from {self}: {_reason(error)}") from None
         finally:
@@ -17984,7 +18051,7 @@ def parse_member(text: str) -> tuple[str, Any]:
             "except label and public_key"
         )
     try:
-        return name, json.loads(value)
+        return name, load_json(value)
     except ValueError:
         return name, value
 
@@ -18253,22 +18320,25 @@ def command_import(arguments: argparse.Namespace) -> int:
             "--replace keeps only those that the file names; --dry-run shows what happens"
         )
     if arguments.replace:
+        kept = {fields.get("public_key") for fields in fitting}
+        unfit = {peer.fields.get("public_key") for peer in state.peers if peer.reason}
+        if lost := len(existing & unfit - kept):
+            print(f"{show_peers(lost)} of the gateway, left out here, will be deleted")
         return _replace_peers(client, fitting, arguments.dry_run)
-    if not arguments.dry_run:
-        return _add_peers(client, fitting)
-    known = sum(fields.get("public_key") in existing for fields in fitting)
-    print(f"would create {show_peers(len(fitting) - known)}; already there, not changed: {known}")
-    return 0
+    if arguments.dry_run:
+        return _would_add(client, fitting, existing)
+    return _add_peers(client, fitting)
 
 
 def fitting_peers(name: str, state: FoundState, skip: bool) -> list[dict[str, Any]]:
     """The peers that the gateway can serve. Prints the others with their reasons, and raises
     StartError for them, unless `skip`."""
     for note in state.notes:
-        print(f"{name}: {note}", file=sys.stderr)
+        print(show_label(f"{name}: {note}"), file=sys.stderr)
     unfit = [peer for peer in state.peers if peer.reason]
     for peer in unfit:
-        print(f"{name}: {peer.place} ({key_of(peer.fields)}): {peer.reason}", file=sys.stderr)
+        text = f"{name}: {peer.place} ({key_of(peer.fields)}): {peer.reason}"
+        print(show_label(text), file=sys.stderr)
     if unfit and not skip:
         raise StartError(
             f"{len(unfit)} of {show_peers(len(state.peers))} did not fit, and nothing was changed: "
@@ -18282,7 +18352,7 @@ def fitting_peers(name: str, state: FoundState, skip: bool) -> list[dict[str, An
 def key_of(fields: Mapping[str, Any]) -> str:
     """A peer's name in messages."""
     key = fields.get("public_key")
-    return short_key(key) if isinstance(key, str) else "without a key"
+    return show_label(short_key(key)) if key and isinstance(key, str) else "without a key"
 
 
 def command_adopt(arguments: argparse.Namespace) -> int:
@@ -18323,13 +18393,48 @@ def command_adopt(arguments: argparse.Namespace) -> int:
 
 def _replace_peers(client: ApiClient, fitting: Sequence[Mapping[str, Any]], dry_run: bool) -> int:
     """Make these the gateway's only peers, all of them or nothing."""
-    lines = b"".join(encode_json(fields) + b"\n" for fields in fitting)
-    query = "dry_run=true" if dry_run else "allow_mass_delete=true"
-    with progress("import"):
-        answer = answer_of(client, "PUT", f"{CONFIGURATIONS_PATH}/?{query}", lines or b"[]")
+    answer = _put_state(client, fitting, dry_run)
     counts = ", ".join(f"{answer[name]} {name}" for name in DesiredResult._fields)
     print(f"would be: {counts}" if dry_run else f"done: {counts}")
     return 0
+
+
+def _put_state(
+    client: ApiClient, peers: Iterable[Mapping[str, Any]], dry_run: bool
+) -> dict[str, Any]:
+    lines = b"".join(encode_json(fields) + b"\n" for fields in peers)
+    query = "dry_run=true" if dry_run else "allow_mass_delete=true"
+    with progress("import"):
+        return answer_of(client, "PUT", f"{CONFIGURATIONS_PATH}/?{query}", lines or b"[]")
+
+
+def _would_add(
+    client: ApiClient, fitting: Sequence[Mapping[str, Any]], existing: Collection[str]
+) -> int:
+    """Print what _add_peers() would do; exit code 1 when the gateway would refuse a peer."""
+    new: dict[str, dict[str, Any]] = {}
+    known = refused = 0
+    for peer in fitting:
+        given = {name: value for name, value in peer.items() if name in SYNC_FIELDS}
+        try:
+            fields = parse_fields(given, SYNC_FIELDS)
+            key: str = fields["public_key"]
+            is_known = key in existing or key in new
+            if not is_known and (fields.get("expires_at") or math.inf) <= time.time():
+                raise Invalid("expires_at", "is in the past")
+        except GatewayError as error:
+            refused += 1
+            print(f"{key_of(peer)} would be refused: {error.detail}", file=sys.stderr)
+            continue
+        known += is_known
+        if not is_known:
+            new[key] = given
+    if new:  # which may not fit the gateway's settings or its other peers
+        kept = ({"public_key": key} for key in existing)
+        _put_state(client, itertools.chain(new.values(), kept), dry_run=True)
+    words = f"; would be refused: {refused}" if refused else ""
+    print(f"would create {show_peers(len(new))}; already there, not changed: {known}{words}")
+    return int(refused > 0)
 
 
 def _add_peers(client: ApiClient, fitting: Sequence[Mapping[str, Any]]) -> int:
@@ -18861,8 +18966,9 @@ def _sentence(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit code."""
     closed = sys.stdout is None
-    if closed:  # otherwise the next file that is opened becomes standard output
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the end
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # otherwise the next file that is opened takes its place
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  to the end
     try:
         try:
             arguments = make_parser().parse_args(argv)
@@ -18871,7 +18977,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # as in `wggw peers | head`; Python flushes once more at the exit
+    except OSError as error:  # such as a full disk, or `wggw peers | head`
+        with contextlib.suppress(OSError):
+            if not isinstance(error, BrokenPipeError):
+                print(f"wggw: {error.filename or 'output'}: {_reason(error)}", file=sys.stderr)
+        # Python flushes once more at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code or int(closed and arguments.run is not command_serve)
@@ -18883,10 +18993,16 @@ def _run_command(arguments: argparse.Namespace) -> int:
             stream.reconfigure(errors="replace")
     try:
         return cast(int, arguments.run(arguments))
+    except UnicodeEncodeError:  # bytes of an argument, or \ud800 in a file
+        failure = StartError(
+            "an argument or a file has characters that cannot be sent: texts must be UTF-8, and a "
+            "path ASCII with %-escapes"
+        )
     except StartError as error:
-        print(f"wggw: {error}", file=sys.stderr)
-        Manager(os.environ).tell(f"STATUS={error}")
-        return error.code
+        failure = error
+    print(f"wggw: {show_label(str(failure))}", file=sys.stderr)
+    Manager(os.environ).tell(f"STATUS={failure}")
+    return failure.code
 
 
 if __name__ == "__main__":

@@ -634,6 +634,48 @@ def test_a_closed_standard_output_is_exit_code_1(
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "redirection", "code", "said"),
+    [
+        (["import", "-"], "<&-", 1, "wggw: cannot import standard input: it is empty\n"),
+        (["top"], "<&-", 2, "wggw: `wggw top` needs a terminal"),
+        (["peers"], "2>&-", 0, ""),
+        (["peers"], ">/dev/full", 1, "wggw: output: No space left on device\n"),
+        (["status"], ">/dev/full", 1, "wggw: output: No space left on device\n"),
+        (["peer", "add", "x", "--set", "dns=" + 3000 * "["], "", 1, "dns: must be"),
+        *(
+            ([*words, argument], "", 1, "characters that cannot be sent")
+            for words in (["peer", "show"], ["call", "GET"], ["call", "POST", "/", "--data"])
+            for argument in (b"/\xff",)
+        ),
+        (["import", b"/\xff"], "", 1, "wggw: cannot read /?: No such file"),
+        (["peer", "add", "x", "--set", 'dns="\\ud800"'], "", 1, "characters that cannot be sent"),
+    ],
+)
+def test_streams_and_arguments_that_cannot_be_used_are_told_in_one_line(
+    served: GatewayProcess, line: list[str | bytes], redirection: str, code: int, said: str
+) -> None:
+    program, environment = command(served)
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *program, *line]
+    done = subprocess.run(
+        shell, env=environment, cwd=served.directory, capture_output=True, check=False, timeout=60
+    )
+    error = done.stderr.decode()
+    assert (done.returncode, said in error, error.count("\n")) == (code, True, bool(said)), done
+
+
+def test_a_client_gets_its_file_alone_where_standard_error_is_closed(
+    served: GatewayProcess,
+) -> None:
+    program, environment = command(served, "peer", "add", "no stderr")
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *program]
+    done = subprocess.run(
+        shell, env=environment, cwd=served.directory, capture_output=True, check=True, timeout=60
+    )
+    assert done.stdout.startswith(b"[Interface]\n") and b"wggw:" not in done.stdout
+    assert served.command("peer", "delete", "no stderr").returncode == 0
+
+
 def test_exit_codes(served: GatewayProcess) -> None:
     nobody = GatewayProcess(served.directory, DB_PATH=str(served.directory / "nobody.db"))
     assert nobody.command("status").returncode == 1

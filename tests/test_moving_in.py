@@ -110,12 +110,16 @@ def test_previous_gateways_database() -> None:
         (b"[1, 2]", "neither"),
         (b'{"public_key": 1}\n3\n', "line 2"),
         (b'[{"public_key": 1}, 2]', "peer 2"),
+        (b'{"a": 1}\n{"b": 2}\n{"c":\n', "line 3 column 6"),
+        (b'{\n"clients": {"a": {"publicKey": "x",}\n}}\n', "line 2 column 36"),
         (b'{"clients": {"a": 1}}', "client 1"),
         (b"\xff\xfe", "utf-8"),
         (b"SQLite format 3\0" + bytes(84), "SQLite"),
         (ancestor("CREATE TABLE t (a)"), "not the previous gateway's"),
         (ancestor("CREATE VIEW wg_configs AS SELECT 1 AS public_key"), "not the previous"),
         (ancestor("CREATE TABLE wg_configs (public_key)"), "damaged"),
+        (ancestor("CREATE TABLE wg_configs (public_key, a AS (1))"), "not the previous"),
+        (b"SQLite format 3\0\x10\0\2\2" + bytes(492), "WAL mode.*journal_mode=DELETE"),
     ],
 )
 def test_what_is_something_else_is_refused(data: bytes, reason: str) -> None:
@@ -164,6 +168,30 @@ def test_peer_that_cannot_be_taken_has_the_reason(text: str, reason: str) -> Non
 def test_comment_is_a_peers_name(text: str, label: str | None) -> None:
     [peer] = wggw.read_foreign(f"{text}\nPublicKey = k\nAllowedIPs = 10.8.0.2\n".encode()).peers
     assert peer.fields.get("label") == label
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("public_key = x'fffe'", "its public_key has a value of another type"),
+        ("tunnel_traffic = x'00'", "its tunnel_traffic has a value of another type"),
+        ("tunnel_traffic = '[['", "its tunnel_traffic is not JSON"),
+        ("assigned_port = 'high'", "its assigned_port has a value of another type"),
+        ("assigned_ip = x'0a'", "its assigned_ip has a value of another type"),
+        ("assigned_ip = NULL, assigned_ipv6 = ''", "it has no address"),
+    ],
+)
+def test_row_of_the_previous_gateway_that_cannot_be_taken_has_the_reason(
+    change: str, reason: str
+) -> None:
+    text = (FILES / "ancestor.sql").read_text()
+    state = wggw.read_foreign(ancestor(f"{text}UPDATE wg_configs SET {change} WHERE rowid = 1"))
+    assert [peer.reason for peer in state.peers] == [reason, ""]
+
+
+def test_key_that_is_no_text_is_a_reason() -> None:
+    [peer] = wggw.read_foreign(b'[{"public_key": ["x"]}]').peers
+    assert peer.reason == "its public_key is not a text"
 
 
 def test_name_belongs_to_one_peer() -> None:
@@ -228,6 +256,33 @@ def test_cost_grows_with_the_file_and_no_faster(piece: str) -> None:
 def test_secrets_are_not_shown() -> None:
     state = read("wg0.conf")
     assert "cHNr" not in repr(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "advice"),
+    [
+        ("50-wg.network", "Name=wg0", "mv {path} {path}.adopted; systemctl restart"),
+        ("50-wg.netdev", "Name = wg0", "mv {path} {path}.adopted; systemctl restart"),
+        ("50-all.network", "Name=eth* wg*", "Unmanaged=yes\\n' >{own}; systemctl restart"),
+        ("50-all.network", "Name=!eth*", "Unmanaged=yes\\n' >{own}; systemctl restart"),
+        ("50-all.network", "Name=!wg*", None),
+        ("50-other.network", "Name=wg01 eth*", None),
+        ("50-other.network", "Type=ether", None),
+        ("10-netplan-wg0.network", "Name=wg0", "remove wg0 from the files in /etc/netplan"),
+    ],
+)
+def test_who_manages_an_interface_is_told_with_what_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, advice: str | None
+) -> None:
+    monkeypatch.setattr(wggw, "NETWORKD_DIRECTORIES", (str(tmp_path),))
+    monkeypatch.setattr(wggw, "OTHERS_FILES", {wggw.WG_GENL_NAME: str(tmp_path)})
+    (tmp_path / name).write_text(f"[Match]\n{text}\n")
+    link = wggw.FoundLink(7, "wg0", "wireguard", "")
+    live = wggw.LiveInterface(wggw.WG_GENL_NAME, link, 1420, [], wggw.Device(b"", 51820), [])
+    told = list(wggw.other_managers(live))
+    assert len(told) == (advice is not None)
+    if advice:
+        assert advice.format(path=tmp_path / name, own=tmp_path / "00-wg0.network") in told[0]
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -304,6 +359,45 @@ def test_refused_peers_are_told_and_the_exit_code_says_so(gateway: GatewayProces
     assert done.returncode == 1
     assert "refused: assigned_ip: " in done.stderr
     assert done.stdout.endswith("done: 0 created, 0 existed, 1 refused\n")
+
+
+def test_dry_run_promises_nothing_that_is_then_refused(gateway: GatewayProcess) -> None:
+    assert gateway.client().create(KEYS[0], assigned_ip="10.8.0.2").status == 200
+    good = {"public_key": KEYS[1], "status": "suspended", "nonsense": 1}
+    peers = [good, good, {"public_key": KEYS[0]}]
+    bad = [
+        {"public_key": "nonsense"},
+        {"public_key": KEYS[2], "expires_at": "2020-01-01T00:00:00Z"},
+    ]
+    dry = command(gateway, "-", "--merge", "--dry-run", given=json.dumps([*peers, *bad]).encode())
+    assert (dry.returncode, dry.stdout.splitlines()[-1]) == (
+        1,
+        "would create 1 peer; already there, not changed: 2; would be refused: 2",
+    )
+    assert "nonsense would be refused: public_key: must be" in dry.stderr
+    assert f"{KEYS[2][:8]} would be refused: expires_at: is in the past" in dry.stderr
+    for address in ("10.8.0.2", "10.9.0.1"):  # another peer's, and outside of the subnet
+        taken = [{"public_key": KEYS[2], "assigned_ip": address}]
+        dry = command(gateway, "-", "--merge", "--dry-run", given=json.dumps(taken).encode())
+        assert dry.returncode == 1 and "refused this with status" in dry.stderr, dry
+    done = command(gateway, "-", "--merge", given=json.dumps([*peers, *bad]).encode())
+    assert done.stdout.splitlines()[-1] == "done: 1 created, 2 existed, 2 refused"
+
+
+def test_what_replace_deletes_because_it_was_left_out_is_told(gateway: GatewayProcess) -> None:
+    assert gateway.client().create(KEYS[2], assigned_ip="10.8.0.4").status == 200
+    for more in (["--dry-run"], []):
+        done = command(gateway, str(FILES / "wg0.conf"), "--replace", "--skip", *more)
+        assert "1 peer of the gateway, left out here, will be deleted\n" in done.stdout
+    assert KEYS[2] not in peers_of(gateway)
+
+
+@pytest.mark.parametrize(
+    "line", [b"\x1b]0;x\7 = 1", b"[Peer]\nPublicKey=\x1bkey\nAllowedIPs=\x1b[2J"]
+)
+def test_a_file_does_not_control_the_terminal(gateway: GatewayProcess, line: bytes) -> None:
+    done = command(gateway, "-", "--skip", given=b"[Interface]\n" + line + b"\n")
+    assert "?" in done.stderr and "\x1b" not in done.stdout + done.stderr
 
 
 def test_call_sends_lines_as_lines(gateway: GatewayProcess) -> None:
