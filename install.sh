@@ -221,8 +221,12 @@ an AmneziaWG interface needs Amnezia's kernel module or amneziawg-go, and neithe
 }
 
 wants_awg() {
-  local name=${SETTING[AWG_INTERFACE]:-None}
-  [[ ! -r $ENV_FILE ]] || name=$(setting AWG_INTERFACE 2>/dev/null) || name=None  # check_settings reports a bad file
+  local name=None
+  if [[ -v SETTING[AWG_INTERFACE] ]]; then
+    name=${SETTING[AWG_INTERFACE]:-None}
+  elif [[ -r $ENV_FILE ]]; then
+    name=$(setting AWG_INTERFACE 2>/dev/null) || name=None  # check_settings reports a bad file
+  fi
   [[ $name != None ]]
 }
 

@@ -361,15 +361,19 @@ def test_python_of_the_path_is_not_asked_for_packages(host: Machine) -> None:
 def test_amneziawg_that_is_nowhere_is_named_with_where_it_is_to_be_had(host: Machine) -> None:
     if Path("/sys/module/amneziawg").exists() or shutil.which("amneziawg-go"):
         pytest.skip("AmneziaWG is here")
-    done = host.run(f"{COMMAND} --awg")
-    assert done.returncode == 1, done.stdout
-    for part in (
-        "and neither is here",
-        "amneziawg-linux-kernel-module",
-        "/usr/local/bin/amneziawg-go",
-    ):
-        assert part in done.stdout
-    assert host.run("ls -d /etc/wggw /var/lib/wggw").returncode == 2
+    settings = f"install -d /etc/wggw; echo GATEWAY_API_KEY={'a1' * 32} >/etc/wggw/wggw.env"
+    for before in ("true", settings):  # on an existing installation, too
+        done = host.run(f"{before}; {COMMAND} --awg")
+        assert done.returncode == 1, done.stdout
+        for part in (
+            "and neither is here",
+            "amneziawg-linux-kernel-module",
+            "/usr/local/bin/amneziawg-go",
+        ):
+            assert part in done.stdout
+        assert host.run("ls -d /var/lib/wggw; grep AWG /etc/wggw/*").returncode != 0
+        if before == "true":
+            assert host.run("ls -d /etc/wggw").returncode == 2
 
 
 @pytest.mark.real
