@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -58,6 +59,18 @@ def test_help_names_every_option() -> None:
     options = set(re.findall(r"^ +(--[a-z0-9-]+)[^a-z0-9*=-]", INSTALL.read_text(), re.MULTILINE))
     assert len(options) >= 10
     assert {option for option in options if option not in done.stdout} == set()
+
+
+@pytest.mark.parametrize(("net_up", "code"), [(0, 0), (1, 1), (2, 0), (3, 0), (126, 1)])
+def test_what_does_not_mend_itself_is_left_to_the_service(net_up: int, code: int) -> None:
+    """After ExecStartPre has failed, systemd tries again for ever."""
+    unit = (ROOT / "wggw.service").read_text()
+    (line,) = re.findall(r"^ExecStartPre=\+(.*)$", unit, re.MULTILINE)
+    *shell, script = shlex.split(line.replace("$$", "$"))
+    script, replaced = re.subn("/usr/local/sbin/wggw net up [^|]*", f"(exit {net_up}) ", script)
+    assert replaced == 1
+    assert subprocess.run([*shell, script], check=False).returncode == code
+    assert "\nRestartPreventExitStatus=2 3\n" in unit
 
 
 @pytest.mark.parametrize("token", ["", "another"])

@@ -500,19 +500,31 @@ def test_reload_brings_keys_and_packet_filter_in_line() -> None:
     assert main_pid() == pid
 
 
-def test_failing_start_says_why_in_the_status() -> None:
-    text = ENV.read_text()
-    ENV.write_text(text + "SAMPLE_INTERVAL=never\n")
+DATABASE = Path("/var/lib/wggw/wireguard.db")
+
+
+@pytest.mark.parametrize(
+    ("file", "bad", "wanted"),
+    [
+        (ENV, b"SAMPLE_INTERVAL=never\n", "SAMPLE_INTERVAL: 'never' is not seconds"),
+        (DATABASE, b"damaged", str(DATABASE)),
+    ],
+    ids=["settings", "database"],
+)
+def test_failing_start_says_why_in_the_status_and_is_not_tried_again(
+    file: Path, bad: bytes, wanted: str
+) -> None:
+    sh("systemctl", "stop", "wggw")
+    good = file.read_bytes()
+    file.write_bytes(bad + good)
     try:
-        run("systemctl", "restart", "wggw")
-        status = ("systemctl", "status", "wggw")
-        wanted = "Status: \"SAMPLE_INTERVAL: 'never' is not seconds"
-        wait_for(lambda: wanted in run(*status).stdout, 60, wanted)
+        run("systemctl", "start", "wggw")
+        wait_for(lambda: wanted in status_text(), 60, wanted)
         failed = ("systemctl", "is-failed", "wggw")
         wait_for(lambda: run(*failed).stdout == "failed\n", 60, "it is not tried again")
         assert reaches("client1", "203.0.113.2"), "the tunnel does not need the service"
     finally:
-        ENV.write_text(text)
+        file.write_bytes(good)
     sh("systemctl", "restart", "wggw")
 
 
