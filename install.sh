@@ -482,8 +482,12 @@ serve() {
 
 # --- the service ----------------------------------------------------------------------------------
 
+user_is_ours() { [[ $(getent passwd wggw) == wggw:*:"$STATE":*/nologin ]]; }  # as make_user makes it
+
 make_user() {
-  ! getent passwd wggw >/dev/null || return 0
+  ! user_is_ours || return 0
+  ! getent passwd wggw >/dev/null ||
+    die 1 "there is a user wggw that belongs to something else (its home is not $STATE): rename or remove it"
   undo+=("userdel wggw")
   run useradd --system --user-group --no-create-home --home-dir "$STATE" -s /usr/sbin/nologin wggw
 }
@@ -756,8 +760,10 @@ uninstall() {
   run take_down || say "interfaces, the nftables table inet wggw or rules in ufw may be left: see above"
   run rm -rf "$UNIT" "$UNIT.before" "$DROP_INS" "$LIB" "$LAUNCHER" "$LAUNCHER.before"
   [[ ! -d /run/systemd/system ]] || run systemctl daemon-reload
-  if getent passwd wggw >/dev/null; then
+  if user_is_ours; then
     run remove_user
+  elif getent passwd wggw >/dev/null; then
+    say "the user wggw stays: install.sh did not make it"
   fi
   if [[ $purge ]]; then
     run rm -rf "$ETC" "$STATE"

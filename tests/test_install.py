@@ -415,6 +415,18 @@ def test_dry_run_of_the_service_shows_each_step(host: Machine) -> None:
 
 
 @pytest.mark.real
+def test_a_user_of_the_same_name_and_its_processes_are_left_alone(host: Machine) -> None:
+    other = "useradd --no-create-home --home-dir /srv --shell /bin/bash wggw"
+    sleep = "setsid setpriv --reuid wggw --clear-groups sleep 3600 >/dev/null 2>&1 & echo $!"
+    pid = host.output(f"{other}; {sleep}").strip()
+    refused = host.run("./install.sh --dry-run")
+    assert refused.returncode == 1
+    assert "a user wggw that belongs to something else" in refused.stdout
+    assert "the user wggw stays" in host.output("./install.sh --uninstall --purge --yes")
+    host.output(f"getent passwd wggw && kill {pid}")
+
+
+@pytest.mark.real
 def test_without_tun_it_says_so(host: Machine) -> None:
     needs_userspace(host)
     host.output("mount -t tmpfs none /dev/net")
