@@ -106,7 +106,10 @@ parse_options() {
       --endpoint) take WG_ENDPOINT "$@" && shift ;;
       --backend) take_more ALLOWED_BACKENDS "$@" && shift ;;
       --extra-ports) take WG_EXTRA_PORTS "$@" && shift ;;
-      --key-file) take KEY_FILE "$@" && key_file=$2 && unset 'SETTING[KEY_FILE]' && shift ;;
+      --key-file)
+        [[ -r ${2:-} && ! -d $2 ]] || die 2 "--key-file: '${2:-}' is not a file that can be read"
+        key_file=$2 && shift
+        ;;
       --limit-ssh) take LIMIT_SSH "$@" && shift ;;
       --set)
         [[ ${2:-} =~ ^([A-Z0-9_]+)=([[:print:]]*)$ && ${2#*=} != *\'* ]] ||
@@ -264,15 +267,25 @@ with open(sys.argv[1], "rb") as source:
     marshal.dump(compile(source.read(), sys.argv[1], "exec"), sys.stdout.buffer)' "$TREE/wggw.py" >&4
 }
 
-# with_wggw CODE ARGUMENT...: runs Python code with the tree's program as module wggw, and an empty
-# environment.
+# with_wggw CODE ARGUMENT...: runs Python code with the tree's program as module wggw, a function
+# `read`, and an empty environment. A StartError, such as that of a bad setting, ends the script with
+# one line and the error's exit code.
 with_wggw() {
   local code="import marshal, sys, types
 wggw = sys.modules['wggw'] = types.ModuleType('wggw')
 with open('/proc/self/fd/4', 'rb') as program:
     exec(marshal.load(program), wggw.__dict__)
-$1"
-  env -i PATH="$PATH" $PYTHON -I -c "$code" "${@:2}"
+def read(path):
+    try:
+        with open(path, encoding='utf-8') as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise wggw.ConfigError(f'{path}: cannot be read: {error}') from None
+try:
+    exec(sys.argv.pop(1))
+except wggw.StartError as error:
+    sys.exit(print(f'install.sh: {error}', file=sys.stderr) or error.code)"
+  env -i PATH="$PATH" $PYTHON -I -c "$code" "$@"
 }
 
 make_settings() {
@@ -333,15 +346,20 @@ write_settings() (
   umask 077
   trap 'rm -f "$ENV_FILE.new"' EXIT
   fit_to_host
+  local name key
+  if [[ $key_file ]]; then
+    key=$(with_wggw 'print(read(sys.argv[1]).strip())' "$key_file")
+  else
+    key=$(openssl rand -hex 32)
+  fi
   {
     echo "# Settings of wggw: docs/SETTINGS.md explains every one. They are read when the gateway starts."
-    assignment GATEWAY_API_KEY "$(if [[ $key_file ]]; then cat "$key_file"; else openssl rand -hex 32; fi)"
+    assignment GATEWAY_API_KEY "$key"
     echo "DB_PATH=$STATE/wireguard.db"
     echo "WG_PRIVATE_KEY_FILE=$ETC/privatekey"
     echo "TLS_CERT=$ETC/cert.pem"
     echo "TLS_KEY=$ETC/key.pem"
     [[ ${SETTING[WG_ENDPOINT]:-} ]] || echo "# WG_ENDPOINT=vpn.example.org"
-    local name
     for name in "${!SETTING[@]}"; do
       assignment "$name" "${SETTING[$name]}"
     done | sort
@@ -370,11 +388,8 @@ host_address() {  # the address from which the host reaches others, IPv4 if it h
 check_settings() {
   with_wggw '
 import dataclasses
-try:
-    config = dataclasses.replace(wggw.load_config({}, sys.argv[1]), env_file=sys.argv[2])
-    wggw.claim_interfaces(config, lambda: wggw.load_whole(config)[0])
-except wggw.StartError as error:
-    sys.exit(print(f"install.sh: {error}", file=sys.stderr) or error.code)' "$1" "$ENV_FILE"
+config = dataclasses.replace(wggw.load_config({}, sys.argv[1]), env_file=sys.argv[2])
+wggw.claim_interfaces(config, lambda: wggw.load_whole(config)[0])' "$1" "$ENV_FILE"
 }
 
 # Refuses unknown names after --set, and secrets: every user can read arguments.
@@ -405,12 +420,12 @@ change_settings() {
   told=$(umask 077 && with_wggw '
 import re
 path, key_file, dry_run, *lines = sys.argv[1:]
-text = before = open(path, encoding="utf-8").read()
+text = before = read(path)
 there = wggw.read_env_file(text, path)
 defaults = {setting.name: setting.default or "" for setting in wggw.SETTINGS}
 given = [(line, *wggw.read_env_file(line, "").popitem()) for line in lines]
 if key_file:
-    key = open(key_file, encoding="utf-8").read().strip()
+    key = read(key_file).strip()
     given.append((f"GATEWAY_API_KEY={chr(39)}{key}{chr(39)}", "GATEWAY_API_KEY", key))
 for line, name, value in given:
     if value != (was := there.get(name, defaults[name])):

@@ -39,6 +39,9 @@ def needs_userspace(host: Machine) -> None:
         (("--purge",), "--purge needs --uninstall"),
         (("--foreground", "--json"), "--json works only for installing the service"),
         (("--backend",), "--backend needs a value"),
+        (("--key-file",), "--key-file: '' is not a file that can be read"),
+        (("--key-file", "/no such"), "--key-file: '/no such' is not a file that can be read"),
+        (("--key-file", "/"), "--key-file: '/' is not a file that can be read"),
         (("--backend", "10.0.0.0/8", "--backend", "a;b"), "--backend: 'a;b' has characters"),
         (("--foreground", "--nonsense"), "unknown option --nonsense"),
         (("--foreground", "extra"), "unknown option extra"),
@@ -171,6 +174,25 @@ def test_settings_that_exist_are_changed_by_their_options_alone(host: Machine) -
     assert host.output("ls /etc/wggw; stat -c %a /etc/wggw/wggw.env").split() == [
         "cert.pem", "key.pem", "privatekey", "wggw.env", "600",
     ]  # fmt: skip
+
+
+@pytest.mark.real
+def test_key_file_may_have_any_name_and_any_line_end(host: Machine) -> None:
+    (host.tree / "my key").write_bytes(b"0123456789 abcdef\r\n")
+    install = host.start(f"{COMMAND} --key-file 'my key'")
+    install.wait_text("The gateway is ready")
+    host.output("grep -x \"GATEWAY_API_KEY='0123456789 abcdef'\" /etc/wggw/wggw.env")
+    again = host.output("./install.sh --dry-run --key-file 'my key'")
+    assert "wggw.env exists and stays as it is" in again
+
+
+@pytest.mark.real
+def test_settings_file_that_cannot_be_parsed_is_refused_in_one_line(host: Machine) -> None:
+    for line, words in ((r"# caf\xe9", ": cannot be read: 'utf-8'"), ("x", " line 1: expected")):
+        host.output(f"mkdir -p /etc/wggw; printf '{line}' >/etc/wggw/wggw.env")
+        done = host.run("./install.sh --dry-run")
+        assert (done.returncode, "Traceback" in done.stdout) == (2, False), done.stdout
+        assert done.stdout.splitlines()[-1].startswith(f"install.sh: /etc/wggw/wggw.env{words}")
 
 
 @pytest.mark.real
