@@ -765,15 +765,38 @@ remove_user() {
   userdel wggw
 }
 
+# Prints what the settings place outside of $ETC and $STATE.
+places_elsewhere() {
+  with_wggw '
+import glob, os
+os.chdir(sys.argv[3] if os.path.isdir(sys.argv[3]) else "/")  # relative paths begin here
+config = wggw.load_config({}, sys.argv[1], key_needed=False)
+files = [config.db_path, *glob.glob(glob.escape(config.db_path) + ".*")]
+files += [each.private_key_file for each in wggw.interface_settings(config)]
+for path in map(os.path.realpath, [*files, config.tls_cert, config.tls_key]):
+    if os.path.exists(path) and not any(path.startswith(f"{ours}/") for ours in sys.argv[2:]):
+        print(path)
+print(config.snapshot_url or "")' "$ENV_FILE" "$ETC" "$STATE"
+}
+
 uninstall() {
   local -a kept
+  local elsewhere='' now=''
   confirm "remove wggw${purge:+ with its settings, keys and data}"
+  if [[ $purge && -r $ENV_FILE ]]; then
+    elsewhere=$(compile_program && places_elsewhere) || elsewhere="what the settings, which are wrong, name"
+  fi
   if [[ -e $UNIT ]]; then
-    run systemctl disable -q --now wggw
+    [[ ! -d /run/systemd/system ]] || now=--now
+    run systemctl disable -q ${now:+"$now"} wggw
   fi
   # This works whatever the settings are, and without them: it recognises marks.
   run take_down || say "interfaces, the nftables table inet wggw or rules in ufw may be left: see above"
-  run rm -rf "$UNIT" "$UNIT.before" "$DROP_INS" "$LIB" "$LAUNCHER" "$LAUNCHER.before"
+  run rm -rf "$UNIT" "$UNIT.before" "$DROP_INS"/50-{port,userspace}.conf{,.before} "$LIB" "$LAUNCHER" "$LAUNCHER.before"
+  if [[ -d $DROP_INS ]]; then
+    run rmdir --ignore-fail-on-non-empty "$DROP_INS"
+    [[ $dry_run || ! -d $DROP_INS ]] || say "$DROP_INS stays: it has drop-ins that install.sh did not make"
+  fi
   [[ ! -d /run/systemd/system ]] || run systemctl daemon-reload
   if user_is_ours; then
     run remove_user
@@ -782,6 +805,7 @@ uninstall() {
   fi
   if [[ $purge ]]; then
     run rm -rf "$ETC" "$STATE"
+    [[ ! $elsewhere ]] || say "outside of $ETC and $STATE these stay: ${elsewhere//$'\n'/ }"
   elif [[ -e $ETC || -e $STATE ]]; then
     mapfile -t kept < <(find "$ETC" "$STATE" -maxdepth 0 2>/dev/null)
     run chown -R root:root "${kept[@]}"

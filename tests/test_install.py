@@ -16,6 +16,8 @@ from sandbox import GUARD, Machine, machine
 
 INSTALL = ROOT / "install.sh"
 COMMAND = "./install.sh --foreground"
+UNIT = "/etc/systemd/system/wggw.service"
+DROP_INS = f"{UNIT}.d"
 PRINTED = re.compile(r"^  (\(umask 077; .* peer add .*\))$", re.MULTILINE)
 
 
@@ -429,6 +431,14 @@ def test_without_systemd_it_says_so_and_without_an_installation(host: Machine) -
 
 
 @pytest.mark.real
+def test_uninstall_needs_no_systemd_that_runs(host: Machine) -> None:
+    wanted = "/etc/systemd/system/multi-user.target.wants/wggw.service"
+    host.output(f"install -D wggw.service {UNIT}; install -d $(dirname {wanted}); ln -s {UNIT} {wanted}")
+    host.output("./install.sh --uninstall --yes")
+    assert host.run(f"ls {UNIT} {wanted}").stdout.count("cannot access") == 2
+
+
+@pytest.mark.real
 def test_dry_run_of_the_service_shows_each_step(host: Machine) -> None:
     shown = host.output("./install.sh --dry-run --backend 192.0.2.0/24")
     for step in ("useradd", "wggw.env", "install -D -m 755", "wggw.service", "systemctl enable"):
@@ -618,3 +628,28 @@ def test_uninstall_removes_what_a_killed_run_kept_and_neither_settings_nor_data(
     installed.output("mv /etc/wggw /var/lib/wggw")  # data without settings
     shown = installed.output("./install.sh --uninstall --yes")
     assert "settings and data stay in /var/lib/wggw (" in shown
+
+
+@pytest.mark.real
+def test_purge_leaves_what_is_not_install_shs_and_names_it(installed: Machine) -> None:
+    places = "DB_PATH=/var/w/db API_PORT=443 WG_PRIVATE_KEY_FILE=/etc/wgk TLS_KEY=key.pem"
+    installed.output(
+        f"for line in {places}; do echo $line >>/etc/wggw/wggw.env; done\n"
+        f"mkdir -p {DROP_INS} /var/w; touch /var/w/{{db,db.journal,dbx}} /etc/wgk\n"
+        f"touch /var/lib/wggw/{{cert,key}}.pem {DROP_INS}/{{50-port,override}}.conf"
+    )
+    for options in ("", "--purge"):
+        shown = installed.output(f"./install.sh --uninstall --yes {options}")
+        assert f"{DROP_INS} stays: " in shown
+        assert installed.output(f"ls {DROP_INS}") == "override.conf\n"
+    files = "/var/w/db /var/w/db.journal /etc/wgk"
+    assert f"these stay: {files}\n" in shown
+    installed.output(f"ls {files}; rm -r {DROP_INS}")
+
+
+@pytest.mark.real
+def test_purge_with_settings_that_are_wrong_says_so(installed: Machine) -> None:
+    installed.output("echo WG_MTU=x >>/etc/wggw/wggw.env")
+    shown = installed.output("./install.sh --uninstall --purge --yes")
+    assert "WG_MTU: 'x' is not bytes" in shown
+    assert "these stay: what the settings, which are wrong, name" in shown
