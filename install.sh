@@ -254,10 +254,14 @@ use_program() {  # use_program PROGRAM PRODUCT
 
 # --- settings -------------------------------------------------------------------------------------
 
+# A dry run on a host without Python shows no more than it can know.
+lacks_python() { [[ $dry_run && ! -x $PYTHON ]]; }
+
 # Compiles the tree's program into an unlinked file with descriptor 4: it vanishes with this script,
 # however that ends.
 compile_program() {
   local file
+  ! lacks_python || return 0
   file=$(mktemp)
   exec 4<>"$file"
   rm "$file"
@@ -271,6 +275,7 @@ with open(sys.argv[1], "rb") as source:
 # `read`, and an empty environment. A StartError, such as that of a bad setting, ends the script with
 # one line and the error's exit code.
 with_wggw() {
+  ! lacks_python || return 0
   local code="import marshal, sys, types
 wggw = sys.modules['wggw'] = types.ModuleType('wggw')
 with open('/proc/self/fd/4', 'rb') as program:
@@ -301,7 +306,7 @@ make_settings() {
   fi
   [[ $key_file ]] || first=1
   undo+=("rm -f $ENV_FILE")
-  [[ ! -x $PYTHON ]] || choose_subnets
+  choose_subnets
   say "+ write $ENV_FILE (0600, with a random GATEWAY_API_KEY)"
   [[ $dry_run ]] || write_settings
 }
@@ -438,7 +443,7 @@ if text == before:
 elif not dry_run:
     open(f"{path}.new", "w", encoding="utf-8").write(text)' \
     "$ENV_FILE" "$key_file" "$dry_run" "${lines[@]}")
-  printf '%s\n' "$told"
+  [[ ! $told ]] || printf '%s\n' "$told"
   [[ $told == *" stays as it is" ]] || changed=1
   if [[ -e $ENV_FILE.new ]]; then
     undo+=("rm -f $ENV_FILE.new")
@@ -598,7 +603,7 @@ install_files() {
 install_drop_ins() {
   local low='' port
   port=$(setting API_PORT)
-  ((port >= 1024)) || low=1
+  ((${port:-8000} >= 1024)) || low=1
   drop_in 50-port "$low" "# API_PORT is below 1024.
 [Service]
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE

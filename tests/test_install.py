@@ -459,6 +459,16 @@ def test_a_user_of_the_same_name_and_its_processes_are_left_alone(host: Machine)
 
 
 @pytest.mark.real
+def test_dry_run_of_a_host_without_python_shows_the_steps(host: Machine) -> None:
+    host.output("touch ../none; mount --bind ../none $(realpath /usr/bin/python3)")
+    shown = host.output("./install.sh --dry-run --awg --set WG_MTU=1380")
+    for step in ("apt-get install", " python3 ", "write /etc/wggw/wggw.env", "systemctl enable"):
+        assert step in shown, shown
+    host.output("mkdir /etc/wggw; touch /etc/wggw/wggw.env")
+    assert "50-port" not in host.output("./install.sh --dry-run --awg")
+
+
+@pytest.mark.real
 def test_without_tun_it_says_so(host: Machine) -> None:
     needs_userspace(host)
     host.output("mount -t tmpfs none /dev/net")
