@@ -24,6 +24,8 @@ readonly DROP_INS=$UNIT.d
 readonly READY_SECONDS=60
 readonly PLAIN='[][A-Za-z0-9.:/_=+,-]*'  # values that need no quotes in the settings file
 readonly PYTHON=/usr/bin/python3  # always the distribution's, which has python3-cryptography
+COMMAND="$PYTHON $(printf %q "$TREE/wggw.py")"  # as it can be typed
+readonly COMMAND
 
 # Packages by the command that succeeds if the package is installed.
 declare -A PACKAGE_OF=(
@@ -182,7 +184,7 @@ confirm() {  # asks only if a person can answer
   local answer
   [[ $yes || $dry_run || ! -t 0 ]] && return
   read -r -p "install.sh: about to $*. Continue? [Y/n] " answer
-  [[ ${answer:-y} == [Yy]* ]] || die 1 "stopped, nothing was changed"
+  [[ ${answer:-y} == [Yy]* ]] || die 1 "stopped: it did not $*"
 }
 
 install_packages() {
@@ -475,18 +477,18 @@ announce() {
 
 Ctrl-C stops it. To remove the interfaces, NAT and packet filter as well, run:
 
-  ${SUDO_USER:+sudo }$PYTHON $TREE/wggw.py net down --env-file $ENV_FILE
+  ${SUDO_USER:+sudo }$COMMAND net down --env-file $ENV_FILE
 
 To create a peer, with its client's configuration in laptop.conf, run in another terminal:
 
-  (umask 077; ${SUDO_USER:+sudo }$PYTHON $TREE/wggw.py peer add laptop --env-file $ENV_FILE >laptop.conf)
+  (umask 077; ${SUDO_USER:+sudo }$COMMAND peer add laptop --env-file $ENV_FILE >laptop.conf)
 END
 }
 
 serve() {
-  say "+ $PYTHON $TREE/wggw.py serve --env-file $ENV_FILE"
+  say "+ $COMMAND serve --env-file $ENV_FILE"
   if [[ $dry_run ]]; then
-    say "+ $PYTHON $TREE/wggw.py net up --env-file $ENV_FILE"
+    say "+ $COMMAND net up --env-file $ENV_FILE"
     return
   fi
   check_settings "$ENV_FILE"

@@ -96,7 +96,9 @@ def test_sandbox_runs_nothing_outside_itself(token: str) -> None:
 
 @pytest.mark.real
 def test_printed_command_creates_a_peer_and_only_root_reads_the_settings(host: Machine) -> None:
-    install = host.start(f"{COMMAND} --endpoint vpn.example.org --port 5000 --api-port 8443")
+    host.output("mkdir '../a tree' && cp install.sh wggw.py '../a tree'")
+    command = COMMAND.replace("./", "'../a tree/'")
+    install = host.start(f"{command} --endpoint vpn.example.org --port 5000 --api-port 8443")
     printed = PRINTED.search(install.wait_text(">laptop.conf"))
     assert printed, install.text()
     host.output(f"cd .. && {printed[1]}\n")
@@ -283,6 +285,16 @@ def test_what_is_missing_is_installed_and_apt_failing_ends_it(host: Machine) -> 
     (host.bin / "apt-get").write_text('#!/bin/sh\necho "$@" >>"$(dirname "$0")/apt-get.calls"\n')
     host.run(f"{COMMAND} --port 99999")
     assert host.apt_calls()[2] == "install -q -y --no-install-recommends wireguard-tools"
+
+
+@pytest.mark.real
+def test_a_second_question_answered_no_says_what_was_not_done(host: Machine) -> None:
+    needs_userspace(host)
+    host.output("rm $(command -v wg wireguard-go)")
+    (host.bin / "apt-get").write_text("#!/bin/sh\n")
+    done = host.run(f"printf 'y\nn\n' | script -qec '{COMMAND}' /dev/null")
+    assert "stopped: it did not install wireguard-go" in done.stdout
+    assert "nothing was changed" not in done.stdout
 
 
 @pytest.mark.real
