@@ -38,8 +38,9 @@ declare -A PACKAGE_OF=(
   ["command -v nft"]=nftables
 )
 
-mode=install dry_run='' yes='' json='' purge='' upgrade='' userspace='' first='' already_up='' key_file=''
+mode=install dry_run='' yes='' json='' purge='' upgrade='' userspace='' awg='' first='' already_up='' key_file=''
 declare -A SETTING=()  # variable of the settings file -> value given by an option
+implied=()  # those that --awg gives, because no other option does
 changed='' existed='' replaced=()
 undo=()  # commands that undo the steps done so far; they run in reverse order
 
@@ -118,11 +119,7 @@ parse_options() {
           die 2 "--set needs NAME=VALUE, the name of a setting and a value without '"
         SETTING[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]} && shift
         ;;
-      --awg)
-        SETTING[AWG_INTERFACE]=awg0
-        SETTING[AWG_IPV4_SUBNET]=10.0.2.0/24
-        SETTING[AWG_IPV6_SUBNET]=fd42:4242:2::/64
-        ;;
+      --awg) awg=1 ;;
       --port) take WG_DEFAULT_PORT "$@" && shift ;;
       --api-port) take API_PORT "$@" && shift ;;
       --interface) take WG_INTERFACE "$@" && shift ;;
@@ -132,8 +129,19 @@ parse_options() {
     esac
     shift
   done
+  if [[ $awg ]]; then
+    imply AWG_INTERFACE awg0
+    imply AWG_IPV4_SUBNET 10.0.2.0/24
+    imply AWG_IPV6_SUBNET fd42:4242:2::/64
+  fi
   [[ ! $purge || $mode == uninstall ]] || die 2 "--purge needs --uninstall"
   [[ ! $json || $mode == install ]] || die 2 "--json works only for installing the service: leave it out"
+}
+
+imply() {  # imply VARIABLE VALUE
+  [[ ! -v SETTING[$1] ]] || return 0
+  SETTING[$1]=$2
+  implied+=("$1")
 }
 
 take_more() {  # like take, but appends to the values of earlier options
@@ -314,7 +322,7 @@ make_settings() {
 }
 
 # Replaces default subnets that overlap a network of the host, and leaves IPv6 out if the host has
-# none. A subnet from an option is never replaced: check_settings refuses it if it does not fit.
+# none. A subnet that an option names is never replaced: check_settings refuses it if it does not fit.
 choose_subnets() {
   local name was value found chosen=''
   for name in "${!SETTING[@]}"; do chosen+="$name=${SETTING[$name]}"$'\n'; done
@@ -330,14 +338,14 @@ taken = wggw.taken_networks(tunnels)
 for tunnel in tunnels:
     for family, subnet in tunnel.subnets.items():
         name = f"{tunnel.prefix}_{family.upper()}_SUBNET"
-        if name in given and tunnel.prefix == "WG":
+        if name in given and name not in sys.argv[3:]:
             continue
         free = wggw.free_subnet(subnet, taken)
         taken.append((free, tunnel.name))
         if family == "ipv6" and len(tunnel.subnets) > 1 and wggw.ipv6_fault(tunnel):
             print(name, subnet, "")
         elif free != subnet:
-            print(name, subnet, free)' "$ENV_FILE" "$chosen") || exit $?
+            print(name, subnet, free)' "$ENV_FILE" "$chosen" "${implied[@]}") || exit $?
   while read -r name was value; do
     [[ $name ]] || continue
     SETTING[$name]=$value
@@ -352,7 +360,9 @@ for tunnel in tunnels:
 write_settings() (
   umask 077
   trap 'rm -f "$ENV_FILE.new"' EXIT
-  fit_to_host
+  if [[ $(host_address) == *:* ]]; then
+    : "${SETTING[API_HOST]=::}"
+  fi
   local name key
   if [[ $key_file ]]; then
     key=$(with_wggw 'print(read(sys.argv[1]).strip())' "$key_file")
@@ -374,17 +384,6 @@ write_settings() (
   check_settings "$ENV_FILE.new"
   mv "$ENV_FILE.new" "$ENV_FILE"
 )
-
-# Adapts the defaults to a kernel without IPv6 and to an uplink without IPv4.
-fit_to_host() {
-  local off=/proc/sys/net/ipv6/conf/all/disable_ipv6
-  if [[ ! -e $off || $(<"$off") == 1 ]]; then
-    : "${SETTING[WG_IPV6_SUBNET]=}"
-    [[ ! ${SETTING[AWG_INTERFACE]:-} ]] || SETTING[AWG_IPV6_SUBNET]=
-  elif [[ $(host_address) == *:* ]]; then
-    : "${SETTING[API_HOST]=::}"
-  fi
-}
 
 host_address() {  # the address from which the host reaches others, IPv4 if it has one
   with_wggw 'print(next(wggw.host_addresses(), ""))'
@@ -416,7 +415,8 @@ assignment() {  # assignment NAME VALUE: prints the line for the settings file
   printf '%s=%s\n' "$1" "$value"
 }
 
-# Writes the settings from options into the existing file, and changes nothing else in it.
+# Writes the settings from options into the existing file, and changes nothing else in it. --awg
+# changes nothing where an AmneziaWG interface is, and no subnet that the file has.
 change_settings() {
   local -a lines=()
   local name told
@@ -426,7 +426,7 @@ change_settings() {
   rm -f "$ENV_FILE.new"  # left by a run that was killed
   told=$(umask 077 && with_wggw '
 import re
-path, key_file, dry_run, *lines = sys.argv[1:]
+path, key_file, dry_run, implied, *lines = sys.argv[1:]
 text = before = read(path)
 there = wggw.read_env_file(text, path)
 defaults = {setting.name: setting.default or "" for setting in wggw.SETTINGS}
@@ -435,6 +435,8 @@ if key_file:
     key = read(key_file).strip()
     given.append((f"GATEWAY_API_KEY={chr(39)}{key}{chr(39)}", "GATEWAY_API_KEY", key))
 for line, name, value in given:
+    if name in implied.split() and (there.get("AWG_INTERFACE") or name in there and name[-6:] == "SUBNET"):
+        continue
     if value != (was := there.get(name, defaults[name])):
         text = re.sub(rf"(?m)^[ \t]*(?:export[ \t]+)?{name}[ \t]*=.*\n?", "", text)
         text = text.rstrip("\n") + f"\n{line}\n"
@@ -444,7 +446,7 @@ if text == before:
     print(f"install.sh: {path} exists and stays as it is")
 elif not dry_run:
     open(f"{path}.new", "w", encoding="utf-8").write(text)' \
-    "$ENV_FILE" "$key_file" "$dry_run" "${lines[@]}")
+    "$ENV_FILE" "$key_file" "$dry_run" "${implied[*]}" "${lines[@]}")
   [[ ! $told ]] || printf '%s\n' "$told"
   [[ $told == *" stays as it is" ]] || changed=1
   if [[ -e $ENV_FILE.new ]]; then

@@ -312,6 +312,8 @@ def test_subnets_that_the_host_has_are_not_taken(host: Machine) -> None:
     assert "10.0.1.0/24 overlaps a network of this host: WG_IPV4_SUBNET=10.1.1.0/24 is" in shown
     assert "10.0.2.0/24 overlaps a network of this host: AWG_IPV4_SUBNET=10.2.1.0/24 is" in shown
     assert "_IPV6_SUBNET" not in shown
+    named = "--set AWG_IPV4_SUBNET=10.0.2.0/24 --awg"
+    assert "AWG_IPV4_SUBNET=" not in host.output(f"{COMMAND} --dry-run {named}")
     host.output("echo 1 | tee /proc/sys/net/ipv6/conf/{all,default}/disable_ipv6")
     install = host.start(COMMAND)
     install.wait_text(">laptop.conf")
@@ -319,6 +321,22 @@ def test_subnets_that_the_host_has_are_not_taken(host: Machine) -> None:
     settings = host.output("cat /etc/wggw/wggw.env").splitlines()
     assert {"WG_IPV4_SUBNET=10.1.1.0/24", "WG_IPV6_SUBNET="} < set(settings)
     assert "10.0.1.0/24 dev lan0" in host.output("ip route get 10.0.1.1; ip route")
+
+
+@pytest.mark.real
+def test_awg_implies_only_what_neither_options_nor_settings_name(host: Machine) -> None:
+    four, six = "AWG_IPV4_SUBNET", "AWG_IPV6_SUBNET=fd42:4242:2::/64"
+    key = f"WG_BACKEND=memory GATEWAY_API_KEY={'a1' * 32}"
+    for there, options, changes in (
+        ("", "--awg", {"AWG_INTERFACE=awg0", f"{four}=10.0.2.0/24", six}),
+        ("", f"--set {four}=10.9.0.0/24 --awg", {"AWG_INTERFACE=awg0", f"{four}=10.9.0.0/24", six}),
+        ("", "--awg --set AWG_INTERFACE=a7", {"AWG_INTERFACE=a7", f"{four}=10.0.2.0/24", six}),
+        (f"AWG_INTERFACE=a7 {four}=10.2.1.0/24", "--awg", set()),
+        (f"AWG_INTERFACE= {four}=10.2.1.0/24 {six}", "--awg", {"AWG_INTERFACE=awg0"}),
+    ):
+        host.output(f"mkdir -p /etc/wggw; printf '%s\\n' {key} {there} >/etc/wggw/wggw.env")
+        shown = host.output(f"./install.sh --dry-run {options}")
+        assert set(re.findall(r": change \S+ (\S+)", shown)) == changes, shown
 
 
 WITHOUT = {
