@@ -631,18 +631,43 @@ def _schemes(raw: str) -> tuple[str, ...]:
     return words
 
 
-def _networks(raw: str) -> tuple[IPv4or6Network, ...]:
-    if "%" in raw:  # a scope id, which may be any text
+def _without_scope(given: Any) -> str:
+    """The text of an address or network. A scope id (%eth0), which may be any text, is refused."""
+    if not isinstance(given, str) or "%" in given:
         raise ValueError
-    return tuple(ipaddress.ip_network(part.strip()) for part in raw.split(",") if part.strip())
+    return given
+
+
+def _address(raw: str) -> str:
+    return str(ipaddress.ip_address(_without_scope(raw)))
+
+
+def _network(given: Any) -> IPv4or6Network:
+    return ipaddress.ip_network(_without_scope(given))
+
+
+def _networks(raw: str) -> tuple[IPv4or6Network, ...]:
+    networks = tuple(_network(part.strip()) for part in raw.split(",") if part.strip())
+    if raw and not networks:  # a lone comma: none would mean that everybody is allowed
+        raise ValueError
+    return networks
+
+
+# No peer can have one of these: unspecified, loopback, multicast, and IPv4 mapped to IPv6.
+_UNUSABLE = [
+    *map(ipaddress.ip_network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4")),
+    *map(ipaddress.ip_network, ("::/127", "::ffff:0:0/96", "ff00::/8")),
+]
 
 
 def _subnet(version: int, longest: int) -> Callable[[str], IPv4or6Network | None]:
     def parse(raw: str) -> IPv4or6Network | None:
         if not raw:
             return None
-        network = ipaddress.ip_network(raw)
-        if "%" in raw or network.version != version or not 1 <= network.prefixlen <= longest:
+        network = _network(raw)
+        if network.version != version or not 1 <= network.prefixlen <= longest:
+            raise ValueError
+        if any(network.overlaps(cast(Any, other)) for other in _UNUSABLE):
             raise ValueError
         return network
 
@@ -711,7 +736,8 @@ _URL_PATH = r"(?:/[A-Za-z0-9._~-]+)*/?"  # characters that need no percent-encod
 
 def _url(pattern: str, raw: str) -> str:
     _matching(pattern)(raw)
-    _ = urllib.parse.urlsplit(raw).port  # raises ValueError if it is too large
+    if urllib.parse.urlsplit(raw).port == 0:  # one that is too large raises ValueError
+        raise ValueError
     return raw
 
 
@@ -728,7 +754,7 @@ def _aws_endpoint(raw: str) -> str:
 
 def _dns_servers(raw: str) -> dict[str, tuple[str, ...]]:
     parsed = load_json(raw)
-    if not isinstance(parsed, dict) or not parsed or "%" in raw:
+    if not isinstance(parsed, dict) or not parsed:
         raise ValueError
     choices: dict[str, tuple[str, ...]] = {}
     for choice, value in parsed.items():
@@ -745,7 +771,7 @@ def _dns_servers(raw: str) -> dict[str, tuple[str, ...]]:
 def _dns_server(text: str) -> tuple[bool, str]:
     """(False, address of a server), or (True, search domain)."""
     try:
-        return False, str(ipaddress.ip_address(text))
+        return False, _address(text)
     except ValueError:
         return True, _domain(text)
 
@@ -795,7 +821,7 @@ def _service_classes(raw: str) -> dict[str, ServiceClass]:
         classes[name] = ServiceClass(
             parse_bit_rate(given["down"]) if given.get("down") is not None else None,
             parse_bit_rate(given["up"]) if given.get("up") is not None else None,
-            None if networks is None else tuple(map(ipaddress.ip_network, networks)),
+            None if networks is None else tuple(map(_network, networks)),
         )
     return classes
 
@@ -827,8 +853,8 @@ class Config:
     auth_schemes: tuple[str, ...] = _setting("legacy,rfc9421", _schemes, "legacy, rfc9421 or both")
     allowed_backends: tuple[IPv4or6Network, ...] = _setting(
         "", _networks, "comma-separated CIDRs without host bits")
-    api_host: str = _setting(  # open by default: signatures and ALLOWED_BACKENDS protect the API
-        "0.0.0.0", lambda raw: str(ipaddress.ip_address(raw)), "an IP address")  # noqa: S104
+    # Open by default: signatures and ALLOWED_BACKENDS protect the API.
+    api_host: str = _setting("0.0.0.0", _address, "an IP address")  # noqa: S104
     api_port: int = _setting("8000", _integer(1, 65535), "a port, 1 to 65535")
     tls_cert: str = _setting("cert.pem", _text, "the path of a PEM file")
     tls_key: str = _setting("key.pem", _text, "the path of a PEM file")
@@ -837,10 +863,11 @@ class Config:
     wg_interface: str | None = _setting(
         "wg0", _interface_name, "an interface name, at most 15 characters, or nothing")
     wg_ipv4_subnet: ipaddress.IPv4Network | None = _setting(
-        "10.0.1.0/24", _subnet(4, 30), "an IPv4 subnet without host bits, /1 to /30, or nothing")
+        "10.0.1.0/24", _subnet(4, 30),
+        "a unicast IPv4 subnet without host bits, /1 to /30, or nothing")
     wg_ipv6_subnet: ipaddress.IPv6Network | None = _setting(
         "fd42:4242:1::/64", _subnet(6, 126),
-        "an IPv6 subnet without host bits, /1 to /126, or nothing")
+        "a unicast IPv6 subnet without host bits, /1 to /126, or nothing")
     wg_default_port: int = _setting("51820", _integer(1, 65535), "a port, 1 to 65535")
     wg_extra_ports: tuple[int, ...] = _setting("", _ports, "comma-separated ports")
     wg_endpoint: PublicEndpoint | None = _setting(
@@ -854,9 +881,9 @@ class Config:
     awg_interface: str | None = _setting(
         None, _interface_name, "an interface name, at most 15 characters")
     awg_ipv4_subnet: ipaddress.IPv4Network | None = _setting(
-        None, _subnet(4, 30), "an IPv4 subnet without host bits, /1 to /30, or nothing")
+        None, _subnet(4, 30), "a unicast IPv4 subnet without host bits, /1 to /30, or nothing")
     awg_ipv6_subnet: ipaddress.IPv6Network | None = _setting(
-        None, _subnet(6, 126), "an IPv6 subnet without host bits, /1 to /126, or nothing")
+        None, _subnet(6, 126), "a unicast IPv6 subnet without host bits, /1 to /126, or nothing")
     awg_port: int = _setting("51821", _integer(1, 65535), "a port, 1 to 65535")
     awg_extra_ports: tuple[int, ...] = _setting("", _ports, "comma-separated ports")
     awg_private_key_file: str | None = _setting(None, _text, "a path")
@@ -1090,7 +1117,7 @@ def _check_apart(first: InterfaceSettings, second: InterfaceSettings) -> None:
                 f"{second.prefix}_{family.upper()}_SUBNET: {subnet} overlaps "
                 f"{other} of {first.name}: choose another subnet"
             )
-    if first.private_key_file == second.private_key_file:
+    if os.path.realpath(first.private_key_file) == os.path.realpath(second.private_key_file):
         raise ConfigError(
             f"{second.prefix}_PRIVATE_KEY_FILE: {second.private_key_file!r} is also the key of "
             f"{first.name}: choose another file"

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
         ["a_b", "a..b", ".a", "é.org", "a/b", "a" * 300, "-"],
     ),
     "LIMIT_SSH": ([("22", 22), ("65535", 65535), ("", None)], ["0", "65536", "ssh", "22,23"]),
-    "METRICS_ALLOWED": ([("", ())], ["192.0.2.1/24", "x"]),
+    "METRICS_ALLOWED": ([("", ())], ["192.0.2.1/24", "x", ","]),
     "MAX_TIMESTAMP_DIFF": (
         [("1", 1), ("3600", 3600)],
         ["", "0", "3601", "-1", "1.5", " 60", "60s", "٦٠", "9" * 5000],
@@ -80,11 +80,11 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
             ("10.0.0.0/8, ::1/128", (ip_network("10.0.0.0/8"), ip_network("::1/128"))),
             ("192.0.2.7", (ip_network("192.0.2.7/32"),)),
         ],
-        ["10.0.0.1/8", "10.0.0.0/33", "example.org", "10.0.0.0/8;::1"],
+        ["10.0.0.1/8", "10.0.0.0/33", "example.org", "10.0.0.0/8;::1", ",", " ", "fe80::1%x"],
     ),
     "API_HOST": (
         [("::", "::"), ("127.0.0.1", "127.0.0.1")],
-        ["", "localhost", "1.2.3", "[::]", "1.2.3.4:80"],
+        ["", "localhost", "1.2.3", "[::]", "1.2.3.4:80", "fe80::1%eth0\n", "fe80::1%eth0"],
     ),
     "API_PORT": ([("1", 1), ("65535", 65535)], ["", "0", "65536", "http", "1e3"]),
     "TLS_CERT": ([("/etc/cert.pem", "/etc/cert.pem")], [""]),
@@ -96,11 +96,17 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
     ),
     "WG_IPV4_SUBNET": (
         [("10.0.0.0/30", ip_network("10.0.0.0/30")), ("", None)],
-        ["10.0.0.1/24", "10.0.0.0/31", "10.0.0.0", "0.0.0.0/0", "fd00::/64", "x", "10.0.0.0/-1"],
+        [
+            *("10.0.0.1/24", "10.0.0.0/31", "10.0.0.0", "0.0.0.0/0", "fd00::/64", "x"),
+            *("10.0.0.0/-1", "0.0.0.0/1", "0.0.0.0/24", "127.0.1.0/24", "239.0.0.0/24"),
+        ],
     ),
     "WG_IPV6_SUBNET": (
         [("fd00::/126", ip_network("fd00::/126")), ("", None)],
-        ["fd00::1/64", "fd00::/127", "fd00::", "::/0", "10.0.0.0/24", "x", "fd00::%eth0/64"],
+        [
+            *("fd00::1/64", "fd00::/127", "fd00::", "::/0", "10.0.0.0/24", "x", "fd00::%eth0/64"),
+            *("::/64", "8000::/1", "ff05::/64", "::ffff:10.0.0.0/112"),
+        ],
     ),
     "WG_DEFAULT_PORT": ([("1", 1), ("65535", 65535)], ["", "0", "65536", "+1"]),
     "WG_EXTRA_PORTS": (
@@ -134,6 +140,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
             "[192.0.2.1]",
             "[vpn.example.org]:1",
             "fe80::1%eth0",
+            "fe80::1%\n",
             "2001:db8::1]:1",
             ":443",
         ],
@@ -148,19 +155,30 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
     "AWG_INTERFACE": ([("", None), ("awg0", "awg0")], [".", "a/b", "abcdefghijklmnop", "a b"]),
     "AWG_IPV4_SUBNET": (
         [("10.0.2.0/30", ip_network("10.0.2.0/30")), ("", None)],
-        ["10.0.2.1/24", "10.0.2.0/31", "0.0.0.0/0", "fd00::/64", "x"],
+        ["10.0.2.1/24", "10.0.2.0/31", "0.0.0.0/0", "fd00::/64", "x", "127.0.0.0/8"],
     ),
     "AWG_IPV6_SUBNET": (
         [("fd00:2::/126", ip_network("fd00:2::/126")), ("", None)],
-        ["fd00:2::1/64", "fd00:2::/127", "::/0", "10.0.2.0/24", "fd00::%eth0/64"],
+        ["fd00:2::1/64", "fd00:2::/127", "::/0", "10.0.2.0/24", "fd00::%eth0/64", "ff00::/8"],
     ),
     "AWG_PORT": ([("1", 1), ("65535", 65535)], ["", "0", "65536", "+1"]),
     "AWG_EXTRA_PORTS": ([("", ()), ("53, 443", (53, 443))], ["0", "53;443", "65536", "dns"]),
     "AWG_PRIVATE_KEY_FILE": ([("", None), ("key", "key")], []),
     "AWG_PARAMS": ([("", None), ("/etc/awg.json", "/etc/awg.json"), ("{}", "{}")], []),
     "SERVICE_CLASSES": (
-        [("", {}), ('{"a": {"down": "8kbit"}}', {"a": (1000, None, None)})],
-        ["[]", '{"a": {"down": "7kbit"}}', '{"a": {"rate": "1mbit"}}'],
+        [
+            ("", {}),
+            ('{"a": {"down": "8kbit"}}', {"a": (1000, None, None)}),
+            (
+                '{"a": {"destinations": ["10.0.0.0/8", "fd00::1"]}}',
+                {"a": (None, None, (ip_network("10.0.0.0/8"), ip_network("fd00::1")))},
+            ),
+        ],
+        [
+            *("[]", '{"a": {"down": "7kbit"}}', '{"a": {"rate": "1mbit"}}'),
+            *('{"a": {"destinations": [10]}}', '{"a": {"destinations": [true]}}'),
+            *('{"a": {"destinations": ["fe80::%x/128"]}}', '{"a": {"destinations": []}}'),
+        ],
     ),
     "DNS_SERVERS": (
         [
@@ -185,6 +203,8 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
             '{"a":"1.1.1.1,"}',
             '{"a":"1.1.1.1,1.1.1"}',
             '{"a":"1.1.1.1,corp.example\\nPostUp = x"}',
+            '{"a":"fe80::1%eth0"}',
+            '{"a":"fe80::1\\u0025e\\nPostUp = x"}',
             '{"a":' * 5000,
             '{"a":' + "9" * 5000 + "}",
         ],
@@ -209,7 +229,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
         [("", None), ("https://h.example/a", "https://h.example/a")],
         [
             *("http://h.example", "https://", "https://u:p@h/", "https://h/?a", "https://h/a b"),
-            *("https://h:99999/", "s3://B/", "s3:///a", "file:///a"),
+            *("https://h:99999/", "https://h:0/", "s3://B/", "s3:///a", "file:///a"),
         ],
     ),
     "SNAPSHOT_TOKEN": (
@@ -227,7 +247,14 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
     "AWS_DEFAULT_REGION": ([("", None), ("eu-1", "eu-1")], ["EU", "eu\n"]),
     "AWS_ENDPOINT_URL": (
         [("", None), ("https://h:9000", "https://h:9000"), ("http://[::1]:1", "http://[::1]:1")],
-        ["http://h", "https://h?", "https://h:99999", "ftp://h", "http://localhost.h"],
+        [
+            "http://h",
+            "https://h?",
+            "https://h:99999",
+            "https://h:0",
+            "ftp://h",
+            "http://localhost.h",
+        ],
     ),
     "AWS_ENDPOINT_URL_S3": (
         [("", None), ("http://127.0.0.1:1", "http://127.0.0.1:1")],
@@ -369,6 +396,7 @@ def test_each_interface_has_its_own_settings() -> None:
         ({"AWG_PORT": "51820"}, "AWG_PORT, AWG_EXTRA_PORTS"),
         ({"WG_EXTRA_PORTS": "443,53", "AWG_EXTRA_PORTS": "53"}, "AWG_PORT, AWG_EXTRA_PORTS"),
         ({"AWG_PRIVATE_KEY_FILE": "/etc/wireguard/privatekey"}, "AWG_PRIVATE_KEY_FILE"),
+        ({"AWG_PRIVATE_KEY_FILE": "k", "WG_PRIVATE_KEY_FILE": "./k"}, "AWG_PRIVATE_KEY_FILE"),
     ],
 )
 def test_what_two_interfaces_must_not_share_is_refused_by_name(

@@ -463,7 +463,9 @@ def test_without_systemd_it_says_so_and_without_an_installation(host: Machine) -
 @pytest.mark.real
 def test_uninstall_needs_no_systemd_that_runs(host: Machine) -> None:
     wanted = "/etc/systemd/system/multi-user.target.wants/wggw.service"
-    host.output(f"install -D wggw.service {UNIT}; install -d $(dirname {wanted}); ln -s {UNIT} {wanted}")
+    host.output(
+        f"install -D wggw.service {UNIT}; install -d $(dirname {wanted}); ln -s {UNIT} {wanted}"
+    )
     host.output("./install.sh --uninstall --yes")
     assert host.run(f"ls {UNIT} {wanted}").stdout.count("cannot access") == 2
 
