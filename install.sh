@@ -613,13 +613,18 @@ install_drop_ins() {
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE
 AmbientCapabilities=CAP_NET_BIND_SERVICE"
   drop_in 50-userspace "$userspace" "# The kernel lacks WireGuard or AmneziaWG: the service starts a program instead. The program outlives
-# the service and so keeps the tunnels up; its socket belongs to the service's user.
+# the service and so keeps the tunnels up.
 [Service]
 KillMode=process
 PrivateDevices=no
 DeviceAllow=/dev/net/tun rw
-RuntimeDirectory=wggw wireguard amneziawg
-RuntimeDirectoryPreserve=yes"
+# The service's user makes its socket in a directory where other programs have theirs. With this as its
+# RuntimeDirectory=, systemd would change the owner of them all, and a wireguard-go whose socket changes
+# ends. So only that which a run in the foreground left to root changes hands, and starts anew.
+ExecStartPre=+/bin/install -d -g wggw -m 1775 /run/wireguard /run/amneziawg
+ExecStartPre=+/bin/sh -c 'cd /sys/class/net; for link in \$\$(grep -slx \"wggw $ENV_FILE\" */ifalias); do \
+  chown -hf --from=root wggw: /run/wireguard/\$\${link%%/*}.sock /run/amneziawg/\$\${link%%/*}.sock; done; true'
+ReadWritePaths=-/run/wireguard -/run/amneziawg"
 }
 
 setting() {  # setting NAME: prints a setting as the gateway parses it

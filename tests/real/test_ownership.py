@@ -33,7 +33,9 @@ case $1 in
   restart)
     . "${0%/*}/before-start"
     if /usr/local/sbin/wggw net up --env-file /etc/wggw/wggw.env; then
-      install -d -o wggw -g wggw -m 700 /run/wireguard /run/amneziawg
+      sed -En 's/\$\$/$/g; s/%%/%/g; s/^ExecStartPre=\+-?//p' \
+        /etc/systemd/system/wggw.service.d/50-userspace.conf |
+        unshare --mount sh -c 'mount -t sysfs sysfs /sys; exec sh'  # /sys of this network namespace
       chown -R wggw: /var/lib/wggw
       setsid setpriv --reuid wggw --regid wggw --clear-groups --inh-caps +net_admin \
         --ambient-caps +net_admin bash -c \
@@ -544,6 +546,24 @@ def test_an_interface_that_took_the_place_of_ours_is_not_touched(clean: Host) ->
 
 
 # --- the service ----------------------------------------------------------------------------------
+
+
+def test_a_service_takes_its_interface_over_from_the_foreground_and_no_other_socket(
+    clean: Host,
+) -> None:
+    """A wireguard-go ends if the owner of its socket is changed, even to the same one."""
+    host = clean
+    host.machine.output(userspace("wg9"))
+    in_the_foreground(host, "", ())
+    host.machine.output(host.install())
+    is_up(host)
+    look = "ip -o link | cut -d: -f1,2; cd /run/wireguard; stat -c '%n %U %a' . wg*.sock"
+    before = host.machine.output(look)
+    assert before.endswith(". root 1775\nwg0.sock wggw 700\nwg9.sock root 700\n"), before
+    assert ": wg9\n" in before
+    host.machine.output("systemctl disable; systemctl restart; until systemctl is-active; do :; done")
+    assert host.machine.output(look) == before
+    host.machine.output(f"{host.install('--uninstall')}; ip link delete wg9")
 
 
 def test_a_failing_installation_takes_back_what_it_made_and_no_more(clean: Host) -> None:
