@@ -561,7 +561,9 @@ def test_a_service_takes_its_interface_over_from_the_foreground_and_no_other_soc
     before = host.machine.output(look)
     assert before.endswith(". root 1775\nwg0.sock wggw 700\nwg9.sock root 700\n"), before
     assert ": wg9\n" in before
-    host.machine.output("systemctl disable; systemctl restart; until systemctl is-active; do :; done")
+    host.machine.output(
+        "systemctl disable; systemctl restart; until systemctl is-active; do :; done"
+    )
     assert host.machine.output(look) == before
     host.machine.output(f"{host.install('--uninstall')}; ip link delete wg9")
 
