@@ -511,7 +511,7 @@ user_is_ours() { [[ $(getent passwd wggw) == wggw:*:"$STATE":*/nologin ]]; }  # 
 make_user() {
   ! user_is_ours || return 0
   ! getent passwd wggw >/dev/null ||
-    die 1 "there is a user wggw that belongs to something else (its home is not $STATE): rename or remove it"
+    die 1 "there is a user wggw that belongs to something else (its home is not $STATE, or it may log in): rename or remove it"
   undo+=("userdel wggw")
   run useradd --system --user-group --no-create-home --home-dir "$STATE" -s /usr/sbin/nologin wggw
 }
