@@ -3586,7 +3586,7 @@ def _der_values(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 # ==================================================================================================
-# addresses: which address the next peer gets, in constant time
+# addresses: which address the next peer gets, at a cost that hardly grows with their number
 #
 # A pool is an index over the store's rows. The gateway rebuilds it at every start.
 # Never here: SQL and locks.
@@ -3611,7 +3611,10 @@ class AddressPool:
         self._last = network.num_addresses - (2 if network.version == 4 else 1)
         self._fresh = 2  # the lowest fresh offset
         self._ahead: set[int] = set()  # used offsets above _fresh
-        self._released = collections.OrderedDict[int, int]()  # offset -> turn, oldest first
+        self._released: dict[int, int] = {}  # offset -> turn
+        # A heap of (turn, offset). Some are stale, because a peer has claimed the address; the
+        # first one never is.
+        self._oldest: list[tuple[int, int]] = []
         self._turn = 0  # of the latest release
         self.used = 0  # peers hold so many addresses, or changes in flight do
         self.in_flight = 0  # changes in flight hold so many of the used ones
@@ -3648,7 +3651,7 @@ class AddressPool:
         """The address that the next peer gets; None when all are held."""
         offset = self._fresh
         if self._released and (offset > self._last or offset > FRESH_SPAN):
-            offset = next(iter(self._released))
+            offset = self._oldest[0][1]
         if offset > self._last:
             return None
         return self._text(offset)
@@ -3680,6 +3683,8 @@ class AddressPool:
             while self._fresh in self._ahead:
                 self._ahead.remove(self._fresh)
                 self._fresh += 1
+        while self._oldest and self._released.get(self._oldest[0][1]) != self._oldest[0][0]:
+            heapq.heappop(self._oldest)
         self.used += 1
         return turn
 
@@ -3687,13 +3692,7 @@ class AddressPool:
         """Undo a claim() that returned `turn`: the address is fresh or released as before."""
         offset = self._held_offset(address)
         if turn:
-            first = next(iter(self._released.values()), turn)
-            self._released[offset] = turn
-            self._released.move_to_end(offset, last=False)
-            if turn > first:  # claims are not always undone in reverse order
-                self._released = collections.OrderedDict(
-                    sorted(self._released.items(), key=lambda item: item[1])
-                )
+            self._enqueue(offset, turn)
         elif offset > self._fresh:
             self._ahead.remove(offset)
         else:
@@ -3705,8 +3704,15 @@ class AddressPool:
         """Release a held address: peers get the earlier released ones first."""
         offset = self._held_offset(address)
         self._turn += 1
-        self._released[offset] = self._turn
+        self._enqueue(offset, self._turn)
         self.used -= 1
+
+    def _enqueue(self, offset: int, turn: int) -> None:
+        self._released[offset] = turn
+        heapq.heappush(self._oldest, (turn, offset))
+        if len(self._oldest) > 2 * len(self._released) + READ_CHUNK:  # drop the stale ones
+            self._oldest = [(turn, offset) for offset, turn in self._released.items()]
+            heapq.heapify(self._oldest)
 
     def _text(self, offset: int) -> str:
         packed = (self._base + offset).to_bytes(self.network.max_prefixlen // 8, "big")

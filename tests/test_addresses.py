@@ -103,6 +103,14 @@ class Machine(RuleBasedStateMachine):
         self.released.append(address)
 
     @rule(data=st.data())
+    def undo_claims(self, data: st.DataObject) -> None:
+        free = [address for address in self.order[:40] if address not in self.held]
+        chosen = data.draw(st.lists(st.sampled_from(free), unique=True)) if free else []
+        claimed = [(address, self.pool.claim(address)) for address in chosen]
+        for undone in data.draw(st.permutations(claimed)):
+            self.pool.put_back(*undone)
+
+    @rule(data=st.data())
     def release_of_a_free_address_is_refused(self, data: st.DataObject) -> None:
         address = data.draw(st.sampled_from(self.order[:40]))
         if address not in self.held:
@@ -242,6 +250,32 @@ def cost(pool: AddressPool, addresses: Iterable[str]) -> float:
             pool.release(taken)
         times.append(time.thread_time() - start)
     return min(times)
+
+
+def test_what_is_kept_of_named_claims_is_bounded() -> None:
+    """One address that is asked for by name and released, again and again, behind older ones."""
+    pool = pool_of("10.7.0.0/16")
+    for address in [take(pool) or "" for _ in range(10)]:
+        pool.release(address)
+    for _ in range(10_000):
+        pool.put_back("10.7.0.9", pool.claim("10.7.0.9"))
+        pool.claim("10.7.0.9")
+        pool.release("10.7.0.9")
+    assert len(pool._oldest) < 1000
+
+
+def test_claims_that_are_undone_cost_the_same_however_many_addresses_were_released() -> None:
+    times = {}
+    for number in (200, 20_000):
+        pool = pool_of("10.7.0.0/16")
+        for address in [take(pool) or "" for _ in range(number)]:
+            pool.release(address)
+        claimed = [(a, pool.claim(a)) for a in peers_of("10.7.0.0/16", 100)]
+        start = time.thread_time()
+        for undone in claimed:
+            pool.put_back(*undone)
+        times[number] = time.thread_time() - start
+    assert times[20_000] < 10 * times[200] + 0.01
 
 
 @pytest.mark.parametrize("subnet", ["10.7.0.0/16", "fd42::/64"])
