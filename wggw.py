@@ -474,6 +474,9 @@ class DamagedError(StartError):
         self.found = found or text
 
 
+DEFECT = "an internal error: the gateway's log names its place in the code"
+
+
 def log_defect(error: BaseException) -> None:
     """Log where a defect of this program happened, never the values that led to it."""
     trace = error.__traceback__
@@ -11206,7 +11209,6 @@ class Rules:
         self._core.ledger.check(fields["public_key"])
         known = self._core.store.get(fields["public_key"])
         if known is not None:
-            self.check_usable(known.interface)
             return Step(known, known)
         peer, missing = self.new_peer(fields)
         tunnel = self._core.tunnels[peer.interface]
@@ -11231,7 +11233,6 @@ class Rules:
     def set_status(self, fields: Mapping[str, Any]) -> Step:
         """Suspend or activate a peer; it may have that status already."""
         peer = self._known(fields["public_key"])
-        self.check_usable(peer.interface)
         activates = fields["status"] == "active" and peer.status != "active"
         reason = self._over(peer) if activates else None
         if reason == "expired":
@@ -12501,42 +12502,63 @@ class Gateway(Core):
     def change(self, name: str, fields: Mapping[str, Any], reply: Reply) -> None:
         """Land the step that the rule of this name decides. `reply` gets the result. Owner."""
         rule: Callable[[Mapping[str, Any]], Step] = getattr(self.rules, name)
+        flight = Flight()
         try:
             if self.ledger.uncertain:  # the rows may lack a change, so no rule can rely on them
                 self.ledger.check_disk()
             step = rule(fields)
             peer = cast(Peer, step.after or step.before)
-            if step.before == step.after:
-                reply(Outcome(False, peer))
-                return
             self.rules.check_usable(peer.interface)
-            self.ledger.check_disk()
-            flight = Flight()
-            self.ledger.add(flight, step)
-            flight.complete()
+            if step.before != step.after:
+                self.ledger.check_disk()
+                self.ledger.add(flight, step)
+                flight.complete()
+                self.ledger.submit(flight)
         except Busy as busy:
             busy.flight.then(lambda _: self.change(name, fields, reply))
             return
         except GatewayError as error:
             reply(error)
             return
-        flight.then(lambda error: reply(error or Outcome(True, peer)))
-        self.ledger.submit(flight)
+        except Exception as error:  # a defect: nothing may wait for a flight that never lands
+            log_defect(error)
+            for _ in self.ledger.release(flight, refused=True):
+                pass
+            reply(GatewayError(DEFECT))
+            return
+        if flight.steps:
+            flight.then(lambda error: reply(error or Outcome(True, peer)))
+        else:
+            reply(Outcome(False, peer))
 
     def batch(
         self,
         operations: Sequence[BatchOperation],
         show: Callable[[BatchOperation, Outcome | GatewayError], _T],
         reply: Callable[[list[_T]], None],
+        work: Callable[[Iterator[None]], None],
     ) -> Iterator[None]:
         """Do operations: each is atomic, and those on one key keep their order. For the owner.
 
         An error that decoding put among `operations` becomes the result in its place. `show` gets
         each result while the rows are as the operation left them; `reply` gets what it returned.
+        `work` advances a generator to its end, in slices.
         """
         results: list[Any] = [None] * len(operations)
         left = len(operations)
         latest: dict[str, Later[None]] = {}  # by key: when its operation has been answered
+        ready = collections.deque[Callable[[], None]]()  # the operations that wait for no other
+
+        def decide() -> Iterator[None]:
+            while ready:
+                ready[0]()
+                ready.popleft()
+                yield
+
+        def add(operation: Callable[[], None]) -> None:
+            ready.append(operation)
+            if len(ready) == 1:  # otherwise decide() is at work, so that no operation nests
+                work(decide())
 
         def finish(place: int, done: Later[None], result: Outcome | GatewayError) -> None:
             nonlocal left
@@ -12557,7 +12579,8 @@ class Gateway(Core):
                 keys = {fields["public_key"], fields.get("new_public_key", fields["public_key"])}
                 earlier = [latest[key] for key in keys if key in latest]
                 latest.update(dict.fromkeys(keys, done))
-                when_all(earlier, functools.partial(self.change, rule, fields, answer))
+                decision = functools.partial(self.change, rule, fields, answer)
+                when_all(earlier, functools.partial(add, decision))
             yield
         if not operations:
             reply(results)
@@ -13513,9 +13536,6 @@ def answering_defects(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
-DEFECT = "an internal error: the gateway's log names its place in the code"
-
-
 THIS_HOST = "this host"  # the source of requests that come over the Unix socket
 
 # A proxy adds one of these headers: the source is then the proxy, not the caller.
@@ -13754,7 +13774,8 @@ class PeerHandlers:
         def reply(results: list[dict[str, Any] | None]) -> None:
             self._give(later, lambda: self._batch_answer(operations, results))
 
-        self._work_on(later, self._gateway.batch(operations, self._batch_result, reply))
+        work = functools.partial(self._work_on, later)
+        work(self._gateway.batch(operations, self._batch_result, reply, work))
         return later
 
     @staticmethod

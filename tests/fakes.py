@@ -601,8 +601,7 @@ def batch(
 
     def one_round() -> None:
         gateway.ledger.gathers = True
-        for _ in gateway.batch(operations, lambda operation, result: result, reply):
-            pass
+        exhaust(gateway.batch(operations, lambda operation, result: result, reply, exhaust))
         gateway.ledger.gathers = False
         gateway.ledger.dispatch()
 
@@ -610,6 +609,11 @@ def batch(
     if not answered.wait(60.0):
         raise AssertionError("no answer to a batch")
     return answers
+
+
+def exhaust(steps: Iterator[Any]) -> None:
+    for _ in steps:
+        pass
 
 
 def do(gateway: wggw.Gateway, rule: str, **fields: Any) -> wggw.Outcome:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import batch, build, do, submit
+from fakes import batch, build, do, exhaust, submit
 from harness import Client, a_key, path_key, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -228,12 +229,71 @@ def test_operations_of_a_batch_reach_disk_and_interface_together(tmp_path: Path)
             ("create", {"public_key": a_key(n)}) for n in range(95)
         ]
         answered: list[Any] = []
-        for _ in world.gateway.batch(operations, lambda _, result: result, answered.extend):
-            pass
+        replies = (lambda _, result: result, answered.extend)
+        exhaust(world.gateway.batch(operations, *replies, exhaust))
     wait_for(lambda: len(answered) == 95)
     assert all(isinstance(result, wggw.Outcome) and result.changed for result in answered)
     assert world.disk.faults.calls["fsync"] <= 2
     assert world.backend.faults.calls["apply"] <= 2
+    world.close()
+
+
+def test_any_number_of_operations_on_one_key_is_answered_a_slice_a_round(tmp_path: Path) -> None:
+    """They nest in no stack, and no slice has more than one of them."""
+    world = build(tmp_path)
+    operations: list[wggw.BatchOperation] = [
+        ("create", {"public_key": a_key(1), "ignored": []}),
+        *[("activate", {"public_key": a_key(1)})] * 998,
+        ("rotate", {"public_key": a_key(1), "new_public_key": a_key(2)}),
+    ]
+    answered: list[Any] = []
+    work: list[Iterator[None]] = []
+    shown_in_slice = [0]
+
+    def show(_: wggw.BatchOperation, result: Any) -> Any:
+        shown_in_slice[-1] += 1
+        return result
+
+    with world.lock:
+        exhaust(world.gateway.batch(operations, show, answered.extend, work.append))
+        exhaust(work.pop())
+    wait_for(lambda: bool(work))  # the create has landed
+    with world.lock:
+        [steps] = work
+        shown_in_slice.append(0)
+        for _ in steps:
+            shown_in_slice.append(0)
+    wait_for(lambda: bool(answered))
+    assert max(shown_in_slice) == 1
+    assert [result.changed for result in answered] == [True, *[False] * 998, True]
+    assert not world.gateway.ledger.in_flight
+    world.close()
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["decided at once", "behind another flight"])
+def test_a_defect_in_a_decision_is_answered_and_leaves_nothing_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    world = build(tmp_path)
+    complete = wggw.Flight.complete
+
+    def fail_to_delete(flight: wggw.Flight) -> None:
+        if flight.steps[0].after is None:
+            raise MemoryError
+        complete(flight)
+
+    if not waits:
+        do(world.gateway, "create", public_key=a_key(1), ignored=[])
+    with world.lock:
+        if waits:
+            submit(world.gateway, "create", public_key=a_key(1), ignored=[])
+        monkeypatch.setattr(wggw.Flight, "complete", fail_to_delete)
+        deleted = submit(world.gateway, "delete", public_key=a_key(1))
+    with pytest.raises(wggw.GatewayError, match="internal error"):
+        deleted()
+    monkeypatch.setattr(wggw.Flight, "complete", complete)
+    assert do(world.gateway, "delete", public_key=a_key(1)).changed
+    assert world.gateway.sync({}, False, True) == (0, 0, 0, 0)
     world.close()
 
 
@@ -277,6 +337,32 @@ def test_operations_on_one_key_are_done_in_order_also_when_one_waits_for_an_addr
     )
     assert deleted().changed
     assert [r.changed for r in results if isinstance(r, wggw.Outcome)] == [True, True, False]
+    world.close()
+
+
+@pytest.mark.parametrize(
+    ("rule", "fields"),
+    [
+        ("create", {"ignored": []}),
+        ("set_status", {"status": "active"}),
+        ("update", {"label": "x"}),
+        ("rotate", {"new_public_key": a_key(1)}),
+        ("reset_quota", {}),
+    ],
+)
+def test_nothing_says_active_while_the_interface_is_known_to_differ(
+    tmp_path: Path, rule: str, fields: dict[str, Any]
+) -> None:
+    """Not even a request that changes nothing."""
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1), ignored=[], label="x")
+    assert not do(world.gateway, rule, public_key=a_key(1), **fields).changed
+    world.backend.drop(a_key(1))
+    world.gateway.tunnels["wg0"].suspect("a change failed")
+    with pytest.raises(wggw.Unavailable):
+        do(world.gateway, rule, public_key=a_key(1), **fields)
+    world.gateway.projection.reconcile()
+    assert not do(world.gateway, rule, public_key=a_key(1), **fields).changed
     world.close()
 
 
