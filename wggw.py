@@ -10283,6 +10283,7 @@ def refuse_misfits(findings: Iterable[Finding]) -> None:
 # gateway refuses a flight only when its record cannot reappear: step 1 removed the line, or step 2
 # declared it void. If that failed, nobody knows what a restart will find: the connection ends
 # without an answer (OutcomeUnknown), and no change is decided before there is a fresh snapshot.
+# A defect during a landing has the same effect, except that only a restart ends it.
 #
 # Threads: rows, pools and the Ledger, the table of what is in flight, belong to the owner; other
 # threads reach them by `run(function)`. Only the Lander's thread changes interfaces. It holds
@@ -10685,6 +10686,7 @@ class Ledger:
 
     def release(self, flight: Flight, refused: bool) -> Iterator[None]:
         """Release what a flight holds, and call the functions that wait for it. In slices."""
+        self._suspect(flight)  # before a request about one of its keys is decided
         for address, turn in reversed(flight.claimed.items()):
             if turn is not None:
                 self._pool(address).in_flight -= 1
@@ -10704,10 +10706,12 @@ class Ledger:
         if self.exclusive is flight:
             self.exclusive = None
         self.airborne.pop(flight, None)
-        # The keys must be free by now: a reconcile() that skipped them would clear the suspicion.
+        self._suspect(flight)  # once more: a reconcile() that skipped its keys has cleared it
+        flight.give(flight.error)
+
+    def _suspect(self, flight: Flight) -> None:
         for name, reason in flight.suspects.items():
             self.tunnels[name].suspect(reason)
-        flight.give(flight.error)
 
     def land(self, flight: Flight) -> None:
         """Submit a flight and wait until it has landed. Raises its error. For workers."""
@@ -10769,12 +10773,16 @@ class Lander:
                 self._run(functools.partial(self._give_up, flights))
 
     def _give_up(self, flights: Sequence[Flight]) -> None:
+        """Refuse the flights of a landing that met a defect, unless the disk may have them."""
         self.applying = False
+        self._ledger.uncertain = True
         for flight in flights:
             if not flight.done:
                 flight.error = Unavailable(
                     "an internal error: see the gateway's log, and restart it"
                 )
+                if flight.number:
+                    flight.error = OutcomeUnknown("its record may be in the journal")
                 flight.claimed.clear()
                 for _ in self._ledger.release(flight, refused=True):
                     pass

@@ -366,6 +366,64 @@ def test_nothing_says_active_while_the_interface_is_known_to_differ(
     world.close()
 
 
+def out_of_memory(*_: Any) -> Any:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("place", ["before the disk", "interface", "rows"])
+def test_what_a_defect_in_a_landing_refuses_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    world = build(tmp_path)
+    target, name = {
+        "before the disk": (world.gateway.lander, "_write"),
+        "interface": (world.backend, "apply"),
+        "rows": (world.store, "apply_in_slices"),
+    }[place]
+    with monkeypatch.context() as patched:
+        patched.setattr(target, name, out_of_memory)
+        refused = place == "before the disk"
+        with pytest.raises(wggw.Unavailable if refused else wggw.OutcomeUnknown):
+            do(world.gateway, "create", public_key=a_key(1), ignored=[])
+    with pytest.raises(wggw.Unavailable):  # it may be there, so no 404
+        do(world.gateway, "delete", public_key=a_key(1))
+    world.crash()
+    world.reopen()
+    assert (world.shown(a_key(1)) is None) == refused
+    world.close()
+
+
+def test_a_key_of_a_failed_landing_is_decided_when_the_interface_is_suspected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are freed a slice at a time: the first ones before the last ones."""
+    world = build(tmp_path)
+    for number in range(3):
+        do(world.gateway, "create", public_key=a_key(number), ignored=[])
+    world.backend.fail("apply", what="half")
+    release = wggw.Ledger.release
+    answers: list[Any] = []
+
+    def ask(ledger: wggw.Ledger, flight: wggw.Flight, refused: bool) -> Iterator[None]:
+        for _ in release(ledger, flight, refused):
+            for key in flight.keys:
+                if key not in ledger.in_flight:
+                    fields = {"public_key": key, "status": "active"}
+                    world.gateway.change("set_status", fields, answers.append)
+            yield
+
+    monkeypatch.setattr(wggw.Ledger, "release", ask)
+    suspended = {
+        a_key(n): wggw.Desired("", {"public_key": a_key(n), "status": "suspended"})
+        for n in range(3)
+    }
+    with pytest.raises(wggw.Unavailable):
+        world.gateway.sync(suspended, False, False)
+    assert len(answers) > 3
+    assert all(isinstance(answer, wggw.Unavailable) for answer in answers)
+    world.close()
+
+
 @pytest.mark.parametrize("fails", ["disk", "interface", "nothing"])
 def test_a_refusal_never_rests_on_a_change_that_is_refused_itself(
     tmp_path: Path, fails: str
