@@ -12273,7 +12273,7 @@ class Limits:
             lambda: (core.store.meta("periods"), core.store.queries.expired(int(now)))
         )
         if known != (starts := period_starts(now)):
-            self._begin_periods(known, starts)
+            self._begin_periods(starts)
         self._enforce(due)
 
     def enforce_quotas(self) -> None:
@@ -12283,22 +12283,28 @@ class Limits:
         )
         self._enforce([number for number, is_due in rows if is_due])
 
-    def _begin_periods(self, known: Mapping[str, int] | None, now: Mapping[str, int]) -> None:
+    def _begin_periods(self, now: Mapping[str, int]) -> None:
         """Reset quotas when their day, week or month has ended, also while the gateway was down.
 
         The state holds the starts of the periods whose quotas are reset. They are written last, so
-        that the reset is repeated after a crash. It needs no usable interface.
+        that the reset is repeated after a crash. It needs no usable interface. An import waits for
+        it, or comes first: then the next tick begins the periods of the imported state.
         """
         core = self._core
-        begun = [period for period in PERIODS if known and known[period] != now[period]]
-        rows = chunks(core.run, lambda after: core.store.queries.periodic(begun, after, READ_CHUNK))
-        due = [number for number, is_due in rows if is_due]
         steps: list[Step] = []
-        with contextlib.suppress(GatewayError):
+        with contextlib.suppress(GatewayError, Busy), Bulk(core) as bulk:
+            core.run(core.ledger.check)
+            known = core.run(lambda: core.store.meta("periods"))
+            begun = [period for period in PERIODS if known and known[period] != now[period]]
+            rows = chunks(
+                core.run, lambda after: core.store.queries.periodic(begun, after, READ_CHUNK)
+            )
+            due = [number for number, is_due in rows if is_due]
             for numbers in _slices(due):
                 steps += self._change(numbers, core.rules.begin_quota)
             if len(steps) == len(due):  # else some are busy, and the next tick continues
-                core.ledger.land(Flight(Record(settings={"periods": json.dumps(now)})))
+                bulk.flight.record = Record(settings={"periods": json.dumps(now)})
+                bulk.land()
         if steps:
             names = " and ".join(begun)
             LOG.info("a new %s: reset the quota of %s", names, show_peers(len(steps)))
@@ -12405,7 +12411,7 @@ class Gateway(Core):
         self.limits = Limits(self)
         self.projection = Projection(self, self.limits)
         self.lander = Lander(self.ledger, store, clock)
-        self._bulk = threading.Lock()  # one desired state, import or rotation at a time
+        self._bulk = threading.Lock()  # one of the changes of many peers or of settings at a time
 
     # --- start and stop --------------------------------------------------------------------------
 
@@ -12478,14 +12484,31 @@ class Gateway(Core):
         """Enforce other classes. For workers. Raises ConfigError, with nothing changed."""
         if classes == self.classes:
             return
-        with self._bulk, self.lander.turn:  # no change puts an address into a class meanwhile
-            self.run(lambda: refuse_misfits(look_at_stored_classes(classes, self.store)))
-            if self.class_table is not None:
-                try:
-                    self.class_table.change(classes)
-                except BackendError as error:
-                    raise ConfigError(f"SERVICE_CLASSES: {error}") from None
-            self.classes = classes
+
+        def check() -> None:
+            refuse_misfits(look_at_stored_classes(classes, self.store))
+
+        def begin() -> list[Flight]:
+            """From now on no peer gets a class that goes. Returns the flights that may have."""
+            check()
+            self.classes = {name: of for name, of in before.items() if name in classes}
+            return list(self.ledger.airborne)
+
+        with self._bulk:
+            before = self.classes
+            try:
+                for earlier in self.run(begin):
+                    wait_for(self.run, earlier)
+                with self.lander.turn:  # no landing puts an address into a class meanwhile
+                    self.run(check)
+                    if self.class_table is not None:
+                        self.class_table.change(classes)
+                    self.classes = classes
+            except BackendError as error:
+                raise ConfigError(f"SERVICE_CLASSES: {error}") from None
+            finally:
+                if self.classes is not classes:
+                    self.classes = before
 
     def close(self) -> None:
         """Land the waiting changes, and write the last snapshot. For workers."""
@@ -12682,11 +12705,12 @@ class Gateway(Core):
     def accept_keys(self) -> None:
         """Make the peers' configurations name the interfaces' own keys. For workers."""
         tunnels, store = self.tunnels.values(), self.store
-        keys = {**self.run(store.public_keys), **{t.name: t.public_key for t in tunnels}}
-        flight = Flight(Record(settings={"public_keys": json.dumps(keys)}))
-        for tunnel in tunnels:
-            flight.on_landed.append(functools.partial(tunnel.note_clients_key, store, None))
-        self.ledger.land(flight)
+        with self._bulk:  # an import may be changing these keys
+            keys = {**self.run(store.public_keys), **{t.name: t.public_key for t in tunnels}}
+            flight = Flight(Record(settings={"public_keys": json.dumps(keys)}))
+            for tunnel in tunnels:
+                flight.on_landed.append(functools.partial(tunnel.note_clients_key, store, None))
+            self.ledger.land(flight)
 
     # --- AmneziaWG's parameters ------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from fakes import FakeBackend, World, do
-from harness import a_key
+from fakes import FakeBackend, World, do, submit
+from harness import a_key, wait_for
 
 import wggw
 from wggw import BackendError, Change, ClassedBackend, Member, WirePeer
@@ -309,17 +309,43 @@ def test_classes_that_peers_have_cannot_go(tmp_path: Path) -> None:
         third.open()
 
 
-def test_classes_change_when_no_change_of_a_peer_is_landing(tmp_path: Path) -> None:
+def test_no_peer_gets_a_class_that_goes(tmp_path: Path) -> None:
+    """Not by a change that was decided before, nor by one that is decided while nft runs."""
     world = World(tmp_path, **SETTINGS).open()
-    changing = threading.Thread(target=world.gateway.change_classes, args=({},))
-    with world.gateway.lander.turn:
+    gateway = world.gateway
+    errors: list[str] = []
+
+    class Table(FakeTable):
+        def change(self, classes: Mapping[str, wggw.ServiceClass]) -> None:
+            with pytest.raises(wggw.Invalid, match="service_class"):
+                do(gateway, "create", public_key=a_key(2), service_class="fast")
+            if len(classes) == 1:
+                raise BackendError("nft: as told")
+
+    def change(*kept: str) -> None:
+        try:
+            gateway.change_classes({name: gateway.classes[name] for name in kept})
+        except wggw.ConfigError as error:
+            errors.append(str(error))
+
+    gateway.class_table = Table()
+    changing = threading.Thread(target=change, daemon=True)
+    with gateway.lander.turn:  # as during a landing
+        given = submit(gateway, "create", public_key=a_key(1), service_class="slow")
         changing.start()
-        changing.join(0.2)
-        assert changing.is_alive()
-        assert sorted(world.gateway.classes) == ["fast", "slow"]
-    changing.join(10)
-    assert world.gateway.classes == {}
+        wait_for(lambda: not gateway.classes)
+    assert given().peer.service_class == "slow"
+    changing.join(30)
+    assert "the class 'slow' is used by 1 peer" in errors.pop()
+    assert sorted(gateway.classes) == ["fast", "slow"]
+    change("slow")
+    assert errors.pop() == "SERVICE_CLASSES: nft: as told"
+    assert sorted(gateway.classes) == ["fast", "slow"]
+    do(gateway, "delete", public_key=a_key(1))
+    change()
+    assert not gateway.classes and not errors
     world.close()
+    World(tmp_path, **{**SETTINGS, "SERVICE_CLASSES": ""}).open().close()
 
 
 def test_status_shows_classes_on_a_screen() -> None:

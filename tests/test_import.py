@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import threading
@@ -541,6 +542,75 @@ def test_an_import_and_a_new_quota_period_do_not_wait_for_each_other(
     wait_for(lambda: imports and not expiry.is_alive() and not imports[0].is_alive())
     peer, traffic = peer_of(world.gateway, a_key(1)), traffic_of(world.gateway, a_key(1))
     assert traffic.total == peer.quota_base == 10
+    world.close()
+
+
+@contextlib.contextmanager
+def importing(world: World, data: bytes, replace_key: bool | None = None) -> Iterator[None]:
+    """An import whose record is being written until the block ends."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(kind: str) -> None:
+        if kind == "fsync":
+            entered.set()
+            assert go_on.wait(30)
+
+    world.disk.faults.before = hold
+    worker = threading.Thread(target=world.gateway.import_, args=(data, replace_key), daemon=True)
+    worker.start()
+    assert entered.wait(30)
+    yield
+    go_on.set()
+    worker.join(30)
+    assert not worker.is_alive()
+
+
+def test_a_new_quota_period_waits_for_an_import_on_its_way(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    source = build(tmp_path / "source")
+    do(source.gateway, "create", public_key=a_key(1), quota_bytes=100, quota_period="day")
+    source.backend.move(a_key(1), 500)
+    source.gateway.projection.sample()
+    assert source.shown(a_key(1))["status"] == "suspended"
+    data = source.gateway.export()
+    source.close()
+    (tmp_path / "target").mkdir()
+    world = build(tmp_path / "target")
+    world.now += 86400
+    with importing(world, data):
+        expiry = threading.Thread(target=world.gateway.limits.expire, daemon=True)
+        expiry.start()
+        expiry.join(10)
+        assert not expiry.is_alive()
+    assert world.shown(a_key(1))["status"] == "active"
+    assert world.shown(a_key(1))["quota_used"] == 0
+    world.close()
+
+
+def test_keys_that_are_accepted_during_an_import_are_those_behind_it(tmp_path: Path) -> None:
+    """Configurations name the key that the interface has, whichever comes first."""
+    (tmp_path / "source").mkdir()
+    source = build(tmp_path / "source", SNAPSHOT_KEY=SECRET)
+    do(source.gateway, "create", public_key=a_key(1), ignored=[])
+    private = wggw.clamp(bytes([9]) * 32)
+    public = wggw.encode_key(wggw.x25519_public(private))
+    source.store.private_keys["wg0"] = wggw.encode_key(private)
+    source.store.remember("public_keys", json.dumps({"wg0": public}))
+    data = source.gateway.export()
+    source.close()
+    (tmp_path / "target").mkdir()
+    file = tmp_path / "privatekey"
+    file.write_bytes(wggw.encode_key(wggw.clamp(bytes([1]) * 32)).encode() + b"\n")
+    file.chmod(0o600)
+    world = build(tmp_path / "target", SNAPSHOT_KEY=SECRET, WG_PRIVATE_KEY_FILE=str(file))
+    with importing(world, data, replace_key=True):
+        accepting = threading.Thread(target=world.gateway.accept_keys, daemon=True)
+        accepting.start()
+        accepting.join(0.2)
+    accepting.join(30)
+    tunnel = world.gateway.tunnels["wg0"]
+    assert tunnel.public_key == tunnel.clients_key == public
+    assert world.store.private_keys["wg0"] == wggw.encode_key(private)
     world.close()
 
 
