@@ -4418,6 +4418,19 @@ _BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  name
     )
 )
 
+# Of itself SQLite would take the index of all suspended peers, so that each tick read all of them.
+_EXPIRED = (
+    " UNION ALL ".join(
+        f"SELECT expires_at, id FROM peers INDEXED BY {index} WHERE {misfit} AND {behind}"  # noqa: S608  names of this file
+        for index, misfit in (
+            ("peers_expiry", "status = 'active' AND expires_at <= :now"),
+            ("peers_expired", "status_reason = 'expired' AND expires_at > :now"),
+        )
+        for behind in ("expires_at = :at AND id > :id", "expires_at > :at")
+    )
+    + " ORDER BY 1, 2 LIMIT :n"
+)
+
 _TIME = "strftime('%Y-%m-%dT%H:%M:%SZ', {}, 'unixepoch')"  # as rfc3339() writes it
 _ONLINE = "(p.status = 'active' AND coalesce(t.last_handshake, 0) > :online_since)"
 _OF_FAMILIES = (
@@ -5282,18 +5295,16 @@ class Queries:
 
     # --- limits ----------------------------------------------------------------------------------
 
-    def expired(self, now: int) -> list[int]:
-        """The ids of peers whose status does not fit their expires_at.
+    def expired(
+        self, now: int, after: tuple[int, int], limit: int
+    ) -> list[tuple[tuple[int, int], int]]:
+        """(place, id) of peers whose status does not fit their expires_at.
 
         These are active peers that have expired, and, after the clock was set back, peers that the
-        gateway suspended too early.
+        gateway suspended too early. A place is (expires_at, id); `after` is the last one read.
         """
-        rows = self._db.execute(
-            "SELECT id FROM peers WHERE status = 'active' AND expires_at <= ? "
-            "UNION ALL SELECT id FROM peers WHERE status_reason = 'expired' AND expires_at > ?",
-            (now, now),
-        )
-        return [row[0] for row in rows]
+        rows = self._db.execute(_EXPIRED, {"now": now, "at": after[0], "id": after[1], "n": limit})
+        return [(row, row[1]) for row in rows]
 
     def quotas(self, after: int, limit: int) -> list[tuple[int, bool]]:
         """(id, whether its quota requires another status) of peers with a quota."""
@@ -5342,10 +5353,17 @@ class _Change:
         yield put, self._put
         yield self._gone, self._note_gone
         yield record.traffic, self._put_totals
+        yield record.restart, self._restart
+        if record.released is not None:
+            self._released.clear()
+            yield record.released, self._released.add
         if record.put or record.delete:
             self._feeds.last_change = self._last
         self._feeds.sequence = self._last
-        self._finish()
+        for name, text in record.settings.items():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
+            if name == "feed":
+                self._feeds.set_gaps(text)
 
     def _delete(self, numbers: Sequence[int]) -> None:
         for number in numbers:
@@ -5395,11 +5413,12 @@ class _Change:
             if row is None:
                 self._counts.next_id = max(self._counts.next_id, peer.id + 1)
             elif row.public_key != peer.public_key or row.status != peer.status:
-                self._restart(peer.id)  # it leaves or joins the interface
+                self._restart([(peer.id,)])  # it leaves or joins the interface
 
-    def _restart(self, number: int) -> None:
-        """The peer's counters on the interface restart at 0."""
-        self._db.execute("UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = ?", (number,))
+    def _restart(self, rows: Sequence[Sequence[int]]) -> None:
+        """The peers' counters on the interface restart at 0. Ids are the first columns."""
+        ids = [(row[0],) for row in rows]
+        self._db.executemany("UPDATE traffic SET rx_seen = 0, tx_seen = 0 WHERE id = ?", ids)
 
     def _note_gone(self, keys: Sequence[str]) -> None:
         self._feeds.note_gone(list(enumerate(keys, self._last + 1)), self._record.at)
@@ -5409,17 +5428,6 @@ class _Change:
         numbered = [(*row, n) for n, row in enumerate(rows, self._last + 1)]
         self._db.executemany(_PUT_TRAFFIC, numbered)
         self._last += len(rows)
-
-    def _finish(self) -> None:
-        for number, _, _ in self._record.restart:
-            self._restart(number)
-        for name, text in self._record.settings.items():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
-            if name == "feed":
-                self._feeds.set_gaps(text)
-        if self._record.released is not None:
-            self._released.clear()
-            self._released.add(self._record.released)
 
 
 def _peer(db: sqlite3.Connection, number: int) -> Peer | None:
@@ -11619,9 +11627,8 @@ def free(*lists: Any) -> None:
             items.pop()
 
 
-def chunks(run: Run, read: Callable[[int], Sequence[_Row]]) -> Iterator[_Row]:
-    """All rows of read(id of the last row), a slice at a time. For workers."""
-    after = 0
+def chunks(run: Run, read: Callable[[Any], Sequence[_Row]], after: Any = 0) -> Iterator[_Row]:
+    """All rows of read(first column of the last row), a slice at a time. For workers."""
     while True:
         rows = run(functools.partial(read, after))
         yield from rows
@@ -12269,10 +12276,10 @@ class Limits:
     def expire(self) -> None:
         """Suspend expired peers. If the clock was set back, activate those suspended too early."""
         core, now = self._core, self._core.clock()
-        known, due = core.run(
-            lambda: (core.store.meta("periods"), core.store.queries.expired(int(now)))
-        )
-        if known != (starts := period_starts(now)):
+        expired = core.store.queries.expired
+        rows = chunks(core.run, lambda after: expired(int(now), after, READ_CHUNK), (0, 0))
+        due = [number for _, number in rows]
+        if core.run(lambda: core.store.meta("periods")) != (starts := period_starts(now)):
             self._begin_periods(starts)
         self._enforce(due)
 

@@ -330,8 +330,38 @@ def test_quota_and_expiry_find_peers_whose_status_is_to_change() -> None:
     rows = [(1, 25, 25), (2, 100, 0), (3, 26, 25), (5, 51, 0), (6, 51, 0)]
     store.apply(Record(traffic=[TrafficRow(*row, 0, 0, 0) for row in rows]))
     assert store.queries.quotas(0, 10) == [(1, 0), (2, 0), (3, 1), (5, 0), (6, 1)]
-    assert store.queries.expired(102) == [1, 4]  # the clock was set back for the last one
-    assert store.queries.expired(200) == [1, 3]
+    assert expired(store, 102) == [1, 4]  # the clock was set back for the last one
+    assert expired(store, 200) == [1, 3]
+
+
+def expired(store: Store, now: int, limit: int = 9) -> list[int]:
+    def read(after: Any) -> Any:
+        return store.queries.expired(now, after, limit)
+
+    return [number for _, number in wggw.chunks(lambda function: function(), read, (0, 0))]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 9])
+def test_expired_peers_are_read_in_pieces_also_those_of_one_second(limit: int) -> None:
+    store = store_of(
+        *(a_peer(number, expires_at=100 + number // 4) for number in range(1, 9)),
+        *(
+            a_peer(n, status="suspended", status_reason="expired", expires_at=200)
+            for n in range(9, 13)
+        ),
+    )
+    assert expired(store, 101, limit) == [*range(1, 8), *range(9, 13)]
+
+
+def test_every_part_of_a_record_is_applied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wggw, "APPLY_SLICE", 2)
+    store = store_of(*(a_peer(number) for number in range(1, 6)))
+    store.apply(Record(traffic=[TrafficRow(n, 9, 9, 9, 9, 0) for n in range(1, 6)]))
+    released = [f"10.9.9.{n}" for n in range(5)]
+    for parts in ({"restart": [(n, 0, 0) for n in range(1, 6)]}, {"released": released}):
+        assert len(list(store.apply_in_slices(Record(**parts)))) == 3
+    assert store.released.addresses() == released
+    assert [store.traffic_row(n)[1:5] for n in range(1, 6)] == [(9, 9, 0, 0)] * 5
 
 
 def test_an_image_is_read_back_with_all_that_it_held(many: Store) -> None:
