@@ -4418,17 +4418,14 @@ _BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  name
     )
 )
 
-# Of itself SQLite would take the index of all suspended peers, so that each tick read all of them.
-_EXPIRED = (
-    " UNION ALL ".join(
-        f"SELECT expires_at, id FROM peers INDEXED BY {index} WHERE {misfit} AND {behind}"  # noqa: S608  names of this file
-        for index, misfit in (
-            ("peers_expiry", "status = 'active' AND expires_at <= :now"),
-            ("peers_expired", "status_reason = 'expired' AND expires_at > :now"),
-        )
-        for behind in ("expires_at = :at AND id > :id", "expires_at > :at")
+# Left alone, SQLite takes the index of all suspended peers, and reads them once a tick.
+_EXPIRED = " UNION ALL ".join(
+    f"SELECT expires_at, id FROM peers INDEXED BY {index} WHERE {misfit} AND {behind}"  # noqa: S608  names of this file
+    for index, misfit in (
+        ("peers_expiry", "status = 'active' AND expires_at <= :now"),
+        ("peers_expired", "status_reason = 'expired' AND expires_at > :now"),
     )
-    + " ORDER BY 1, 2 LIMIT :n"
+    for behind in ("expires_at = :at AND id > :id", "expires_at > :at")
 )
 
 _TIME = "strftime('%Y-%m-%dT%H:%M:%SZ', {}, 'unixepoch')"  # as rfc3339() writes it
@@ -5133,7 +5130,7 @@ class Feeds:
         self._gaps = Gaps.parse(meta["feed"]) if "feed" in meta else Gaps()
         self.forgotten = int(meta.get("forgotten", 0))
         self.diverged: int | None = None
-        self._gone, *newest = db.execute(  # how many rows `gone` has, or more
+        self._gone, *newest = db.execute(  # how many rows `gone` has
             "SELECT (SELECT count(*) FROM gone), (SELECT max(sequence) FROM gone), "
             "(SELECT max(sequence) FROM peers), (SELECT max(sequence) FROM traffic)"
         ).fetchone()
@@ -5146,13 +5143,26 @@ class Feeds:
     def check(self, after: int) -> None:
         """Raises Gone when some change behind this sequence is no longer remembered.
 
-        A client that began at 0 and has not reached the end continues with a negative sequence: it
-        knows of no peer whose deletion may have been forgotten.
+        A client that began at 0 and has not reached the end continues with a negative sequence: no
+        deletion that was forgotten before concerns it. Of one that begins now some may be
+        forgotten, if more than MAX_GONE peers are deleted before it reaches the end.
         """
-        lost = any(begin < after < end for begin, end in self._gaps.gaps)
+        lost = any(
+            begin < abs(after) < end and (after > 0 or not self._has_rows(begin, end))
+            for begin, end in self._gaps.gaps
+        )
         forgotten = 0 < after < max(self.forgotten, self._gaps.floor)
         if lost or forgotten or abs(after) > self.sequence:
             raise Gone("after: later changes are no longer remembered: begin again with 0")
+
+    def _has_rows(self, begin: int, end: int) -> bool:
+        """Whether a new client can come upon sequences between these two: see Feeds.diverged."""
+        ranges = (
+            f"EXISTS (SELECT 1 FROM {table} WHERE sequence > :begin AND sequence < :end)"  # noqa: S608  names of this file
+            for table in ("peers", "gone", "traffic")
+        )
+        values = {"begin": begin, "end": end}
+        return bool(self._db.execute(f"SELECT {' OR '.join(ranges)}", values).fetchone()[0])
 
     @staticmethod
     def next_after(after: int, last: int, until: int, full: bool) -> int:
@@ -5199,15 +5209,12 @@ class Feeds:
 
     def note_gone(self, keys: Sequence[tuple[int, str]], at: int) -> None:
         """Remember the (sequence, key) of deleted keys, unless another peer has them now."""
-        self._db.executemany(
-            "INSERT OR REPLACE INTO gone (sequence, public_key, at) SELECT ?, ?, ? "
+        self.note_back(key for _, key in keys)
+        self._gone += self._db.executemany(
+            "INSERT INTO gone (sequence, public_key, at) SELECT ?, ?, ? "
             "WHERE NOT EXISTS (SELECT 1 FROM peers WHERE public_key = ?)",
             [(sequence, key, at, key) for sequence, key in keys],
-        )
-        self._gone += len(keys)
-        if self._gone <= MAX_GONE:
-            return
-        self._gone = self._db.execute("SELECT count(*) FROM gone").fetchone()[0]
+        ).rowcount
         excess = self._gone - MAX_GONE
         if excess > 0:
             query = "SELECT sequence FROM gone ORDER BY sequence LIMIT 1 OFFSET ?"
@@ -5219,7 +5226,8 @@ class Feeds:
         """Peers have these keys, so that they are not gone, or no longer."""
         if self._gone:
             rows = [(key,) for key in keys]
-            self._db.executemany("DELETE FROM gone WHERE public_key = ?", rows)
+            query = "DELETE FROM gone WHERE public_key = ?"
+            self._gone -= self._db.executemany(query, rows).rowcount
 
 
 class Queries:
@@ -5303,7 +5311,8 @@ class Queries:
         These are active peers that have expired, and, after the clock was set back, peers that the
         gateway suspended too early. A place is (expires_at, id); `after` is the last one read.
         """
-        rows = self._db.execute(_EXPIRED, {"now": now, "at": after[0], "id": after[1], "n": limit})
+        values = {"now": now, "at": after[0], "id": after[1], "limit": limit}
+        rows = self._db.execute(f"{_EXPIRED} ORDER BY 1, 2 LIMIT :limit", values)
         return [(row, row[1]) for row in rows]
 
     def quotas(self, after: int, limit: int) -> list[tuple[int, bool]]:
@@ -10908,7 +10917,10 @@ class Lander:
             time.sleep(BREATH_SECONDS)
 
     def snapshot(self) -> None:
-        """Write a snapshot if something changed. The status shows a failure until one succeeds."""
+        """Write a snapshot if something changed.
+
+        The status shows a failure until one succeeds; the log names each reason once.
+        """
         with self._files.writing:
             try:
                 if self._ledger.broken:
@@ -10918,9 +10930,10 @@ class Lander:
                     (self._renew if failed else self._write_snapshot)()
                     LOG.debug("snapshot written")
                 self.snapshot_failure = None
-            except (OSError, DiskError) as error:
-                self.snapshot_failure = _reason(error)
-                LOG.error("cannot write a snapshot, trying again: %s", self.snapshot_failure)
+            except (OSError, DiskError, MemoryError) as error:
+                if self.snapshot_failure != (reason := _reason(error)):
+                    LOG.error("cannot write a snapshot, trying again: %s", reason)
+                self.snapshot_failure = reason
 
     def _write_snapshot(self) -> None:
         store, files = self._store, self._files
@@ -10930,13 +10943,13 @@ class Lander:
             return store.number, files.image(store, store.number)
 
         warm_up(self._run(store.image_size))
-        made = self.between_landings(make)
         try:
-            files.write_snapshot(*made)
+            number, image = self.between_landings(make)
+            files.write_snapshot(number, image)
             if files.journaled:
                 with self.turn:
-                    files.journal.cut(made[0])
-        except (OSError, DiskError):
+                    files.journal.cut(number)
+        except BaseException:
             store.changed = True
             raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, cast
 import pytest
 from fakes import build, do
 from harness import Client, a_key, ok, path_key, running, wait_for
+from test_store import a_peer
 
 import wggw
 
@@ -46,6 +48,62 @@ def test_changes_that_a_crash_took_make_followers_begin_again(tmp_path: Path) ->
     [(_, change)] = world.store.feeds.changes(kept, 9, VIEW)
     assert json.loads(change)["public_key"] == a_key(3)
     world.close()
+
+
+def test_a_first_list_that_a_crash_interrupts_begins_again(tmp_path: Path) -> None:
+    """Its last page ended with a change that the crash took."""
+    world = build(tmp_path, DURABILITY="interval")
+    for number in range(3):
+        do(world.gateway, "create", public_key=a_key(number))
+    world.gateway.lander.flush()
+    size, kept = world.files.journal.size, world.store.feeds.sequence
+    do(world.gateway, "create", public_key=a_key("lost"))
+    lost = world.store.feeds.sequence
+    world.crash()
+    os.truncate(world.files.journal.path, size)
+    world.open()
+    world.store.feeds.check(-kept)
+    with pytest.raises(wggw.Gone):
+        world.store.feeds.check(-lost)
+    world.close()
+
+
+@pytest.mark.parametrize("table", ["peers", "gone", "traffic"])
+def test_a_first_list_that_meets_rows_within_a_gap_does_not_begin_for_ever(table: str) -> None:
+    """As after the boot from a copy, which has changes that came after the two had diverged."""
+    store = wggw.Store()
+    store.apply(wggw.Record(put=[a_peer(1), a_peer(2)]))
+    store.feeds.diverged = store.feeds.sequence
+    more = {
+        "peers": wggw.Record(put=[a_peer(3)]),
+        "gone": wggw.Record(delete=[2]),
+        "traffic": wggw.Record(traffic=[wggw.TrafficRow(1, 9, 9, 9, 9, 0)]),
+    }
+    store.apply(more[table])
+    within = store.feeds.sequence
+    store.apply(wggw.Record(settings={"feed": store.feeds.with_gap(0.0)}))
+    store.feeds.check(-within)
+    with pytest.raises(wggw.Gone):
+        store.feeds.check(within)
+
+
+@pytest.mark.parametrize("together", [1, 3], ids=["one by one", "together"])
+def test_forgotten_deletions_are_counted_exactly(
+    monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """Deleted, made again and deleted again, as replay does it, too."""
+    monkeypatch.setattr(wggw, "MAX_GONE", 3)
+    store, statements = wggw.Store(), list[str]()
+    store._db.set_trace_callback(statements.append)
+    for _ in range(4):
+        for first in range(1, 7, together):
+            store.apply(wggw.Record(put=[a_peer(n) for n in range(first, first + together)]))
+        for first in range(1, 7, together):
+            store.apply(wggw.Record(delete=list(range(first, first + together))))
+        rows = store._db.execute("SELECT public_key FROM gone ORDER BY sequence").fetchall()
+        assert rows == [(a_peer(n).public_key,) for n in (4, 5, 6)]
+        assert store.feeds._gone == 3
+    assert not any("count(" in statement for statement in statements)  # that would read them all
 
 
 def test_deletions_beyond_memory_make_followers_begin_again(

@@ -574,6 +574,48 @@ def test_a_snapshot_is_written_only_when_something_changed(world: World) -> None
     world.close()
 
 
+@pytest.mark.parametrize("place", ["image", "write_snapshot"])
+def test_a_snapshot_for_which_there_was_no_memory_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Without a journal it is the only thing that has the changes."""
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    world = build(tmp_path, DURABILITY="none")
+    do(world.gateway, "create", public_key=a_key(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(world.files, place, fail)
+        world.gateway.lander.snapshot()
+        assert world.gateway.degraded() == ["snapshot: MemoryError"]
+    world.gateway.lander.heal()
+    assert world.gateway.degraded() == []
+    world.crash()
+    assert peers_of(world.open()) == {a_key(1)}
+    world.close()
+
+
+def test_the_log_names_each_reason_for_no_snapshot_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = build(tmp_path)
+    for error in (errno.ENOSPC, errno.EIO):
+        world.disk.fail("write", forever=True, error=error)
+        with pytest.raises(wggw.Unavailable):
+            do(world.gateway, "create", public_key=a_key(1))
+        for _ in range(3):
+            world.gateway.lander.heal()
+        world.disk.heal()
+    said = [m for m in caplog.messages if m.startswith("cannot write a snapshot")]
+    assert [m.rpartition(": ")[2] for m in said] == [
+        os.strerror(errno.ENOSPC),
+        os.strerror(errno.EIO),
+    ]
+    world.gateway.lander.heal()
+    world.close()
+
+
 # --- a disk that fails at the start ---------------------------------------------------------------
 
 
