@@ -11284,14 +11284,13 @@ class Rules:
         """Change what a PATCH may change. New limits may end a suspension by the gateway."""
         peer = self._known(fields["public_key"])
         self._check_choices(fields, self._core.tunnels[peer.interface])
-        before, after = _assigned(peer), self._with_families(peer, fields)
+        after = self._with_families(peer, fields)
         if fields.get("tunnel_traffic", ()) is None:
             fields = {**fields, "tunnel_traffic": _assigned(after)}
         families = fields.get("tunnel_traffic")
         if families is not None and not (families and set(families) <= set(_assigned(after))):
             raise Invalid("tunnel_traffic", "must name families that the peer has addresses in")
-        if peer.tunnel_traffic == ",".join(before):  # all families: so are the new ones
-            after = after._replace(tunnel_traffic=",".join(_assigned(after)))
+        after = _widened(peer, after)
         values = {n: v for n, v in _as_columns(fields).items() if n not in ADDRESS_FIELD.values()}
         return Step(peer, self.enforce_limits(after._replace(**values)))
 
@@ -11481,6 +11480,13 @@ class Rules:
                 f"interface: the peer is on {known.interface}, and peers never move: omit the "
                 "field, or delete the peer first"
             )
+        asked: ObfuscationRequest | None = fields.get("obfuscation")
+        if asked is not None and asked.enabled != (tunnel.obfuscation is not None):
+            kind = "a plain" if asked.enabled else "an obfuscated"
+            raise Conflict(
+                f"obfuscation: the peer is on {known.interface}, {kind} interface, and peers never "
+                "move: omit the field, or delete the peer first"
+            )
         values, chosen = _as_columns(fields), tunnel.with_defaults(known, self._core.config)
         changed = {name: v for name, v in values.items() if v != getattr(chosen, name)}
         named = [*fields.get("tunnel_traffic", ()), *_PROTOCOLS[fields.get("protocol")]]
@@ -11492,6 +11498,8 @@ class Rules:
         _checked_families(named, fields, tunnel)
         after = known._replace(**changed) if changed else known
         missing = [f for f in FAMILIES if f in named and getattr(after, ADDRESS_FIELD[f]) is None]
+        if not fields.get("tunnel_traffic"):
+            after = _widened(known, after, missing)
         return self._with_status(after, fields.get("status")), missing
 
     def wished_new(self, fields: Mapping[str, Any]) -> tuple[Peer, Sequence[str]]:
@@ -11525,6 +11533,14 @@ class Rules:
 
 def _assigned(peer: Peer) -> list[str]:
     return [family for family in FAMILIES if getattr(peer, ADDRESS_FIELD[family])]
+
+
+def _widened(before: Peer, after: Peer, missing: Sequence[str] = ()) -> Peer:
+    """The peer with its new families, `missing` ones too, in the tunnel if all former ones were."""
+    if before.tunnel_traffic != ",".join(_assigned(before)):
+        return after
+    families = [family for family in FAMILIES if family in (*_assigned(after), *missing)]
+    return after._replace(tunnel_traffic=",".join(families))
 
 
 def _as_columns(fields: Mapping[str, Any]) -> dict[str, Any]:

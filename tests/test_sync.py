@@ -613,6 +613,49 @@ def test_a_family_that_is_not_there_is_blamed_on_the_field_that_names_it(tmp_pat
     world.close()
 
 
+@pytest.mark.parametrize(
+    ("made", "element", "traffic"),
+    [
+        ({}, {"protocol": "dual"}, "ipv4,ipv6"),
+        ({}, {"assigned_ipv6": "fd42:4242:1::7"}, "ipv4,ipv6"),
+        ({}, {"protocol": "dual", "tunnel_traffic": ["ipv4"]}, "ipv4"),
+        ({"protocol": "dual", "tunnel_traffic": ["ipv4"]}, {"protocol": "dual"}, "ipv4"),
+    ],
+)
+@pytest.mark.parametrize("how", ["desired state", "update"])
+def test_a_family_that_a_known_peer_gets_is_in_the_tunnel_if_all_former_ones_were(
+    tmp_path: Path, made: dict[str, Any], element: dict[str, Any], traffic: str, how: str
+) -> None:
+    """As with an update; a second time nothing changes."""
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1), **made)
+    if how == "update":
+        do(world.gateway, "update", public_key=a_key(1), **element)
+    else:
+        sync(world, [{"public_key": a_key(1), **element}])
+    assert sync(world, [{"public_key": a_key(1), **element}]).unchanged == 1
+    peer = peer_of(world.gateway, a_key(1))
+    assert peer.assigned_ipv6 and peer.tunnel_traffic == traffic
+    world.close()
+
+
+def test_a_known_peer_of_the_other_kind_of_interface_is_refused_by_name(tmp_path: Path) -> None:
+    """What a list shows is accepted."""
+    awg = {"AWG_INTERFACE": "awg0", "AWG_PORT": "51821", "AWG_IPV4_SUBNET": "10.9.0.0/24"}
+    world = build(tmp_path, **awg)
+    asked = {n: wggw.ObfuscationRequest(bool(n), {}) for n in range(2)}
+    for number in range(2):
+        do(world.gateway, "create", public_key=a_key(number), obfuscation=asked[number])
+    shown = [world.shown(a_key(number)) for number in range(2)]
+    parsed = [wggw.parse_fields(one, wggw.SYNC_FIELDS, wggw.CONFIGURATION_SQL) for one in shown]
+    assert sync(world, parsed).unchanged == 2
+    for number in range(2):
+        other = {**parsed[number], "obfuscation": asked[1 - number]}
+        with pytest.raises(wggw.Conflict, match="obfuscation: the peer is on"):
+            sync(world, [other, parsed[1 - number]])
+    world.close()
+
+
 def test_a_defect_leaves_nothing_marked_or_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
