@@ -11868,6 +11868,8 @@ class Import:
         tunnels = self._core.tunnels
         before = {name: tunnels[name].link.private_key for name in self._keys}
         try:
+            # The files come first: after a crash before the record, the old state still has the
+            # old key, and the start says what to do.
             for name, key in self._keys.items():
                 self._write_key(tunnels[name].settings, key)
             self._land()
@@ -13868,19 +13870,20 @@ class PeerHandlers:
         try:
             if isinstance(result, GatewayError):
                 raise result
-            text = self._done(*cast(tuple[str, Mapping[str, Any]], operation), result)
-            return cast(dict[str, Any], json.loads(text))
+            return self._done(*cast(tuple[str, Mapping[str, Any]], operation), result)
         except GatewayError as error:
             return problem_details(error)
 
     @answering_defects
-    def _done(self, name: str, fields: Mapping[str, Any], outcome: Outcome) -> str:
-        if name == "create":
-            return self._created(outcome, fields)
+    def _done(self, name: str, fields: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
         said, peer = OPERATIONS[name].said, outcome.peer
-        if name in ("update", "rotate", "reset-quota"):
-            return self._show_done(said, peer)
-        return _JSON_ENCODER.encode({"status": said, "public_key": peer.public_key})
+        if name == "create":
+            text = self._created(outcome, fields)
+        elif name in ("update", "rotate", "reset-quota"):
+            text = self._show_done(said, peer)
+        else:
+            return {"status": said, "public_key": peer.public_key}
+        return cast(dict[str, Any], json.loads(text))
 
     @collector_off()
     def sync_peers(self, request: Request) -> Response:
