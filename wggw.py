@@ -3614,9 +3614,10 @@ class AddressPool:
         self._last = network.num_addresses - (2 if network.version == 4 else 1)
         self._fresh = 2  # the lowest fresh offset
         self._ahead: set[int] = set()  # used offsets above _fresh
-        self._released: dict[int, int] = {}  # offset -> turn
-        # A heap of (turn, offset). Some are stale, because a peer has claimed the address; the
-        # first one never is.
+        self._released = collections.OrderedDict[int, int]()  # offset -> turn, oldest first
+        # Released ones whose claim was undone after a later one's, and a heap of (turn, offset) of
+        # these. Entries of the heap, but never the first, may be stale: claimed again.
+        self._returned: dict[int, int] = {}
         self._oldest: list[tuple[int, int]] = []
         self._turn = 0  # of the latest release
         self.used = 0  # peers hold so many addresses, or changes in flight do
@@ -3653,8 +3654,10 @@ class AddressPool:
     def peek(self) -> str | None:
         """The address that the next peer gets; None when all are held."""
         offset = self._fresh
-        if self._released and (offset > self._last or offset > FRESH_SPAN):
-            offset = self._oldest[0][1]
+        if offset > self._last or offset > FRESH_SPAN:
+            first = itertools.islice(self._released.items(), 1)
+            if oldest := [*self._oldest[:1], *((turn, number) for number, turn in first)]:
+                offset = min(oldest)[1]
         if offset > self._last:
             return None
         return self._text(offset)
@@ -3668,7 +3671,9 @@ class AddressPool:
         offset = self._offset(address)
         if offset is None:
             return False
-        return offset in self._released or (offset >= self._fresh and offset not in self._ahead)
+        if offset in self._released or offset in self._returned:
+            return True
+        return offset >= self._fresh and offset not in self._ahead
 
     def claim(self, address: str) -> int:
         """Hold a free address. Returns its turn among the released ones, 0 for a fresh one.
@@ -3678,7 +3683,7 @@ class AddressPool:
         offset = self._offset(address)
         if offset is None:
             raise ValueError(address)
-        turn = self._released.pop(offset, 0)
+        turn = self._released.pop(offset, 0) or self._returned.pop(offset, 0)
         if not turn:
             if offset < self._fresh or offset in self._ahead:
                 raise ValueError(address)
@@ -3686,7 +3691,7 @@ class AddressPool:
             while self._fresh in self._ahead:
                 self._ahead.remove(self._fresh)
                 self._fresh += 1
-        while self._oldest and self._released.get(self._oldest[0][1]) != self._oldest[0][0]:
+        while self._oldest and self._returned.get(self._oldest[0][1]) != self._oldest[0][0]:
             heapq.heappop(self._oldest)
         self.used += 1
         return turn
@@ -3694,8 +3699,14 @@ class AddressPool:
     def put_back(self, address: str, turn: int) -> None:
         """Undo a claim() that returned `turn`: the address is fresh or released as before."""
         offset = self._held_offset(address)
-        if turn:
-            self._enqueue(offset, turn)
+        if turn and turn < next(iter(self._released.values()), MAX_INTEGER):
+            self._released[offset] = turn
+            self._released.move_to_end(offset, last=False)
+        elif turn:
+            self._returned[offset] = turn
+            heapq.heappush(self._oldest, (turn, offset))
+            if len(self._oldest) > 2 * len(self._returned) + READ_CHUNK:  # most are stale
+                self._oldest = sorted((turn, offset) for offset, turn in self._returned.items())
         elif offset > self._fresh:
             self._ahead.remove(offset)
         else:
@@ -3707,15 +3718,8 @@ class AddressPool:
         """Release a held address: peers get the earlier released ones first."""
         offset = self._held_offset(address)
         self._turn += 1
-        self._enqueue(offset, self._turn)
+        self._released[offset] = self._turn
         self.used -= 1
-
-    def _enqueue(self, offset: int, turn: int) -> None:
-        self._released[offset] = turn
-        heapq.heappush(self._oldest, (turn, offset))
-        if len(self._oldest) > 2 * len(self._released) + READ_CHUNK:  # drop the stale ones
-            self._oldest = [(turn, offset) for offset, turn in self._released.items()]
-            heapq.heapify(self._oldest)
 
     def _text(self, offset: int) -> str:
         packed = (self._base + offset).to_bytes(self.network.max_prefixlen // 8, "big")

@@ -60,8 +60,8 @@ def check_at_rest(world: World) -> list[wggw.Peer]:
             assert pool.used == fresh[family].used == len(held_here)
             assert not any(pool.is_free(address) for address in held_here)
             assert pool.peek() == fresh[family].peek()
-            released = [sorted(p._released, key=p._released.get) for p in (pool, fresh[family])]
-            assert released[0] == released[1]
+            turns = {**pool._released, **pool._returned}
+            assert sorted(turns, key=turns.__getitem__) == list(fresh[family]._released)
     return peers
 
 
