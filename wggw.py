@@ -10339,6 +10339,10 @@ class Later(Generic[_T]):
         self._waiting: list[Callable[[_T], None]] = []
 
     def give(self, value: _T) -> None:
+        for _ in self.give_in_slices(value):
+            pass
+
+    def give_in_slices(self, value: _T) -> Iterator[None]:
         self.done, self._value = True, value
         waiting, self._waiting = self._waiting, []
         for call in waiting:
@@ -10346,6 +10350,7 @@ class Later(Generic[_T]):
                 call(value)
             except Exception as error:  # a defect in one call must not stop the others
                 log_defect(error)
+            yield
 
     def then(self, call: Callable[[_T], None]) -> None:
         """Call `call` with the value: now, or when it has come."""
@@ -10640,7 +10645,8 @@ class Ledger:
             found = mine.spare(interface, family)
         if found is not None:
             return found
-        for address, flight in self.addresses.items():
+        # The last one: when it has landed, all addresses that others of its landing free are free.
+        for address, flight in reversed(self.addresses.items()):
             if address[:2] == (interface, family) and flight is not mine:
                 self.check_disk()
                 raise Busy(flight)
@@ -10728,7 +10734,7 @@ class Ledger:
             self.exclusive = None
         self.airborne.pop(flight, None)
         self._suspect(flight)  # once more: a reconcile() that skipped its keys has cleared it
-        flight.give(flight.error)
+        yield from flight.give_in_slices(flight.error)
 
     def _suspect(self, flight: Flight) -> None:
         for name, reason in flight.suspects.items():

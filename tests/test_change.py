@@ -366,6 +366,38 @@ def test_nothing_says_active_while_the_interface_is_known_to_differ(
     world.close()
 
 
+def test_those_who_wait_for_an_address_are_decided_once_and_a_slice_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = build(tmp_path, WG_IPV4_SUBNET="10.0.0.0/26")
+    total = world.gateway.tunnels["wg0"].pools["ipv4"].total
+    operations: list[wggw.BatchOperation]
+    operations = [("create", {"public_key": a_key(n), "ignored": []}) for n in range(total)]
+    batch(world.gateway, operations)
+    decided = [0]
+    create, release = wggw.Rules.create, wggw.Ledger.release
+
+    def count(rules: wggw.Rules, fields: Any) -> Any:
+        decided[-1] += 1
+        return create(rules, fields)
+
+    def begin_slice(ledger: wggw.Ledger, flight: wggw.Flight, refused: bool) -> Iterator[None]:
+        for _ in release(ledger, flight, refused):
+            decided.append(0)
+            yield
+        decided.append(0)
+
+    monkeypatch.setattr(wggw.Rules, "create", count)
+    monkeypatch.setattr(wggw.Ledger, "release", begin_slice)
+    operations = [("delete", {"public_key": a_key(n)}) for n in range(total)]
+    operations += [("create", {"public_key": a_key(("new", n))}) for n in range(total)]
+    results = batch(world.gateway, operations)
+    assert all(isinstance(result, wggw.Outcome) and result.changed for result in results)
+    assert sum(decided) <= 3 * total
+    assert max(decided[1:]) == 1  # the first are those of the batch itself
+    world.close()
+
+
 def out_of_memory(*_: Any) -> Any:
     raise MemoryError
 
