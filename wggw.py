@@ -15168,6 +15168,7 @@ class Connection:
         """Its deadline has passed."""
         self.deadline = math.inf
         if self.phase is Phase.HEAD and self._buffer:
+            self._begin_request()
             self._refuse(Timeout("the head did not arrive in time"))
         elif self.phase is Phase.BODY:
             self._refuse(Timeout("the body did not arrive in time"))
@@ -15215,7 +15216,6 @@ class Connection:
     def _ended(self) -> None:
         """The other side has finished sending."""
         if self.phase is Phase.BODY:
-            self._unread = False
             self._refuse(Malformed("the body ended early"))
         else:
             self.close()

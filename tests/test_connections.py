@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from harness import (
+    ANY_PEER,
     API_KEY,
     Client,
     GatewayProcess,
@@ -89,6 +90,43 @@ class Wire:
 
     def close(self) -> None:
         self.socket.close()
+
+
+class HalfClosed:
+    """A TLS connection that says that it sends nothing more, and goes on reading."""
+
+    def __init__(self, port: int) -> None:
+        self._raw = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self._received, self._sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = ANY_PEER.wrap_bio(self._received, self._sent)
+        while True:
+            try:
+                self._tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self._push()
+                self._received.write(self._raw.recv(65536))
+
+    def _push(self) -> None:
+        self._raw.sendall(self._sent.read())
+
+    def send_all(self, data: bytes) -> None:
+        """The last that it sends."""
+        self._tls.write(data)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self._tls.unwrap()
+        self._push()
+
+    def read_all(self) -> bytes:
+        """Everything until the gateway ends the connection."""
+        found = b""
+        while data := self._raw.recv(65536):
+            self._received.write(data)
+            with contextlib.suppress(ssl.SSLWantReadError):
+                while True:
+                    found += self._tls.read()
+        self._raw.close()
+        return found
 
 
 def head(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> bytes:
@@ -397,6 +435,33 @@ def test_a_refused_requests_body_never_becomes_the_next_request(
     client.close()
 
 
+@pytest.mark.parametrize("method", ["POST", "PUT"])  # a thread reads PUT's body
+@pytest.mark.parametrize("local", [False, True], ids=["TLS", "Unix socket"])
+def test_a_body_that_ends_early_never_becomes_the_next_request(
+    shared: GatewayProcess, local: bool, method: str
+) -> None:
+    """Its end is that of what the client sends: it goes on reading."""
+    key, inner = victims(shared)
+    announced = {"Content-Type": "application/json", "Content-Length": "4000"}
+    request = head(method, PEERS, sign(b"x" * 4000) | announced)
+    request += head("GET", "/healthz", {}) + inner
+    if local:
+        with socket.socket(socket.AF_UNIX) as connected:
+            connected.settimeout(30)
+            connected.connect(shared.settings["DB_PATH"] + ".sock")
+            connected.sendall(request)
+            connected.shutdown(socket.SHUT_WR)
+            found = b"".join(iter(lambda: connected.recv(65536), b""))
+    else:
+        connection = HalfClosed(shared.port)
+        connection.send_all(request)
+        found = connection.read_all()
+    assert found.startswith(b"HTTP/1.1 400 ") and found.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nConnection: close\r\n" in found and b"the body ended early" in found
+    with contextlib.closing(shared.client()) as client:
+        assert client.get(key).status == 200
+
+
 def test_a_body_on_a_get_is_read_and_is_no_request(shared: GatewayProcess, wire: Wire) -> None:
     key, inner = victims(shared)
     wire.send(signed("GET", PEERS + path_key(key), inner) + signed("GET", "/api/v1/ip-usage"))
@@ -586,6 +651,19 @@ def test_empty_lines_are_no_sign_of_life(server: wggw.Server) -> None:
                 if wire.socket.recv(1) == b"":
                     break
     assert time.monotonic() - started < 20
+    wire.close()
+
+
+def test_a_stalled_head_on_a_kept_connection_is_refused_once(server: wggw.Server) -> None:
+    """The refusal belongs to the request that does not come, not to the one before it."""
+    wire = Wire(port_of(server))
+    wire.send(head("GET", "/healthz", {"X-Request-Id": "first"}))
+    assert wire.answer()[0] == 200
+    wire.send(b"GET /healthz HTTP/1.1\r\n")
+    answer = wire.socket.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nConnection: close\r\n" in answer and b"first" not in answer
+    assert wire.is_closed()
     wire.close()
 
 
