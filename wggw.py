@@ -13267,6 +13267,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("duplicate")
+    "".join(table).encode("utf-8")  # refuses lone surrogates: answers and log may repeat a name
     return table
 
 
@@ -14980,7 +14981,8 @@ class Loop:
         self._handlers: dict[int, Connection | Listener] = {}
         self._inbox: collections.deque[Callable[[], None]] = collections.deque()
         self._work: collections.deque[Iterator[Any]] = collections.deque()
-        self._again: collections.deque[Connection] = collections.deque()  # with buffered requests
+        # Connections with buffered requests: each has one turn a round, however often it asks.
+        self._again: collections.OrderedDict[Connection, None] = collections.OrderedDict()
         self._calls: list[tuple[float, int, Callable[[], None]]] = []  # a heap, by time
         self._order = itertools.count()
         self._next_sweep = 0.0
@@ -15047,7 +15049,7 @@ class Loop:
 
     def once_more(self, connection: Connection) -> None:
         """Call advance() in the next round, after other connections."""
-        self._again.append(connection)
+        self._again[connection] = None
 
     def call_at(self, when: float, function: Callable[[], None]) -> None:
         """Call a function at the time `when` (monotonic seconds)."""
@@ -15069,7 +15071,7 @@ class Loop:
         for _ in range(len(self._inbox)):
             self._inbox.popleft()()
         for _ in range(len(self._again)):
-            self._again.popleft().advance()
+            self._again.popitem(last=False)[0].advance()
         for handle, mask in events:
             if handler := self._handlers.get(handle):
                 handler.ready(mask)
@@ -15146,7 +15148,7 @@ class Connection:
             self._flush()
         elif self.phase is Phase.LINGERING:
             self._linger_on()
-        else:
+        elif self.phase is not Phase.HEAD or len(self._buffer) <= MAX_HEAD:  # else: once_more()
             if not mask & ~select.EPOLLOUT:  # TLS wanted to write in order to read
                 self._want(select.EPOLLIN)
             if self._receive():
@@ -15293,6 +15295,7 @@ class Connection:
             self._hand_over(admitted)
         elif not self._take_body():
             self._ask_for_body(head)
+            self._want(select.EPOLLIN)  # _receive() may have turned it off in the phase before
             self._wait(Phase.BODY, BODY_DEADLINE)
 
     def _ask_for_body(self, head: Head) -> None:
@@ -15342,6 +15345,9 @@ class Connection:
                 then = functools.partial(self._refuse, error)
             except OSError:
                 then = self.close
+            except Exception as error:  # a defect must not leave the connection without an answer
+                log_defect(error)
+                then = functools.partial(self._refuse, GatewayError(DEFECT))
             self._loop.post(lambda: self._take_back(then))
 
         try:

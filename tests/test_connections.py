@@ -601,7 +601,49 @@ def test_a_request_that_no_thread_can_be_had_for_is_refused(
     wire.close()
 
 
-@pytest.mark.parametrize("what", ["kept", "not kept", "closed meanwhile"])
+def test_a_defect_in_a_worker_is_an_answer(
+    server: wggw.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def defect(*_: object) -> None:
+        raise KeyError("a defect")
+
+    wire = Wire(port_of(server))
+    with monkeypatch.context() as patched:
+        patched.setattr(server.app, "answer", defect)
+        wire.send(head("GET", "/metrics", {}))
+        assert wire.answer()[0] == 500
+    wire.send(head("GET", "/metrics", {}))
+    assert wire.answer()[0] == 200
+    wire.close()
+
+
+def test_a_pipelining_client_gets_a_few_turns_a_round_and_a_bounded_buffer(
+    server: wggw.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = wggw.Connection.advance
+    turns: list[int] = [0]  # in each round
+    buffered: set[int] = set()
+
+    def counted(connection: wggw.Connection) -> None:
+        turns[-1] += 1
+        buffered.add(len(connection._buffer))
+        advance(connection)
+
+    monkeypatch.setattr(wggw.Connection, "advance", counted)
+    server.loop.after_round = lambda: turns.append(0)
+    number = 5000
+    wire = Wire(port_of(server))
+    requests = head("GET", "/healthz", {}) * number
+    sender = threading.Thread(target=wire.send, args=(requests,), daemon=True)
+    sender.start()
+    assert {wire.answer()[0] for _ in range(number)} == {200}
+    sender.join()
+    assert max(turns) <= 2  # one for what it has sent before, one for what has just come
+    assert max(buffered) <= wggw.MAX_HEAD + wggw.RECEIVE_BYTES
+    wire.close()
+
+
+@pytest.mark.parametrize("what", ["kept", "kept, a long body", "not kept", "closed meanwhile"])
 def test_a_signature_ahead_of_the_clock_waits_for_its_ceiling(
     server: wggw.Server, what: str
 ) -> None:
@@ -618,11 +660,16 @@ def test_a_signature_ahead_of_the_clock_waits_for_its_ceiling(
 
     nonces._path, nonces.raise_ceiling = "somewhere", raise_ceiling  # type: ignore[method-assign]
     client = Client(port_of(server))
-    request = signed_rfc9421(client, created=int(time.time()) + 20)
+    target, body = ("GET", STATUS), b""
+    if what == "kept, a long body":  # longer than what is read of it meanwhile
+        target, body = ("POST", PEERS + "batch"), b'{"operations":[]}' + b" " * 200_000
+    request = signed_rfc9421(client, *target, body, created=int(time.time()) + 20)
     wire = Wire(port_of(server))
     host = f"Host: 127.0.0.1:{port_of(server)}".encode()
-    wire.send(head("GET", STATUS, request).replace(b"Host: gateway", host))
+    wire.send(head(*target, request, body).replace(b"Host: gateway", host))
     assert asked.wait(60)
+    if body:
+        wait_for(lambda: [c._events for c in server._connections] == [0], what="a full buffer")
     if what == "closed meanwhile":
         wire.close()
         wait_for(lambda: not server._connections, what="its end")

@@ -235,6 +235,8 @@ BAD_JSON: dict[str, bytes] = {
     "UTF-16": '{"a":1}'.encode("utf-16"),
     "Latin-1": b'{"a":"\xfc"}',
     "surrogates in UTF-8": b'{"a":"\xed\xa0\x80"}',
+    "lone surrogate in a name": b'{"\\ud800":1}',
+    "lone surrogate in a name, inside": b'{"a":[{"b\\udfff":1}]}',
     "overlong": b'{"a":"\xc0\xaf"}',
     "integer of 5000 digits": b'{"a":%b}' % (b"9" * 5000),
     "too deep": nested(MAX_JSON_DEPTH + 1),

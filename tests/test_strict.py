@@ -182,6 +182,7 @@ BODIES: dict[str, bytes] = {
     "null": b"null",
     "duplicate keys": b'{"public_key":"a","public_key":"b"}',
     "duplicate keys, escaped": b'{"op":1,"\\u006fp":2}',
+    "lone surrogate in a name": b'{"\\ud800":1}',
     "deep arrays": b'{"a":' + b"[" * 30000 + b"]" * 30000 + b"}",
     "deep objects": b'{"a":' * 5000 + b"1" + b"}" * 5000,
     "huge integer": b'{"quota_bytes":' + DIGITS + b"}",
