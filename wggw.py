@@ -15291,18 +15291,19 @@ class Connection:
         )
         route = admitted.route
         self.trusted = self.trusted or route.guard in ("signed", "metrics")
+        if route.place != "reader" and self._take_body():
+            return
+        if head.expects_continue and len(self._buffer) < head.length:
+            try:
+                self._socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 section 10.1.1
+            except OSError:  # also when the socket is full: then the client reads no answers
+                self.close()
+                return
         if route.place == "reader":
             self._hand_over(admitted)
-        elif not self._take_body():
-            self._ask_for_body(head)
+        else:
             self._want(select.EPOLLIN)  # _receive() may have turned it off in the phase before
             self._wait(Phase.BODY, BODY_DEADLINE)
-
-    def _ask_for_body(self, head: Head) -> None:
-        """Send 100 Continue (RFC 9110 section 10.1.1) unless the body is already there."""
-        if head.expects_continue and len(self._buffer) < head.length:
-            with contextlib.suppress(OSError):  # the send buffer is empty at this point
-                self._socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _take_body(self) -> bool:
         """Answer the request if its body is complete. Whether it was."""
@@ -15367,7 +15368,6 @@ class Connection:
 
     def read_pieces(self, head: Head) -> Iterator[bytes]:
         """The body in pieces. Raises GatewayError when it ends early or takes too long."""
-        self._ask_for_body(head)
         deadline = time.monotonic() + BODY_DEADLINE + head.length / BODY_RATE
         readable = select.poll()
         readable.register(self._socket, select.POLLIN)

@@ -503,6 +503,24 @@ def test_nobody_is_asked_for_a_body_that_is_there(wire: Wire, method: str, body:
     assert wire.answer()[0] >= 200
 
 
+@pytest.mark.parametrize("method", ["POST", "PUT"])  # PUT's body is read by a thread
+def test_who_reads_no_answers_is_not_asked_for_a_body(server: wggw.Server, method: str) -> None:
+    """A part of 100 Continue would otherwise be lost among the answers, or a part of those."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += ours.send(b"an earlier answer" * 1000)
+    request = {"Expect": "100-continue", "Content-Type": "application/json", "Content-Length": "9"}
+    theirs.sendall(head(method, PEERS, request))
+    server.loop.run(lambda: server._begin(ours, wggw.THIS_HOST))
+    wait_for(lambda: not server._connections, what="its end")
+    with theirs:
+        theirs.settimeout(30)
+        assert len(b"".join(iter(lambda: theirs.recv(65536), b""))) == filled
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_curl_waits_for_100_continue_and_is_served(shared: GatewayProcess) -> None:
     body = encode({"public_key": a_key("curl"), "request_id": "x" * 200})
