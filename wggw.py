@@ -223,9 +223,11 @@ LANDING_DEADLINE = 40.0  # seconds that a change may take before its connection 
 WRITE_DEADLINE = 30.0  # seconds in which a client must read SEND_BYTES of an answer
 IDLE_DEADLINE = 75.0  # seconds between two requests of a connection
 SWEEP_SECONDS = 1.0  # between two looks at the deadlines of all connections
-SEND_BYTES = 64 * 1024
 REQUESTS_A_ROUND = 4  # requests of one connection before the loop turns to the others
-RECEIVE_BYTES = 16 * 1024  # one TLS record; larger buffers cost page faults in every request
+TLS_RECORD = 16 * 1024  # bytes of data in one record, at most (RFC 8446 section 5.1)
+SEND_BYTES = TLS_RECORD
+RECEIVE_BYTES = 4 * 1024  # taken from a socket at once: as KeyUpdates they cost the loop 3 ms
+MAX_WITHOUT_DATA = TLS_RECORD + 1024  # bytes received without data: only KeyUpdates are so many
 LINGER_SECONDS = 1.0  # unread input is drained for so long: otherwise a reset could drop the answer
 MANAGER_SECONDS = 1.0  # seconds in which systemd must accept a message
 END_SECONDS = 4.3  # seconds for an orderly stop: it must end within 5
@@ -15102,21 +15104,101 @@ class Phase(enum.Enum):
     CLOSED = "nothing"
 
 
+class Channel:
+    """A connected socket with TLS or without, which does not block after the handshake.
+
+    TLS works in memory, so that receive() takes RECEIVE_BYTES from the socket and no more.
+    SSLSocket.recv() goes on while it finds records without data, such as KeyUpdate: a client that
+    sends these without end would stop the loop. An error of TLS is an OSError, too.
+    """
+
+    def __init__(self, connected: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        self.socket = connected
+        self._received, self._encrypted = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls: ssl.SSLObject | None = None
+        if tls is not None:
+            self._tls = tls.wrap_bio(self._received, self._encrypted, server_side=True)
+        self._unsent = memoryview(b"")
+        self._without_data = 0  # bytes received since the last data
+
+    def do_handshake(self, seconds: float) -> None:
+        """Do the TLS handshake within a deadline. In a thread. Raises OSError."""
+        tls, deadline = cast(ssl.SSLObject, self._tls), time.monotonic() + seconds
+        while True:
+            self.socket.settimeout(max(0.0, deadline - time.monotonic()))
+            try:
+                tls.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                pass
+            finally:  # its messages, or the alert about an error
+                self.socket.sendall(self._encrypted.read())
+            data = self.socket.recv(RECEIVE_BYTES)
+            if not data:
+                raise ConnectionAbortedError
+            self._received.write(data)
+
+    def receive(self) -> bytes:
+        """What has come, or b"" at its end. Raises OSError; BlockingIOError: nothing has come."""
+        if self._tls is None:
+            return self.socket.recv(RECEIVE_BYTES)
+        if not self._received.pending:  # else it came together with the end of the handshake
+            data = self.socket.recv(RECEIVE_BYTES)
+            if not data:
+                return b""
+            self._received.write(data)
+        self._without_data += self._received.pending
+        pieces: list[bytes] = []
+        try:
+            while self._received.pending:  # at 0 TLS holds at most a part of a record
+                piece = self._tls.read(TLS_RECORD)
+                if not piece:  # close_notify: the next call returns b""
+                    self.socket.shutdown(socket.SHUT_RD)
+                    return b"".join(pieces)
+                pieces.append(piece)
+                self._without_data = 0
+        except ssl.SSLWantReadError:
+            pass
+        if max(self._without_data, self._encrypted.pending) > MAX_WITHOUT_DATA:
+            raise ConnectionAbortedError
+        if not pieces:
+            raise BlockingIOError
+        return b"".join(pieces)
+
+    def send(self, data: memoryview | bytes) -> int:
+        """Send what was taken before, then take more, which flush() sends. Returns how much.
+
+        Raises OSError; BlockingIOError: the socket is full, and no more was taken.
+        """
+        self.flush()
+        taken = len(data)
+        if self._tls is not None:
+            taken = self._tls.write(data)  # one record
+            data = self._encrypted.read()  # with answers to KeyUpdate before it
+        self._unsent = memoryview(data)
+        return taken
+
+    def flush(self) -> None:
+        """Send what was taken. Raises OSError; BlockingIOError: the socket is full."""
+        while self._unsent:
+            self._unsent = self._unsent[self.socket.send(self._unsent) :]
+
+
 class Connection:
     """One client's connection after its handshake: one request after the other, with deadlines.
 
     Only the loop calls it, except that the thread that reads a long body calls read_pieces().
     """
 
-    def __init__(self, server: Server, connected: socket.socket, source: str) -> None:
-        self.handle = connected.fileno()
+    def __init__(self, server: Server, channel: Channel, source: str) -> None:
+        self.handle = channel.socket.fileno()
         self.deadline = math.inf  # of time.monotonic()
         self.group = address_group(source)
         self.trusted = False  # whether it has carried an authentic request
         self.phase = Phase.HEAD
         self._server = server
         self._loop = server.loop
-        self._socket = connected
+        self._channel, self._socket = channel, channel.socket
         self._source = source
         self._buffer = bytearray()
         self._scanned = 0  # bytes of the buffer without the end of a head
@@ -15141,18 +15223,18 @@ class Connection:
         """The loop takes the connection over."""
         self._loop.add(self)
         self._wait_for_head()
+        self.ready(select.EPOLLIN)  # TLS may have received data with the end of the handshake
 
-    def ready(self, mask: int) -> None:
+    def ready(self, _mask: int) -> None:
         """The socket can be read or written."""
         if self.phase is Phase.SENDING:
             self._flush()
         elif self.phase is Phase.LINGERING:
             self._linger_on()
-        elif self.phase is not Phase.HEAD or len(self._buffer) <= MAX_HEAD:  # else: once_more()
-            if not mask & ~select.EPOLLOUT:  # TLS wanted to write in order to read
-                self._want(select.EPOLLIN)
-            if self._receive():
-                self.advance()
+        elif self.phase is Phase.HEAD and len(self._buffer) > MAX_HEAD:
+            pass  # once_more() was called, and more is read when less is left
+        elif self._receive():
+            self.advance()
 
     def advance(self) -> None:
         """Process a few requests from the buffer; then other connections get their turn."""
@@ -15199,13 +15281,10 @@ class Connection:
     def _receive(self) -> bool:
         """Add received data to the buffer. Whether there was any."""
         try:
-            data = self._socket.recv(RECEIVE_BYTES)  # takes a whole record, so TLS holds none back
-        except (ssl.SSLWantReadError, BlockingIOError):
+            data = self._channel.receive()
+        except BlockingIOError:
             return False
-        except ssl.SSLWantWriteError:
-            self._want(select.EPOLLIN | select.EPOLLOUT)
-            return False
-        except OSError:  # ssl.SSLError is one
+        except OSError:
             data = b""
         if not data:
             self._ended()
@@ -15295,7 +15374,8 @@ class Connection:
             return
         if head.expects_continue and len(self._buffer) < head.length:
             try:
-                self._socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 section 10.1.1
+                self._channel.send(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 section 10.1.1
+                self._channel.flush()
             except OSError:  # also when the socket is full: then the client reads no answers
                 self.close()
                 return
@@ -15379,8 +15459,8 @@ class Connection:
                     raise Timeout("the body did not arrive in time")
                 readable.poll(remaining * 1000 + 1)
                 try:
-                    data = self._socket.recv(RECEIVE_BYTES)
-                except WOULD_BLOCK:
+                    data = self._channel.receive()
+                except BlockingIOError:
                     continue
                 except OSError:
                     data = b""
@@ -15416,17 +15496,17 @@ class Connection:
 
     def _flush(self) -> None:
         """Send as much as the socket takes. Each piece has its own deadline."""
-        while self._out:
-            try:
-                sent = self._socket.send(self._out[:SEND_BYTES])
-            except WOULD_BLOCK:
-                self._want(select.EPOLLOUT)
-                self._wait(Phase.SENDING, WRITE_DEADLINE)
-                return
-            except OSError:
-                self.close()
-                return
-            self._out = self._out[sent:]
+        try:
+            while self._out:
+                self._out = self._out[self._channel.send(self._out[:SEND_BYTES]) :]
+            self._channel.flush()
+        except BlockingIOError:
+            self._want(select.EPOLLOUT)
+            self._wait(Phase.SENDING, WRITE_DEADLINE)
+            return
+        except OSError:
+            self.close()
+            return
         seconds = time.perf_counter() - self._started
         self._server.report(self, self._entry, self._answered, seconds)
         if not self._keep_alive:
@@ -15451,14 +15531,11 @@ class Connection:
         try:
             if self._socket.recv(65536):
                 return
-        except WOULD_BLOCK:
+        except BlockingIOError:
             return
         except OSError:
             pass
         self.close()
-
-
-WOULD_BLOCK = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError)
 
 
 class Listener:
@@ -15534,13 +15611,11 @@ class PendingConnection:
 
     def __init__(self, accepted: socket.socket, source: str) -> None:
         self.socket, self.source, self.group = accepted, source, address_group(source)
-        self.closed = False
 
     def close(self) -> None:
         """End the handshake, whose thread then closes the socket."""
-        self.closed = True  # the thread may be about to replace the socket
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)  # not SSLSocket's: it is in use
+            self.socket.shutdown(socket.SHUT_RDWR)
 
 
 METHODS = frozenset(("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"))  # which log and metrics name
@@ -15628,7 +15703,7 @@ class Server(ThreadingHTTPServer):
         credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         _pid, uid, _gid = struct.unpack("iII", credentials)
         if uid in (0, os.geteuid()):
-            self._begin(accepted, THIS_HOST)
+            self._begin(Channel(accepted), THIS_HOST)
         else:
             accepted.close()
 
@@ -15685,30 +15760,25 @@ class Server(ThreadingHTTPServer):
         """Do the TLS handshake within a deadline. In a thread."""
         try:
             pending.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            pending.socket.settimeout(HANDSHAKE_DEADLINE)
-            connected = pending.socket = self.tls.wrap_socket(
-                pending.socket, server_side=True, do_handshake_on_connect=False
-            )
-            if pending.closed:
-                raise ConnectionAbortedError
-            connected.do_handshake()
-        except (OSError, ValueError):  # ssl.SSLError is an OSError; ValueError: it was closed
+            channel = Channel(pending.socket, self.tls)
+            channel.do_handshake(HANDSHAKE_DEADLINE)
+        except OSError:
             pending.socket.close()
             self.loop.post(lambda: self.leave(pending))
         else:
-            self.loop.post(lambda: self._replace(pending, connected))
+            self.loop.post(lambda: self._replace(pending, channel))
 
-    def _replace(self, pending: PendingConnection, connected: ssl.SSLSocket) -> None:
+    def _replace(self, pending: PendingConnection, channel: Channel) -> None:
         """Replace a handshake by its connection, unless another one has got its place."""
         if pending in self._connections:
             self.leave(pending)
-            self._begin(connected, pending.source)
+            self._begin(channel, pending.source)
         else:
-            connected.close()
+            pending.socket.close()
 
-    def _begin(self, connected: socket.socket, source: str) -> None:
-        connected.setblocking(False)
-        connection = Connection(self, connected, source)
+    def _begin(self, channel: Channel, source: str) -> None:
+        channel.socket.setblocking(False)
+        connection = Connection(self, channel, source)
         self._enter(connection)
         connection.begin()
 

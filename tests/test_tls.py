@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import ctypes.util
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -69,6 +72,47 @@ def test_old_versions_are_refused_by_the_gateway(shared: GatewayProcess, version
 @pytest.mark.parametrize(("version", "name"), [("TLSv1_2", "TLSv1.2"), ("TLSv1_3", "TLSv1.3")])
 def test_current_versions_are_accepted(shared: GatewayProcess, version: str, name: str) -> None:
     assert shake_hands(shared.port, ssl.TLSVersion[version])[0] == name
+
+
+class KeyUpdater:
+    """A TLS 1.3 client that can change its keys as often as it likes; ssl has no call for it."""
+
+    def __init__(self, raw: socket.socket) -> None:
+        name = ctypes.util.find_library("ssl")
+        if name is None:
+            pytest.skip("needs libssl")
+        self._library = library = ctypes.CDLL(name)
+        for function in (library.TLS_client_method, library.SSL_CTX_new, library.SSL_new):
+            function.restype = ctypes.c_void_p
+        context = library.SSL_CTX_new(ctypes.c_void_p(library.TLS_client_method()))
+        self._ssl = ctypes.c_void_p(library.SSL_new(ctypes.c_void_p(context)))
+        library.SSL_set_fd(self._ssl, raw.fileno())
+        assert library.SSL_connect(self._ssl) == 1
+
+    def update_keys(self, answered: bool) -> bool:
+        """Whether it could be sent; the other side sends a KeyUpdate of its own if `answered`."""
+        updated = self._library.SSL_key_update(self._ssl, int(answered)) == 1
+        return updated and self._library.SSL_do_handshake(self._ssl) == 1
+
+    def ask(self, request: bytes) -> bytes:
+        assert self._library.SSL_write(self._ssl, request, len(request)) == len(request)
+        answer = ctypes.create_string_buffer(65536)
+        length: int = self._library.SSL_read(self._ssl, answer, len(answer))
+        return answer.raw[: max(0, length)]
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_key_updates_pass_but_not_without_end(shared: GatewayProcess, answered: bool) -> None:
+    """Whoever sends nothing else is cut off: one after the other, they would keep the loop busy."""
+    request = b"GET /healthz HTTP/1.1\r\nHost: gateway\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=30) as raw:
+        raw.settimeout(None)  # the library blocks
+        client = KeyUpdater(raw)
+        for _ in range(5):
+            assert all(client.update_keys(answered) for _ in range(100))
+            assert client.ask(request).startswith(b"HTTP/1.1 200 ")
+        sent = itertools.takewhile(lambda _: client.update_keys(answered), range(300_000))
+        assert len(list(sent)) < 300_000
 
 
 def test_plain_http_is_no_way_in(shared: GatewayProcess) -> None:
