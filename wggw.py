@@ -212,7 +212,7 @@ SAFE_JUNK_PACKETS = 128  # junk packets before each handshake: more would delay 
 MAX_NONCES = 2**18  # 2,000 signed requests a second for two minutes, about 40 MB
 MAX_THROTTLED = 4096  # addresses whose authentication failures are counted
 MAX_SIGNATURES = 8  # signatures of one message
-MAX_FIELD_PARTS = 1024  # parts of a structured field: eight signatures over a full head need 700
+MAX_FIELD_PARTS = 256  # parts of a structured field: a signature over a full head needs 80
 
 LISTEN_QUEUE = 512  # connections that the kernel holds until they are accepted
 RESERVED_FILES = 128  # open files that connections may not use
@@ -3089,12 +3089,6 @@ class BodyDigest:
             isinstance(mac, bytes) and hmac.compare_digest(digest.digest(), mac)
             for digest, mac in self._known
         )
-
-
-def digest_matches(header: bytes, body: bytes) -> bool:
-    digest = BodyDigest(header)
-    digest.update(body)
-    return digest.matches()
 
 
 DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}
@@ -13619,6 +13613,14 @@ def answering_defects(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
+def allows(networks: Sequence[IPv4or6Network], source: str) -> bool:
+    """Whether an address is in one of the networks or on loopback. No networks allow every one."""
+    if not networks:
+        return True
+    address = ipaddress.ip_address(source)
+    return address.is_loopback or any(address in network for network in networks)
+
+
 THIS_HOST = "this host"  # the source of requests that come over the Unix socket
 
 # A proxy adds one of these headers: the source is then the proxy, not the caller.
@@ -13671,8 +13673,11 @@ class Admission:
         """
         path = head.path[:-1] if head.path.endswith("/") and len(head.path) > 1 else head.path
         local = source == THIS_HOST
-        if self._backends and path != "/metrics" and not local:
-            self._check_backend(source)
+        if path != "/metrics" and not local and not allows(self._backends, source):
+            raise Forbidden(
+                "METRICS_ALLOWED lets this address read /metrics, and nothing else: a backend's "
+                "address must be in ALLOWED_BACKENDS"
+            )
         if local:
             entry.key_id = "(this host)"
         elif path.startswith("/api/") or path == "/api":
@@ -13696,16 +13701,6 @@ class Admission:
             raise NotFound("the path has no valid public key: write / as _ and + as -")
         entry.route, entry.peer = route.template, short_key(key)
         return Admitted(head, route, key, entry)
-
-    def _check_backend(self, source: str) -> None:
-        address = ipaddress.ip_address(source)
-        if not address.is_loopback and not any(
-            address.version == network.version and address in network for network in self._backends
-        ):
-            raise Forbidden(
-                "METRICS_ALLOWED lets this address read /metrics, and nothing else: a backend's "
-                "address must be in ALLOWED_BACKENDS"
-            )
 
     def _authenticate(self, head: Head, source: str) -> Caller:
         """Verify the signature; failures from the same address do not count against a right one."""
@@ -13808,10 +13803,10 @@ class PeerHandlers:
         if body.get("encrypted_payload") is None:
             return self._create(body, request.entry)
         sealed = parse_fields(body, SEALED_FIELDS, body)["encrypted_payload"]
-        if self.box is None:
+        box = self.box  # SIGHUP may replace it at any moment
+        if box is None:
             raise Malformed("encrypted_payload: is not accepted: GATEWAY_PUBLIC_KEY is not set")
-        box, opened = self.box, self.box.open(sealed)
-
+        opened = box.open(sealed)
         later = Later[Response]()
 
         def seal(response: Response) -> None:
@@ -14295,6 +14290,15 @@ class MonitoringHandlers:
         return Response(200, openapi_document())
 
 
+def payload_box(config: Config) -> PayloadBox | None:
+    """What opens and seals payloads, None if nothing does. Raises ConfigError."""
+    secret = config.gateway_public_key
+    try:
+        return PayloadBox(secret) if secret else None
+    except ImportError:
+        raise ConfigError("GATEWAY_PUBLIC_KEY needs python3-cryptography") from None
+
+
 class App:
     """Answers requests: `admission` sees the head alone, then answer() or answer_later() the body.
 
@@ -14322,15 +14326,11 @@ class App:
             "gateway": GatewayHandlers(gateway, clock, host, metrics, self._copy_state),
             "monitoring": MonitoringHandlers(config, gateway, clock, metrics, self._copy_state),
         }
-        self.reload(config)
+        self.peers.box = payload_box(config)
 
-    def reload(self, config: Config) -> None:
-        """Use the keys and tokens of a new configuration. Raises ConfigError."""
-        secret = config.gateway_public_key
-        try:
-            self.peers.box = PayloadBox(secret) if secret else None
-        except ImportError:
-            raise ConfigError("GATEWAY_PUBLIC_KEY needs python3-cryptography") from None
+    def reload(self, config: Config, box: PayloadBox | None) -> None:
+        """Use the keys and tokens of a new configuration, and the box that payload_box() made."""
+        self.peers.box = box
         self.admission.reload(config)
 
     def _copy_state(self) -> CopyState | None:
@@ -14357,12 +14357,10 @@ class App:
             headers = admitted.head.headers
             signed = admitted.route.guard == "signed" and b"signature-input" in headers
             digest = headers.get(b"content-digest")  # an attacker may have cut the body away
-            whole, pieces = (body, iter(())) if isinstance(body, bytes) else (b"", body)
+            pieces = iter((body,)) if isinstance(body, bytes) else body
             if signed and (admitted.head.length or digest):
-                if admitted.route.streamed:
-                    pieces = self._digested(digest or b"", pieces)
-                else:
-                    self._check_digest(digest_matches(digest or b"", whole))
+                pieces = self._digested(digest or b"", pieces)
+            whole = b"" if admitted.route.streamed else b"".join(pieces)
             query = parse_query(admitted.head.query) if admitted.head.query else {}
             for name in query.keys() - admitted.route.query.keys():
                 raise Malformed(f"{name[:64]}: is no query parameter of this path")
@@ -14379,18 +14377,15 @@ class App:
         except GatewayError as error:
             return problem(error)
 
-    def _check_digest(self, matches: bool) -> None:
-        if not matches:
-            self.metrics.refused("digest")
-            raise Unauthorized("the body does not have the signed Content-Digest", "digest")
-
     def _digested(self, header: bytes, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """Pass the pieces on; behind the last one, raise Unauthorized unless the digest matches."""
         digest = BodyDigest(header)
         for piece in pieces:
             digest.update(piece)
             yield piece
-        self._check_digest(digest.matches())
+        if not digest.matches():
+            self.metrics.refused("digest")
+            raise Unauthorized("the body does not have the signed Content-Digest", "digest")
 
     @answering_defects
     def _run(self, request: Request) -> Response | Later[Response]:
@@ -15411,8 +15406,7 @@ class Connection:
 
     def _answer_in_worker(self, admitted: Admitted, body: bytes | Iterator[bytes]) -> None:
         def answer() -> Callable[[], None]:
-            whole = body if isinstance(body, bytes) or admitted.route.streamed else b"".join(body)
-            return functools.partial(self._reply, self._server.app.answer(admitted, whole))
+            return functools.partial(self._reply, self._server.app.answer(admitted, body))
 
         self._start_worker(answer)
 
@@ -15672,7 +15666,7 @@ class Server(ThreadingHTTPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Refuse addresses that are not allowed, before TLS."""
-        return self.allows(source_of(client_address))
+        return allows(self.allowed, source_of(client_address))
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.loop.post(lambda: self._accept(request, client_address))
@@ -15721,15 +15715,6 @@ class Server(ThreadingHTTPServer):
             LOG.warning("a connection was refused: %s", error)
             self.leave(pending)
             accepted.close()
-
-    def allows(self, source: str) -> bool:
-        """Whether an address may connect."""
-        address = ipaddress.ip_address(source)
-        return (
-            not self.allowed
-            or address.is_loopback
-            or any(address in network for network in self.allowed)
-        )
 
     def _make_room(self, group: str | None) -> None:
         """Close the idlest connection, of one address group or of all. Raises RuntimeError."""
@@ -16703,12 +16688,13 @@ class Service:
                 config = self._load()
                 # A running gateway makes no new pair: its clients know the old one.
                 tls, expires = make_tls(config, make_pair=False)
-                self._gateway.change_classes(config.service_classes)
-                self._app.reload(config)
+                box = payload_box(config)
+                self._gateway.change_classes(config.service_classes)  # the last that may refuse
             except StartError as error:
                 LOG.error("reload refused, the old settings and certificate stay: %s", error)
                 self._manager.tell("READY=1", f"STATUS=reload refused: {error}")
                 continue
+            self._app.reload(config, box)
             self._server.tls, self._server.allowed = tls, api_sources(config)
             self._app.metrics.certificate_expires = expires
             LOG.info("reloaded keys, allowlist, certificate and service classes")

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from fakes import NOON, World, build, do, traffic_of
@@ -305,6 +306,25 @@ def test_a_defect_in_a_sealed_create_is_answered_sealed(
     content = json.loads(answer.body)
     assert answer.status == 500 and content.keys() == {"encrypted_response"}
     assert json.loads(box.open(content["encrypted_response"]))["status"] == 500
+    world.close()
+
+
+def test_a_reload_during_a_sealed_create_changes_nothing_about_its_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "a shared secret of two sides"
+    world = build(tmp_path, GATEWAY_PUBLIC_KEY=secret)
+    app, box = app_of(world, tmp_path), wggw.PayloadBox(secret)
+    reloaded = mock.PropertyMock(side_effect=[box, None, None])
+    monkeypatch.setattr(wggw.PeerHandlers, "box", reloaded, raising=False)
+    sealed = box.seal(wggw.encode_json({"public_key": a_key(1)}))
+    body = wggw.encode_json({"encrypted_payload": sealed})
+    answers: list[wggw.Response] = []
+    world.gateway.run(
+        lambda: app.peers.create_peer(request()._replace(body=body)).then(answers.append)
+    )
+    wait_for(lambda: answers, what="an answer")
+    assert json.loads(box.open(json.loads(answers[0].body)["encrypted_response"]))["public_key"]
     world.close()
 
 

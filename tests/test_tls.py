@@ -301,9 +301,9 @@ def test_other_sources_than_the_allowed_are_not_admitted(
 ) -> None:
     server = object.__new__(wggw.Server)
     server.allowed = (ip_network("192.0.2.0/24"), ip_network("2001:db8::/48"))
-    assert server.allows(wggw.source_of(source)) is admitted
+    assert server.verify_request(None, source) is admitted
     server.allowed = ()
-    assert server.allows(wggw.source_of(source)) is True
+    assert server.verify_request(None, source) is True
 
 
 def test_loopback_is_never_cut_off(tmp_path: Path) -> None:
@@ -449,6 +449,24 @@ def test_what_needs_cryptography_says_so_and_exits_2(
         assert named in last and "cryptography" in last
     finally:
         gateway.close()
+
+
+def test_a_reload_that_needs_cryptography_is_refused_as_a_whole(
+    tmp_path: Path, without: str
+) -> None:
+    pair = dict(zip(("TLS_CERT", "TLS_KEY"), map(str, write_pair(tmp_path, "given")), strict=True))
+    (tmp_path / ".env").touch(0o600)
+    with running(tmp_path, PYTHONPATH=without, **pair) as gateway:
+        assert gateway.process is not None
+        classes = "SERVICE_CLASSES='{\"fast\":{}}'\n"
+        (tmp_path / ".env").write_text(classes + "GATEWAY_PUBLIC_KEY='a shared secret of two'\n")
+        gateway.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "reload refused" in gateway.text(), what="the refusal")
+        client = gateway.client()
+        assert client.create(a_key(1), service_class="fast").status == 422
+        (tmp_path / ".env").write_text(classes)
+        renewed(gateway, 1)
+        assert client.create(a_key(1), service_class="fast").status == 200
 
 
 # --- the names of the self-made certificate ------------------------------------------------------

@@ -45,7 +45,7 @@ def fields(data: bytes) -> None:
         [[_, (inner, parameters)]] = wggw.parse_dictionary(f"a={given.parameters}").items()
         assert isinstance(inner, tuple) and len(inner) == len(given.components)
         assert parameters["keyid"] == given.key_id
-    wggw.digest_matches(digest, data)
+    wggw.BodyDigest(digest).matches()
     authenticator = wggw.Authenticator({"default": "k" * 32}, 60, lambda: 1e9)
     with contextlib.suppress(wggw.Unauthorized):
         authenticator.verify(message)
