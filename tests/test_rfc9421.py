@@ -301,6 +301,24 @@ def test_one_good_signature_among_others_is_enough(client: Client) -> None:
         assert get(client, headers).status == 200
 
 
+@pytest.mark.parametrize(
+    ("signatures", "components", "read"),
+    [(1, wggw.MAX_HEADERS, 1), (wggw.MAX_SIGNATURES, 10, wggw.MAX_SIGNATURES), (8, 50, 0)],
+)
+def test_signatures_together_cover_a_bounded_number_of_components(
+    signatures: int, components: int, read: int
+) -> None:
+    """A whole head by one, a few by each of many: not a whole head by many, before any is known."""
+    names = " ".join(f'"h{n}"' for n in range(components))
+    given = (f's{n}=({names});created=1;nonce="n";keyid="k"' for n in range(signatures))
+    macs = (f"s{n}=::" for n in range(signatures))
+    headers = {
+        b"signature-input": ", ".join(given).encode(),
+        b"signature": ", ".join(macs).encode(),
+    }
+    assert len(list(wggw.parse_signatures(headers))) == read
+
+
 def test_field_names_are_case_insensitive(client: Client) -> None:
     headers = {name.swapcase(): value for name, value in signed(client).items()}
     assert get(client, headers).status == 200
