@@ -14956,7 +14956,8 @@ def render_response(
 # The loop makes room for each, and a thread of its own does the TLS handshake within a deadline and
 # hands the connection to the loop. A thread takes it back to read a long body, and returns it with
 # the answer. While a request waits for its answer, the loop reads only what fits into the buffer: a
-# client that does not read its answers gets no further answers.
+# client that does not read its answers gets no further answers. One that sends many requests or TLS
+# records without waiting has a few requests answered and a few KiB read, then others have a turn.
 #
 # Once a second the loop looks for connections whose deadline has passed. So a deadline costs a
 # request one assignment, and any number of idle connections wakes nobody; each deadline is up to
@@ -15113,7 +15114,7 @@ class Channel:
         self._tls: ssl.SSLObject | None = None
         if tls is not None:
             self._tls = tls.wrap_bio(self._received, self._encrypted, server_side=True)
-        self._unsent = memoryview(b"")
+        self._unsent = b""
         self._without_data = 0  # bytes received since the last data
 
     def do_handshake(self, seconds: float) -> None:
@@ -15160,7 +15161,7 @@ class Channel:
             raise BlockingIOError
         return b"".join(pieces)
 
-    def send(self, data: memoryview | bytes) -> int:
+    def send(self, data: bytes | memoryview) -> int:
         """Send what was taken before, then take more, which flush() sends. Returns how much.
 
         Raises OSError; BlockingIOError: the socket is full, and no more was taken.
@@ -15170,7 +15171,7 @@ class Channel:
         if self._tls is not None:
             taken = self._tls.write(data)  # one record
             data = self._encrypted.read()  # with answers to KeyUpdate before it
-        self._unsent = memoryview(data)
+        self._unsent = bytes(data)  # unlike a slice of the answer, it does not keep all of it
         return taken
 
     def flush(self) -> None:
