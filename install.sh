@@ -621,7 +621,7 @@ DeviceAllow=/dev/net/tun rw
 # The service's user makes its socket in a directory where other programs have theirs. With this as its
 # RuntimeDirectory=, systemd would change the owner of them all, and a wireguard-go whose socket changes
 # ends. So only that which a run in the foreground left to root changes hands, and starts anew.
-ExecStartPre=+/bin/install -d -g wggw -m 1775 /run/wireguard /run/amneziawg
+ExecStartPre=+/bin/install -d -o root -g wggw -m 1775 /run/wireguard /run/amneziawg
 ExecStartPre=+/bin/sh -c 'cd /sys/class/net; for link in \$\$(grep -slx \"wggw $ENV_FILE\" */ifalias); do \
   chown -hf --from=root wggw: /run/wireguard/\$\${link%%/*}.sock /run/amneziawg/\$\${link%%/*}.sock; done; true'
 ReadWritePaths=-/run/wireguard -/run/amneziawg"

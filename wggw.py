@@ -9090,11 +9090,12 @@ def replace_table(name: str, text: str, mark: str) -> bool:
     """Give nft the text that makes our table; returns whether it changed. Raises BackendError,
     also if the table is another gateway's."""
     before = current_table(name)
-    if other := other_gateway(before, mark):
-        raise BackendError(
-            f"table {name} belongs to the gateway of interfaces with the mark {other!r}: run this "
-            "gateway in another network namespace, or `wggw net down` for the other one"
-        )
+    for table in (TABLE, CLASS_TABLE):
+        if other := other_gateway(current_table(table), mark):
+            raise BackendError(
+                f"table {table} belongs to the gateway of interfaces with the mark {other!r}: run "
+                "this gateway in another network namespace, or `wggw net down` for the other one"
+            )
     run_tool("nft", "-f", "-", given=text)
     return current_table(name) != before
 
@@ -15120,8 +15121,8 @@ class Channel:
     def do_handshake(self, seconds: float) -> None:
         """Do the TLS handshake within a deadline. In a thread. Raises OSError."""
         tls, deadline = cast(ssl.SSLObject, self._tls), time.monotonic() + seconds
-        while True:
-            self.socket.settimeout(max(0.0, deadline - time.monotonic()))
+        while (left := deadline - time.monotonic()) > 0:
+            self.socket.settimeout(left)
             try:
                 tls.do_handshake()
                 return
@@ -15133,6 +15134,7 @@ class Channel:
             if not data:
                 raise ConnectionAbortedError
             self._received.write(data)
+        raise TimeoutError
 
     def receive(self) -> bytes:
         """What has come, or b"" at its end. Raises OSError; BlockingIOError: nothing has come."""
@@ -15149,12 +15151,18 @@ class Channel:
             while self._received.pending:  # at 0 TLS holds at most a part of a record
                 piece = self._tls.read(TLS_RECORD)
                 if not piece:  # close_notify: the next call returns b""
-                    self.socket.shutdown(socket.SHUT_RD)
+                    with contextlib.suppress(OSError):  # the client may have reset the connection
+                        self.socket.shutdown(socket.SHUT_RD)
                     return b"".join(pieces)
                 pieces.append(piece)
                 self._without_data = 0
         except ssl.SSLWantReadError:
             pass
+        finally:  # an alert, or the answer to a KeyUpdate
+            if not self._unsent and self._encrypted.pending:
+                self._unsent = self._encrypted.read()
+                with contextlib.suppress(OSError):
+                    self.flush()
         if max(self._without_data, self._encrypted.pending) > MAX_WITHOUT_DATA:
             raise ConnectionAbortedError
         if not pieces:
@@ -15170,7 +15178,7 @@ class Channel:
         taken = len(data)
         if self._tls is not None:
             taken = self._tls.write(data)  # one record
-            data = self._encrypted.read()  # with answers to KeyUpdate before it
+            data = self._encrypted.read()  # with what receive() could not send before it
         self._unsent = bytes(data)  # unlike a slice of the answer, it does not keep all of it
         return taken
 
@@ -15748,7 +15756,9 @@ class Server(ThreadingHTTPServer):
             pending.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             channel = Channel(pending.socket, self.tls)
             channel.do_handshake(HANDSHAKE_DEADLINE)
-        except OSError:
+        except Exception as error:
+            if not isinstance(error, OSError):  # ssl.SSLError is one
+                log_defect(error)
             pending.socket.close()
             self.loop.post(lambda: self.leave(pending))
         else:
@@ -17038,9 +17048,10 @@ def _name_in(comment: str) -> str:
     A line that was commented out is no name: it may hold a client's private key.
     """
     text = comment.strip("# \t")
-    line_name = text.partition("=")[0].strip().lower()
+    line_name, is_line, _ = text.partition("=")
+    is_known = is_line and line_name.strip().lower() in _KNOWN_LINES
     is_section = text.lower().startswith(("[interface]", "[peer]"))
-    if line_name in _KNOWN_LINES or is_section or _KEY.search(text):
+    if is_known or is_section or _KEY.search(text):
         return ""
     match = _NAME_LINE.fullmatch(text)
     if match:
@@ -18627,9 +18638,21 @@ def _would_add(
         known += is_known
         if not is_known:
             new[key] = given
-    if new:  # which may not fit the gateway's settings or its other peers
+    while new:  # which may not fit the gateway's settings or its other peers
         kept = ({"public_key": key} for key in existing)
-        _put_state(client, itertools.chain(new.values(), kept), dry_run=True)
+        try:
+            _put_state(client, itertools.chain(new.values(), kept), dry_run=True)
+            break
+        except StartError as error:
+            place = re.search(r"line ([0-9]+): ", str(error))
+            if place is None:
+                raise
+            key = [*new][int(place[1]) - 1]
+            print(
+                f"{short_key(key)} would be refused: {str(error)[place.end() :]}", file=sys.stderr
+            )
+            del new[key]
+            refused += 1
     words = f"; would be refused: {refused}" if refused else ""
     print(f"would create {show_peers(len(new))}; already there, not changed: {known}{words}")
     return int(refused > 0)

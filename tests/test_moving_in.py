@@ -154,6 +154,8 @@ def test_peer_that_cannot_be_taken_has_the_reason(text: str, reason: str) -> Non
         ("# first\n\n# laptop\n[Peer]", "laptop"),
         ("[Peer]\n# friendly_name=laptop", "laptop"),
         ("[Peer] # laptop", "laptop"),
+        ("# S1\n[Peer]", "S1"),
+        ("# Table\n[Peer]", "Table"),
         ("# one\n[Peer]\n# friendly_name: laptop", "laptop"),
         ("### end other ###\n[Peer]", None),
         ("#\n[Peer]", None),
@@ -377,9 +379,12 @@ def test_dry_run_promises_nothing_that_is_then_refused(gateway: GatewayProcess) 
     assert "nonsense would be refused: public_key: must be" in dry.stderr
     assert f"{KEYS[2][:8]} would be refused: expires_at: is in the past" in dry.stderr
     for address in ("10.8.0.2", "10.9.0.1"):  # another peer's, and outside of the subnet
-        taken = [{"public_key": KEYS[2], "assigned_ip": address}]
-        dry = command(gateway, "-", "--merge", "--dry-run", given=json.dumps(taken).encode())
-        assert dry.returncode == 1 and "refused this with status" in dry.stderr, dry
+        taken = [{"public_key": KEYS[0]}, {"public_key": KEYS[2], "assigned_ip": address}]
+        given = json.dumps([*taken, {"public_key": KEYS[1]}]).encode()
+        dry = command(gateway, "-", "--merge", "--dry-run", given=given)
+        assert f"{KEYS[2][:8]} would be refused: assigned_ip: " in dry.stderr
+        words = "would create 1 peer; already there, not changed: 1; would be refused: 1"
+        assert (dry.returncode, dry.stdout.splitlines()[-1]) == (1, words)
     done = command(gateway, "-", "--merge", given=json.dumps([*peers, *bad]).encode())
     assert done.stdout.splitlines()[-1] == "done: 1 created, 2 existed, 2 refused"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import errno
 import hashlib
 import itertools
 import os
@@ -15,11 +16,13 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from ipaddress import ip_network
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from cryptography import x509
@@ -113,6 +116,61 @@ def test_key_updates_pass_but_not_without_end(shared: GatewayProcess, answered: 
             assert client.ask(request).startswith(b"HTTP/1.1 200 ")
         sent = itertools.takewhile(lambda _: client.update_keys(answered), range(300_000))
         assert len(list(sent)) < 300_000
+
+
+def test_a_renegotiation_is_refused_at_once(shared: GatewayProcess) -> None:
+    command = ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{shared.port}"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as client:
+        assert client.stdin is not None and client.stdout is not None
+        assert any(b"Verify return code" in line for line in client.stdout)
+        client.stdin.write(b"R\n")
+        client.stdin.flush()
+        assert client.wait(30) == 1  # well before IDLE_DEADLINE
+        assert b"renegotiation" in client.stdout.read()
+
+
+def channel_of(tls: ssl.SSLContext) -> tuple[wggw.Channel, socket.socket, ssl.SSLSocket]:
+    """The gateway's end of a connection after the handshake, its socket, and the client's end."""
+    ours, theirs = socket.socketpair()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    channel, clients = wggw.Channel(ours, tls), list[ssl.SSLSocket]()
+    client = threading.Thread(target=lambda: clients.append(context.wrap_socket(theirs)))
+    client.start()
+    channel.do_handshake(30)
+    client.join(30)
+    ours.setblocking(False)
+    return channel, ours, clients[0]
+
+
+def test_a_request_before_the_end_counts_although_the_client_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*write_pair(tmp_path, "server"))
+    channel, ours, client = channel_of(tls)
+    client.sendall(b"a request")
+    with contextlib.suppress(ssl.SSLWantReadError, TimeoutError):
+        client.settimeout(0.0)
+        client.unwrap()  # close_notify
+    gone = mock.Mock(wraps=ours)
+    gone.shutdown.side_effect = OSError(errno.ENOTCONN, "a reset has come")
+    channel.socket = gone
+    assert channel.receive() == b"a request"
+    client.close()
+    ours.close()
+
+
+def test_a_handshake_that_sends_without_end_ends_at_its_deadline(tmp_path: Path) -> None:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*write_pair(tmp_path, "server"))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"\x16\x03\x01\x40\x00")  # a record that goes on
+        with pytest.raises(TimeoutError):
+            wggw.Channel(ours, tls).do_handshake(0.05)
 
 
 def test_plain_http_is_no_way_in(shared: GatewayProcess) -> None:

@@ -53,7 +53,8 @@ def interface(peers: str, port: int, *addresses: str) -> str:
     """A script that makes wg0 as another manager leaves it."""
     text = f"[Interface]\nPrivateKey = {PRIVATE}\nListenPort = {port}\n{peers}"
     return (
-        "useradd --system --user-group --no-create-home wggw\n"
+        "useradd --system --user-group --no-create-home --home-dir /var/lib/wggw "
+        "-s /usr/sbin/nologin wggw\n"
         "install -d -o wggw -g wggw -m 700 /run/wireguard\n"
         "setsid setpriv --reuid wggw --regid wggw --clear-groups --inh-caps +net_admin "
         "--ambient-caps +net_admin wireguard-go -f wg0 >/dev/null 2>&1 </dev/null &\n"
