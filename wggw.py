@@ -325,8 +325,8 @@ COPY_TIMEOUT = 10.0  # seconds for which the object store may be silent
 COPY_DEADLINE = 30.0  # seconds for one object, plus its bytes divided by COPY_SLOWEST
 COPY_SLOWEST = 200_000  # bytes a second
 COPY_MAX_PAUSE = 10.0  # seconds between two tries of a boot, on average
-COPY_SWEEP = 32  # earlier epochs whose objects a writer removes at once,
-COPY_SWEEP_SECONDS = 86400.0  # a day after another epoch has replaced them
+COPY_WRITERS = 32  # former writers whose entries the local files are known to contain
+COPY_SWEEP_SECONDS = 86400.0  # after which a writer removes what a replaced epoch holds
 COPY_FIRST_SWEEP = 3600.0  # seconds from the start to the first removal, at most
 COPY_GARBAGE = 10_000  # names of objects to remain for another try to delete them
 MAX_MANIFEST = 2**18  # bytes of a claim or a manifest
@@ -5147,22 +5147,10 @@ class Feeds:
         deletion that was forgotten before concerns it. Of one that begins now some may be
         forgotten, if more than MAX_GONE peers are deleted before it reaches the end.
         """
-        lost = any(
-            begin < abs(after) < end and (after > 0 or not self._has_rows(begin, end))
-            for begin, end in self._gaps.gaps
-        )
+        lost = any(begin < abs(after) < end for begin, end in self._gaps.gaps)
         forgotten = 0 < after < max(self.forgotten, self._gaps.floor)
         if lost or forgotten or abs(after) > self.sequence:
             raise Gone("after: later changes are no longer remembered: begin again with 0")
-
-    def _has_rows(self, begin: int, end: int) -> bool:
-        """Whether a new client can come upon sequences between these two: see Feeds.diverged."""
-        ranges = (
-            f"EXISTS (SELECT 1 FROM {table} WHERE sequence > :begin AND sequence < :end)"  # noqa: S608  names of this file
-            for table in ("peers", "gone", "traffic")
-        )
-        values = {"begin": begin, "end": end}
-        return bool(self._db.execute(f"SELECT {' OR '.join(ranges)}", values).fetchone()[0])
 
     @staticmethod
     def next_after(after: int, last: int, until: int, full: bool) -> int:
@@ -5204,8 +5192,23 @@ class Feeds:
         return self._gaps.skipped(begin, now).encode()
 
     def set_gaps(self, text: str) -> None:
+        """Set the gaps. Rows within the newest one, which a copy's boot can have, move behind it.
+
+        So every sequence within a gap is one that no client can get any more.
+        """
         self._gaps = Gaps.parse(text)
-        self.sequence = max(self.sequence, *(end for _, end in self._gaps.gaps))
+        begin, end = self._gaps.gaps[-1]
+        self.sequence = max(self.sequence, end)
+        for table in ("peers", "gone", "traffic"):
+            moved = self._db.execute(
+                f"UPDATE {table} SET sequence = sequence + ? WHERE sequence > ? AND sequence < ? "  # noqa: S608  names of this file
+                "RETURNING sequence",
+                (end - begin, begin, end),
+            ).fetchall()
+            newest = max((row[0] for row in moved), default=0)
+            self.sequence = max(self.sequence, newest)
+            if table != "traffic":
+                self.last_change = max(self.last_change, newest)
 
     def note_gone(self, keys: Sequence[tuple[int, str]], at: int) -> None:
         """Remember the (sequence, key) of deleted keys, unless another peer has them now."""
@@ -6268,12 +6271,18 @@ class Claim(NamedTuple):
         return f"{self.epoch:08d}-{self.writer}"
 
 
+class CopyContested(CopyError):
+    """Another gateway starts at the same time. Trying again helps."""
+
+
 class Manifest(NamedTuple):
-    """The position and number of a snapshot, and whether the epoch's writer relies on fences."""
+    """The position and number of a snapshot, whether the epoch's writer relies on fences, and up to
+    which epoch writers have removed what replaced epochs held."""
 
     position: int
     number: int
     fenced: bool = False
+    swept: int = 0
 
 
 class Entry(NamedTuple):
@@ -6336,7 +6345,7 @@ class Epochs:
         self._snapshots: list[tuple[int, int]] = []  # positions and numbers, the newest last
         self._announced = 0  # how many of them the manifests have named
         self._garbage: collections.deque[str] = collections.deque(maxlen=COPY_GARBAGE)
-        self._swept: set[int] = set()  # older epochs whose objects are deleted
+        self._swept = 0  # the objects of epochs up to this one are deleted
         self._has_rival = False  # another writer claimed this epoch, too
 
     def find(self) -> tuple[int, Claim | None]:
@@ -6416,7 +6425,7 @@ class Epochs:
             with contextlib.suppress(CopyDamaged):
                 unpack(name, there, self._vault)
                 self.claim = None
-                raise CopyError("another gateway starts at the same time")
+                raise CopyContested("another gateway starts at the same time")
             self.objects.put(name, self._content)
             raise CopyError(f"PUT {name}: {_NOT_STORED}")
         self.fences = self.objects.checks and not self._create(name, self._content)
@@ -6444,18 +6453,60 @@ class Epochs:
         """
         while prefix:
             head = claim, manifest = self._head(prefix)
-            if close and manifest and manifest.fenced and not self.fences:
-                raise CopyError("the store refused the conditional PUTs that it had before")
-            entries = self._entries(prefix, manifest, have, close)
+            if claim.lineage == lineage:
+                entries = self._entries(prefix, manifest, have, close)
+                is_used = bool(entries)
+            else:  # nobody needs its content, so it may be damaged
+                entries = []
+                is_used = self._finish(prefix, manifest, close) or manifest is not None
             if head != self._head(prefix):
                 continue  # its writer is at work, and may have deleted the entry that was missing
+            if manifest is not None:
+                self._note(claim, manifest, lineage, close)
             if entries:
-                return (prefix, entries) if claim.lineage == lineage else ("", [])
+                return prefix, entries
+            if is_used:
+                return "", []
             if manifest is not None:
                 names = " and ".join(_manifest_names(prefix))
                 raise CopyDamaged(f"{names} do not lead to a snapshot")
             prefix = claim.previous  # it has no snapshot
         return "", []
+
+    def _note(self, claim: Claim, manifest: Manifest, lineage: str, close: bool) -> None:
+        if claim.lineage == lineage:
+            self._swept = max(self._swept, manifest.swept)
+        if close and manifest.fenced and not self.fences:
+            LOG.warning(
+                "remote copy: %s relied on conditional PUTs, which this store does not have. Stop "
+                "that gateway if it still runs: it does not learn that it was replaced",
+                claim.node,
+            )
+
+    def _finish(self, prefix: str, manifest: Manifest | None, close: bool) -> bool:
+        """Go to the end of an epoch, and with `close` put the fence there. Whether it has entries.
+
+        If the snapshot of the manifest is missing, nobody knows where its writer is.
+        """
+        begin = position = manifest.position if manifest else 1
+        while (kind := self._kind(_entry_names(prefix, position, 1)[0])) not in ("", "fence"):
+            position += 1
+        is_known = manifest is None or position > begin
+        while close and self.fences and kind != "fence" and is_known:
+            if self._close(_entry_names(prefix, position, 1)[0]):
+                break
+            position += 1
+        return position > begin
+
+    def _kind(self, name: str) -> str:
+        """What kind of entry an object is: "" if there is none, "damaged" if it cannot be read."""
+        data = self.objects.get(name, MAX_SNAPSHOT)
+        if data is None:
+            return ""
+        try:
+            return self._decode(name, data).kind
+        except CopyDamaged:
+            return "damaged"
 
     def _head(self, prefix: str) -> tuple[Claim, Manifest | None]:
         """The claim of an epoch, and its manifest that names the newest snapshot, if any.
@@ -6469,16 +6520,21 @@ class Epochs:
         for name, data in zip(names, batch, strict=True):
             with contextlib.suppress(CopyDamaged):
                 about, _ = unpack(name, data, self._vault)
-                position, number = about.get("position"), about.get("number")
-                if isinstance(position, int) and isinstance(number, int) and position > 0:
-                    found.append(Manifest(position, number, bool(about.get("fenced"))))
+                given = Manifest(
+                    about.get("position", 0),
+                    about.get("number", 0),
+                    bool(about.get("fenced")),
+                    about.get("swept", 0),
+                )
+                if all(isinstance(value, int) for value in given) and given.position > 0:
+                    found.append(given)
         missing = None if batch == [None, None] else Manifest(1, MAX_INTEGER)
         return self._claim_of(epoch, claim), max(found, default=missing)
 
     def _entries(
         self, prefix: str, manifest: Manifest | None, have: int, close: bool
     ) -> list[Entry]:
-        position, number, _ = manifest or Manifest(1, -1)
+        position, number, *_ = manifest or Manifest(1, -1)
         found: list[Entry] = []
         if manifest and number <= have:
             found.append(Entry("snapshot", number))
@@ -6578,7 +6634,7 @@ class Epochs:
         Raises CopyError.
         """
         if self._claimed_above(cast(Claim, self.claim)):
-            raise CopyError("another gateway has started since this start began")
+            raise CopyContested("another gateway has started since this start began")
 
     def _claimed_above(self, claim: Claim) -> tuple[str, bytes] | None:
         """Name and content of a claim for a higher epoch.
@@ -6611,7 +6667,7 @@ class Epochs:
             return
         prefix = cast(Claim, self.claim).prefix
         position, number = self._snapshots[-1]
-        about = {"position": position, "number": number, "fenced": self.fences}
+        about = Manifest(position, number, self.fences, self._swept)._asdict()
         self.objects.put(_manifest_names(prefix)[count % 2], pack(about, b"", self._vault))
         self._announced = count
         old: list[str] = []
@@ -6632,39 +6688,35 @@ class Epochs:
                 self._garbage = collections.deque(maxlen=0)  # nothing is kept for another try
                 LOG.info("remote copy: old objects stay in the store, delete them there: %s", error)
 
-    def sweep(self) -> None:
-        """Delete what epochs hold that were replaced a day ago or earlier, if we have a snapshot.
+    def sweep(self) -> bool:
+        """Delete what the next older epoch holds, if it was replaced a day ago. False: it was not.
 
-        Claims stay, and fences: a writer that was replaced may not have tried an upload since.
+        It needs a snapshot of ours, whose manifest names the last such epoch. Claims stay, and
+        fences: a writer that was replaced may not have tried an upload since.
         """
-        ours = cast(Claim, self.claim)
-        older = (n for n in range(ours.epoch - 1, 0, -1) if n not in self._swept)
-        for epoch in itertools.islice(older, COPY_SWEEP if self._announced else 0):
-            with contextlib.suppress(CopyDamaged):
-                after = ours if epoch + 1 == ours.epoch else self.read_claim(epoch + 1)
-                if after.time > self.clock() - COPY_SWEEP_SECONDS:
-                    continue
-                claim, manifest = self._head(self.read_claim(epoch).prefix)
-                if claim.lineage == ours.lineage:
-                    self._sweep_epoch(claim.prefix, manifest)
-                self._swept.add(epoch)
+        ours, epoch = cast(Claim, self.claim), self._swept + 1
+        if not self._announced or epoch >= ours.epoch:
+            return False
+        with contextlib.suppress(CopyDamaged):
+            after = ours if epoch + 1 == ours.epoch else self.read_claim(epoch + 1)
+            if 0 <= self.clock() - after.time < COPY_SWEEP_SECONDS:
+                return False
+            claim, manifest = self._head(self.read_claim(epoch).prefix)
+            if claim.lineage == ours.lineage:
+                self._sweep_epoch(claim.prefix, manifest)
+        self._swept = epoch
+        return True
 
     def _sweep_epoch(self, prefix: str, manifest: Manifest | None) -> None:
         begin = end = manifest.position if manifest else 1
-        while self._has_entry(_entry_names(prefix, end, 1)[0]):
+        while self._kind(_entry_names(prefix, end, 1)[0]) not in ("", "fence"):
             end += 1
         if manifest or end > begin:
-            # Its writer may have ended before it deleted what was older.
+            # Its writer may have ended before it deleted what was older. The last ones go first, so
+            # that what a crash leaves is found again.
             start = max(1, begin - 3 * (COPY_SEGMENTS + 2))
-            old = _entry_names(prefix, start, end - start)
+            old = _entry_names(prefix, start, end - start)[::-1]
             self._delete([*old, *_manifest_names(prefix), _rival_name(prefix)])
-
-    def _has_entry(self, name: str) -> bool:
-        """Whether the object is there, and no fence."""
-        data = self.objects.get(name, MAX_SNAPSHOT)
-        with contextlib.suppress(CopyDamaged):
-            return data is not None and self._decode(name, data).kind != "fence"
-        return True
 
 
 # --- what a gateway puts there, and when ----------------------------------------------------------
@@ -6870,7 +6922,7 @@ class Writers:
     def keep(self, writers: Mapping[str, int]) -> None:
         """Keep the newest of these. Raises OSError."""
         words = [n if last == MAX_INTEGER else f"{n}:{last}" for n, last in writers.items()]
-        content = " ".join(words[-COPY_SWEEP:]).encode("ascii") + b"\n"
+        content = " ".join(words[-COPY_WRITERS:]).encode("ascii") + b"\n"
         self._disk.replace(self._path, [content])
 
 
@@ -7058,10 +7110,11 @@ class Copier:
         If the files have lost records that the copy has, new records get the same numbers.
         """
         self._store.lineage = self._store.lineage or NO_LINEAGE
-        last = self._store.number
-        if own := self._writers.read():
+        own, last = self._writers.read(), self._store.number
+        contained = {name: min(number, last) for name, number in own.items()}
+        if contained != own:
             with self._disk_needed():
-                self._writers.keep({name: min(number, last) for name, number in own.items()})
+                self._writers.keep(contained)
 
     def begin(self) -> Callable[[Sequence[Written]], None]:
         """Begin to follow the store, which is recovered, on disk, and has not changed yet.
@@ -7092,7 +7145,7 @@ class Copier:
         return not last.is_alive() and not self.state().lag_records
 
     def _try(self, snapshots: bool) -> None:
-        if self._taken is not None or not self._turn.acquire(blocking=False):
+        if self._taken is not None or not self._turn.acquire(blocking=not snapshots):
             return
         try:
             self._step(snapshots)
@@ -7132,9 +7185,9 @@ class Copier:
                 self._put_snapshot()
         elif due:
             self._put_segment(records, fresh and snapshots)
-        if snapshots and time.monotonic() >= self._next_sweep:
+        # One epoch at a time: uploads must not wait for long.
+        if snapshots and time.monotonic() >= self._next_sweep and not self.epochs.sweep():
             self._next_sweep = time.monotonic() + COPY_SWEEP_SECONDS
-            self.epochs.sweep()
 
     def _put_segment(self, records: Sequence[Written], fresh: bool) -> None:
         """Put the records, and with `fresh` the traffic totals of the local snapshot."""
@@ -10390,6 +10443,7 @@ class Flight(Later["GatewayError | None"]):
         self.error: GatewayError | None = None
         self.needs_disk = True  # False: it lands without the disk; the next snapshot contains it
         self.suspects: dict[str, str] = {}  # the interfaces that refused it, with the reason
+        self.submitted = False
         self.number = 0
 
     @property
@@ -10642,11 +10696,17 @@ class Ledger:
             found = mine.spare(interface, family)
         if found is not None:
             return found
+
+        def may_free(flight: Flight) -> bool:
+            addresses = itertools.chain(flight.freed, flight.claimed)
+            return flight is not mine and any(a[:2] == (interface, family) for a in addresses)
+
         # The last one: when it has landed, all addresses that others of its landing free are free.
-        for address, flight in reversed(self.addresses.items()):
-            if address[:2] == (interface, family) and flight is not mine:
-                self.check_disk()
-                raise Busy(flight)
+        # But a bulk change that is not submitted yet may take long.
+        submitted = (flight for flight in reversed(self.airborne) if flight.submitted)
+        for chosen in filter(may_free, itertools.chain(submitted, reversed(self.airborne))):
+            self.check_disk()
+            raise Busy(chosen)
         raise Unavailable(
             f"the {family} addresses of {interface} are exhausted: delete peers, or set a larger "
             "subnet"
@@ -10696,7 +10756,9 @@ class Ledger:
         return self.tunnels[address[0]].pools[address[1]]
 
     def submit(self, flight: Flight) -> None:
-        self.airborne[flight] = None
+        self.airborne.pop(flight, None)
+        self.airborne[flight] = None  # the last one now
+        flight.submitted = True
         self.addresses.update(dict.fromkeys(flight.freed, flight))
         self._gathered.append(flight)
         if not self.gathers:
@@ -16388,7 +16450,8 @@ class Start:
             except CopyError as error:
                 gateway.starting = f"waiting for the remote copy: {error}"
                 self._manager.tell(f"STATUS={gateway.starting}", "EXTEND_TIMEOUT_USEC=300000000")
-                if not self._config.snapshot_required and not isinstance(error, CopyDamaged):
+                is_there = isinstance(error, CopyDamaged | CopyContested)
+                if not self._config.snapshot_required and not is_there:
                     LOG.warning("remote copy: %s; SNAPSHOT_REQUIRED=false: starting without", error)
                     copier.go_without()
                     self._check(self._store)

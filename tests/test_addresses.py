@@ -9,12 +9,16 @@ import random
 import time
 from collections.abc import Iterable
 from copy import deepcopy
+from pathlib import Path
+from unittest import mock
 
 import pytest
+from fakes import build
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import wggw
 from wggw import AddressPool
 
 SUBNETS = [
@@ -343,3 +347,33 @@ def test_an_excluded_address_goes_to_nobody_once_it_is_free(subnet: str) -> None
     assert len(given) == pool.total == pool.used
     assert not {held, released, fresh} & {*given}
     assert last in given
+
+
+@pytest.mark.parametrize("bulk_first", [False, True])
+def test_who_waits_for_an_address_waits_for_no_bulk_change_that_is_being_made(
+    tmp_path: Path, bulk_first: bool
+) -> None:
+    world = build(tmp_path)
+    ledger, bulk, small = world.gateway.ledger, wggw.Flight(), wggw.Flight()
+    pool = world.gateway.tunnels["wg0"].pools["ipv4"]
+    begin = [lambda: ledger.open(bulk), lambda: ledger.submit(small)]
+    for number, flight in enumerate((bulk, small), 2):
+        flight.freed["wg0", "ipv4", f"10.0.1.{number}"] = None
+    with mock.patch.object(pool, "peek", return_value=None):
+        ledger.gathers = True  # nothing lands
+        for step in begin if bulk_first else reversed(begin):
+            step()
+        with pytest.raises(wggw.Busy) as caught:
+            ledger.find_address("wg0", "ipv4")
+        assert caught.value.flight is small
+        for _ in ledger.release(small, refused=True):
+            pass
+        with pytest.raises(wggw.Busy) as caught:
+            ledger.find_address("wg0", "ipv4")
+        assert caught.value.flight is bulk
+        for _ in ledger.release(bulk, refused=True):
+            pass
+        with pytest.raises(wggw.Unavailable, match="exhausted"):
+            ledger.find_address("wg0", "ipv4")
+    ledger._gathered.clear()
+    world.close()

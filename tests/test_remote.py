@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from wggw import (
     Backlog,
     ConfigError,
     Copier,
+    CopyContested,
     CopyDamaged,
     CopyError,
     CopySettings,
@@ -930,8 +932,10 @@ def left_of(objects: MemoryObjects, epoch: int) -> list[str]:
 
 
 def sweep(node: Node) -> None:
+    """A tick removes one epoch at a time."""
     node.copier._next_sweep = 0.0
-    node.tick()
+    while node.copier._next_sweep == 0.0:
+        node.tick()
 
 
 def test_old_epochs_are_removed_a_day_after_they_were_replaced(tmp_path: Path) -> None:
@@ -953,16 +957,27 @@ def test_old_epochs_are_removed_a_day_after_they_were_replaced(tmp_path: Path) -
 
 
 def test_many_starts_leave_nothing_that_a_later_one_does_not_remove(tmp_path: Path) -> None:
-    objects, starts = MemoryObjects(), wggw.COPY_SWEEP + 8
-    for life in range(starts):
-        with Node(tmp_path, objects, now=1e9) as node:
+    """However short the runs are: each one goes on where the one before it ended."""
+    objects, now = MemoryObjects(), 1e9
+    for life in range(40):
+        with Node(tmp_path, objects, now=now) as node:
             node.put(a_peer(life + 1))
             node.tick()
-    with Node(tmp_path, objects, now=1e9 + DAY) as node:
-        for _ in range(3):
-            node.now += DAY
-            sweep(node)
-    assert [n for n in range(1, starts + 1) if left_of(objects, n)] == []
+    for life in range(10):
+        now += DAY
+        with Node(tmp_path, objects, now=now) as node:
+            node.put(a_peer(100 + life))
+            node.tick()
+            for _ in range(5):
+                sweep(node)
+            node.copier._number = -1  # its next snapshot has a manifest that tells how far it came
+            node.put(a_peer(200 + life))
+            node.save()
+            node.tick()
+            asked = len(objects.asked)
+    assert [n for n in range(1, 46) if left_of(objects, n)] == []
+    assert [n for n in range(46, 51) if not left_of(objects, n)] != [46, 47, 48, 49, 50]
+    assert len(objects.asked) == asked
 
 
 def test_a_replaced_gateway_learns_it_after_its_epoch_was_removed(
@@ -1178,28 +1193,76 @@ def test_a_stop_copies_the_last_records_however_many_segments_there_are(tmp_path
         assert not node.copier.finish(10.0)
 
 
-def test_a_writer_without_fences_replaces_none_that_relies_on_them(tmp_path: Path) -> None:
-    """A proxy refuses conditional PUTs to one gateway, and the other one gets them."""
+def test_a_writer_without_fences_says_whom_it_replaces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The copy has moved to a store without conditional PUTs, or a proxy refuses them."""
     objects = MemoryObjects()
     with Node(tmp_path / "a", objects) as old:
         old.put(a_peer(1))
         old.tick()
-        behind = MemoryObjects()
-        behind.objects = objects.objects
-        put = behind.put
+        expected = old.state
+    moved = MemoryObjects(checks=False)
+    moved.objects = objects.objects
+    with Node(tmp_path / "b", moved) as new:
+        assert new.state == expected
+    assert (
+        "remote copy: a relied on conditional PUTs, which this store does not have" in caplog.text
+    )
 
-        def refuse(name: str, content: bytes, create: bool = False) -> bool:
-            if create:
-                raise CopyError("status 501", 501)
-            return put(name, content)
 
-        behind.put = refuse  # type: ignore[method-assign]
-        with pytest.raises(CopyError, match="conditional"):
-            Node(tmp_path / "b", behind)
-        old.put(a_peer(2))
-        old.tick()
-        assert old.copier.state().failure is None
-        assert copied(objects, tmp_path) == old.state
+@pytest.mark.parametrize("kind", ["snapshot", "segment", "manifest leads nowhere"])
+def test_a_damaged_copy_of_another_lineage_can_be_replaced(
+    tmp_path: Path, checks: bool, kind: str
+) -> None:
+    """Nobody needs its content; its writer is told if it still runs."""
+    with Node(tmp_path / "b") as node:
+        node.put(a_peer(5))
+        node.save()
+        ours = SETTINGS._replace(lineage=node.store.lineage)
+    objects = MemoryObjects(checks)
+    with Node(tmp_path / "a", objects) as old:
+        for number in (1, 2, 3):
+            old.put(a_peer(number))
+            old.tick()
+        name = objects.entries()[1 if kind == "segment" else 0]
+        if kind == "manifest leads nowhere":
+            del objects.objects[name]
+        else:
+            objects.objects[name] = b"rotten" + objects.objects[name]
+        with Node(tmp_path / "b", objects, copy=ours) as new:
+            new.tick()
+            assert copied(objects, tmp_path) == new.state
+            old.put(a_peer(4))
+            old.tick()
+            told = "has taken it over" in str(old.copier.state().failure)
+            assert told == (kind != "manifest leads nowhere" or not checks)
+
+
+@pytest.mark.parametrize("failure", [CopyContested("a race"), CopyDamaged("rotten")])
+def test_a_copy_that_is_there_is_never_done_without(tmp_path: Path, failure: CopyError) -> None:
+    """With SNAPSHOT_REQUIRED=false, too: that is for stores that do not answer."""
+    files = Files(str(tmp_path / "db"), "commit", FakeDisk())
+    optional = {"SNAPSHOT_URL": "https://x.example", "SNAPSHOT_REQUIRED": "false"}
+    config = load_config({**BASE, "WG_BACKEND": "memory", **optional})
+    gateway = mock.Mock(files=files, store=Store(), starting="")
+    start = wggw.Start(config, mock.Mock(gateway=gateway), mock.Mock())
+    copier = mock.Mock()
+    copier.boot.side_effect = [failure, None]
+    with mock.patch("time.sleep"):
+        start._read_copy(copier)
+    assert copier.boot.call_count == 2 and not copier.go_without.called
+
+
+def test_a_stop_waits_for_what_the_timer_does_with_the_copy(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path, objects) as node:
+        node.tick()
+        node.put(a_peer(1))
+        node.copier._turn.acquire()
+        threading.Timer(0.1, node.copier._turn.release).start()
+        assert node.copier.finish(30.0)
+        assert copied(objects, tmp_path) == node.state
 
 
 def test_totals_never_go_back_behind_a_record(tmp_path: Path) -> None:
