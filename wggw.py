@@ -11872,7 +11872,8 @@ class Import:
 
     The flight has the peers that differ and all traffic totals; nothing else is decided before it
     has landed. An interface gets the key that the other state's peers know if `replace_key` is
-    true. It keeps its own if `replace_key` is false; None refuses keys that differ.
+    true. It keeps its own if `replace_key` is false; None refuses keys that differ, and another
+    gateway's state in place of peers.
     """
 
     def __init__(self, core: Core, other: Store, replace_key: bool | None) -> None:
@@ -11883,10 +11884,12 @@ class Import:
         self._pools = {name: tunnel.make_pools(other) for name, tunnel in core.tunnels.items()}
         self._known_keys = self._find_known_keys()
         self._keys: dict[str, bytes] = {}  # the private keys that interfaces get
-        self.cut = 0  # how many peers need new configurations
-        for name, public in self._known_keys.items():
-            if public != core.tunnels[name].public_key:
-                self._choose_key(core.tunnels[name], public, replace_key)
+        differing = [n for n, k in self._known_keys.items() if k != core.tunnels[n].public_key]
+        for name in differing:
+            self._choose_key(core.tunnels[name], self._known_keys[name], replace_key)
+        if replace_key is None:
+            self._check_lineage()
+        self.cut = self._count_cut({name for name in differing if name not in self._keys})
 
     def _check(self) -> None:
         core = self._core
@@ -11922,7 +11925,6 @@ class Import:
                 f"{show_peers(mine)} here), replace_key=false keeps this node's (and cuts off "
                 f"the snapshot's {theirs} until they have new configurations)"
             )
-        self.cut += mine if replace_key else theirs
         if replace_key:
             key = clamp(decode_key(self._other.private_keys.get(name, NO_KEY)))
             if encode_key(x25519_public(key)) != public:
@@ -11931,6 +11933,41 @@ class Import:
                     f"it into {tunnel.settings.private_key_file} and restart, then import"
                 )
             self._keys[name] = key
+
+    def _check_lineage(self) -> None:
+        """Refuse another gateway's state while there are peers here. Raises Conflict."""
+        mine = self._core.run(self._core.store.counts.total)
+        here, there = self._core.store.lineage, self._other.lineage
+        if mine and here != there and not {here, there} & {"", NO_LINEAGE}:
+            raise Conflict(
+                f"replace_key: the snapshot is another gateway's: its lineage is {there}, and this "
+                f"one's is {here}. It would replace the {show_peers(mine)} here by its "
+                f"{self._other.counts.total()}: check the file, or, if you want that, give "
+                "replace_key=false, with which the interfaces keep their keys, or replace_key=true"
+            )
+
+    def _count_cut(self, kept: set[str]) -> int:
+        """How many peers need new configurations, or are here and not in the other state.
+
+        `kept` are the interfaces that keep a key which the other state's peers do not know.
+        """
+        core, other = self._core, self._other
+        state: ObfuscationState | None = other.meta("obfuscation")
+        changed = set(self._keys)
+        for name, tunnel in core.tunnels.items():
+            mine = tunnel.obfuscation
+            if mine and state and not same_language(mine.parameters, state.parameters):
+                changed.add(name)
+
+        def place(peer: Peer) -> tuple[str | None, ...]:
+            return peer.interface, peer.assigned_ip, peer.assigned_ipv6, peer.preshared_key
+
+        cut = sum(other.counts.on(name) for name in kept)
+        for peer in chunks(core.run, lambda after: core.store.peers_after(after, READ_CHUNK)):
+            same = other.get(peer.public_key)
+            if same is None or same.interface not in kept:  # otherwise it is counted above
+                cut += same is None or peer.interface in changed or place(peer) != place(same)
+        return cut
 
     def perform(self) -> None:
         """Raises GatewayError, with nothing changed: the key files are as before, too."""
@@ -12889,8 +12926,8 @@ class Gateway(Core):
     ) -> tuple[int, int]:
         """Replace the whole state by a snapshot file's. For workers.
 
-        Returns how many peers the state has, and how many peers need new configurations. For
-        `replace_key` see Import. Raises GatewayError.
+        Returns how many peers the state has, and how many peers lose their connection: see
+        Import._count_cut(). For `replace_key` see Import. Raises GatewayError.
         """
         try:
             other = open_state(data, vault=self.files.vault)
@@ -12902,7 +12939,7 @@ class Gateway(Core):
             total = other.counts.total()
             if not dry_run:
                 work.perform()
-                LOG.info("imported %s", show_peers(total))
+                LOG.info("imported %s; cut off: %s", show_peers(total), show_peers(work.cut))
                 self.limits.expire()
                 self.limits.enforce_quotas()
         return total, work.cut
@@ -14753,7 +14790,12 @@ ROUTES: tuple[ApiRoute, ...] = (
         "PUT", "/api/v1/snapshot", "gateway", GatewayHandlers.import_snapshot,
         "Replace the whole state by an exported file.",
          said_schema("imported", "dry_run", total_peers=COUNT, cut_off_peers=COUNT),
-         query=dict.fromkeys(("dry_run", "replace_key"), FLAG_FIELD),
+         query={
+            "dry_run": FLAG_FIELD,
+            "replace_key": FLAG_FIELD._replace(
+                note="required for a snapshot of other keys, or of another gateway"
+            ),
+        },
         media={"application/octet-stream": BINARY},
         errors=(409,), limit=MAX_SNAPSHOT, place="reader"),
     ApiRoute(
@@ -18568,8 +18610,8 @@ def command_snapshot(arguments: argparse.Namespace) -> int:
     print(f"{done}: {show_peers(answer['total_peers'])}")
     if count := answer["cut_off_peers"]:
         print(
-            f"cut off: {show_peers(count)}, until the clients get new files, because the interface "
-            "has another key than their files name"
+            f"cut off: {show_peers(count)}, until the clients get new files, because the state "
+            "lacks them, or has other keys, addresses or parameters than their files"
         )
     return 0
 
@@ -19121,7 +19163,8 @@ COMMANDS = (
         flag("--decrypt", "export: write the file unencrypted, even if SNAPSHOT_KEY is set"),
         flag("--dry-run", "import: change nothing, and print what would be done"),
         argument("--replace-key", dest="replace_key", action="store_const", const=True,
-                 help="import: give the interface the key that the file's peers know"),
+                 help="import: give the interface the key that the file's peers know; this or "
+                 "--keep-key also accepts another gateway's file, which deletes the peers here"),
         argument("--keep-key", dest="replace_key", action="store_const", const=False,
                  help="import: keep the interface's key, which cuts off peers that know another"),
         *_REMOTE)),

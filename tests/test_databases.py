@@ -135,7 +135,7 @@ def test_its_snapshot_can_be_imported(archive: Path, tmp_path: Path, other: Clie
     unpacked(archive, tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db:
         keys = {row[0] for row in db.execute("SELECT public_key FROM peers")}
-    answer = other.send("PUT", SNAPSHOT, (tmp_path / "db").read_bytes())
+    answer = other.send("PUT", f"{SNAPSHOT}?replace_key=false", (tmp_path / "db").read_bytes())
     assert answer.status == 200, answer
     listed = other.send("GET", "/api/v1/configurations/").json["configurations"]
     assert {row["public_key"] for row in listed} == keys

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import GatewayProcess, a_key, wait_for
+from harness import GatewayProcess, a_key, path_key, wait_for
 from objects import tls_store
 
 import wggw
@@ -84,11 +84,11 @@ def test_import_onto_another_key_is_refused_unless_it_says_what_becomes_of_it(cl
     assert "does not hold the private key of wg0" in unsealed.json["detail"]
     assert status(clear.new)["total_peers"] == 1 and status(clear.new)["reasons"] == []
     dry = clear.put("?replace_key=false&dry_run=true")
-    assert dry.json == {"status": "dry_run", "total_peers": 3, "cut_off_peers": 3}
+    assert dry.json == {"status": "dry_run", "total_peers": 3, "cut_off_peers": 4}
     assert status(clear.new)["total_peers"] == 1
 
     done = clear.put("?replace_key=false")
-    assert done.json == {"status": "imported", "total_peers": 3, "cut_off_peers": 3}
+    assert done.json == {"status": "imported", "total_peers": 3, "cut_off_peers": 4}
     for _ in range(2):  # as long as they differ: at the next start, too
         found = status(clear.new)
         [reason] = found["reasons"]
@@ -112,6 +112,56 @@ def test_a_state_of_the_same_key_is_imported_as_ever(clear: Pair) -> None:
     assert client.delete(a_key(1)).status == 200
     answer = client.send("PUT", SNAPSHOT, clear.image, **headers)
     assert answer.json == {"status": "imported", "total_peers": 3, "cut_off_peers": 0}
+
+
+def test_another_gateways_state_replaces_peers_only_when_asked_for(
+    clear: Pair, tmp_path: Path
+) -> None:
+    """Whether it has no peers, or the same key: without being asked for, it would delete ours."""
+    old, new = clear.old, clear.new
+    new.stop()
+    shutil.copy2(old.settings["WG_PRIVATE_KEY_FILE"], new.settings["WG_PRIVATE_KEY_FILE"])
+    new.start()
+    assert new.client().send("POST", "/api/v1/sync-ips?accept_key=true").status == 200
+    assert public_key(new) == public_key(old)
+    theirs = clear.image
+    for seed in (1, 2, 3):
+        assert old.client().delete(a_key(seed)).status == 200
+    empty = old.client().send("GET", SNAPSHOT).body
+    for clear.image, total in ((theirs, 3), (empty, 0)):
+        for query in ("", "?dry_run=true"):
+            refused = clear.put(query)
+            assert refused.status == 409, refused
+            for image in (clear.image, new.client().send("GET", SNAPSHOT).body):
+                assert wggw.open_state(image).lineage in refused.json["detail"]
+            assert "the 1 peer here" in refused.json["detail"]
+        for key in ("true", "false"):
+            dry = clear.put(f"?replace_key={key}&dry_run=true")
+            assert dry.json == {"status": "dry_run", "total_peers": total, "cut_off_peers": 1}
+    assert new.client().get(a_key("its own")).status == 200
+    file = tmp_path / "state"
+    file.write_bytes(empty)
+    assert "another gateway's" in new.command("snapshot", "import", str(file)).stderr
+    done = new.command("snapshot", "import", "--keep-key", str(file))
+    assert done.stdout.startswith("imported: 0 peers\ncut off: 1 peer, until"), done.stderr
+    wait_for(lambda: "imported 0 peers; cut off: 1 peer" in new.text())
+    clear.image = theirs
+    answer = clear.put("")  # onto a gateway without peers
+    assert answer.json == {"status": "imported", "total_peers": 3, "cut_off_peers": 0}
+
+
+def test_peers_whose_configurations_no_longer_fit_are_counted_as_cut_off(clear: Pair) -> None:
+    client = clear.old.client()
+    fitting, moved, secret, gone = map(a_key, (1, 2, 3, 4))
+    address = client.get(moved).json["assigned_ip"]
+    assert client.delete(moved).status == 200
+    assert client.create(gone, assigned_ip=address).status == 200
+    assert client.create(moved).status == 200
+    for key, field in ((secret, "preshared_key"), (fitting, "label")):
+        path = f"/api/v1/configurations/{path_key(key)}"
+        assert client.send("PATCH", path, {field: a_key("another")}).status == 200
+    answer = client.send("PUT", SNAPSHOT, clear.image)
+    assert answer.json == {"status": "imported", "total_peers": 3, "cut_off_peers": 3}
 
 
 def test_the_sealed_key_is_applied_when_asked(sealed: Pair, tmp_path: Path) -> None:

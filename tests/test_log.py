@@ -207,4 +207,4 @@ def test_each_change_that_nobody_asked_for_has_its_line(
     world.gateway.projection.reconcile()
     assert caplog.messages[-1] == f"wg0: repair: {three} added"
     world.gateway.import_(world.gateway.export())
-    assert "imported 3 peers" in caplog.messages
+    assert "imported 3 peers; cut off: 0 peers" in caplog.messages

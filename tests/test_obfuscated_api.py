@@ -369,7 +369,11 @@ def test_an_export_holds_the_parameters_and_an_import_brings_them(
     api: Client, both: GatewayProcess, tmp_path: Path
 ) -> None:
     ok(api.create(a_key(1), obfuscation={**ON, "jc": 9}))
+    ok(api.create(a_key(2)))  # a plain peer
     image = api.send("GET", "/api/v1/snapshot").body
+    assert ok(api.send("PUT", "/api/v1/snapshot?dry_run=true", image))["cut_off_peers"] == 0
+    ok(api.send("POST", ROTATE, {"parameters": OTHER, "confirm": True}))
+    assert ok(api.send("PUT", "/api/v1/snapshot?dry_run=true", image))["cut_off_peers"] == 1
     (tmp_path / "other").mkdir()
     with running(tmp_path / "other", **{**BOTH, "AWG_PARAMS": json.dumps(OTHER)}) as other:
         client = other.client()
@@ -639,7 +643,7 @@ def test_an_import_whose_parameters_are_refused_changes_nothing(tmp_path: Path, 
     before = in_line(world)
     FAULTS[fault](world)
     with pytest.raises(wggw.Unavailable):
-        world.gateway.import_(image)
+        world.gateway.import_(image, replace_key=False)
     for faults in world.faults:
         faults.heal()
     world.gateway.lander.heal()
@@ -647,7 +651,7 @@ def test_an_import_whose_parameters_are_refused_changes_nothing(tmp_path: Path, 
     assert world.gateway.degraded() == []
     assert in_line(world) == before
     assert world.backend.peers.keys() == {a_key("old")}
-    world.gateway.import_(image)
+    world.gateway.import_(image, replace_key=False)
     assert in_line(world) == theirs
     assert world.backend.peers.keys() == {a_key("new")}
     world.close()

@@ -582,7 +582,7 @@ def test_what_a_gateway_refused_healed_or_imported_is_in_the_copy_as_it_is_there
     world.gateway.lander.heal()
     do(world.gateway, "create", public_key=a_key(5))
     check(1, 3, 5)
-    world.gateway.import_(image)
+    world.gateway.import_(image, replace_key=False)
     check(9)
     do(world.gateway, "delete", public_key=a_key(9))
     do(world.gateway, "create", public_key=a_key(10))
