@@ -15737,11 +15737,11 @@ class Server(ThreadingHTTPServer):
     """
 
     request_queue_size = LISTEN_QUEUE
+    tls: ssl.SSLContext
 
-    def __init__(
-        self, config: Config, app: App, tls: ssl.SSLContext, loop: Loop, log: LogWriter
-    ) -> None:
-        self.app, self.tls, self.loop, self._log = app, tls, loop, log
+    def __init__(self, config: Config, app: App, loop: Loop, log: LogWriter) -> None:
+        """Listen; connections wait for begin(). Raises StartError."""
+        self.app, self.loop, self._log = app, loop, log
         self.closing = False
         self.allowed = api_sources(config)
         self._limit = min(config.max_connections, raise_file_limit(config.max_connections))
@@ -15759,6 +15759,9 @@ class Server(ThreadingHTTPServer):
             super().__init__((config.api_host, config.api_port), BaseHTTPRequestHandler)
         except OSError as error:
             raise StartError(str(describe_api_fault(config, error))) from None
+
+    def begin(self, tls: ssl.SSLContext) -> None:
+        self.tls = tls
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def server_bind(self) -> None:
@@ -16073,23 +16076,23 @@ def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, in
 
     With `make_pair`, a missing pair is replaced by a self-signed one. Raises ConfigError.
     """
-    cert, key = config.tls_cert, config.tls_key
-    fit_certificate(config)
-    if make_pair and not os.path.exists(cert) and not os.path.exists(key):
-        _make_pair(config)
+    cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
-    what = f"TLS_CERT {cert!r}, TLS_KEY {key!r}: not usable PEM files"
+    what = f"TLS_CLIENT_CA {client_ca!r}: not a usable PEM file"
     try:
+        if client_ca:  # first: a refusal makes and renews no certificate
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(client_ca)
+        fit_certificate(config)
+        if make_pair and not os.path.exists(cert) and not os.path.exists(key):
+            _make_pair(config)
+        what = f"TLS_CERT {cert!r}, TLS_KEY {key!r}: not usable PEM files"
         check_private("TLS_KEY", key)
         context.load_cert_chain(cert, key, password="")  # never ask on a terminal
         certificate = read_certificate(cert)
         expires = certificate_expiry(certificate)
-        if config.tls_client_ca:
-            what = f"TLS_CLIENT_CA {config.tls_client_ca!r}: not a usable PEM file"
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(config.tls_client_ca)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{what}: {_reason(error)}") from None
     fingerprint = hashlib.sha256(certificate).hexdigest()
@@ -16666,9 +16669,12 @@ class Service:
             config, self._gateway, time.time, self._host, loop.work, call_at=loop.call_at
         )
         app.admission.nonces.close(time.time())  # until the nonces of the last run are loaded
+        if config.awg_interface and config.awg_params:
+            read_parameters(config.awg_params)  # a refusal makes no certificate
+        self._server = Server(config, app, loop, log)  # nor does a port that is held
         self._lacked_certificate = not os.path.exists(config.tls_cert)
         tls, app.metrics.certificate_expires = make_tls(config)
-        self._server = Server(config, app, tls, loop, log)
+        self._server.begin(tls)
         log.start()  # not before: make_tls() may want to fork
         loop.start()
 

@@ -552,7 +552,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[wggw.Ser
     files = wggw.Files(config.db_path, "none", wggw.Disk())
     gateway = wggw.Gateway(config, wggw.Store(), files, time.time, loop.run)
     app = wggw.App(config, gateway, time.time, wggw.HostMetrics(str(tmp_path)), loop.work)
-    server = wggw.Server(config, app, wggw.make_tls(config)[0], loop, wggw.LogWriter())
+    server = wggw.Server(config, app, loop, wggw.LogWriter())
+    server.begin(wggw.make_tls(config)[0])
     gateway.ready = True
     loop.start()
     yield server

@@ -102,4 +102,4 @@ def test_a_bad_client_ca_is_named_alone(tmp_path: Path) -> None:
         process.close()
     last = process.text().splitlines()[-1]
     assert last.startswith(f"wggw: TLS_CLIENT_CA '{tmp_path}/ca.pem': "), last
-    assert "TLS_CERT" not in last
+    assert "TLS_CERT" not in last and not (tmp_path / "cert.pem").exists()

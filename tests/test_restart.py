@@ -237,21 +237,24 @@ BAD_SETTINGS = [
     ("WG_IPV4_SUBNET", "10.0.1.5/24", True),
     ("DURABILITY", "sometimes", True),
     ("WG_BACKEND", "magic", True),
+    ("AWG_PARAMS", "{", False),
 ]
+OBFUSCATED = {"AWG_INTERFACE": "awg0", "AWG_IPV4_SUBNET": "10.0.3.0/24"}
 
 
 @pytest.mark.parametrize(("name", "value", "shown"), BAD_SETTINGS)
 def test_a_bad_setting_is_exit_2_and_one_line_that_names_it(
     tmp_path: Path, name: str, value: str, shown: bool
 ) -> None:
-    with stopped(tmp_path, None, **{name: value}) as gateway:
+    more = OBFUSCATED if name == "AWG_PARAMS" else {}
+    with stopped(tmp_path, None, **more, **{name: value}) as gateway:
         if name == "API_PORT":
             gateway.settings["API_PORT"] = value
         code, text = ended(gateway)
     assert code == 2
     (line,) = text.splitlines()
     assert name in line and (value in line) == shown
-    assert not list(tmp_path.glob("wireguard.db*"))
+    assert not [*tmp_path.glob("wireguard.db*"), *tmp_path.glob("*.pem")]
 
 
 def test_a_missing_key_is_exit_2(tmp_path: Path) -> None:
@@ -269,6 +272,7 @@ def test_a_port_in_use_is_exit_1_and_harms_nobody(gateway: GatewayProcess) -> No
         code, text = ended(second)
     assert code == 1
     assert "API_PORT" in text and str(gateway.port) in text.splitlines()[-1]
+    assert not list(other.glob("*.pem"))
     assert gateway.client().get(a_key(1)).status == 200
 
 
