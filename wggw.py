@@ -14312,6 +14312,7 @@ class GatewayHandlers:
             "backend": tunnel.backend.kind,
             "public_key": tunnel.public_key,
             "listen_port": tunnel.link.listen_port,
+            "subnets": {f: str(subnet) for f, subnet in tunnel.settings.subnets.items()},
             "active_peers": figures.peers("active", name),
             "total_peers": figures.peers(None, name),
             "parameters_version": tunnel.obfuscation and tunnel.obfuscation.version,
@@ -14645,6 +14646,7 @@ SCHEMAS: dict[str, Schema] = {
         **counts("listen_port", "active_peers", "total_peers", "rx_bytes", "tx_bytes"),
         **counts("rx_bytes_per_second", "tx_bytes_per_second"),
         parameters_version=or_null(COUNT),
+        subnets={"type": "object", "additionalProperties": TEXT},
         pools={"type": "object", "additionalProperties": component("AddressPool")},
         sample_age_seconds=NUMBER,
     ),
@@ -18632,12 +18634,16 @@ def command_import(arguments: argparse.Namespace) -> int:
         state = read_foreign(read_data("@" + arguments.file))
     except (ValueError, RecursionError) as error:
         raise StartError(f"cannot import {name}: {error}") from None
-    fitting = fitting_peers(name, state, arguments.skip)
     existing = {peer["public_key"] for peer in list_peers(client, "&fields=public_key")}
+    status = answer_of(client, "GET", "/api/v1/server/status")
+    state = within_subnets(state, status, existing)
+    fitting = fitting_peers(name, state, arguments.skip)
     if existing and not (arguments.merge or arguments.replace):
         raise StartError(
             f"the gateway has {show_peers(len(existing))}: --merge keeps them and adds the file's, "
-            "--replace keeps only those that the file names; --dry-run shows what happens"
+            "--replace keeps only those that the file names"
+            + "; --dry-run shows what happens"
+            * (not arguments.dry_run)
         )
     if arguments.replace:
         kept = {fields.get("public_key") for fields in fitting}
@@ -18648,6 +18654,31 @@ def command_import(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _would_add(client, fitting, existing)
     return _add_peers(client, fitting)
+
+
+def within_subnets(
+    state: FoundState, status: Mapping[str, Any], existing: Collection[str]
+) -> FoundState:
+    """The same peers, with a reason for each new one that has an address in none of the subnets."""
+    texts = [text for i in status["interfaces"] for text in i.get("subnets", {}).values()]
+    subnets = [ipaddress.ip_network(text) for text in texts]
+
+    def misfit(fields: Mapping[str, Any]) -> str:
+        for field_name in ADDRESS_FIELD.values():
+            with contextlib.suppress(ValueError):  # the gateway refuses what is no address
+                address = ipaddress.ip_address(fields.get(field_name, ""))
+                if not any(address in subnet for subnet in subnets):
+                    return f"its address is {address}, outside of {', '.join(texts)}"
+        return ""
+
+    return state._replace(
+        peers=[
+            peer
+            if peer.reason or not subnets or str(peer.fields.get("public_key")) in existing
+            else peer._replace(reason=misfit(peer.fields))
+            for peer in state.peers
+        ]
+    )
 
 
 def fitting_peers(name: str, state: FoundState, skip: bool) -> list[dict[str, Any]]:

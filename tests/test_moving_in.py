@@ -328,6 +328,23 @@ def test_nothing_is_changed_unless_all_fits_or_skip_says_so(gateway: GatewayProc
     }
 
 
+@pytest.mark.parametrize(
+    "outside", [{"assigned_ip": "10.9.0.1"}, {"assigned_ipv6": "fd00:9::2"}], ids=str
+)
+def test_peers_outside_of_the_subnets_do_not_fit(
+    gateway: GatewayProcess, outside: dict[str, str]
+) -> None:
+    peers = [{"public_key": KEYS[0], "assigned_ip": "10.8.0.50"}, {"public_key": KEYS[1]} | outside]
+    given, address = json.dumps(peers).encode(), next(iter(outside.values()))
+    for more in ([], ["--dry-run"], ["--replace"]):
+        refused = command(gateway, "-", *more, given=given)
+        assert refused.returncode == 1 and peers_of(gateway) == {}
+        assert f"its address is {address}, outside of 10.8.0.0/24" in refused.stderr
+        assert "1 of 2 peers did not fit, and nothing was changed" in refused.stderr
+    assert command(gateway, "-", "--skip", given=given).returncode == 0
+    assert peers_of(gateway).keys() == {KEYS[0]}
+
+
 def test_peers_that_are_there_stay_with_merge_and_go_with_replace(gateway: GatewayProcess) -> None:
     file = str(FILES / "wg-easy.json")
     client = gateway.client()
@@ -335,6 +352,8 @@ def test_peers_that_are_there_stay_with_merge_and_go_with_replace(gateway: Gatew
     assert client.create(KEYS[0], label="mine").status == 200
     asked = command(gateway, file)
     assert asked.returncode == 1 and "the gateway has 2 peers" in asked.stderr
+    assert asked.stderr.endswith("names; --dry-run shows what happens\n")
+    assert "shows what happens" not in command(gateway, file, "--dry-run").stderr
     dry = command(gateway, file, "--merge", "--dry-run")
     assert dry.stdout.endswith("would create 1 peer; already there, not changed: 1\n")
     assert len(peers_of(gateway)) == 2
@@ -356,8 +375,9 @@ def test_peers_that_are_there_stay_with_merge_and_go_with_replace(gateway: Gatew
 
 
 def test_refused_peers_are_told_and_the_exit_code_says_so(gateway: GatewayProcess) -> None:
-    lines = b'{"public_key": "%b", "assigned_ip": "10.9.0.1"}\n' % KEYS[0].encode()
-    done = command(gateway, "-", given=lines)
+    assert gateway.client().create(KEYS[1], assigned_ip="10.8.0.2").status == 200
+    lines = b'{"public_key": "%b", "assigned_ip": "10.8.0.2"}\n' % KEYS[0].encode()
+    done = command(gateway, "-", "--merge", given=lines)
     assert done.returncode == 1
     assert "refused: assigned_ip: " in done.stderr
     assert done.stdout.endswith("done: 0 created, 0 existed, 1 refused\n")
@@ -378,13 +398,12 @@ def test_dry_run_promises_nothing_that_is_then_refused(gateway: GatewayProcess) 
     )
     assert "nonsense would be refused: public_key: must be" in dry.stderr
     assert f"{KEYS[2][:8]} would be refused: expires_at: is in the past" in dry.stderr
-    for address in ("10.8.0.2", "10.9.0.1"):  # another peer's, and outside of the subnet
-        taken = [{"public_key": KEYS[0]}, {"public_key": KEYS[2], "assigned_ip": address}]
-        given = json.dumps([*taken, {"public_key": KEYS[1]}]).encode()
-        dry = command(gateway, "-", "--merge", "--dry-run", given=given)
-        assert f"{KEYS[2][:8]} would be refused: assigned_ip: " in dry.stderr
-        words = "would create 1 peer; already there, not changed: 1; would be refused: 1"
-        assert (dry.returncode, dry.stdout.splitlines()[-1]) == (1, words)
+    taken = [{"public_key": KEYS[0]}, {"public_key": KEYS[2], "assigned_ip": "10.8.0.2"}]
+    given = json.dumps([*taken, {"public_key": KEYS[1]}]).encode()  # the second: another peer's
+    dry = command(gateway, "-", "--merge", "--dry-run", given=given)
+    assert f"{KEYS[2][:8]} would be refused: assigned_ip: " in dry.stderr
+    words = "would create 1 peer; already there, not changed: 1; would be refused: 1"
+    assert (dry.returncode, dry.stdout.splitlines()[-1]) == (1, words)
     done = command(gateway, "-", "--merge", given=json.dumps([*peers, *bad]).encode())
     assert done.stdout.splitlines()[-1] == "done: 1 created, 2 existed, 2 refused"
 
