@@ -2577,7 +2577,8 @@ def parse_fields(
         row = table.get(name)
         if row is None:
             if name not in ignored:
-                raise Invalid(name[:64], f"is not known here; known are {', '.join(table)}")
+                known = ", ".join(table) or "none"
+                raise Invalid(name[:64], f"is not known here; known are {known}")
             continue
         if value is None and not row.null:
             continue
@@ -13857,8 +13858,9 @@ def json_body(request: Request) -> dict[str, Any]:
 
 
 def body_fields(request: Request) -> dict[str, Any]:
-    """The body, decoded with the route's table."""
-    return parse_fields(json_body(request), request.route.fields)
+    """The body, decoded with the route's table. A route without fields needs no body."""
+    table = request.route.fields
+    return parse_fields(json_body(request), table) if table or request.body else {}
 
 
 def named_interface(gateway: Gateway, query: Mapping[str, Any]) -> str | None:
@@ -14015,8 +14017,7 @@ class PeerHandlers:
 
     def change_peer(self, request: Request) -> Later[Response]:
         """Let the route's rule change the peer in the path, and show the peer."""
-        fields = body_fields(request) if request.route.fields else {}
-        fields["public_key"] = request.key
+        fields = {**body_fields(request), "public_key": request.key}
         return self._change(request.route.rule, fields, self._show_changed)
 
     def get_peer(self, request: Request) -> Response:
@@ -14261,6 +14262,7 @@ class GatewayHandlers:
         return Response(200, encode_json(content))
 
     def sync_ips(self, request: Request) -> Response:
+        body_fields(request)  # there are none: any field is refused
         name = named_interface(self._gateway, request.query)
         if request.query.get("accept_key"):
             self._gateway.accept_keys()
@@ -14899,8 +14901,8 @@ def _error_statuses(route: ApiRoute) -> list[int]:
     """The errors that a route can answer: those that its columns entail, and its `errors`."""
     statuses = {400, 408, 411, 413, 431, *GUARDS[route.guard].errors, *route.errors}
     statuses |= {404} if "{" in route.template else set()
-    statuses |= {415} if route.fields else set()
-    statuses |= {422} if route.fields or route.query else set()
+    statuses |= {415} if route.fields or route.method == "POST" else set()
+    statuses |= {422} if route.fields or route.query or route.method == "POST" else set()
     return sorted(statuses)
 
 

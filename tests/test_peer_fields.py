@@ -150,6 +150,22 @@ def test_unknown_fields_are_refused_by_name(
     assert answer.status == 422 and answer.json["detail"].startswith(f"{list(body)[-1]}: ")
 
 
+FIELDLESS = [r for r in wggw.ROUTES if r.method not in ("GET", "DELETE") and not r.fields | r.media]
+
+
+@pytest.mark.parametrize("route", FIELDLESS, ids=lambda route: route.template)
+def test_a_change_without_fields_refuses_any(api: Client, route: wggw.ApiRoute) -> None:
+    ok(api.create(a_key("fieldless")))
+    path = route.template.format(public_key=path_key(a_key("fieldless")))
+    answer = api.send(route.method, path, {"interface": "wg0"})
+    assert answer.status == 422
+    assert answer.json["detail"] == "interface: is not known here; known are none"
+    assert [api.send(route.method, path, b).status for b in (b"[]", b"x", {}, None)] == [
+        *(400, 400),
+        *(200, 200),
+    ]
+
+
 def test_unknown_field_of_a_desired_state_is_refused_but_what_a_list_shows_is_not(
     tmp_path: Path,
 ) -> None:
