@@ -344,6 +344,7 @@ class GatewayError(Exception):
     """A request is refused: an HTTP `status` and a `detail` that is safe to tell the caller."""
 
     status = 500
+    key_id = "-"  # for the log: of the key that has signed the request, if its check raised this
 
     def __init__(self, detail: str, *, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(detail)
@@ -2705,8 +2706,9 @@ class Authenticator:
                 caller = Caller(key_id, "legacy")
         if caller is None:
             raise Unauthorized(NOT_AUTHENTIC)
-        self._check_time(int(timestamp) if re.fullmatch(rb"[0-9]{1,12}", timestamp) else NO_TIME)
-        return caller
+        return self._accept(
+            caller, int(timestamp) if re.fullmatch(rb"[0-9]{1,12}", timestamp) else NO_TIME
+        )
 
     def _verify_rfc9421(self, message: SignedMessage) -> Caller:
         """RFC 9421 section 3.2; one good signature of several is enough."""
@@ -2717,11 +2719,21 @@ class Authenticator:
             # An unknown key id costs a MAC as well: the time does not reveal which ids exist.
             expected = _mac(self._keys.get(given.key_id, self._no_key), base)
             if hmac.compare_digest(expected, given.signature) and given.key_id in self._keys:
-                self._check_fresh(given)
-                return Caller(given.key_id, "rfc9421")
+                return self._accept(Caller(given.key_id, "rfc9421"), given.created, given)
         raise Unauthorized(NOT_AUTHENTIC)
 
-    def _check_time(self, created: int) -> float:
+    def _accept(
+        self, caller: Caller, created: int, given: MessageSignature | None = None
+    ) -> Caller:
+        """The caller whose signature is right, if it is also fresh; otherwise raises an error."""
+        try:
+            self._check_fresh(created, given)
+        except GatewayError as error:
+            error.key_id = caller.key_id
+            raise
+        return caller
+
+    def _check_fresh(self, created: int, given: MessageSignature | None) -> None:
         now = self._clock()
         if abs(now - created) > self._window:
             raise Unauthorized(
@@ -2729,15 +2741,13 @@ class Authenticator:
                 f"the server's time is {int(now)} ({rfc3339(now)})",
                 "time",
             )
-        return now
-
-    def _check_fresh(self, given: MessageSignature) -> None:
-        now = self._check_time(given.created)
+        if given is None:
+            return
         if given.expires is not None and given.expires < int(now):
             raise Unauthorized(
                 f"the signature has expired; the server's time is {int(now)}", "time"
             )
-        if not self.nonces.first_use(given.key_id, given.nonce, given.created, now):
+        if not self.nonces.first_use(given.key_id, given.nonce, created, now):
             raise Unauthorized("the nonce was used before", "replay")
 
 
@@ -13773,6 +13783,11 @@ class Admission:
         `source` is the caller's address, or THIS_HOST when the kernel has said who the caller is.
         """
         path = head.path[:-1] if head.path.endswith("/") and len(head.path) > 1 else head.path
+        routes, segment = self._find(path)
+        key = key_from_path(segment) if segment else ""
+        if routes:  # the log's line names them even if the request is refused
+            entry.route = next(iter(routes.values())).template
+            entry.peer = short_key(key or "")
         local = source == THIS_HOST
         if path != "/metrics" and not local and not allows(self._backends, source):
             raise Forbidden(
@@ -13782,8 +13797,9 @@ class Admission:
         if local:
             entry.key_id = "(this host)"
         elif path.startswith("/api/") or path == "/api":
-            entry.key_id = self._authenticate(head, source).key_id
-        routes, segment = self._find(path)
+            self._authenticate(head, source, entry)
+        if not routes:
+            raise NotFound("there is nothing at this path: /openapi.json has all paths")
         route = routes.get("GET" if head.method == "HEAD" else head.method)
         if route is None:
             allowed = ", ".join([*routes, *(["HEAD"] if "GET" in routes else [])])
@@ -13797,23 +13813,23 @@ class Admission:
             raise TooLarge(f"the body has {head.length} bytes; this path accepts at most {limit}")
         if route.guard != "open" and not self._gateway.ready:
             raise Unavailable(self._gateway.starting, headers=[("Retry-After", "1")])
-        key = key_from_path(segment) if segment else ""
         if key is None:
             raise NotFound("the path has no valid public key: write / as _ and + as -")
-        entry.route, entry.peer = route.template, short_key(key)
         return Admitted(head, route, key, entry)
 
-    def _authenticate(self, head: Head, source: str) -> Caller:
+    def _authenticate(self, head: Head, source: str, entry: LogEntry) -> None:
         """Verify the signature; failures from the same address do not count against a right one."""
         host = head.headers.get(b"host", b"").decode("latin-1")
         message = SignedMessage(head.method, host, head.target, head.headers, head.length)
         try:
             caller = self._authenticator.verify(message)
-        except Unauthorized as error:
-            self._count_failure(error, source)
+        except GatewayError as error:
+            entry.key_id = error.key_id
+            if isinstance(error, Unauthorized):
+                self._count_failure(error, source)
             raise
+        entry.key_id = caller.key_id
         self._metrics.signed(caller)
-        return caller
 
     def _count_failure(self, error: Unauthorized, source: str) -> None:
         """Raises TooManyRequests after too many failures from one source."""
@@ -13826,15 +13842,12 @@ class Admission:
             ) from None
 
     def _find(self, path: str) -> tuple[dict[str, ApiRoute], str]:
-        """The routes of a path, by method, and the text of the key in it. Raises NotFound."""
+        """The routes of a path, by method, and the text of the key in it."""
         key = ""
         if path not in self._routes and path.startswith(CONFIGURATIONS_PATH + "/"):
             key, slash, rest = path.removeprefix(CONFIGURATIONS_PATH + "/").partition("/")
             path = PEER_PATH + slash + rest
-        routes = self._routes.get(path)
-        if routes is None or ("{" in path and not key):
-            raise NotFound("there is nothing at this path: /openapi.json has all paths")
-        return routes, key
+        return ({} if "{" in path and not key else self._routes.get(path, {})), key
 
     def _check_metrics(self, head: Head, source: str) -> None:
         if self._metrics_token is None:
@@ -15730,7 +15743,7 @@ class PendingConnection:
 
 
 METHODS = frozenset(("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"))  # which log and metrics name
-ASKED_OFTEN = ("/healthz", "/metrics")  # by monitoring: logged only with LOG_LEVEL=debug
+ASKED_OFTEN = ("/healthz", "/metrics")  # by monitoring: a 200 is logged only at debug
 
 
 class Server(ThreadingHTTPServer):
@@ -15942,7 +15955,8 @@ class Server(ThreadingHTTPServer):
         if entry.method not in METHODS:
             entry.method = "other"
         self.app.metrics.observe(entry.method, entry.route, response.status, seconds)
-        level = logging.DEBUG if entry.route in ASKED_OFTEN else logging.INFO
+        often = entry.route in ASKED_OFTEN and response.status < 400
+        level = logging.DEBUG if often else logging.INFO
         if LOG.isEnabledFor(level):
             self._log.add(entry.line(response.status, seconds, response.note))
 

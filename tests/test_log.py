@@ -8,7 +8,9 @@ import select
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import World, build, do
@@ -20,8 +22,10 @@ from harness import (
     path_key,
     reserve_port,
     running,
+    sign,
     wait_for,
 )
+from test_rfc9421 import STATUS, get, signed
 
 import wggw
 
@@ -96,9 +100,46 @@ def test_every_answer_has_an_id_of_its_own_or_the_callers(gateway: GatewayProces
         answer = client.raw(method, path, b"", {})
         assert answer.status == status and answer.headers["X-Request-Id"]
         client.close()
-    refused = client.raw("DELETE", PEERS + "x", b"", {"X-Request-Id": "stranger"})
-    assert refused.headers["X-Request-Id"] == "stranger"
-    assert line_of(gateway, "stranger")["key"] == "-"
+
+
+@pytest.mark.parametrize(
+    ("method", "end", "status", "sign_it"),
+    [
+        ("GET", "", 401, dict),
+        ("DELETE", "", 401, lambda: sign(at=1)),
+        ("POST", "/status", 405, sign),
+        ("PUT", "/status", 413, lambda: {**sign(bytes(70_000)), "Content-Length": "70000"}),
+    ],
+)
+def test_a_refusal_from_the_head_has_a_whole_line(
+    gateway: GatewayProcess, method: str, end: str, status: int, sign_it: Callable[[], Any]
+) -> None:
+    name = f"refused-{method}-{status}"
+    path = PEERS + path_key(a_key("a peer")) + end
+    given = sign_it()
+    answer = gateway.client().raw(method, path, b"", {**given, "X-Request-Id": name})
+    assert (answer.status, answer.headers["X-Request-Id"]) == (status, name)
+    line = line_of(gateway, name)
+    assert line["route"] == PEERS + "{public_key}" + end
+    assert (line["peer"], line["status"]) == (a_key("a peer")[:8], str(status))
+    assert line["key"] == ("default" if given else "-")
+
+
+@pytest.mark.parametrize(
+    ("fault", "change"),
+    [("time", {"created": 1}), ("expiry", {"expires": 1}), ("replay", {"nonce": "used"})],
+)
+def test_a_right_signature_that_is_not_fresh_is_logged_with_its_key(
+    gateway: GatewayProcess, fault: str, change: dict[str, object]
+) -> None:
+    client = gateway.client()
+    how = {"key": "another key of theirs", "keyid": "second", **change}
+    headers = {**signed(client, **how), "X-Request-Id": f"late-{fault}"}  # type: ignore[arg-type]
+    assert get(client, headers).status == (200 if fault == "replay" else 401)
+    headers["X-Request-Id"] += "-again"
+    assert get(client, headers).status == 401
+    line = line_of(gateway, f"late-{fault}-again")
+    assert (line["key"], line["route"]) == ("second", STATUS)
 
 
 def test_a_line_is_a_line_whatever_is_asked(gateway: GatewayProcess) -> None:
@@ -115,10 +156,12 @@ def test_what_is_asked_every_few_seconds_is_told_at_debug_only(
             client = process.client()
             for path in ("/metrics", "/healthz"):
                 assert client.raw("GET", path, b"", {}).status == 200
+                assert client.raw("PATCH", path, b"", {}).status == 405
             assert ask(client, "GET", "/api/v1/ip-usage", None, "the-last") == 200
             line_of(process, "the-last")
             for path in ("/metrics", "/healthz"):
                 assert (f"GET {path} 200" in process.text()) == (process is debug)
+                assert f"PATCH {path} 405" in process.text()
 
 
 def test_nobody_waits_for_who_does_not_read_the_log(tmp_path: Path) -> None:
