@@ -2328,6 +2328,19 @@ def _field_obfuscation(value: Any) -> ObfuscationRequest:
         raise Invalid("obfuscation", str(error)) from None
 
 
+def unknown_obfuscation(value: Any) -> list[str]:
+    """The members of an `obfuscation` that are neither for a request nor shown in an answer."""
+    known = ("enabled", "generation", "parameters_version", "warnings")
+    names = value if isinstance(value, dict) else ()
+    return [f"obfuscation.{n}" for n in names if n not in _AWG_NAMES and n not in known]
+
+
+def _field_known_obfuscation(value: Any) -> ObfuscationRequest:
+    for name in unknown_obfuscation(value):
+        raise Invalid(name[:64], "is not known here")
+    return _field_obfuscation(value)
+
+
 def _field_parameters(value: Any) -> ObfuscationState:
     if not isinstance(value, dict):
         raise ValueError
@@ -2561,6 +2574,7 @@ STATUS_FIELDS: dict[str, Field] = {
 SYNC_FIELDS: dict[str, Field] = {
     **CREATE_FIELDS,
     **CLEARABLE_FIELDS,
+    "obfuscation": CREATE_FIELDS["obfuscation"]._replace(parse=_field_known_obfuscation),
     "status": choice_field(STATUSES),
     "interface": Field(_field_text, "the name of an interface", TEXT_SCHEMA),
 }
@@ -2599,8 +2613,9 @@ def parse_create(given: Mapping[str, Any]) -> dict[str, Any]:
     Existing backends send fields that wggw does not know. A create accepts them, and "ignored"
     lists their names.
     """
-    known = {*CREATE_FIELDS, *SEALED_FIELDS}
-    return {**parse_fields(given, CREATE_FIELDS, given), "ignored": sorted(given.keys() - known)}
+    ignored = given.keys() - CREATE_FIELDS.keys() - SEALED_FIELDS.keys()
+    ignored |= {*unknown_obfuscation(given.get("obfuscation"))}
+    return {**parse_fields(given, CREATE_FIELDS, given), "ignored": sorted(ignored)}
 
 
 def component(name: str) -> Schema:

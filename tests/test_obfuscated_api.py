@@ -115,6 +115,8 @@ def test_a_clients_own_values_are_kept_and_given_back(both: GatewayProcess, api:
     both.start()
     shown = ok(both.client().get(a_key(1)))["obfuscation"]
     assert {n: shown[n] for n in own} == own
+    again = ok(both.client().create(a_key(1), obfuscation=shown))
+    assert not again.keys() & {"ignored", "differs"}
     text = both.client().get(a_key(1), "?format=wg-quick").body.decode()
     assert "\nJc = 7\nJmin = 20\nJmax = 30\nS1 = 30\n" in text
     assert "\nH1 = 100-200\n" in text

@@ -124,6 +124,19 @@ def test_create_tells_what_it_ignores_and_what_differs(api: Client) -> None:
     assert again["label"] == "a"
 
 
+@pytest.mark.parametrize("end", ["", "batch"])
+def test_create_tells_which_members_of_obfuscation_it_ignores(api: Client, end: str) -> None:
+    given = {"enabeld": True, "Jc": 4, "generation": "1.0", "warnings": []}
+    body = {"public_key": a_key(("typo", end)), "obfuscation": given, "speed": 1}
+    if end:
+        made = ok(api.send("POST", PEERS + end, {"operations": [{"op": "create", **body}]}))
+        [made] = made["results"]
+    else:
+        made = ok(api.send("POST", PEERS, body))
+    assert (made["status"], made["obfuscation"]) == ("created", None)
+    assert made["ignored"] == ["obfuscation.enabeld", "speed"]
+
+
 def test_operations_of_a_batch_tell_it_too(api: Client) -> None:
     create = {"op": "create", "public_key": a_key("batch"), "label": "a"}
     operations = [create, {**create, "label": "b", "speed": 1}, {"op": "suspend", "speed": 1}]
@@ -179,6 +192,9 @@ def test_unknown_field_of_a_desired_state_is_refused_but_what_a_list_shows_is_no
         assert ok(api.get(a_key(1)))["quota_period"] == "day"
         answer = api.send("PUT", PEERS, [{**shown, "speed": 1}])
         assert answer.status == 422 and "speed: is not known here" in answer.json["detail"]
+        answer = api.send("PUT", PEERS, [{**shown, "obfuscation": {"enabeld": True}}])
+        assert answer.status == 422
+        assert "obfuscation.enabeld: is not known here" in answer.json["detail"]
 
 
 @pytest.mark.parametrize(
