@@ -10710,7 +10710,19 @@ class Ledger:
         if flight is not None:
             self.check_disk()
             raise Busy(flight)
-        raise Conflict(f"{name}: the address is not free: name another, or omit the field")
+        raise Conflict(f"{name}: {self._why_taken(address)}: name another, or omit the field")
+
+    def _why_taken(self, address: HeldAddress) -> str:
+        """Why no peer can get an address. The log has the text, and never a client's address."""
+        pool, given = self._pool(address), ipaddress.ip_address(address[2])
+        setting = f"{self.tunnels[address[0]].settings.prefix}_{address[1].upper()}_SUBNET"
+        if given not in pool.network:
+            return f"the address is outside of {setting} {pool.network}"
+        if given == pool.gateway:
+            return f"the address is the gateway's own in {setting} {pool.network}"
+        if not pool.has(address[2]):
+            return f"the address is the network's own or for broadcast in {setting} {pool.network}"
+        return "the address is not free"
 
     def find_address(self, interface: str, family: str, mine: Flight | None = None) -> str:
         """The next free address of a pool, or one that `mine` frees.

@@ -333,22 +333,30 @@ def test_a_bad_value_is_a_422_that_names_the_field(api: Client, name: str, value
 
 
 TAKEN_ADDRESSES = [
-    ("assigned_ip", "10.9.0.0"),  # the network
-    ("assigned_ip", "10.9.0.1"),  # the gateway
-    ("assigned_ip", "10.9.255.255"),  # broadcast
-    ("assigned_ip", "10.10.0.2"),  # outside
-    ("assigned_ip", "0.0.0.0"),
-    ("assigned_ipv6", "fd42:4242:1::"),
-    ("assigned_ipv6", "fd42:4242:1::1"),
-    ("assigned_ipv6", "fd42:4242:2::5"),
-    ("assigned_ipv6", "::ffff:10.9.0.9"),
+    ("assigned_ip", "10.9.0.0", "the network's own"),
+    ("assigned_ip", "10.9.0.1", "the gateway's own"),
+    ("assigned_ip", "10.9.255.255", "for broadcast"),
+    ("assigned_ip", "10.10.0.2", "outside of"),
+    ("assigned_ip", "0.0.0.0", "outside of"),
+    ("assigned_ipv6", "fd42:4242:1::", "the network's own"),
+    ("assigned_ipv6", "fd42:4242:1::1", "the gateway's own"),
+    ("assigned_ipv6", "fd42:4242:2::5", "outside of"),
+    ("assigned_ipv6", "::ffff:10.9.0.9", "outside of"),
 ]
 
 
-@pytest.mark.parametrize(("name", "address"), TAKEN_ADDRESSES)
-def test_an_address_that_no_peer_may_have_is_a_409(api: Client, name: str, address: str) -> None:
+@pytest.mark.parametrize(("name", "address", "why"), TAKEN_ADDRESSES)
+def test_an_address_that_no_peer_may_have_is_a_409_that_says_why(
+    api: Client, name: str, address: str, why: str
+) -> None:
     key = fresh()
-    assert name in check_problem(api.create(key, protocol="dual", **{name: address}), 409)
+    detail = check_problem(api.create(key, protocol="dual", **{name: address}), 409)
+    subnet = {
+        "assigned_ip": "WG_IPV4_SUBNET 10.9.0.0/16",
+        "assigned_ipv6": "WG_IPV6_SUBNET fd42:4242:1::/64",
+    }[name]
+    assert detail.startswith(f"{name}: the address is ") and why in detail and subnet in detail
+    assert address not in detail.replace(subnet, "")
     assert api.get(key).status == 404
 
 
@@ -729,8 +737,12 @@ def test_prometheus_text_needs_its_token(api: Client) -> None:
     check_problem(api.raw("GET", "/metrics", b"", {}), 401)
     check_problem(api.raw("GET", "/metrics", b"", {"Authorization": "Bearer wrong"}), 401)
     check_problem(api.send("GET", "/metrics"), 401)  # a signature is no token
-    answer = api.raw("GET", "/metrics", b"", {"Authorization": f"Bearer {METRICS_TOKEN}"})
-    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain")
+    other = {"Authorization": f"Bearer {METRICS_TOKEN.upper()}"}
+    check_problem(api.raw("GET", "/metrics", b"", other), 401)
+    for scheme in ("bearer", "BEARER", "Bearer"):
+        answer = api.raw("GET", "/metrics", b"", {"Authorization": f"{scheme} {METRICS_TOKEN}"})
+        assert answer.status == 200
+    assert answer.headers["Content-Type"].startswith("text/plain")
     sample = re.compile(r'[a-z_:]+(\{([a-z_]+="[^"\n]*",?)*\})? [-+0-9.e]+(Inf)?')
     for line in answer.body.decode().splitlines():
         assert line.startswith("# ") or sample.fullmatch(line), line
