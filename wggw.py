@@ -13883,8 +13883,10 @@ class Admission:
             if any(map(PROXY_HEADER.fullmatch, head.headers)):
                 raise Forbidden("a proxy may read the metrics with METRICS_TOKEN only: set it")
             return
-        expected = b"Bearer " + self._metrics_token.encode("utf-8")
-        if not hmac.compare_digest(expected, head.headers.get(b"authorization", b"")):
+        expected = b"bearer " + self._metrics_token.encode("utf-8")
+        given = head.headers.get(b"authorization", b"")
+        # The scheme's case does not matter (RFC 9110 section 11.1).
+        if not hmac.compare_digest(expected, given[:7].lower() + given[7:]):
             error = Unauthorized(NOT_AUTHENTIC)
             self._count_failure(error, source)
             raise error
