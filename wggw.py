@@ -11538,8 +11538,8 @@ class Rules:
         if asked is None:
             return next(iter(self._core.tunnels.values()))
         kind, setting = ("obfuscated", "AWG") if obfuscated else ("plain", "WG")
-        raise Unavailable(
-            f"obfuscation: this gateway has no {kind} interface: {setting}_INTERFACE adds one"
+        raise Invalid(
+            "obfuscation", f"this gateway has no {kind} interface: {setting}_INTERFACE adds one"
         )
 
     @staticmethod
@@ -12897,11 +12897,11 @@ class Gateway(Core):
     # --- AmneziaWG's parameters ------------------------------------------------------------------
 
     def obfuscated(self) -> Tunnel:
-        """The obfuscated interface. Raises Unavailable when there is none."""
+        """The obfuscated interface. Raises NotFound when there is none."""
         for tunnel in self.tunnels.values():
             if tunnel.obfuscation is not None:
                 return tunnel
-        raise Unavailable(
+        raise NotFound(
             "obfuscation: this gateway has no obfuscated interface: AWG_INTERFACE adds one"
         )
 
@@ -14822,12 +14822,12 @@ ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute(
         "GET", "/api/v1/obfuscation", "gateway", GatewayHandlers.get_obfuscation,
         "Show the parameters of the AmneziaWG interface.",
-        answer_schema(**SPOKEN)),
+        answer_schema(**SPOKEN), errors=(404,)),
     ApiRoute(
         "POST", "/api/v1/obfuscation/rotate", "gateway", GatewayHandlers.rotate_obfuscation,
         "Change AmneziaWG's parameters. Its clients then need new configurations.",
         said_schema("rotated", cut_off_peers=COUNT, **SPOKEN), OBFUSCATION_FIELDS,
-        errors=(409,), place="worker"),
+        errors=(404, 409), place="worker"),
     ApiRoute(
         "GET", "/api/v1/snapshot", "gateway", GatewayHandlers.export_snapshot,
         "Export the whole state as one file, encrypted when SNAPSHOT_KEY is set.",

@@ -172,11 +172,16 @@ def test_a_different_key_is_a_409_that_shows_neither(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [ON, True])
-def test_without_an_obfuscated_interface_it_is_a_503(client: Client, asked: Any) -> None:
-    words = detail(client.create(a_key(1), obfuscation=asked), 503)
+def test_without_an_obfuscated_interface_it_is_no_error_to_repeat(
+    client: Client, asked: Any
+) -> None:
+    """Neither is a 503: backends repeat a request after that."""
+    words = detail(client.create(a_key(1), obfuscation=asked), 422)
     assert words == "obfuscation: this gateway has no obfuscated interface: AWG_INTERFACE adds one"
-    assert detail(client.send("GET", "/api/v1/obfuscation"), 503) == words
-    assert detail(client.send("POST", ROTATE, {}), 503) == words
+    wish = [{"public_key": a_key(1), "obfuscation": asked}]
+    assert detail(client.send("PUT", "/api/v1/configurations", wish), 422).endswith(words)
+    assert detail(client.send("GET", "/api/v1/obfuscation"), 404) == words
+    assert detail(client.send("POST", ROTATE, {}), 404) == words
 
 
 def test_an_obfuscated_interface_alone_takes_who_asks_for_nothing(tmp_path: Path) -> None:
@@ -184,7 +189,7 @@ def test_an_obfuscated_interface_alone_takes_who_asks_for_nothing(tmp_path: Path
         api = gateway.client()
         created = ok(api.create(a_key(1)))
         assert (created["interface"], created["obfuscation"]["s1"]) == ("awg0", 30)
-        assert "no plain" in detail(api.create(a_key(2), obfuscation={"enabled": False}), 503)
+        assert "no plain" in detail(api.create(a_key(2), obfuscation={"enabled": False}), 422)
 
 
 # --- parameters in the state ----------------------------------------------------------------------

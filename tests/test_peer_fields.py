@@ -277,7 +277,8 @@ def test_patch_gives_a_family_that_the_peer_did_not_have(api: Client) -> None:
     assert (result["status"], bool(result["assigned_ipv6"])) == ("updated", True)
     for fields, status in (
         ({"assigned_ipv6": "fd42:4242:1::78"}, 409),  # it has another one
-        ({"assigned_ip": None}, 422),
+        *(({name: None}, 422) for name in ("assigned_ip", "assigned_ipv6", "dns", "port")),
+        ({"persistent_keepalive": None}, 422),
         ({"assigned_ip": "automatic"}, 422),
         ({"protocol": "both"}, 422),
     ):
