@@ -6514,15 +6514,20 @@ class Epochs:
 
         If the snapshot of the manifest is missing, nobody knows where its writer is.
         """
-        begin = position = manifest.position if manifest else 1
-        while (kind := self._kind(_entry_names(prefix, position, 1)[0])) not in ("", "fence"):
-            position += 1
+        begin, position, kind = self._scan(prefix, manifest)
         is_known = manifest is None or position > begin
         while close and self.fences and kind != "fence" and is_known:
             if self._close(_entry_names(prefix, position, 1)[0]):
                 break
             position += 1
         return position > begin
+
+    def _scan(self, prefix: str, manifest: Manifest | None) -> tuple[int, int, str]:
+        """Where an epoch's entries begin, where they end, and the kind of what is at their end."""
+        begin = end = manifest.position if manifest else 1
+        while (kind := self._kind(_entry_names(prefix, end, 1)[0])) not in ("", "fence"):
+            end += 1
+        return begin, end, kind
 
     def _kind(self, name: str) -> str:
         """What kind of entry an object is: "" if there is none, "damaged" if it cannot be read."""
@@ -6734,9 +6739,7 @@ class Epochs:
         return True
 
     def _sweep_epoch(self, prefix: str, manifest: Manifest | None) -> None:
-        begin = end = manifest.position if manifest else 1
-        while self._kind(_entry_names(prefix, end, 1)[0]) not in ("", "fence"):
-            end += 1
+        begin, end, _ = self._scan(prefix, manifest)
         if manifest or end > begin:
             # Its writer may have ended before it deleted what was older. The last ones go first, so
             # that what a crash leaves is found again.
@@ -12578,6 +12581,62 @@ class Figures(NamedTuple):
             yield "suspended", reason, number
 
 
+class Batch(Generic[_T]):
+    """The operations of one request: see Gateway.batch(). Owner."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        operations: Sequence[BatchOperation],
+        show: Callable[[BatchOperation, Outcome | GatewayError], _T],
+        reply: Callable[[list[_T]], None],
+        work: Callable[[Iterator[None]], None],
+    ) -> None:
+        self._gateway, self._operations = gateway, operations
+        self._show, self._reply, self._work = show, reply, work
+        self._results: list[Any] = [None] * len(operations)
+        self._left = len(operations)
+        self._latest: dict[str, Later[None]] = {}  # by key: when its operation has been answered
+        # The operations that wait for no other one.
+        self._ready = collections.deque[Callable[[], None]]()
+
+    def steps(self) -> Iterator[None]:
+        for place, operation in enumerate(self._operations):
+            done = Later[None]()
+            answer = functools.partial(self._finish, place, done)
+            if isinstance(operation, GatewayError):
+                answer(operation)
+            else:
+                rule, more = BATCH_RULES[operation[0]]
+                fields = {**operation[1], **more}
+                keys = {fields["public_key"], fields.get("new_public_key", fields["public_key"])}
+                earlier = [self._latest[key] for key in keys if key in self._latest]
+                self._latest.update(dict.fromkeys(keys, done))
+                decision = functools.partial(self._gateway.change, rule, fields, answer)
+                when_all(earlier, functools.partial(self._add, decision))
+            yield
+        if not self._operations:
+            self._reply(self._results)
+
+    def _add(self, operation: Callable[[], None]) -> None:
+        self._ready.append(operation)
+        if len(self._ready) == 1:  # otherwise _decide() is at work, so that no operation nests
+            self._work(self._decide())
+
+    def _decide(self) -> Iterator[None]:
+        while self._ready:
+            self._ready[0]()
+            self._ready.popleft()
+            yield
+
+    def _finish(self, place: int, done: Later[None], result: Outcome | GatewayError) -> None:
+        self._results[place] = self._show(self._operations[place], result)
+        self._left -= 1
+        if not self._left:
+            self._reply(self._results)
+        done.give(None)
+
+
 class Gateway(Core):
     """Peers, their addresses and their interfaces. Errors for the caller are GatewayErrors.
 
@@ -12757,46 +12816,7 @@ class Gateway(Core):
         each result while the rows are as the operation left them; `reply` gets what it returned.
         `work` advances a generator to its end, in slices.
         """
-        results: list[Any] = [None] * len(operations)
-        left = len(operations)
-        latest: dict[str, Later[None]] = {}  # by key: when its operation has been answered
-        ready = collections.deque[Callable[[], None]]()  # the operations that wait for no other
-
-        def decide() -> Iterator[None]:
-            while ready:
-                ready[0]()
-                ready.popleft()
-                yield
-
-        def add(operation: Callable[[], None]) -> None:
-            ready.append(operation)
-            if len(ready) == 1:  # otherwise decide() is at work, so that no operation nests
-                work(decide())
-
-        def finish(place: int, done: Later[None], result: Outcome | GatewayError) -> None:
-            nonlocal left
-            results[place] = show(operations[place], result)
-            left -= 1
-            if not left:
-                reply(results)
-            done.give(None)
-
-        for place, operation in enumerate(operations):
-            done = Later[None]()
-            answer = functools.partial(finish, place, done)
-            if isinstance(operation, GatewayError):
-                answer(operation)
-            else:
-                rule, more = BATCH_RULES[operation[0]]
-                fields = {**operation[1], **more}
-                keys = {fields["public_key"], fields.get("new_public_key", fields["public_key"])}
-                earlier = [latest[key] for key in keys if key in latest]
-                latest.update(dict.fromkeys(keys, done))
-                decision = functools.partial(self.change, rule, fields, answer)
-                when_all(earlier, functools.partial(add, decision))
-            yield
-        if not operations:
-            reply(results)
+        return Batch(self, operations, show, reply, work).steps()
 
     def usage(self, interface: str | None = None) -> dict[str, dict[str, Any]]:
         """The pools of each family, of one interface or all: totals and all held addresses.
