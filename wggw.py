@@ -6339,6 +6339,22 @@ def _rival_name(prefix: str) -> str:
     return f"{prefix}-rival"
 
 
+def _claim_in(name: str, data: bytes | None, vault: Vault | None) -> Claim:
+    """The claim in an object, which is a claim or a fence. Raises CopyDamaged."""
+    about, _ = unpack(name, data, vault)
+    with contextlib.suppress(TypeError, KeyError):
+        claim = Claim(**about["claim"])
+        texts = (claim.writer, claim.lineage, claim.node)
+        if (
+            all(isinstance(text, str) for text in texts)
+            and all(isinstance(number, int) for number in (claim.epoch, claim.time))
+            and re.fullmatch("([0-9]{8}-.+)?", claim.previous)
+            and int(claim.previous[:8] or 0) < claim.epoch
+        ):
+            return claim
+    raise CopyDamaged(f"{name} does not contain a claim")
+
+
 _NOT_STORED = "a read returns other bytes than were put there"
 NO_DELETE = (403, 405, 501)  # statuses of a store that never deletes
 
@@ -6403,25 +6419,10 @@ class Epochs:
     def _claim_of(self, epoch: int, data: bytes | None) -> Claim:
         """The claim of an epoch, from its object. Raises CopyDamaged."""
         name = _claim_name(epoch)
-        claim = self._claim_in(name, data)
+        claim = _claim_in(name, data, self._vault)
         if claim.epoch != epoch:
             raise CopyDamaged(f"{name} is not what was put there")
         return claim
-
-    def _claim_in(self, name: str, data: bytes | None) -> Claim:
-        """The claim in an object, which is a claim or a fence. Raises CopyDamaged."""
-        about, _ = unpack(name, data, self._vault)
-        with contextlib.suppress(TypeError, KeyError):
-            claim = Claim(**about["claim"])
-            texts = (claim.writer, claim.lineage, claim.node)
-            if (
-                all(isinstance(text, str) for text in texts)
-                and all(isinstance(number, int) for number in (claim.epoch, claim.time))
-                and re.fullmatch("([0-9]{8}-.+)?", claim.previous)
-                and int(claim.previous[:8] or 0) < claim.epoch
-            ):
-                return claim
-        raise CopyDamaged(f"{name} does not contain a claim")
 
     def propose(self, top: int, newest: Claim | None, lineage: str) -> Claim:
         """The claim that take() would put: for the epoch above `top`. The store stays as it is.
@@ -6500,6 +6501,7 @@ class Epochs:
         return "", []
 
     def _note(self, claim: Claim, manifest: Manifest, lineage: str, close: bool) -> None:
+        """Note how far sweeps have come, and warn of a writer that will not learn its end."""
         if claim.lineage == lineage:
             self._swept = max(self._swept, manifest.swept)
         if close and manifest.fenced and not self.fences:
@@ -6510,9 +6512,10 @@ class Epochs:
             )
 
     def _finish(self, prefix: str, manifest: Manifest | None, close: bool) -> bool:
-        """Go to the end of an epoch, and with `close` put the fence there. Whether it has entries.
+        """With `close`, put the fence at the end of an epoch. Whether the epoch has entries.
 
-        If the snapshot of the manifest is missing, nobody knows where its writer is.
+        There is no fence if the snapshot that the manifest names is missing: then nobody knows
+        where the writer puts its next entry.
         """
         begin, position, kind = self._scan(prefix, manifest)
         is_known = manifest is None or position > begin
@@ -6647,7 +6650,7 @@ class Epochs:
         if higher is not None and (found := self._claimed_above(claim)):
             raise self._taken_by(*found)
         with contextlib.suppress(CopyDamaged):
-            holder = self._claim_in(own, ours)
+            holder = _claim_in(own, ours, self._vault)
             if holder.writer != claim.writer:  # both claimed it at the same moment: leave a note
                 content = pack({"claim": claim._asdict()}, b"", self._vault)
                 self.objects.put(_rival_name(holder.prefix), content)
@@ -6687,7 +6690,7 @@ class Epochs:
 
     def _taken_by(self, name: str, data: bytes | None) -> CopyTaken:
         with contextlib.suppress(CopyDamaged):
-            claim = self._claim_in(name, data)
+            claim = _claim_in(name, data, self._vault)
             return CopyTaken(f"{claim.node} (epoch {claim.epoch})")
         return CopyTaken("another gateway")
 
@@ -12597,10 +12600,11 @@ class Batch(Generic[_T]):
         self._results: list[Any] = [None] * len(operations)
         self._left = len(operations)
         self._latest: dict[str, Later[None]] = {}  # by key: when its operation has been answered
-        # The operations that wait for no other one.
+        # The operations that wait for no earlier one; the first of them is being decided.
         self._ready = collections.deque[Callable[[], None]]()
 
     def steps(self) -> Iterator[None]:
+        """Begin all operations, in slices. They end later, when they have landed."""
         for place, operation in enumerate(self._operations):
             done = Later[None]()
             answer = functools.partial(self._finish, place, done)
