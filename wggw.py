@@ -4431,8 +4431,8 @@ _COUNTED = """
         coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), coalesce(t.rx_seen, 0),
         coalesce(t.tx_seen, 0), coalesce(t.last_handshake, 0)
     FROM peers p LEFT JOIN traffic t ON t.id = p.id
-    WHERE p.interface = ? AND p.status = 'active' AND p.public_key IN
-"""
+    WHERE +p.interface = ? AND +p.status = 'active' AND p.public_key IN
+"""  # the plus signs: without them SQLite reads all active peers, not those with these keys
 _BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  names of this file
     f"typeof({name}) <> 'integer' OR {name} NOT BETWEEN 0 AND {limit}"
     for name, limit in (
@@ -10405,6 +10405,9 @@ class Run(Protocol):
     def __call__(self, function: Callable[[], _T], /) -> _T: ...
 
 
+Begin = Callable[[Iterator[None]], None]  # has the owner advance a generator to its end
+
+
 class Step(NamedTuple):
     """A peer before a change (None: it is new) and after it (None: it is deleted)."""
 
@@ -10858,7 +10861,10 @@ class Lander:
     interface wait for the end of the reading, and the others land.
     """
 
-    def __init__(self, ledger: Ledger, store: Store, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, ledger: Ledger, store: Store, clock: Callable[[], float], begin: Begin
+    ) -> None:
+        self._begin = begin
         self.applying = False  # a landing is only partly in the rows
         self.turn = threading.Lock()  # held while changing journal, interfaces, service classes
         self.snapshot_failure: str | None = None
@@ -10897,13 +10903,16 @@ class Lander:
             try:
                 if flights:
                     self._land(flights)
-            except Exception as error:  # a defect: nobody knows what is on disk
-                log_defect(error)
-                ledger.broken = "an internal error: restart the gateway"
-                self._run(functools.partial(self._give_up, flights))
+            except Exception as error:
+                self._run(functools.partial(self._break, error, flights))
 
-    def _give_up(self, flights: Sequence[Flight]) -> None:
-        """Refuse the flights of a landing that met a defect, unless the disk may have them."""
+    def _break(self, error: Exception, flights: Sequence[Flight]) -> None:
+        """After a defect in a landing nobody knows what is on disk: change nothing any more.
+
+        Refuse the flights, unless the disk may have them. Owner.
+        """
+        log_defect(error)
+        self._ledger.broken = "an internal error: restart the gateway"
         self.applying = False
         self._ledger.uncertain = True
         for flight in flights:
@@ -10918,7 +10927,8 @@ class Lander:
                     pass
 
     def _land(self, flights: Sequence[Flight]) -> None:
-        with self.turn:
+        self.turn.acquire()  # _hand_back() releases it
+        try:
             written = self._write(flights)
             for name in {name: None for flight in flights for name in flight.interfaces}:
                 concerned = [f for f in flights if f.error is None and name in f.interfaces]
@@ -10926,7 +10936,10 @@ class Lander:
             self._void(flights, written)
             if self.on_written and written:
                 self.on_written(written)
-            run_in_slices(self._run, self._hand_back(flights))
+        except BaseException:
+            self.turn.release()
+            raise
+        self._begin(self._hand_back(flights))
 
     def _write(self, flights: Sequence[Flight]) -> list[Written]:
         """Number the records and write them to disk, or refuse the flights that need the disk."""
@@ -11005,19 +11018,24 @@ class Lander:
 
     def _hand_back(self, flights: Sequence[Flight]) -> Iterator[None]:
         """Change rows and pools, and answer the requests that waited. Owner, in slices."""
-        self.applying = True
-        for flight in flights:
-            if flight.error is None:
-                if flight.number:
-                    yield from self._store.apply_in_slices(flight.record)
-                    self._store.number = flight.number
-                for call in flight.on_landed:
-                    call()
-            yield from self._ledger.release(flight, refused=flight.error is not None)
-            yield
-        self._store.number = max(self._store.number, self._number)
-        self.applying = False
-        self.on_changed()
+        try:
+            self.applying = True
+            for flight in flights:
+                if flight.error is None:
+                    if flight.number:
+                        yield from self._store.apply_in_slices(flight.record)
+                        self._store.number = flight.number
+                    for call in flight.on_landed:
+                        call()
+                yield from self._ledger.release(flight, refused=flight.error is not None)
+                yield
+            self._store.number = max(self._store.number, self._number)
+            self.applying = False
+            self.on_changed()
+        except Exception as error:
+            self._break(error, flights)
+        finally:
+            self.turn.release()
 
     # --- the files, by workers -------------------------------------------------------------------
 
@@ -12121,6 +12139,19 @@ class Import:
 # --- the interfaces and limits --------------------------------------------------------------------
 
 
+class Counted(NamedTuple):
+    """A peer whose counters were read.
+
+    `is_right`: the interface has it as the rows do. `after` is its new row of `traffic`, None if
+    that is the same; it counts what came since `before`.
+    """
+
+    public_key: bytes
+    is_right: bool
+    after: TrafficRow | None
+    before: TrafficRow
+
+
 class Comparison:
     """An interface as it was read, and what differs from the rows. For workers.
 
@@ -12133,6 +12164,9 @@ class Comparison:
         self.reading = reading
         self._states = [state for _, state in reading.changed]
         self._right: set[bytes] = set()  # keys of peers that account() found to be as in the rows
+
+    def end(self) -> None:
+        free(self._states, self.reading.changed)
 
     def repair(self) -> SyncResult:
         """Make the interface equal to the rows. Raises BackendError."""
@@ -12161,7 +12195,8 @@ class Comparison:
         Counters of added peers restart at 0. With `anew` these peers are removed first, because the
         interface may have them.
         """
-        store, flight = self._core.store, bulk.flight
+        flight = bulk.flight
+        seen = self._seen([change.public_key for what, change in plan if what == "added"])
         done: dict[str, str] = {}
         restart: list[tuple[int, int, int]] = []
 
@@ -12174,9 +12209,7 @@ class Comparison:
             self._touched.discard(key)
             done[key] = what
             changes = flight.changes.setdefault(self._tunnel.name, [])
-            peer = store.get(key) if what == "added" else None
-            row = store.traffic_row(peer.id) if peer else None
-            if row and row.rx_seen + row.tx_seen:
+            if row := seen.get(key):
                 restart.append((row.id, *(row[3:5] if anew else (0, 0))))
             if what == "added" and anew:
                 changes.append(Change(wanted.public_key, None))
@@ -12185,6 +12218,18 @@ class Comparison:
         bulk.each(plan, change)
         flight.record = Record(restart=restart)
         return done
+
+    def _seen(self, keys: Sequence[bytes]) -> dict[str, TrafficRow]:
+        """The rows of `traffic` that have counters of the interface, for these keys."""
+        found: dict[str, TrafficRow] = {}
+        for start in range(0, len(keys), READ_CHUNK):
+            chunk = [encode_key(key) for key in keys[start : start + READ_CHUNK]]
+            read = functools.partial(self._core.store.queries.counted, self._tunnel.name, chunk)
+            for key, row in self._core.run(read).items():
+                counted = TrafficRow._make(row[5:])
+                if counted.rx_seen or counted.tx_seen:
+                    found[key] = counted
+        return found
 
     def difference(self) -> str:
         """How the interface differs after account(), as far as the reading tells; "" if equal."""
@@ -12208,51 +12253,57 @@ class Comparison:
             return f"it has {show_peers(reading.peers - stale)} instead of {expected}"
         return ""
 
-    def account(self) -> bool:
-        """Add the counters to the totals. Whether all were added: then they need not be again."""
-        run, flights = self._core.run, list[Flight]()
+    def account(self, compare: bool = True) -> bool:
+        """Add the counters to the totals. Whether all were added: then they need not be again.
+
+        With `compare` it also finds the peers that are as in the rows: see known().
+        """
+        core, flights = self._core, list[Flight]()
         for start in range(0, len(self._states), READ_CHUNK):
-            states = self._states[start : start + READ_CHUNK]
-            flights += run(functools.partial(self._account_some, states))
-        errors = [wait_for(run, flight) for flight in flights]
-        return not any(errors)
+            some = self._states[start : start + READ_CHUNK]
+            states = {encode_key(state.peer.public_key): state for state in some}
+            query = core.store.queries.counted
+            rows = core.run(functools.partial(query, self._tunnel.name, list(states)))
+            counted = {key: self._count(states[key], row, compare) for key, row in rows.items()}
+            flights += core.run(functools.partial(self._submit, counted))
+        all_counted = True
+        while flights:  # one by one: see free()
+            all_counted = wait_for(core.run, flights.pop()) is None and all_counted
+        return all_counted
 
-    def known(self) -> set[int]:
-        """The fingerprints of peers that account() found to be as in the rows."""
-        changed = self.reading.changed
-        right = {mark for mark, state in changed if state.peer.public_key in self._right}
-        return self.reading.same | right
+    def _count(self, state: PeerState, row: Sequence[Any], compare: bool) -> Counted:
+        """What a peer's counters come to, given its row of Queries.counted()."""
+        shown = before = TrafficRow._make(row[5:])
+        seen = self._core.store.restarted.get(before.id)
+        if seen and state.rx_bytes >= seen[0] and state.tx_bytes >= seen[1]:
+            before = before._replace(rx_seen=seen[0], tx_seen=seen[1])
+        after = before.counted(state.rx_bytes, state.tx_bytes, state.last_handshake)
+        is_right = compare and encode_wire(*row[:5]) == state.peer
+        return Counted(state.peer.public_key, is_right, None if after == shown else after, before)
 
-    def _account_some(self, states: Sequence[PeerState]) -> list[Flight]:
-        store, ledger, tunnel = self._core.store, self._core.ledger, self._tunnel
-        by_key = {encode_key(state.peer.public_key): state for state in states}
-        rows = store.queries.counted(tunnel.name, list(by_key))
-        changed: list[TrafficRow] = []
-        received = sent = 0
-        for key, state in by_key.items():
-            row = rows.get(key)
-            if row is None or key in self._touched:
-                continue
-            if encode_wire(*row[:5]) == state.peer:
-                self._right.add(state.peer.public_key)
-            before = shown = TrafficRow._make(row[5:])
-            seen = store.restarted.get(before.id)
-            if seen and state.rx_bytes >= seen[0] and state.tx_bytes >= seen[1]:
-                before = before._replace(rx_seen=seen[0], tx_seen=seen[1])
-            after = before.counted(state.rx_bytes, state.tx_bytes, state.last_handshake)
-            if after != shown:
-                changed.append(after)
-                received += after.rx_bytes - before.rx_bytes
-                sent += after.tx_bytes - before.tx_bytes
+    def _submit(self, counted: Mapping[str, Counted]) -> list[Flight]:
+        """Land the totals that changed, except those of touched peers. Owner."""
+        valid = [row for key, row in counted.items() if key not in self._touched]
+        self._right.update(row.public_key for row in valid if row.is_right)
+        changed = [(row.before, row.after) for row in valid if row.after]
         if not changed:
             return []
-        flight = Flight(Record(traffic=changed))
+        flight, ledger, tunnel = Flight(), self._core.ledger, self._tunnel
+        flight.record = Record(traffic=[after for _, after in changed])
+        received = sum(after.rx_bytes - before.rx_bytes for before, after in changed)
+        sent = sum(after.tx_bytes - before.tx_bytes for before, after in changed)
         flight.on_landed.append(lambda: tunnel.count(received, sent))
         if ledger.failure:
             flight.give(Unavailable("nothing can be counted now"))  # the next sample counts it
         else:
             ledger.submit(flight)
         return [flight]
+
+    def known(self) -> set[int]:
+        """The fingerprints of peers that account() found to be as in the rows."""
+        changed = self.reading.changed
+        right = {mark for mark, state in changed if state.peer.public_key in self._right}
+        return self.reading.same | right
 
     def scrub(self) -> None:
         """Make the interface forget the endpoints of peers without a handshake for PRIVACY_SCRUB s.
@@ -12303,7 +12354,9 @@ class Projection:
             self._core.run(begin)
             try:
                 reading = self._read(tunnel, () if everything else known)
-                yield Comparison(self._core, tunnel, reading, touched)
+                compared = Comparison(self._core, tunnel, reading, touched)
+                yield compared
+                compared.end()
             finally:
                 self._core.run(lambda: ledger.watchers.remove(touched))
 
@@ -12335,12 +12388,13 @@ class Projection:
         results = _each(chosen, self._reconcile)
         return SyncResult(*(sum(column) for column in zip(*results, strict=True)))
 
+    @collector_off()
     def _reconcile(self, tunnel: Tunnel) -> SyncResult:
         """Compare everything that the gateway sets, and repair it. Raises BackendError."""
         failures = tunnel.failures
         with self._compared(tunnel, everything=True) as compared:
             result = compared.repair()
-            compared.account()
+            compared.account(compare=False)
 
         def cleared() -> None:  # unless the interface failed again meanwhile
             if tunnel.failures == failures:
@@ -12363,6 +12417,7 @@ class Projection:
         finally:
             self._limits.enforce_quotas()
 
+    @collector_off()
     def _sample(self, tunnel: Tunnel) -> None:
         scrubbing = bool(self._core.config.privacy_scrub)
         with self._compared(tunnel, everything=scrubbing) as compared:
@@ -12648,14 +12703,23 @@ class Gateway(Core):
     """
 
     def __init__(
-        self, config: Config, store: Store, files: Files, clock: Callable[[], float], run: Run
+        self,
+        config: Config,
+        store: Store,
+        files: Files,
+        clock: Callable[[], float],
+        run: Run,
+        *,
+        begin: Begin | None = None,
     ) -> None:
         super().__init__(config, store, files, clock, run)
         self.ready = False
         self.starting = "the gateway is starting"  # readiness answers this until then
         self.limits = Limits(self)
         self.projection = Projection(self, self.limits)
-        self.lander = Lander(self.ledger, store, clock)
+        self.lander = Lander(
+            self.ledger, store, clock, begin or functools.partial(run_in_slices, run)
+        )
         self._bulk = threading.Lock()  # one of the changes of many peers or of settings at a time
 
     # --- start and stop --------------------------------------------------------------------------
@@ -15202,6 +15266,10 @@ class Loop:
             raise error
         return cast(_T, result)
 
+    def begin(self, steps: Iterator[Any]) -> None:
+        """Have the loop do work(). Does not wait for it."""
+        self.post(lambda: self.work(steps))
+
     # --- for the loop ----------------------------------------------------------------------------
 
     def work(self, steps: Iterator[Any]) -> None:
@@ -16734,7 +16802,9 @@ class Service:
     def _build(self, config: Config, log: LogWriter) -> None:
         """Make the parts. From now on the gateway answers that it starts, and nothing else."""
         self._loop = loop = Loop()
-        self._gateway = Gateway(config, Store(), open_files(config), time.time, loop.run)
+        self._gateway = Gateway(
+            config, Store(), open_files(config), time.time, loop.run, begin=loop.begin
+        )
         self._host = HostMetrics(os.path.dirname(config.db_path) or ".")
         self._app = app = App(
             config, self._gateway, time.time, self._host, loop.work, call_at=loop.call_at
@@ -17765,7 +17835,7 @@ class Adoption:
             nonces.keep(f"{config.db_path}.nonces", first=True)
             nonces.close(time.time())
         files.begin(store)
-        gateway = Gateway(config, store, files, time.time, loop.run)
+        gateway = Gateway(config, store, files, time.time, loop.run, begin=loop.begin)
         opened = [(row, link, MemoryBackend()) for row, link in zip(rows, links, strict=True)]
         loop.start()
         gateway.start(opened, *obfuscation)
