@@ -17,11 +17,8 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import re
-import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -37,11 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import inside
 import load
 from harness import ROOT, GatewayProcess
-from load import COLLECTION, Connection, Echoes, Scratch, in_turns, request
+from load import COLLECTION, Connection, Echoes, Scratch, check, in_turns, ready, request, stop
 
-IN_NAMESPACE = "WGGW_BENCH_NAMESPACE"
 BATCH = 1000  # operations
-START_SECONDS = 300  # a guest is slow
 BESIDE = {  # of a gateway that runs at the same time as another one: no subnet in common
     "WG_IPV4_SUBNET": "100.64.0.0/10",
     "WG_IPV6_SUBNET": "fd42:4242:2::/64",
@@ -331,7 +326,7 @@ class Bench:
         stop(gateway)
         gateway.settings |= {"SNAPSHOT_INTERVAL": "1", "DURABILITY": "interval"}
         ready(gateway)
-        with trickle(gateway.port):  # or no snapshot would be due
+        with load.trickle(gateway.port):  # or no snapshot would be due
             yield from self._reads(gateway, rows, ("get busy", "page busy"))
         stop(gateway)
         yield from self._pauses(gateway, rows)
@@ -358,7 +353,7 @@ class Bench:
             key = random.choice(rows).public_key.replace("/", "_").replace("+", "-")
             return request("GET", COLLECTION + key)
 
-        pages = Pages(gateway.port)
+        pages = load.Pages(gateway.port)
         jobs = {"page": pages.next, "page busy": pages.next}
         for figure in figures:
             times = load.latencies(gateway.port, max(3.0, self.seconds), jobs.get(figure, one))
@@ -425,103 +420,15 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Found]]] = {
 }
 
 
-class Pages:
-    """Requests for pages of 100, one after the other and from the beginning again."""
-
-    def __init__(self, port: int) -> None:
-        connection = Connection(port)
-        self._cursors = [""]
-        for _ in range(50):  # further ones cost the same: the growth test holds that
-            path = f"{COLLECTION}?limit=100{self._cursors[-1]}"
-            cursor = json.loads(connection.exchange(request("GET", path)))["next_cursor"]
-            if cursor is None:
-                break
-            self._cursors.append(f"&cursor={cursor}")
-        connection.close()
-
-    def next(self) -> bytes:
-        return request("GET", f"{COLLECTION}?limit=100{random.choice(self._cursors)}")
-
-
-def check(found: object, expected: object) -> None:
-    if found != expected:
-        raise SystemExit(f"measured something else: {found}, not {expected}")
-
-
-def ready(gateway: GatewayProcess) -> float:
-    """Seconds from the start of the process to readiness: it says so, as to systemd (sd_notify(3)).
-
-    Asking it would take as much of a guest's one processor as the start itself.
-    """
-    name = f"wggw-bench-{gateway.port}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-        told.bind(f"\0{name}")
-        told.settimeout(1)
-        gateway.settings["NOTIFY_SOCKET"] = f"@{name}"
-        started = time.perf_counter()
-        process = gateway.spawn()
-        while time.perf_counter() - started < START_SECONDS and process.poll() is None:
-            with contextlib.suppress(TimeoutError):
-                if b"READY=1" in told.recv(4096):
-                    return time.perf_counter() - started
-    raise SystemExit(f"the gateway did not become ready: {gateway.text()[-1000:]}")
-
-
-def stop(gateway: GatewayProcess) -> None:
-    """As stop(), with the patience that a guest needs."""
-    assert gateway.process is not None
-    gateway.process.terminate()
-    gateway.process.wait(60)
-    gateway.process = None
-
-
-@contextlib.contextmanager
-def trickle(port: int) -> Iterator[None]:
-    """A create now and then beside what is measured."""
-    ended = threading.Event()
-
-    def work() -> None:
-        connection = Connection(port)
-        while not ended.wait(0.2):
-            connection.exchange(load.a_create())
-        connection.close()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 # --- the table ------------------------------------------------------------------------------------
-
-
-def machine(directory: Path) -> str:
-    """What it was measured on."""
-    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    with (directory / "fsync").open("wb") as file:
-        times = []
-        for _ in range(50):
-            file.write(b"x" * 300)
-            file.flush()
-            started = time.perf_counter()
-            os.fsync(file.fileno())
-            times.append(time.perf_counter() - started)
-    return (
-        f"{os.cpu_count()} × {models[0] if models else platform.machine()}, Linux "
-        f"{platform.release()}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, "
-        f"fsync {statistics.median(times) * 1000:.2f} ms (median)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     sections = arguments.only.split(",") if arguments.only else list(SECTIONS)
-    backends = [name for name in arguments.backend.split(",") if usable(name)]
+    backends = [name for name in arguments.backend.split(",") if load.usable(name)]
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="wggw-bench-") as name:
-        print(machine(Path(name)))
+        print(load.machine(Path(name)))
         print(f"N = {arguments.peers} (40,000 at most on wireguard-go)")
         line("figure", "unit", "target", "value", "reference")
         echo = Echoes(Path(name) / "echo")
@@ -538,7 +445,7 @@ def run(arguments: argparse.Namespace) -> None:
                     for found in SECTIONS[section](bench):
                         figure = FIGURES[found.figure]
                         text = f"{backend}: {figure.text}"
-                        value = f"{found.value:.3g}" if found.value < 100 else f"{found.value:.0f}"
+                        value = load.rounded(found.value)
                         line(text, figure.unit, figure.target, value, found.reference)
         finally:
             echo.close()
@@ -546,17 +453,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def line(figure: str, unit: str, target: str, value: str, reference: str) -> None:
     print(f"{figure:62} {unit:11} {target:36} {value:>8}  {reference}".rstrip(), flush=True)
-
-
-def usable(backend: str) -> bool:
-    if backend == "memory":
-        return True
-    needed = ["wg", "ip", *(["wireguard-go"] if backend == "uapi" else [])]
-    missing = [name for name in needed if not shutil.which(name)]
-    if os.geteuid() or missing:
-        print(f"{backend}: left out: needs root, {', '.join(needed)}")
-        return False
-    return True
 
 
 def run_in_guest(arguments: argparse.Namespace) -> None:
@@ -574,7 +470,7 @@ def run_in_guest(arguments: argparse.Namespace) -> None:
     ):
         # A copy, where Python can keep the bytecode that gateways start from: /tree is read-only.
         script = "mkdir /root/copy && cp -r /tree/wggw.py /tree/tests /root/copy\n"
-        script += f"export {IN_NAMESPACE}=1\n"
+        script += f"export {load.IN_NAMESPACE}=1\n"
         script += f"python3 /root/copy/tests/bench/bench.py {' '.join(words)}\n"
         result = guest.run(script, arguments.minutes * 60 + 300)
         print(result.output)
@@ -595,12 +491,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.vm:
         run_in_guest(arguments)
-    elif os.geteuid() == 0 and IN_NAMESPACE not in os.environ:
-        os.environ[IN_NAMESPACE] = "1"
-        command = 'mount -t sysfs none /sys && ip link set lo up && exec "$0" "$@"'
-        unshared = ["unshare", "--net", "--mount", "sh", "-c", command, sys.executable, *sys.argv]
-        os.execvp("unshare", unshared)
     else:
+        load.enter_namespace()
         run(arguments)
 
 

@@ -30,8 +30,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import load
-from bench import ready
 from harness import ROOT, GatewayProcess, a_key, wait_for
+from load import ready
 from objects import S3, real_s3
 
 DELAY = 0.02  # seconds, of what is sent to the store

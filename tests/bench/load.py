@@ -6,8 +6,13 @@ Nothing here is taken from wggw.py.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import platform
+import random
+import re
+import shutil
 import signal
 import socket
 import ssl
@@ -16,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,6 +31,8 @@ from harness import ANY_PEER, GatewayProcess, free_port, sign, wait_for
 
 COLLECTION = "/api/v1/configurations/"
 TURNS = 5  # of measurements that are compared
+START_SECONDS = 300  # a guest is slow
+IN_NAMESPACE = "WGGW_BENCH_NAMESPACE"
 
 
 def random_key() -> str:
@@ -102,6 +109,62 @@ def rate(port: int, connections: int, seconds: float) -> float:
     return len(latencies(port, seconds, a_create, connections)) / seconds
 
 
+def drain(port: int, requests: list[bytes], connections: int = 8) -> float:
+    """Requests per second until all of these have been answered."""
+    began: list[float] = []
+    together = threading.Barrier(connections, lambda: began.append(time.perf_counter()), 60)
+    shared = iter(requests)
+
+    def work() -> None:
+        connection = Connection(port)
+        together.wait()
+        for data in shared:
+            connection.exchange(data)
+        connection.close()
+
+    in_threads([work] * connections)
+    return len(requests) / (time.perf_counter() - began[0])
+
+
+@contextlib.contextmanager
+def trickle(port: int, a_second: float = 5) -> Iterator[None]:
+    """So many creates a second beside what is measured; math.inf is one after the other."""
+    ended = threading.Event()
+
+    def work() -> None:
+        connection, due = Connection(port), time.monotonic()
+        while not ended.wait(max(0.0, due - time.monotonic())):
+            connection.exchange(a_create())
+            due += 1 / a_second
+        connection.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            yield
+        finally:
+            ended.set()
+        working.result()  # raises what it raised
+
+
+class Pages:
+    """Requests for pages of 100, one after the other and from the beginning again."""
+
+    def __init__(self, port: int) -> None:
+        connection = Connection(port)
+        self._cursors = [""]
+        for _ in range(50):  # further ones cost the same: the growth test holds that
+            path = f"{COLLECTION}?limit=100{self._cursors[-1]}"
+            cursor = json.loads(connection.exchange(request("GET", path)))["next_cursor"]
+            if cursor is None:
+                break
+            self._cursors.append(f"&cursor={cursor}")
+        connection.close()
+
+    def next(self) -> bytes:
+        return request("GET", f"{COLLECTION}?limit=100{random.choice(self._cursors)}")
+
+
 def in_threads(jobs: Iterable[Callable[[], Any]]) -> None:
     chosen = list(jobs)
     with ThreadPoolExecutor(len(chosen)) as pool:
@@ -129,6 +192,85 @@ def processor(pid: int) -> float:
     """Seconds of the processor that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rounded(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+# --- gateways and what they run on ----------------------------------------------------------------
+
+
+def check(found: object, expected: object) -> None:
+    if found != expected:
+        raise SystemExit(f"measured something else: {found}, not {expected}")
+
+
+def ready(gateway: GatewayProcess) -> float:
+    """Seconds from the start of the process to readiness: it says so, as to systemd (sd_notify(3)).
+
+    Asking it would take as much of a guest's one processor as the start itself.
+    """
+    name = f"wggw-bench-{gateway.port}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(f"\0{name}")
+        told.settimeout(1)
+        gateway.settings["NOTIFY_SOCKET"] = f"@{name}"
+        started = time.perf_counter()
+        process = gateway.spawn()
+        while time.perf_counter() - started < START_SECONDS and process.poll() is None:
+            with contextlib.suppress(TimeoutError):
+                if b"READY=1" in told.recv(4096):
+                    return time.perf_counter() - started
+    raise SystemExit(f"the gateway did not become ready: {gateway.text()[-1000:]}")
+
+
+def stop(gateway: GatewayProcess) -> None:
+    """As stop(), with the patience that a guest needs."""
+    assert gateway.process is not None
+    gateway.process.terminate()
+    gateway.process.wait(60)
+    gateway.process = None
+
+
+def enter_namespace() -> None:
+    """As root, start this program again in a network namespace of its own."""
+    if os.geteuid() or IN_NAMESPACE in os.environ:
+        return
+    os.environ[IN_NAMESPACE] = "1"
+    command = 'mount -t sysfs none /sys && ip link set lo up && exec "$0" "$@"'
+    unshared = ["unshare", "--net", "--mount", "sh", "-c", command, sys.executable, *sys.argv]
+    os.execvp("unshare", unshared)
+
+
+def usable(backend: str) -> bool:
+    if backend == "memory":
+        return True
+    needed = ["wg", "ip", *(["wireguard-go"] if backend == "uapi" else [])]
+    missing = [name for name in needed if not shutil.which(name)]
+    if os.geteuid() or missing:
+        print(f"{backend}: left out: needs root, {', '.join(needed)}")
+        return False
+    return True
+
+
+def machine(directory: Path) -> str:
+    """What it was measured on."""
+    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    with (directory / "fsync").open("wb") as file:
+        times = []
+        for _ in range(50):
+            file.write(b"x" * 300)
+            file.flush()
+            started = time.perf_counter()
+            os.fsync(file.fileno())
+            times.append(time.perf_counter() - started)
+    return (
+        f"{os.cpu_count()} × {models[0] if models else platform.machine()}, Linux "
+        f"{platform.release()}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, "
+        f"fsync {statistics.median(times) * 1000:.2f} ms (median)"
+    )
 
 
 # --- the ceiling of the platform ------------------------------------------------------------------
