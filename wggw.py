@@ -8445,42 +8445,48 @@ def _uapi_key(value: str) -> bytes:
 
 
 def _uapi_integer(value: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,19}", value) or int(value) > MAX_INTEGER:
+    if len(value) > 19 or not value.isdecimal() or (number := int(value)) > MAX_INTEGER:
         raise ValueError
-    return int(value)
+    return number
 
 
 def decode_uapi_peer(block: bytes) -> PeerState:
     """A peer's lines, after "public_key=". Raises CodecError."""
-    key = psk = b""
+    psk = b""
+    seconds = nanoseconds = rx = tx = 0
     networks: list[bytes] = []
-    numbers = dict.fromkeys(_UAPI_NUMBERS, 0)
     located = False
-    for name, value in _uapi_lines(b"public_key=" + block):
-        try:
-            if name in numbers:
-                numbers[name] = _uapi_integer(value)
-            elif name == "allowed_ip":
+    first, *lines = block.decode("ascii", "replace").splitlines() or [""]
+    name = "public_key"
+    try:
+        key = _uapi_key(first)
+        for line in lines:
+            name, separator, value = line.partition("=")
+            if name == "allowed_ip":
                 networks.append(_uapi_network(value))
-            elif name == "public_key":
-                key = _uapi_key(value)
+            elif name == "rx_bytes":
+                rx = _uapi_integer(value)
+            elif name == "tx_bytes":
+                tx = _uapi_integer(value)
+            elif name == "last_handshake_time_sec":
+                seconds = _uapi_integer(value)
+            elif name == "last_handshake_time_nsec":
+                nanoseconds = _uapi_integer(value)
             elif name == "preshared_key":
                 psk = _uapi_key(value)
+            elif not separator or name == "errno":
+                raise ValueError
             elif name == "endpoint":
                 located = True
-        except (ValueError, OSError):
-            raise CodecError(f"UAPI: a bad value of {name[:40]}") from None
-    seconds, nanoseconds, rx, tx = numbers.values()
+    except (ValueError, OSError):
+        raise CodecError(f"UAPI: a bad value of {name[:40]}") from None
     return PeerState(
-        WirePeer(key, psk if any(psk) else b"", tuple(sorted(networks))),
+        WirePeer(key, psk if psk != _NO_KEY else b"", tuple(sorted(networks))),
         _in_range(seconds or int(nanoseconds != 0), MAX_TIME),
         rx,
         tx,
         located,
     )
-
-
-_UAPI_NUMBERS = ("last_handshake_time_sec", "last_handshake_time_nsec", "rx_bytes", "tx_bytes")
 
 
 def _uapi_network(value: str) -> bytes:
@@ -8489,9 +8495,9 @@ def _uapi_network(value: str) -> bytes:
     packed = socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
     length = _uapi_integer(prefix)
     host_bits = 8 * len(packed) - length
-    if host_bits < 0 or int.from_bytes(packed, "big") & ((1 << host_bits) - 1):
+    if host_bits and (host_bits < 0 or int.from_bytes(packed, "big") & ((1 << host_bits) - 1)):
         raise ValueError
-    return packed + bytes([length])
+    return packed + bytes((length,))
 
 
 class UapiConnection:
