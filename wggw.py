@@ -14812,6 +14812,7 @@ NEXT = about(
     {"type": "integer", "format": "int64"},
     "the `after` of the next request; negative until the listing that began with 0 is complete",
 )
+STATUS_PATH = "/api/v1/server/status"
 CONFIGURATIONS_PATH = "/api/v1/configurations"
 PEER_PATH = CONFIGURATIONS_PATH + "/{public_key}"
 
@@ -14887,7 +14888,7 @@ ROUTES: tuple[ApiRoute, ...] = (
         said_schema("synced", **counts(*SyncResult._fields)),
         query={"interface": INTERFACE_FIELD, "accept_key": FLAG_FIELD}, place="worker"),
     ApiRoute(
-        "GET", "/api/v1/server/status", "gateway", GatewayHandlers.get_status,
+        "GET", STATUS_PATH, "gateway", GatewayHandlers.get_status,
         "Show health, peers online, load.",
         said_schema(
             "healthy", "degraded",
@@ -17355,6 +17356,16 @@ def _with_addresses(place: str, fields: dict[str, Any], networks: Iterable[str])
     return FoundPeer(place, fields, "" if count else "it has no address")
 
 
+def outside(fields: Mapping[str, Any], subnets: Collection[IPv4or6Network]) -> str:
+    """The reason that an address of the peer is in none of the subnets, or ""."""
+    for name in ADDRESS_FIELD.values():
+        with contextlib.suppress(ValueError):  # the gateway refuses what is no address
+            address = ipaddress.ip_address(fields.get(name, ""))
+            if not any(address in subnet for subnet in subnets):
+                return f"its address is {address}, outside of {', '.join(map(str, subnets))}"
+    return ""
+
+
 # --- JSON -----------------------------------------------------------------------------------------
 
 
@@ -17363,52 +17374,52 @@ def read_json_peers(text: str) -> FoundState:
     try:
         parsed = load_json(text)
     except ValueError as error:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        try:
-            load_json(lines[0][1])
-        except ValueError:
-            raise error from None  # it is one document, which tells where its fault is
-        return _peers_of_json("JSON lines", (_json_line(number, line) for number, line in lines))
+        return _peers_of_json("JSON lines", _json_lines(text, error), _api_peer)
     if isinstance(parsed, dict):
         clients = parsed.get("clients")
         if isinstance(clients, dict):
-            peers = [_wg_easy_peer(client, n) for n, client in enumerate(clients.values(), 1)]
-            return FoundState("wg-easy's state", peers)
+            named = ((f"client {number}", peer) for number, peer in enumerate(clients.values(), 1))
+            return _peers_of_json("wg-easy's state", named, _wg_easy_peer)
         parsed = parsed.get("configurations", [parsed])
     if not isinstance(parsed, list):
         raise ValueError("it is neither a list of peers nor wg-easy's state")
-    return _peers_of_json(
-        "JSON list", ((f"peer {number}", peer) for number, peer in enumerate(parsed, 1))
-    )
+    numbered = ((f"peer {number}", peer) for number, peer in enumerate(parsed, 1))
+    return _peers_of_json("JSON list", numbered, _api_peer)
 
 
-def _peers_of_json(kind: str, given: Iterable[tuple[str, Any]]) -> FoundState:
-    """Peers in the fields of the API, without those that only its answers have."""
-    answered_only = CONFIGURATION.keys() - SYNC_FIELDS.keys()
+def _json_lines(text: str, error: ValueError) -> Iterator[tuple[str, Any]]:
+    """Place and value of each line. Raises `error`, which tells where the fault in one long
+    document is, if the first line is no JSON."""
+    is_first = True
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", load_json(line)
+        except json.JSONDecodeError as wrong:
+            if is_first:
+                raise error from None
+            raise ValueError(f"line {number} column {wrong.colno}: {wrong.msg}") from None
+        is_first = False
+
+
+def _peers_of_json(
+    kind: str, given: Iterable[tuple[str, Any]], convert: Callable[[str, dict[str, Any]], FoundPeer]
+) -> FoundState:
     peers: list[FoundPeer] = []
     for place, peer in given:
-        fields = {
-            name: value
-            for name, value in _json_object(place, peer).items()
-            if name not in answered_only and value is not None
-        }
-        is_text = isinstance(fields.get("public_key", ""), str)
-        peers.append(FoundPeer(place, fields, "" if is_text else "its public_key is not a text"))
+        if not isinstance(peer, dict):
+            raise ValueError(f"{place} is not a JSON object")
+        peers.append(convert(place, peer))
     return FoundState(kind, peers)
 
 
-def _json_line(number: int, line: str) -> tuple[str, Any]:
-    """The place and the value of a line."""
-    try:
-        return f"line {number}", load_json(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} column {error.colno}: {error.msg}") from None
-
-
-def _json_object(place: str, given: Any) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise ValueError(f"{place} is not a JSON object")
-    return given
+def _api_peer(place: str, given: dict[str, Any]) -> FoundPeer:
+    """A peer in the API's fields, without those that only its answers have."""
+    answered_only = CONFIGURATION.keys() - SYNC_FIELDS.keys()
+    fields = {n: v for n, v in given.items() if n not in answered_only and v is not None}
+    is_text = isinstance(fields.get("public_key", ""), str)
+    return FoundPeer(place, fields, "" if is_text else "its public_key is not a text")
 
 
 _WG_EASY = {
@@ -17419,9 +17430,8 @@ _WG_EASY = {
 }
 
 
-def _wg_easy_peer(given: Any, number: int) -> FoundPeer:
-    place = f"client {number}"
-    texts = {n: v for n, v in _json_object(place, given).items() if isinstance(v, str) and v}
+def _wg_easy_peer(place: str, given: dict[str, Any]) -> FoundPeer:
+    texts = {name: value for name, value in given.items() if isinstance(value, str) and value}
     fields: dict[str, Any] = {_WG_EASY[n]: v for n, v in texts.items() if n in _WG_EASY}
     if "label" in fields:
         fields["label"] = fields["label"][:MAX_TEXT]
@@ -17433,15 +17443,14 @@ def _wg_easy_peer(given: Any, number: int) -> FoundPeer:
 
 # --- the gateway before this one ------------------------------------------------------------------
 
-
-_ANCESTOR_COLUMNS = {  # with the field of the API, "" for an address
+_ANCESTOR_COLUMNS = {  # with the field of the API
     "public_key": "public_key",
     "status": "status",
     "assigned_port": "port",
     "dns_choice": "dns",
     "tunnel_traffic": "tunnel_traffic",
-    "assigned_ip": "",
-    "assigned_ipv6": "",
+    "assigned_ip": "assigned_ip",
+    "assigned_ipv6": "assigned_ipv6",
 }
 
 
@@ -17471,23 +17480,16 @@ def read_ancestor(data: bytes) -> FoundState:
 def _ancestor_peer(place: str, row: Sequence[Any]) -> FoundPeer:
     """The peer of a row. A column may hold a value of any type, whatever its table says."""
     fields: dict[str, Any] = {}
-    addresses: list[str] = []
     for (column, name), value in zip(_ANCESTOR_COLUMNS.items(), row, strict=True):
         if value is None or value == "":
             continue
-        if name == "port" and isinstance(value, int):
-            fields[name] = value
-        elif name == "port" or not isinstance(value, str):
+        if not isinstance(value, int if name == "port" else str):
             return FoundPeer(place, fields, f"its {column} has a value of another type")
-        elif not name:
-            addresses.append(value)
-        elif name != "tunnel_traffic":
-            fields[name] = value
-        else:
-            try:
-                fields[name] = load_json(value)
-            except ValueError:
-                return FoundPeer(place, fields, f"its {column} is not JSON")
+        try:
+            fields[name] = load_json(str(value)) if name == "tunnel_traffic" else value
+        except ValueError:
+            return FoundPeer(place, fields, f"its {column} is not JSON")
+    addresses = [fields.pop(name) for name in ADDRESS_FIELD.values() if name in fields]
     return _with_addresses(place, fields, addresses)
 
 
@@ -17497,7 +17499,13 @@ def _ancestor_peer(place: str, row: Sequence[Any]) -> FoundPeer:
 # mark, which comes last: until then the interface still belongs to its previous manager, and after
 # a crash the same command continues where it stopped.
 
-INSTALLED_SETTINGS = "/etc/wggw/wggw.env"  # as install.sh writes it
+INSTALLED_SETTINGS = "/etc/wggw/wggw.env"  # as install.sh writes it, with these files
+INSTALLED_FILES = {
+    "DB_PATH": "/var/lib/wggw/wireguard.db",
+    "WG_PRIVATE_KEY_FILE": "/etc/wggw/privatekey",
+    "TLS_CERT": "/etc/wggw/cert.pem",
+    "TLS_KEY": "/etc/wggw/key.pem",
+}
 OTHERS_FILES = {WG_GENL_NAME: "/etc/wireguard", AWG_GENL_NAME: "/etc/amnezia/amneziawg"}
 NETWORKD_DIRECTORIES = ("/etc/systemd/network", "/run/systemd/network", "/usr/lib/systemd/network")
 _PORT_SETTINGS = {PLAIN_PREFIX: "WG_DEFAULT_PORT", AWG_PREFIX: "AWG_PORT"}
@@ -17668,12 +17676,15 @@ class Adoption:
         self.live, self._path = live, path
         self._is_new = not os.path.exists(path)
         try:
-            text = "" if self._is_new else Path(path).read_text("utf-8")
+            self._text = "" if self._is_new else Path(path).read_text("utf-8")
             must, may = settings_of_live(live)
         except (OSError, ValueError) as error:
             raise StartError(f"cannot take over {live.name} with {path}: {error}") from None
-        given = {**read_env_file(text, path), **environ}
-        wanted = {**must, **may, **(self._first_settings() if self._is_new else {})}
+        given = {**read_env_file(self._text, path), **environ}
+        wanted = {**must, **may}
+        if self._is_new:
+            wanted["GATEWAY_API_KEY"] = secrets.token_hex(32)
+            wanted |= INSTALLED_FILES if path == INSTALLED_SETTINGS else {}
         self.settings = {name: value for name, value in wanted.items() if name not in given}
         self._refuse(
             f"{name} is {given[name]!r}, but {value!r} of {live.name}: change the setting"
@@ -17689,23 +17700,16 @@ class Adoption:
             self._config = self._load(environ)
         self._store, _ = load_whole(self._config)
         self._refuse([*self._wrong_settings(), *self._wrong_parameters()])
+        link = make_link(self._row, live.device.private_key)
+        try:
+            self._pools = Tunnel(self._row, link, MemoryBackend(), None).make_pools(self._store)
+        except Conflict as error:
+            raise ConfigError(error.detail) from None
 
     @staticmethod
     def _refuse(faults: Iterable[str]) -> None:
         if text := "; ".join(faults):
             raise ConfigError(f"nothing was changed: {text}")
-
-    def _first_settings(self) -> dict[str, str]:
-        """The first settings of a new file; those of INSTALLED_SETTINGS are as in install.sh."""
-        first = {"GATEWAY_API_KEY": secrets.token_hex(32)}
-        if self._path == INSTALLED_SETTINGS:
-            first |= {
-                "DB_PATH": "/var/lib/wggw/wireguard.db",
-                "WG_PRIVATE_KEY_FILE": "/etc/wggw/privatekey",
-                "TLS_CERT": "/etc/wggw/cert.pem",
-                "TLS_KEY": "/etc/wggw/key.pem",
-            }
-        return first
 
     def _load(self, environ: Mapping[str, str]) -> Config:
         """The settings together with those that will be added. Raises ConfigError."""
@@ -17758,33 +17762,19 @@ class Adoption:
         except ValueError as error:
             yield str(error)
 
-    def check_peers(self, state: FoundState) -> FoundState:
-        """The same peers, with a reason for each that settings or database do not allow."""
-        link = make_link(self._row, self.live.device.private_key)
-        try:
-            pools = Tunnel(self._row, link, MemoryBackend(), None).make_pools(self._store)
-        except Conflict as error:
-            raise ConfigError(error.detail) from None
-        return state._replace(
-            peers=[
-                p if p.reason else p._replace(reason=self._misfit(p, pools)) for p in state.peers
-            ]
-        )
-
-    def _misfit(self, peer: FoundPeer, pools: Mapping[str, AddressPool]) -> str:
-        known = self._store.get(peer.fields["public_key"])
+    def misfit(self, fields: Mapping[str, Any]) -> str:
+        """The reason why settings or database do not allow the peer, "" if they do."""
+        known = self._store.get(fields["public_key"])
         if known is not None and known.interface != self.live.name:
             return f"the database has it on {known.interface}"
         if known is not None and known.status == "suspended":
             return "it is suspended in the database"
-        for family, field_name in ADDRESS_FIELD.items():
-            address, pool = peer.fields.get(field_name), pools.get(family)
-            if address is None or (known and getattr(known, field_name) == address):
-                continue
-            if pool is None or ipaddress.ip_address(address) not in pool.network:
-                where = f"outside of {pool.network}" if pool else f"and there is no {family} subnet"
-                return f"its address is {address}, {where}"
-            if not pool.is_free(address):
+        if reason := outside(fields, [pool.network for pool in self._pools.values()]):
+            return reason
+        for family, pool in self._pools.items():
+            address = fields.get(ADDRESS_FIELD[family])
+            is_its_own = known and getattr(known, ADDRESS_FIELD[family]) == address
+            if address and not is_its_own and not pool.is_free(address):
                 return (
                     f"{address} is the gateway's, another peer's in the database, or the subnet's "
                     "network or broadcast address"
@@ -17802,13 +17792,12 @@ class Adoption:
                 "command again"
             )
         try:
-            for path in (self._path, config.db_path, key_file):
+            for path in (self._path, config.db_path):
                 os.makedirs(os.path.dirname(path) or ".", 0o700, exist_ok=True)
             lock_database(config.db_path)
             locks = [lock_interface(row.name) for row in interface_settings(config)]
             if not os.path.exists(key_file):
-                key = encode_key(self.live.device.private_key)
-                Disk().replace(key_file, [key.encode("ascii"), b"\n"])
+                load_private_key(self._row, encode_key(self.live.device.private_key))
                 give_to_owner(key_file, str(database.parent))
             result = self._fill_database(peers)
             for file in database.parent.glob(glob.escape(database.name) + "*"):
@@ -17863,10 +17852,11 @@ class Adoption:
         """Add the missing settings; the file keeps its owner and mode. Raises OSError."""
         if not self.settings:
             return
-        text = "" if self._is_new else Path(self._path).read_text("utf-8")
-        text += "\n" * (text[-1:] not in ("", "\n"))
+        text = self._text + "\n" * (self._text[-1:] not in ("", "\n"))
         text += f"# wggw took over {self.live.name} with these settings.\n"
-        text += "".join(env_line(*pair) for pair in self.settings.items())
+        for name, value in self.settings.items():
+            quote = "" if re.fullmatch(r"[A-Za-z0-9./:_,+=-]*", value) else "'"
+            text += f"{name}={quote}{value}{quote}\n"
         path = os.path.realpath(self._path)
         before = None if self._is_new else os.stat(path)
         Disk().replace(path, [text.encode("utf-8")])
@@ -17882,12 +17872,6 @@ def give_to_owner(target: str, path: str) -> None:
         os.chown(target, model.st_uid, model.st_gid)
 
 
-def env_line(name: str, value: str) -> str:
-    """A line of a settings file."""
-    plain = re.fullmatch(r"[A-Za-z0-9./:_,+=-]*", value)
-    return f"{name}={value}\n" if plain else f"{name}='{value}'\n"
-
-
 # ==================================================================================================
 # command line: what operators type, and what they read
 #
@@ -17900,11 +17884,22 @@ def env_line(name: str, value: str) -> str:
 # ==================================================================================================
 
 
+@contextlib.contextmanager
+def naming(action: str) -> Iterator[None]:
+    """Say which action an error of the system prevented. Raises StartError."""
+    try:
+        yield
+    except UnicodeEncodeError:  # run_command() knows why
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise StartError(f"{action}: {_reason(error)}") from None
+
+
 class ApiClient:
     """Sends requests to this host's gateway, over its Unix socket: the kernel says who calls."""
 
     def __init__(self, db_path: str) -> None:
-        self._path = local_socket_path(db_path)
+        self._place = local_socket_path(db_path)
 
     def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         """Return (status, body) of one request. Raises StartError without a reliable answer.
@@ -17912,48 +17907,38 @@ class ApiClient:
         If the gateway cannot answer yet (it starts, or after a crash it does not know whether an
         RFC 9421 signature was used) and says to retry within seconds, this retries once.
         """
-        status, content, wait = self._call(method, path, body)
-        if status == HTTPStatus.SERVICE_UNAVAILABLE and 0 < wait <= MAX_CLIENT_WAIT:
-            time.sleep(wait)
-            status, content, _ = self._call(method, path, body)
-        return status, content
-
-    def _call(self, method: str, path: str, body: bytes) -> tuple[int, bytes, int]:
-        """Return (status, body, seconds of Retry-After or 0)."""
-        connection = self._connect()
-        try:
-            connection.request(method, path, body or None, self._headers(method, path, body))
-            response = connection.getresponse()
+        for is_last in (False, True):
+            connection = self._connect()
+            with naming(f"no answer from {self._place}"), contextlib.closing(connection):
+                connection.request(method, path, body or None, self._headers(method, path, body))
+                response = connection.getresponse()
+                content = response.read()
             wait = response.headers.get("Retry-After", "")
-            return response.status, response.read(), int(wait) if wait.isdecimal() else 0
-        except UnicodeEncodeError:
-            raise
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise StartError(f"no answer from {self}: {_reason(error)}") from None
-        finally:
-            connection.close()
-
-    def __str__(self) -> str:
-        return self._path
+            is_busy = response.status == HTTPStatus.SERVICE_UNAVAILABLE and wait.isdecimal()
+            if is_last or not is_busy or not 0 < int(wait) <= MAX_CLIENT_WAIT:
+                break
+            time.sleep(int(wait))
+        return response.status, content
 
     def _connect(self) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection("localhost")
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.settimeout(CLIENT_TIMEOUT)
-        try:
-            with short_path(self._path) as name:
-                connection.sock.connect(name)
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise StartError(
-                f"no gateway runs here: nothing listens on {self}. `systemctl status wggw` shows "
-                "why, `systemctl start wggw` starts it; --env-file names another gateway's settings"
-            ) from None
-        except PermissionError:
-            raise StartError(
-                f"only root and the gateway's user may connect to {self}: run this with sudo"
-            ) from None
-        except OSError as error:
-            raise StartError(f"cannot connect to {self}: {_reason(error)}") from None
+        with naming(f"cannot connect to {self._place}"):
+            try:
+                with short_path(self._place) as name:
+                    connection.sock.connect(name)
+            except (FileNotFoundError, ConnectionRefusedError):
+                raise StartError(
+                    f"no gateway runs here: nothing listens on {self._place}. `systemctl status "
+                    "wggw` shows why, `systemctl start wggw` starts it; --env-file names another "
+                    "gateway's settings"
+                ) from None
+            except PermissionError:
+                raise StartError(
+                    f"only root and the gateway's user may connect to {self._place}: run this with "
+                    "sudo"
+                ) from None
         return connection
 
     def _headers(self, method: str, path: str, body: bytes) -> dict[str, str]:
@@ -17971,11 +17956,9 @@ class RemoteClient(ApiClient):
             self._host, self._port = parts.hostname, parts.port or 443
         except ValueError:
             raise StartError(f"--url {url!r} is not an https URL: https://HOST:PORT") from None
+        self._place = f"{self._host} port {self._port}"
         self._key_id, self._secret, self._scheme = key_id, secret, scheme
         self._fingerprint = fingerprint.replace(":", "").lower()
-
-    def __str__(self) -> str:
-        return f"{self._host} port {self._port}"
 
     def _connect(self) -> http.client.HTTPConnection:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -17984,16 +17967,14 @@ class RemoteClient(ApiClient):
         connection = http.client.HTTPSConnection(
             self._host, self._port, timeout=CLIENT_TIMEOUT, context=context
         )
-        try:
+        with naming(f"cannot connect to {self._place}"):
             connection.connect()
-        except (OSError, ValueError) as error:
-            raise StartError(f"cannot connect to {self}: {_reason(error)}") from None
         certificate = cast(ssl.SSLSocket, connection.sock).getpeercert(True) or b""
         if hashlib.sha256(certificate).hexdigest() != self._fingerprint:
             connection.close()
             raise StartError(
-                f"the certificate of {self} has another fingerprint: compare --fingerprint with "
-                "the one in the gateway's log, which is written at each start"
+                f"the certificate of {self._place} has another fingerprint: compare --fingerprint "
+                "with the one in the gateway's log, which is written at each start"
             )
         return connection
 
@@ -18014,6 +17995,29 @@ class RemoteClient(ApiClient):
         return {**headers, "Signature-Input": given, "Signature": mac}
 
 
+NO_GATEWAY = "and the answer is not a gateway's: check what listens there"
+
+
+def content_of(client: ApiClient, method: str, path: str, body: bytes = b"") -> bytes:
+    """What answers a request. Raises StartError with the gateway's refusal."""
+    status, content = client.call(method, path, body)
+    if status != HTTPStatus.OK:
+        try:
+            detail = json.loads(content)["detail"]
+        except (ValueError, KeyError, TypeError):
+            raise StartError(f"status {status}, {NO_GATEWAY}") from None
+        raise StartError(f"the gateway refused this with status {status}: {detail}")
+    return content
+
+
+def answer_of(client: ApiClient, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
+    """The JSON that answers a request. Raises StartError with the gateway's refusal."""
+    try:
+        return cast(dict[str, Any], json.loads(content_of(client, method, path, body)))
+    except ValueError:
+        raise StartError(f"status 200, {NO_GATEWAY}") from None
+
+
 def content_type(method: str, path: str, body: bytes) -> str:
     """The type of a body. Only a desired state may be JSON lines: then it begins with an object."""
     desired_state = method == "PUT" and path.partition("?")[0].rstrip("/") == CONFIGURATIONS_PATH
@@ -18022,8 +18026,7 @@ def content_type(method: str, path: str, body: bytes) -> str:
 
 def config_of(arguments: argparse.Namespace, key_needed: bool = False) -> Config:
     """The settings of this host's gateway. Raises ConfigError."""
-    path = arguments.env_file or installed_settings(os.environ)
-    return load_config(os.environ, path, key_needed)
+    return load_config(os.environ, arguments.env_file, key_needed)
 
 
 def installed_settings(environ: Mapping[str, str]) -> str | None:
@@ -18052,18 +18055,11 @@ def client_of(arguments: argparse.Namespace) -> ApiClient:
         return ApiClient(config_of(arguments).db_path)
     if not arguments.key_file or not arguments.fingerprint:
         raise ConfigError("--url needs --key-file and --fingerprint")
-    try:
+    with naming("cannot read the file of --key-file"):
         check_private("--key-file", arguments.key_file)
         secret = Path(arguments.key_file).read_text("utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise StartError(f"cannot read the file of --key-file: {_reason(error)}") from None
-    return RemoteClient(
-        arguments.url,
-        arguments.key_id or "default",
-        secret,
-        arguments.fingerprint,
-        arguments.scheme or "legacy",
-    )
+    key_id, scheme = arguments.key_id or "default", arguments.scheme or "legacy"
+    return RemoteClient(arguments.url, key_id, secret, arguments.fingerprint, scheme)
 
 
 def read_data(given: str | None) -> bytes:
@@ -18072,10 +18068,8 @@ def read_data(given: str | None) -> bytes:
         return b""
     if not given.startswith("@"):
         return given.encode("utf-8")
-    try:
+    with naming(f"cannot read {given[1:]}"):
         return sys.stdin.buffer.read() if given == "@-" else Path(given[1:]).read_bytes()
-    except OSError as error:
-        raise StartError(f"cannot read {given[1:]}: {_reason(error)}") from None
 
 
 def command_serve(arguments: argparse.Namespace) -> int:
@@ -18127,31 +18121,27 @@ class Screen(NamedTuple):
     colour: bool
 
     @classmethod
-    def of(cls, file: Any, environ: Mapping[str, str]) -> Screen:
-        if not file.isatty():
+    def of_output(cls) -> Screen:
+        if not sys.stdout.isatty():
             return cls(0, 0, False)
         size = shutil.get_terminal_size()
-        plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         return cls(size.columns, size.lines, not plain)
 
     def holds(self, lines: Sequence[str]) -> bool:
         return not self.width or max(map(len, lines), default=0) <= self.width
 
-    def fit(self, line: str) -> str:
-        """The line, cut at the screen's width."""
-        line = line.rstrip()
-        return shorten(line, self.width) if self.width else line
+    def paint(self, line: str, colour: str = "") -> str:
+        """A whole line, cut at the screen's width first: escape sequences have no width."""
+        line = shorten(line.rstrip(), self.width) if self.width else line.rstrip()
+        return f"\x1b[{COLOURS[colour]}m{line}\x1b[0m" if self.colour and colour else line
 
-    def wrap(self, line: str, indent: int) -> list[str]:
+    def wrap(self, line: str, indent: int, colour: str = "") -> list[str]:
         """A text on as many lines as it needs; all except the first one are indented."""
-        if self.holds([line]):
-            return [line]
-        return textwrap.wrap(line, self.width, subsequent_indent=" " * indent)
-
-    def paint(self, line: str, colour: str) -> str:
-        """A whole line in a colour, cut first because escape sequences have no width."""
-        line = self.fit(line)
-        return f"\x1b[{COLOURS[colour]}m{line}\x1b[0m" if self.colour else line
+        lines = [line]
+        if not self.holds(lines):
+            lines = textwrap.wrap(line, self.width, subsequent_indent=" " * indent)
+        return [self.paint(each, colour) for each in lines]
 
 
 def shorten(text: str, width: int) -> str:
@@ -18189,42 +18179,96 @@ def show_span(seconds: float) -> str:
     return f"{years} years" if years >= 2 else show_age(seconds)
 
 
-def show_table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], right: str, screen: Screen
-) -> list[str]:
-    """The lines of a table; a column is right-aligned where `right` has ">" at its place.
+Column = tuple[str, str, Callable[[Any], str]]  # its head, "<" or ">" (right-aligned), its cells
+
+
+def show_table(columns: Sequence[Column], rows: Sequence[Any], screen: Screen) -> list[str]:
+    """The lines of a table.
 
     If the screen is too narrow, columns are dropped from the right: the most important is first.
     """
-    table = [tuple(head), *(tuple(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    shown = [[head, *map(cell, rows)] for head, _, cell in columns]
+    widths = [max(map(len, cells)) for cells in shown]
     while screen.width and len(widths) > 1 and sum(widths) + 2 * len(widths) - 2 > screen.width:
         widths.pop()
+    sides = [side for _, side, _ in columns]
     lines = [
         "  ".join(
             cell.rjust(width) if side == ">" else cell.ljust(width)
-            for cell, width, side in zip(row, widths, right, strict=False)
+            for cell, width, side in zip(cells, widths, sides, strict=False)
         )
-        for row in table
+        for cells in zip(*shown, strict=True)
     ]
-    return [screen.paint(lines[0], "head"), *map(screen.fit, lines[1:])]
+    return [screen.paint(lines[0], "head"), *map(screen.paint, lines[1:])]
+
+
+def print_answer(
+    arguments: argparse.Namespace, answer: Any, lines: Callable[[Screen], Sequence[str]]
+) -> None:
+    """Print what the API said: for people, or with --json as it is."""
+    if arguments.json:
+        print(json.dumps(answer, indent=2))
+    else:
+        print(*lines(Screen.of_output()), sep="\n")
+
+
+def rate_of(
+    status: Mapping[str, Any], interfaces: Sequence[Mapping[str, Any]], way: str
+) -> float | None:
+    """Bytes per second of interfaces ("rx" or "tx"); None before the first sample of one."""
+    if any(i["sample_age_seconds"] > status["uptime_seconds"] for i in interfaces):
+        return None
+    return cast(float, sum(i[f"{way}_bytes_per_second"] for i in interfaces))
+
+
+def show_rate(rate: float | None) -> str:
+    return "–" if rate is None else f"{show_bytes(rate)}/s"
 
 
 def show_bar(share: float, width: int = 20) -> str:
     return "[" + "#" * round(share * width) + "." * (width - round(share * width)) + "]"
 
 
+# fmt: off
+INTERFACE_COLUMNS: tuple[Column, ...] = (  # of pairs: the status, and an interface in it
+    ("INTERFACE", "<", lambda row: row[1]["name"]),
+    ("BACKEND", "<", lambda row: row[1]["backend"]),
+    ("PORT", ">", lambda row: str(row[1]["listen_port"])),
+    ("ACTIVE/ALL", ">", lambda row: f"{row[1]['active_peers']}/{row[1]['total_peers']}"),
+    ("IN/s", ">", lambda row: show_rate(rate_of(row[0], row[1:], "rx")).removesuffix("/s")),
+    ("OUT/s", ">", lambda row: show_rate(rate_of(row[0], row[1:], "tx")).removesuffix("/s")),
+    ("RECEIVED", ">", lambda row: show_bytes(row[1]["rx_bytes"])),
+    ("SENT", ">", lambda row: show_bytes(row[1]["tx_bytes"])),
+)
+POOL_COLUMNS: tuple[Column, ...] = (  # of an interface's name, a family, and its addresses
+    ("POOL", "<", lambda row: row[0]),
+    ("FAMILY", "<", lambda row: row[1]),
+    ("USED", ">", lambda row: str(row[2]["used"])),
+    ("OF", ">", lambda row: "unlimited" if row[2]["total"] > 10**12 else str(row[2]["total"])),
+    ("", ">", lambda row: f"{100 * row[2]['used'] / row[2]['total']:.0f} %"),
+    ("", "<", lambda row: show_bar(row[2]["used"] / row[2]["total"])),
+)
+CLASS_COLUMNS: tuple[Column, ...] = (
+    ("CLASS", "<", lambda row: row["name"]),
+    ("PEERS", ">", lambda row: str(row["peers"])),
+    ("ADDRESSES", ">", lambda row: f"{row['addresses']} of {row['expected_addresses']}"),
+    ("OVER ITS RATE", ">",
+     lambda row: show_bytes(row["dropped_bytes"]["down"] + row["dropped_bytes"]["up"])),
+    ("FORBIDDEN", ">", lambda row: show_bytes(row["dropped_bytes"]["refused"])),
+)
+# fmt: on
+
+
 def status_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
     """The state of a gateway, on one screen."""
     now = parse_rfc3339(status["timestamp"])
-    received, sent = (show_rate(total_rate(status, way)) for way in ("rx", "tx"))
-    snapshot, journal = status["snapshot"], status["journal"]
-    taken = snapshot["at"]
-    age = f"{show_age(now - parse_rfc3339(taken))} ago" if taken else "none yet"
+    interfaces, snapshot, journal = status["interfaces"], status["snapshot"], status["journal"]
+    received, sent = (show_rate(rate_of(status, interfaces, way)) for way in ("rx", "tx"))
     left = parse_rfc3339(status["certificate_expires_at"]) - now
-    good, reasons = status["status"] == "healthy", status["reasons"]
-    if not good:
-        reasons = [*reasons, "what to do: run `wggw doctor` as root on the gateway's host"]
+    colour, reasons = "good", []
+    if status["status"] != "healthy":
+        advice = "what to do: run `wggw doctor` as root on the gateway's host"
+        colour, reasons = "bad", [*status["reasons"], advice]
     title = (
         f"{status['status']}: wggw {status['version']}, Python {status['python_version']}, "
         f"up {show_age(status['uptime_seconds'])}"
@@ -18232,46 +18276,31 @@ def status_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
     facts = [
         f"peers        {status['wireguard_peers']} online, {status['total_peers']} in all",
         f"traffic      {received} in, {sent} out",
-        f"snapshot     {age}, {show_bytes(snapshot['bytes'])}",
+        f"snapshot     {show_time_since(snapshot['at'], now, 'none yet')}, "
+        + show_bytes(snapshot["bytes"]),
         f"journal      {show_bytes(journal['bytes'])}, record {journal['records']}",
         f"remote copy  {show_copy(status.get('remote_copy'))}",
         f"certificate  expires {status['certificate_expires_at'][:10]}, "
         + (f"in {show_span(left)}" if left > 0 else "it has EXPIRED"),
         f"host         memory {status['memory_usage']} %, load {status['load_average']}",
     ]
+    pools = [(i["name"], *item) for i in interfaces for item in i["pools"].items()]
+    classes = status.get("service_classes")
     return [
-        *(screen.paint(line, "good" if good else "bad") for line in screen.wrap(title, 2)),
-        *(
-            screen.paint(line, "bad")
-            for reason in reasons
-            for line in screen.wrap(f"  {reason}", 4)
-        ),
+        *screen.wrap(title, 2, colour),
+        *(line for reason in reasons for line in screen.wrap(f"  {reason}", 4, colour)),
         "",
         *(line for fact in facts for line in screen.wrap(fact, 13)),
         "",
-        *interface_lines(status, screen),
+        *show_table(INTERFACE_COLUMNS, [(status, i) for i in interfaces], screen),
         "",
-        *pool_lines(status["interfaces"], screen),
-        *class_lines(status.get("service_classes") or (), screen),
+        *show_table(POOL_COLUMNS, pools, screen),
+        *(["", *show_table(CLASS_COLUMNS, classes, screen)] if classes else ()),
     ]
 
 
-def class_lines(classes: Sequence[Mapping[str, Any]], screen: Screen) -> list[str]:
-    """A table of the service classes; no lines if there are none."""
-    if not classes:
-        return []
-    head = ("CLASS", "PEERS", "ADDRESSES", "OVER ITS RATE", "FORBIDDEN")
-    rows = [
-        (
-            row["name"],
-            str(row["peers"]),
-            f"{row['addresses']} of {row['expected_addresses']}",
-            show_bytes(row["dropped_bytes"]["down"] + row["dropped_bytes"]["up"]),
-            show_bytes(row["dropped_bytes"]["refused"]),
-        )
-        for row in classes
-    ]
-    return ["", *show_table(head, rows, "<>>>>", screen)]
+def show_time_since(moment: str | None, now: float, never: str) -> str:
+    return f"{show_age(now - parse_rfc3339(moment))} ago" if moment else never
 
 
 def show_copy(copy: Any) -> str:
@@ -18285,65 +18314,9 @@ def show_copy(copy: Any) -> str:
     return f"epoch {copy['epoch']}, {behind}{failure}"
 
 
-def rate_of(status: Mapping[str, Any], interface: Mapping[str, Any], way: str) -> float | None:
-    """Bytes per second of an interface ("rx" or "tx"); None before its first sample."""
-    is_sampled = interface["sample_age_seconds"] <= status["uptime_seconds"]
-    return cast(float, interface[f"{way}_bytes_per_second"]) if is_sampled else None
-
-
-def total_rate(status: Mapping[str, Any], way: str) -> float | None:
-    rates = [rate_of(status, interface, way) for interface in status["interfaces"]]
-    known = [rate for rate in rates if rate is not None]
-    return sum(known) if len(known) == len(rates) else None
-
-
-def show_rate(rate: float | None) -> str:
-    return "–" if rate is None else f"{show_bytes(rate)}/s"
-
-
-def interface_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
-    rows = (
-        (
-            i["name"],
-            i["backend"],
-            str(i["listen_port"]),
-            f"{i['active_peers']}/{i['total_peers']}",
-            show_rate(rate_of(status, i, "rx")).removesuffix("/s"),
-            show_rate(rate_of(status, i, "tx")).removesuffix("/s"),
-            show_bytes(i["rx_bytes"]),
-            show_bytes(i["tx_bytes"]),
-        )
-        for i in status["interfaces"]
-    )
-    head = ("INTERFACE", "BACKEND", "PORT", "ACTIVE/ALL", "IN/s", "OUT/s", "RECEIVED", "SENT")
-    return show_table(head, rows, "<<>>>>>>", screen)
-
-
-def pool_lines(interfaces: Sequence[Mapping[str, Any]], screen: Screen) -> list[str]:
-    """A table of the addresses in use; the last column is a bar."""
-    rows = (
-        (
-            i["name"],
-            family,
-            str(pool["used"]),
-            "unlimited" if pool["total"] > 10**12 else str(pool["total"]),
-            f"{100 * pool['used'] / pool['total']:.0f} %",
-            show_bar(pool["used"] / pool["total"]),
-        )
-        for i in interfaces
-        for family, pool in i["pools"].items()
-    )
-    return show_table(("POOL", "FAMILY", "USED", "OF", "", ""), rows, "<<>>><", screen)
-
-
 def command_status(arguments: argparse.Namespace) -> int:
-    """Show the gateway's state on one screen; exit code 1 when it is degraded."""
-    client = client_of(arguments)
-    status = answer_of(client, "GET", "/api/v1/server/status")
-    if arguments.json:
-        print(json.dumps(status, indent=2))
-    else:
-        print("\n".join(status_lines(status, Screen.of(sys.stdout, os.environ))))
+    status = answer_of(client_of(arguments), "GET", STATUS_PATH)
+    print_answer(arguments, status, lambda screen: status_lines(status, screen))
     return int(status["status"] != "healthy")
 
 
@@ -18370,48 +18343,6 @@ PEER_ORDERS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], bool]] = {
 }
 
 
-PEER_HEAD = (
-    "KEY", "LABEL", "STATE", "QUOTA", "IPV4", "IPV6",
-    "HANDSHAKE", "RECEIVED", "SENT", "EXPIRES", "INTERFACE",
-)  # fmt: skip
-SHORT_LABEL = 16  # characters, on a narrow terminal
-
-
-def peer_lines(peers: Sequence[Mapping[str, Any]], now: float, screen: Screen) -> list[str]:
-    """A table of peers; keys, labels and times are shortened where it would lose a column."""
-    rows = [_peer_row(peer, now) for peer in peers]
-    right = "<<<>>>>>><<"
-    if not screen.holds(show_table(PEER_HEAD, rows, right, Screen(0, 0, False))):
-        rows = [
-            (
-                short_key(key) + "…",
-                shorten(label, SHORT_LABEL),
-                *middle,
-                expires[:10],
-                interface,
-            )
-            for key, label, *middle, expires, interface in rows
-        ]
-    return show_table(PEER_HEAD, rows, right, screen)
-
-
-def _peer_row(peer: Mapping[str, Any], now: float) -> tuple[str, ...]:
-    handshake = peer["last_handshake"]
-    return (
-        peer["public_key"],
-        show_label(peer["label"]),
-        "online" if peer["online"] else peer["status_reason"] or peer["status"],
-        show_quota(peer),
-        peer["assigned_ip"] or "",
-        peer["assigned_ipv6"] or "",
-        f"{show_age(now - parse_rfc3339(handshake))} ago" if handshake else "never",
-        show_bytes(peer["rx_bytes"]),
-        show_bytes(peer["tx_bytes"]),
-        (peer["expires_at"] or "")[:16].replace("T", " "),
-        peer["interface"],
-    )
-
-
 def show_label(label: str | None) -> str:
     """A label without characters that control a terminal."""
     return "".join(c if c.isprintable() else "?" for c in label or "")
@@ -18426,13 +18357,44 @@ def show_quota(peer: Mapping[str, Any]) -> str:
     return f"{share}% of {show_bytes(quota)}{f'/{period}' if period else ''}"
 
 
+# fmt: off
+PEER_COLUMNS: tuple[Column, ...] = (
+    ("KEY", "<", lambda peer: peer["public_key"]),
+    ("LABEL", "<", lambda peer: show_label(peer["label"])),
+    ("STATE", "<",
+     lambda peer: "online" if peer["online"] else peer["status_reason"] or peer["status"]),
+    ("QUOTA", ">", show_quota),
+    ("IPV4", ">", lambda peer: peer["assigned_ip"] or ""),
+    ("IPV6", ">", lambda peer: peer["assigned_ipv6"] or ""),
+    ("HANDSHAKE", ">", lambda peer: show_time_since(peer["last_handshake"], time.time(), "never")),
+    ("RECEIVED", ">", lambda peer: show_bytes(peer["rx_bytes"])),
+    ("SENT", ">", lambda peer: show_bytes(peer["tx_bytes"])),
+    ("EXPIRES", "<", lambda peer: (peer["expires_at"] or "")[:16].replace("T", " ")),
+    ("INTERFACE", "<", lambda peer: peer["interface"]),
+)
+# fmt: on
+SHORT_CELLS: dict[str, Callable[[Any], str]] = {  # where the long ones would lose a column
+    "KEY": lambda peer: short_key(peer["public_key"]) + "…",
+    "LABEL": lambda peer: shorten(show_label(peer["label"]), 16),
+    "EXPIRES": lambda peer: (peer["expires_at"] or "")[:10],
+}
+
+
+def peer_lines(peers: Sequence[Mapping[str, Any]], screen: Screen) -> list[str]:
+    whole = show_table(PEER_COLUMNS, peers, screen._replace(width=0))
+    if screen.holds(whole):
+        return whole
+    columns = [(head, side, SHORT_CELLS.get(head, cell)) for head, side, cell in PEER_COLUMNS]
+    return show_table(columns, peers, screen)
+
+
 SEARCHED = ("public_key", "label", "request_id", "assigned_ip", "assigned_ipv6")
 
 
 def command_peers(arguments: argparse.Namespace) -> int:
-    """List peers; only in the order of the API can the list end before all are read."""
     client = client_of(arguments)
     key, descending = PEER_ORDERS[arguments.sort]
+    # Only in the order of the API can the list end before all are read.
     in_order = arguments.sort == "created" and not arguments.search
     enough = arguments.limit if in_order else sys.maxsize
     peers = list_peers(client, "&online=true" if arguments.online else "", enough)
@@ -18440,11 +18402,7 @@ def command_peers(arguments: argparse.Namespace) -> int:
     peers = [p for p in peers if any(text in (p[name] or "").casefold() for name in SEARCHED)]
     peers.sort(key=key, reverse=descending)
     del peers[arguments.limit :]
-    if arguments.json:
-        print(json.dumps(peers, indent=2))
-    else:
-        screen = Screen.of(sys.stdout, os.environ)
-        print("\n".join(peer_lines(peers, time.time(), screen)))
+    print_answer(arguments, peers, lambda screen: peer_lines(peers, screen))
     return 0
 
 
@@ -18474,7 +18432,7 @@ def command_peer_add(arguments: argparse.Namespace) -> int:
     if answer_of(client, "GET", f"{CONFIGURATIONS_PATH}?{label}")["configurations"]:
         raise StartError(f"a peer with the label {arguments.name!r} exists already: choose another")
     if not {"protocol", "tunnel_traffic"} & fields.keys():
-        interfaces = answer_of(client, "GET", "/api/v1/server/status")["interfaces"]
+        interfaces = answer_of(client, "GET", STATUS_PATH)["interfaces"]
         obfuscated = bool(fields.get("obfuscation"))
         likely = [i for i in interfaces if (i["parameters_version"] is not None) == obfuscated]
         fields["tunnel_traffic"] = list((likely or interfaces)[0]["pools"])
@@ -18525,10 +18483,9 @@ def parse_member(text: str) -> tuple[str, Any]:
 
 def print_client_file(client: ApiClient, public_key: str, private_key: bytes) -> None:
     """Write a client's file to standard output. Raises StartError."""
-    status, content = client.call("GET", peer_path(public_key) + "?format=wg-quick")
-    text = content.decode("utf-8")
-    if status != HTTPStatus.OK or KEY_PLACEHOLDER not in text:
-        raise StartError(f"the gateway did not send the client's file: status {status}")
+    text = content_of(client, "GET", peer_path(public_key) + "?format=wg-quick").decode("utf-8")
+    if KEY_PLACEHOLDER not in text:
+        raise StartError("the gateway did not send the client's file")
     if "\nEndpoint = GATEWAY:" in text:
         print(
             "wggw: write the gateway's address in the place of GATEWAY in the client's file; with "
@@ -18536,26 +18493,25 @@ def print_client_file(client: ApiClient, public_key: str, private_key: bytes) ->
             file=sys.stderr,
         )
     data = text.replace(KEY_PLACEHOLDER, encode_key(private_key)).encode("utf-8")
-    try:
+    with naming("cannot write the client's file"):
         while data:  # print() would keep what a full disk refuses, and retry at the exit
             data = data[os.write(sys.stdout.fileno(), data) :]
-    except OSError as error:
-        raise StartError(f"cannot write the client's file: {_reason(error)}") from None
 
 
 def command_peer_show(arguments: argparse.Namespace) -> int:
-    """Show all fields of a peer that have a value."""
-    client = client_of(arguments)
-    peer = find_peer(client, arguments.name)
-    if arguments.json:
-        print(json.dumps(peer, indent=2))
-        return 0
-    screen = Screen.of(sys.stdout, os.environ)
+    peer = find_peer(client_of(arguments), arguments.name)
+    print_answer(arguments, peer, lambda screen: field_lines(peer, screen))
+    return 0
+
+
+def field_lines(peer: Mapping[str, Any], screen: Screen) -> list[str]:
+    """All fields of a peer that have a value."""
+    lines: list[str] = []
     for name, value in peer.items():
         if value not in (None, [], False):
-            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            print("\n".join(screen.wrap(f"{name:21}{show_label(shown)}", 21)))
-    return 0
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            lines += screen.wrap(f"{name:21}{show_label(text)}", 21)
+    return lines
 
 
 # Of each action: the request's method, path and body, and the peer's state when it is done.
@@ -18610,7 +18566,7 @@ class Top:
             return
         self._sampled = sampled
         for way, history in self.rates.items():
-            rate = total_rate(status, way)
+            rate = rate_of(status, interfaces, way)
             if rate is not None:
                 history.append(rate)
         seen = {peer["public_key"]: (peer["rx_bytes"], peer["tx_bytes"]) for peer in peers}
@@ -18639,33 +18595,27 @@ class Top:
             history = self.rates[way]
             now = show_rate(history[-1] if history else None)
             lines.append(f"{word:>3} {now:>10} {sparkline(history, screen.width - 16, marks)}")
-        ranked = sorted(
-            peers, key=lambda peer: -sum(self._peer_rates.get(peer["public_key"], (0, 0)))
-        )
-        labels = screen.width // 5
-        table = show_table(
-            ("KEY", "IN", "OUT", "RECEIVED", "ADDRESS", "SENT", "LABEL", "IPV6 ADDRESS"),
-            (self._row(peer, labels) for peer in ranked[: max(screen.height - 6, 0)]),
-            "<>>><><<",
-            screen,
-        )
+        rows = [(peer, *self._peer_rates.get(peer["public_key"], (None, None))) for peer in peers]
+        rows.sort(key=lambda row: -sum(rate or 0 for rate in row[1:]))
+        table = show_table(top_columns(screen), rows[: max(screen.height - 6, 0)], screen)
         lines += [screen.paint(trouble, "bad"), *table]
         if len(peers) == MAX_PAGE:
             lines.append(screen.paint(f"only the first {MAX_PAGE} online peers", "quiet"))
         return lines[: screen.height]
 
-    def _row(self, peer: Mapping[str, Any], labels: int) -> tuple[str, ...]:
-        rx, tx = self._peer_rates.get(peer["public_key"], (None, None))
-        return (
-            peer["public_key"][:12] + "…",
-            show_rate(rx),
-            show_rate(tx),
-            show_bytes(peer["rx_bytes"]),
-            peer["assigned_ip"] or peer["assigned_ipv6"] or "",
-            show_bytes(peer["tx_bytes"]),
-            shorten(show_label(peer["label"]), labels),
-            peer["assigned_ipv6"] or "",
-        )
+
+def top_columns(screen: Screen) -> tuple[Column, ...]:
+    """Of a peer, its rate in, and its rate out."""
+    return (
+        ("KEY", "<", lambda row: row[0]["public_key"][:12] + "…"),
+        ("IN", ">", lambda row: show_rate(row[1])),
+        ("OUT", ">", lambda row: show_rate(row[2])),
+        ("RECEIVED", ">", lambda row: show_bytes(row[0]["rx_bytes"])),
+        ("ADDRESS", "<", lambda row: row[0]["assigned_ip"] or row[0]["assigned_ipv6"] or ""),
+        ("SENT", ">", lambda row: show_bytes(row[0]["tx_bytes"])),
+        ("LABEL", "<", lambda row: shorten(show_label(row[0]["label"]), screen.width // 5)),
+        ("IPV6 ADDRESS", "<", lambda row: row[0]["assigned_ipv6"] or ""),
+    )
 
 
 DISMISSAL = "q quits"
@@ -18699,7 +18649,7 @@ def command_top(arguments: argparse.Namespace) -> int:
         query = f"/api/v1/configurations?online=true&limit={MAX_PAGE}"
         while True:
             try:
-                status = answer_of(client, "GET", "/api/v1/server/status")
+                status = answer_of(client, "GET", STATUS_PATH)
                 looks.put((status, answer_of(client, "GET", query)["configurations"]))
             except StartError as error:
                 looks.put((None, str(error)))
@@ -18718,9 +18668,9 @@ def command_top(arguments: argparse.Namespace) -> int:
                     top.look(status, peers, now)
                     shown = status, peers
             if not shown and trouble:
-                draw([DISMISSAL, *Screen.of(sys.stdout, os.environ).wrap(trouble, 2)])
+                draw([DISMISSAL, *Screen.of_output().wrap(trouble, 2)])
             elif shown and (asked == now or trouble):
-                draw(top.lines(*shown, Screen.of(sys.stdout, os.environ), trouble))
+                draw(top.lines(*shown, Screen.of_output(), trouble))
     return 0
 
 
@@ -18743,15 +18693,11 @@ def command_snapshot(arguments: argparse.Namespace) -> int:
     path, file = "/api/v1/snapshot", arguments.file
     if arguments.action == "export":
         with progress("snapshot export"):
-            status, content = client.call("GET", path)
-        if status != HTTPStatus.OK:
-            decode_answer(status, content)
+            content = content_of(client, "GET", path)
         if arguments.decrypt:
             content = decode_snapshot(content, open_files(config_of(arguments)).vault, "the export")
-        try:
+        with naming(f"cannot write {file}"):
             Disk().replace(file, [content])
-        except OSError as error:
-            raise StartError(f"cannot write {file}: {_reason(error)}") from None
         print(f"exported {len(content)} bytes to {file}")
         return 0
     data = read_data("@" + file)
@@ -18780,9 +18726,16 @@ def command_import(arguments: argparse.Namespace) -> int:
     except (ValueError, RecursionError) as error:
         raise StartError(f"cannot import {name}: {error}") from None
     existing = {peer["public_key"] for peer in list_peers(client, "&fields=public_key")}
-    status = answer_of(client, "GET", "/api/v1/server/status")
-    state = within_subnets(state, status, existing)
-    fitting = fitting_peers(name, state, arguments.skip)
+    interfaces = answer_of(client, "GET", STATUS_PATH)["interfaces"]
+    # Earlier versions do not tell their subnets, and then refuse such peers one by one.
+    texts = [text for interface in interfaces for text in interface.get("subnets", {}).values()]
+    subnets = [ipaddress.ip_network(text) for text in texts]
+
+    def misfit(fields: Mapping[str, Any]) -> str:
+        is_new = str(fields.get("public_key")) not in existing
+        return outside(fields, subnets) if is_new and subnets else ""
+
+    fitting = fitting_peers(name, state, misfit, arguments.skip)
     if existing and not (arguments.merge or arguments.replace):
         raise StartError(
             f"the gateway has {show_peers(len(existing))}: --merge keeps them and adds the file's, "
@@ -18790,58 +18743,40 @@ def command_import(arguments: argparse.Namespace) -> int:
             + "; --dry-run shows what happens"
             * (not arguments.dry_run)
         )
-    if arguments.replace:
-        kept = {fields.get("public_key") for fields in fitting}
-        unfit = {peer.fields.get("public_key") for peer in state.peers if peer.reason}
-        if lost := len(existing & unfit - kept):
-            print(f"{show_peers(lost)} of the gateway, left out here, will be deleted")
-        return _replace_peers(client, fitting, arguments.dry_run)
-    if arguments.dry_run:
-        return _would_add(client, fitting, existing)
-    return _add_peers(client, fitting)
+    if not arguments.replace and arguments.dry_run:
+        return would_add(client, fitting, existing)
+    if not arguments.replace:
+        return add_peers(client, fitting)
+    named = {str(peer.fields.get("public_key")) for peer in state.peers}
+    if lost := len(existing & named - {fields.get("public_key") for fields in fitting}):
+        print(f"{show_peers(lost)} of the gateway, left out here, will be deleted")
+    answer = put_state(client, fitting, arguments.dry_run)
+    counts = ", ".join(f"{answer[name]} {name}" for name in DesiredResult._fields)
+    print(f"would be: {counts}" if arguments.dry_run else f"done: {counts}")
+    return 0
 
 
-def within_subnets(
-    state: FoundState, status: Mapping[str, Any], existing: Collection[str]
-) -> FoundState:
-    """The same peers, with a reason for each new one that has an address in none of the subnets."""
-    texts = [text for i in status["interfaces"] for text in i.get("subnets", {}).values()]
-    subnets = [ipaddress.ip_network(text) for text in texts]
-
-    def misfit(fields: Mapping[str, Any]) -> str:
-        for field_name in ADDRESS_FIELD.values():
-            with contextlib.suppress(ValueError):  # the gateway refuses what is no address
-                address = ipaddress.ip_address(fields.get(field_name, ""))
-                if not any(address in subnet for subnet in subnets):
-                    return f"its address is {address}, outside of {', '.join(texts)}"
-        return ""
-
-    return state._replace(
-        peers=[
-            peer
-            if peer.reason or not subnets or str(peer.fields.get("public_key")) in existing
-            else peer._replace(reason=misfit(peer.fields))
-            for peer in state.peers
-        ]
-    )
-
-
-def fitting_peers(name: str, state: FoundState, skip: bool) -> list[dict[str, Any]]:
-    """The peers that the gateway can serve. Prints the others with their reasons, and raises
-    StartError for them, unless `skip`."""
+def fitting_peers(
+    name: str, state: FoundState, misfit: Callable[[Mapping[str, Any]], str], skip: bool
+) -> list[dict[str, Any]]:
+    """The fields of the peers that the gateway can serve: misfit() returns no reason. Prints the
+    others with their reasons, and raises StartError for them, unless `skip`."""
     for note in state.notes:
         print(show_label(f"{name}: {note}"), file=sys.stderr)
-    unfit = [peer for peer in state.peers if peer.reason]
-    for peer in unfit:
-        text = f"{name}: {peer.place} ({key_of(peer.fields)}): {peer.reason}"
-        print(show_label(text), file=sys.stderr)
+    fitting: list[dict[str, Any]] = []
+    for peer in state.peers:
+        if reason := peer.reason or misfit(peer.fields):
+            text = f"{name}: {peer.place} ({key_of(peer.fields)}): {reason}"
+            print(show_label(text), file=sys.stderr)
+        else:
+            fitting.append(peer.fields)
+    unfit = len(state.peers) - len(fitting)
     if unfit and not skip:
         raise StartError(
-            f"{len(unfit)} of {show_peers(len(state.peers))} did not fit, and nothing was changed: "
+            f"{unfit} of {show_peers(len(state.peers))} did not fit, and nothing was changed: "
             "correct them, or leave them out with --skip"
         )
-    fitting = [peer.fields for peer in state.peers if not peer.reason]
-    print(f"{name}: {state.kind}, {show_peers(len(fitting))} to import, {len(unfit)} left out")
+    print(f"{name}: {state.kind}, {show_peers(len(fitting))} to import, {unfit} left out")
     return fitting
 
 
@@ -18853,7 +18788,7 @@ def key_of(fields: Mapping[str, Any]) -> str:
 
 def command_adopt(arguments: argparse.Namespace) -> int:
     """Take over a live interface with its peers; no tunnel is interrupted."""
-    path = arguments.env_file or installed_settings(os.environ) or ".env"
+    path = arguments.env_file or ".env"
     live = read_live(arguments.interface)
     if is_marked(live.found.alias):
         raise StartError(
@@ -18861,17 +18796,19 @@ def command_adopt(arguments: argparse.Namespace) -> int:
             "nothing to take over"
         )
     adoption = Adoption(live, path, os.environ)
-    fitting = fitting_peers(live.name, adoption.check_peers(peers_of_live(live)), arguments.skip)
+    fitting = fitting_peers(live.name, peers_of_live(live), adoption.misfit, arguments.skip)
     if left := len(live.peers) - len(fitting):
         print(
             f"left out: {show_peers(left)}. When the gateway starts, it removes them from "
             f"{live.name}, and they lose their connection"
         )
     secret = {setting.name for setting in SETTINGS if setting.secret}
-    rows = [(n, "(not shown)" if n in secret else v) for n, v in adoption.settings.items()]
-    if rows:
-        screen = Screen.of(sys.stdout, os.environ)
-        print(*show_table((path, "will be"), rows, "<<", screen), sep="\n")
+    columns: tuple[Column, ...] = (
+        (path, "<", lambda name: name),
+        ("will be", "<", lambda n: "(not shown)" if n in secret else adoption.settings[n]),
+    )
+    if names := [*adoption.settings]:
+        print(*show_table(columns, names, Screen.of_output()), sep="\n")
     for manager in other_managers(live):
         print(manager)
     if arguments.dry_run:
@@ -18887,88 +18824,75 @@ def command_adopt(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _replace_peers(client: ApiClient, fitting: Sequence[Mapping[str, Any]], dry_run: bool) -> int:
-    """Make these the gateway's only peers, all of them or nothing."""
-    answer = _put_state(client, fitting, dry_run)
-    counts = ", ".join(f"{answer[name]} {name}" for name in DesiredResult._fields)
-    print(f"would be: {counts}" if dry_run else f"done: {counts}")
-    return 0
-
-
-def _put_state(
+def put_state(
     client: ApiClient, peers: Iterable[Mapping[str, Any]], dry_run: bool
 ) -> dict[str, Any]:
+    """Make these the gateway's only peers, all of them or nothing."""
     lines = b"".join(encode_json(fields) + b"\n" for fields in peers)
     query = "dry_run=true" if dry_run else "allow_mass_delete=true"
     with progress("import"):
         return answer_of(client, "PUT", f"{CONFIGURATIONS_PATH}/?{query}", lines or b"[]")
 
 
-def _would_add(
+def would_add(
     client: ApiClient, fitting: Sequence[Mapping[str, Any]], existing: Collection[str]
 ) -> int:
-    """Print what _add_peers() would do; exit code 1 when the gateway would refuse a peer."""
+    """Print what add_peers() would do; exit code 1 when the gateway would refuse a peer."""
     new: dict[str, dict[str, Any]] = {}
     known = refused = 0
     for peer in fitting:
         given = {name: value for name, value in peer.items() if name in SYNC_FIELDS}
         try:
             fields = parse_fields(given, SYNC_FIELDS)
-            key: str = fields["public_key"]
-            is_known = key in existing or key in new
-            if not is_known and (fields.get("expires_at") or math.inf) <= time.time():
+            key = fields["public_key"]
+            if key in existing or key in new:
+                known += 1
+            elif (fields.get("expires_at") or math.inf) <= time.time():
                 raise Invalid("expires_at", "is in the past")
+            else:
+                new[key] = given
         except GatewayError as error:
             refused += 1
             print(f"{key_of(peer)} would be refused: {error.detail}", file=sys.stderr)
-            continue
-        known += is_known
-        if not is_known:
-            new[key] = given
+    kept = [{"public_key": key} for key in existing]
     while new:  # which may not fit the gateway's settings or its other peers
-        kept = ({"public_key": key} for key in existing)
         try:
-            _put_state(client, itertools.chain(new.values(), kept), dry_run=True)
+            put_state(client, [*new.values(), *kept], dry_run=True)
             break
         except StartError as error:
-            place = re.search(r"line ([0-9]+): ", str(error))
+            place = re.search(r"line ([0-9]+): (.*)", str(error))
             if place is None:
                 raise
-            key = [*new][int(place[1]) - 1]
-            print(
-                f"{short_key(key)} would be refused: {str(error)[place.end() :]}", file=sys.stderr
-            )
-            del new[key]
             refused += 1
+            key = [*new][int(place[1]) - 1]
+            print(f"{key_of(new.pop(key))} would be refused: {place[2]}", file=sys.stderr)
     words = f"; would be refused: {refused}" if refused else ""
     print(f"would create {show_peers(len(new))}; already there, not changed: {known}{words}")
     return int(refused > 0)
 
 
-def _add_peers(client: ApiClient, fitting: Sequence[Mapping[str, Any]]) -> int:
+def add_peers(client: ApiClient, fitting: Sequence[Mapping[str, Any]]) -> int:
     """Create the peers that do not exist; exit code 1 when the gateway refused one."""
     counts = dict.fromkeys(("created", "existed", "refused"), 0)
     for start in range(0, len(fitting), MAX_BATCH // 2):
         # Half a batch: the limit of its body is then 2 KiB for each peer.
         chunk = fitting[start : start + MAX_BATCH // 2]
-        creates = [{name: v for name, v in peer.items() if name != "status"} for peer in chunk]
         with progress(f"import: {start} of {show_peers(len(fitting))}"):
-            results = _batch(client, "create", creates)
+            creates = [{name: v for name, v in peer.items() if name != "status"} for peer in chunk]
+            results = run_on_peers(client, "create", creates)
             suspended = [
                 {"public_key": peer["public_key"]}
                 for peer, result in zip(chunk, results, strict=True)
                 if result["status"] == "created" and peer.get("status") == "suspended"
             ]
-            suspensions = _batch(client, "suspend", suspended) if suspended else []
-        told = [*zip(chunk, results, strict=True), *zip(suspended, suspensions, strict=True)]
-        for peer, result in told:
+            results += run_on_peers(client, "suspend", suspended)
+        for peer, result in zip([*chunk, *suspended], results, strict=True):
             if isinstance(result["status"], int):
                 counts["refused"] += 1
                 print(f"{key_of(peer)} is refused: {result['detail']}", file=sys.stderr)
             elif result["status"] != "suspended":
                 counts["created" if result["status"] == "created" else "existed"] += 1
-            if result.get("differs"):
-                names = ", ".join(result["differs"])
+            if names := ", ".join(result.get("differs", ())):
                 print(
                     f"{key_of(peer)} exists with another {names}, and stays as it is",
                     file=sys.stderr,
@@ -18977,10 +18901,12 @@ def _add_peers(client: ApiClient, fitting: Sequence[Mapping[str, Any]]) -> int:
     return int(counts["refused"] > 0)
 
 
-def _batch(client: ApiClient, name: str, peers: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The results of one operation on several peers, in their order."""
+def run_on_peers(client: ApiClient, name: str, peers: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The results of one operation on each of the peers, in their order."""
+    if not peers:
+        return []
     body = encode_json({"operations": [{"op": name, **fields} for fields in peers]})
-    answer = answer_of(client, "POST", "/api/v1/configurations/batch", body)
+    answer = answer_of(client, "POST", f"{CONFIGURATIONS_PATH}/batch", body)
     return cast(list[Any], answer["results"])
 
 
@@ -19038,23 +18964,6 @@ def command_awg_rotate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def answer_of(client: ApiClient, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
-    """The JSON that answers a request. Raises StartError with the gateway's refusal."""
-    return decode_answer(*client.call(method, path, body))
-
-
-def decode_answer(status: int, content: bytes) -> dict[str, Any]:
-    try:
-        answer = cast(dict[str, Any], json.loads(content))
-        if status != HTTPStatus.OK:
-            raise StartError(f"the gateway refused this with status {status}: {answer['detail']}")
-    except (ValueError, KeyError, TypeError):
-        raise StartError(
-            f"status {status}, and the answer is not a gateway's: check what listens there"
-        ) from None
-    return answer
-
-
 def command_net(arguments: argparse.Namespace) -> int:
     """Set up, remove or show what the host needs around the interfaces."""
     try:
@@ -19087,14 +18996,13 @@ def take_down(arguments: argparse.Namespace) -> Iterator[str]:
 
     Settings may be wrong or gone: what carries the gateway's mark can be removed without them.
     """
-    path = arguments.env_file or installed_settings(os.environ)
-    mark = interface_mark(path or ".env")
+    mark = interface_mark(arguments.env_file or ".env")
     names: set[str] = set()
     recognise: Recognise = recognise_none
     with contextlib.suppress(BackendError):  # without nft there are no names: the mark suffices
         names = names_of_table(current_table())
     try:
-        config = load_config(os.environ, path, key_needed=False)
+        config = config_of(arguments)
         tunnels = interface_settings(config)
         mark = tunnels[0].mark
         names.update(tunnel.name for tunnel in tunnels)
@@ -19108,7 +19016,7 @@ def command_doctor(arguments: argparse.Namespace) -> int:
     """Examine host, files and gateway; exit code 1 when something is wrong."""
     config = config_of(arguments)
     client = ApiClient(config.db_path)
-    return report(look_at_all(config, lambda: client.call("GET", "/api/v1/server/status")))
+    return report(look_at_all(config, lambda: client.call("GET", STATUS_PATH)))
 
 
 def report(findings: Iterable[Finding]) -> int:
@@ -19241,11 +19149,9 @@ def repair(files: Files) -> int:
         raise StartError(f"{files.path}: there is no database, and nothing to repair")
     store = salvage(files)
     target = files.path + ".repaired"
-    try:
+    with naming(f"cannot write {target}"):
         files.write_copy(store, target)
         give_to_owner(target, files.path)
-    except OSError as error:
-        raise StartError(f"cannot write {target}: {_reason(error)}") from None
     old = shlex.join(found)
     print(f"saved {show_peers(store.counts.total())}, record {store.number}, in {target}")
     print("No other file was changed. To use it, stop the gateway and move it to the old place:")
@@ -19501,6 +19407,8 @@ def _run_command(arguments: argparse.Namespace) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
+        if arguments.run is not command_serve:
+            arguments.env_file = arguments.env_file or installed_settings(os.environ)
         return cast(int, arguments.run(arguments))
     except UnicodeEncodeError:  # bytes of an argument, or \ud800 in a file
         failure = StartError(

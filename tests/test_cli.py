@@ -305,6 +305,7 @@ wggw.answer_of = lambda client, method, path: answers[path.split("?")[0].rsplit(
 sys.exit(wggw.main())
 """
 STATES = ("online", "suspended", "expired", "active")
+PEER_HEAD = [head for head, *_ in wggw.PEER_COLUMNS]
 LONG = "wg-obfuscated-0"  # 15 characters: there are no longer names
 
 
@@ -402,7 +403,7 @@ def test_large_figures_of_peers_fit_and_columns_are_dropped_from_the_right(
     names, answers = large
     head, *lines = [line for line in shown(served, columns, "peers", answers) if line]
     columns_shown = head.split()
-    assert columns_shown == list(wggw.PEER_HEAD)[: len(columns_shown)]
+    assert columns_shown == PEER_HEAD[: len(columns_shown)]
     assert len(columns_shown) >= {80: 5, 100: 6, 140: 9}[columns]
     ages = ("2 min 5", "59 min 3", "399 d 23 h")
     for number, (peer, line) in enumerate(zip(large_peers(names), lines, strict=True)):
@@ -453,8 +454,8 @@ def test_large_figures_of_a_status_fit_and_are_all_there(
 
 def test_without_a_terminal_large_figures_are_in_the_full_form() -> None:
     no_terminal = wggw.Screen(0, 0, False)
-    head, first, *_ = wggw.peer_lines(large_peers((LONG, LONG)), time.time(), no_terminal)
-    assert head.split() == list(wggw.PEER_HEAD)
+    head, first, *_ = wggw.peer_lines(large_peers((LONG, LONG)), no_terminal)
+    assert head.split() == PEER_HEAD
     label = "a label of more?[2J than sixteen characters"
     for told in (a_key(0), label, "2 min 5", "2031-12-31 23:59", LONG):
         assert told in first
@@ -464,7 +465,7 @@ def test_without_a_terminal_large_figures_are_in_the_full_form() -> None:
 
 
 def test_what_is_still_too_wide_when_one_column_is_left_is_cut_and_says_so() -> None:
-    lines = wggw.peer_lines(large_peers((LONG, LONG)), time.time(), wggw.Screen(8, 24, False))
+    lines = wggw.peer_lines(large_peers((LONG, LONG)), wggw.Screen(8, 24, False))
     assert max(map(len, lines)) <= 8
     assert [line[-1] for line in lines[1:]] == ["…"] * 4
 
