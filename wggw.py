@@ -17209,6 +17209,19 @@ def look_at_answer(ask: Callable[[], tuple[int, bytes]], start: str) -> Iterator
 # ==================================================================================================
 
 
+@contextlib.contextmanager
+def naming(action: str) -> Iterator[None]:
+    """Say which action an error prevented. Raises StartError."""
+    try:
+        yield
+    except UnicodeEncodeError:  # _run_command() knows why
+        raise
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
+        raise StartError(f"{action}: {_reason(error)}") from None
+    except (ValueError, BackendError, CopyError) as error:
+        raise StartError(f"{action}: {error}") from None
+
+
 class FoundPeer(NamedTuple):
     """A peer of another program, and the reason why the gateway cannot serve it ("" if it can)."""
 
@@ -17536,7 +17549,7 @@ class LiveInterface(NamedTuple):
 
 def read_live(name: str) -> LiveInterface:
     """Read an interface. Raises StartError."""
-    try:
+    with naming(f"cannot read {name} (adopt needs root)"):
         with contextlib.closing(Route()) as route:
             found = route.find(name)
             if found is None:
@@ -17555,8 +17568,6 @@ def read_live(name: str) -> LiveInterface:
             mtu = route.mtu(found.ifindex)
             addresses = [a for a in route.addresses(found.ifindex) if not a.ip.is_link_local]
         reading = read_link(kind, found)
-    except BackendError as error:
-        raise StartError(f"cannot read {name} (adopt needs root): {error}") from None
     device = cast(Device, reading.device)
     if not device.private_key:
         raise StartError(f"cannot take over {name}: it has no private key, so set one first")
@@ -17675,12 +17686,10 @@ class Adoption:
         """Check the settings, and change nothing. Raises StartError when they do not fit."""
         self.live, self._path = live, path
         self._is_new = not os.path.exists(path)
-        try:
-            self._text = "" if self._is_new else Path(path).read_text("utf-8")
+        with naming(f"cannot take over {live.name} with {path}"):
+            text = "" if self._is_new else Path(path).read_text("utf-8")
             must, may = settings_of_live(live)
-        except (OSError, ValueError) as error:
-            raise StartError(f"cannot take over {live.name} with {path}: {error}") from None
-        given = {**read_env_file(self._text, path), **environ}
+        given = {**read_env_file(text, path), **environ}
         wanted = {**must, **may}
         if self._is_new:
             wanted["GATEWAY_API_KEY"] = secrets.token_hex(32)
@@ -17791,11 +17800,16 @@ class Adoption:
                 f"somebody changed {self.live.name} meanwhile, so nothing was done: run the "
                 "command again"
             )
-        try:
+        action = (
+            f"cannot take over {self.live.name} (correct the reason and run the command again: it "
+            "continues where it stopped)"
+        )
+        with naming(action), contextlib.ExitStack() as locks:
             for path in (self._path, config.db_path):
                 os.makedirs(os.path.dirname(path) or ".", 0o700, exist_ok=True)
             lock_database(config.db_path)
-            locks = [lock_interface(row.name) for row in interface_settings(config)]
+            for row in interface_settings(config):
+                locks.enter_context(contextlib.closing(lock_interface(row.name)))
             if not os.path.exists(key_file):
                 load_private_key(self._row, encode_key(self.live.device.private_key))
                 give_to_owner(key_file, str(database.parent))
@@ -17805,14 +17819,6 @@ class Adoption:
             self._write_settings()
             with contextlib.closing(Route()) as route:
                 route.mark(self.live.name, self._row.mark)
-        except (OSError, BackendError) as error:
-            reason = str(error) if isinstance(error, BackendError) else _reason(error)
-            raise StartError(
-                f"cannot take over {self.live.name}: {reason}. Correct this and run the command "
-                "again: it continues where it stopped"
-            ) from None
-        for lock in locks:
-            lock.close()
         return result
 
     def _fill_database(self, peers: Sequence[Mapping[str, Any]]) -> DesiredResult:
@@ -17852,7 +17858,8 @@ class Adoption:
         """Add the missing settings; the file keeps its owner and mode. Raises OSError."""
         if not self.settings:
             return
-        text = self._text + "\n" * (self._text[-1:] not in ("", "\n"))
+        text = "" if self._is_new else Path(self._path).read_text("utf-8")
+        text += "\n" * (text[-1:] not in ("", "\n"))
         text += f"# wggw took over {self.live.name} with these settings.\n"
         for name, value in self.settings.items():
             quote = "" if re.fullmatch(r"[A-Za-z0-9./:_,+=-]*", value) else "'"
@@ -17882,17 +17889,6 @@ def give_to_owner(target: str, path: str) -> None:
 # prints it and returns its exit code.
 # Never here: rules, which the API and the sections above have.
 # ==================================================================================================
-
-
-@contextlib.contextmanager
-def naming(action: str) -> Iterator[None]:
-    """Say which action an error of the system prevented. Raises StartError."""
-    try:
-        yield
-    except UnicodeEncodeError:  # run_command() knows why
-        raise
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise StartError(f"{action}: {_reason(error)}") from None
 
 
 class ApiClient:
@@ -18073,12 +18069,10 @@ def read_data(given: str | None) -> bytes:
 
 
 def command_serve(arguments: argparse.Namespace) -> int:
-    """Run the gateway until a signal stops it."""
     return Service(lambda: load_config(os.environ, arguments.env_file)).run()
 
 
 def command_call(arguments: argparse.Namespace) -> int:
-    """Send one request and print the answer's body; exit code 1 when its status is an error."""
     client = client_of(arguments)
     data = read_data(arguments.data)
     with progress(f"{arguments.method} {arguments.path}"):
@@ -18151,6 +18145,7 @@ def shorten(text: str, width: int) -> str:
 
 COLOURS = {"good": "32", "bad": "1;31", "head": "1", "quiet": "2"}
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
+YEAR = 365 * 86400
 
 
 def show_bytes(count: float) -> str:
@@ -18163,20 +18158,16 @@ def show_bytes(count: float) -> str:
 
 
 def show_age(seconds: float) -> str:
-    """A span of time in its two largest units, such as "1 d 2 h"."""
+    """A span of time in its two largest units, such as "1 d 2 h", from two years on in years."""
     left = max(int(seconds), 0)
+    if left >= 2 * YEAR:
+        return f"{left // YEAR} years"
     parts: list[str] = []
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
         if left >= size or (unit == "s" and not parts):
             parts.append(f"{left // size} {unit}")
             left %= size
     return " ".join(parts[:2])
-
-
-def show_span(seconds: float) -> str:
-    """A span of time, from two years on in years."""
-    years = int(seconds) // (365 * 86400)
-    return f"{years} years" if years >= 2 else show_age(seconds)
 
 
 Column = tuple[str, str, Callable[[Any], str]]  # its head, "<" or ">" (right-aligned), its cells
@@ -18281,7 +18272,7 @@ def status_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
         f"journal      {show_bytes(journal['bytes'])}, record {journal['records']}",
         f"remote copy  {show_copy(status.get('remote_copy'))}",
         f"certificate  expires {status['certificate_expires_at'][:10]}, "
-        + (f"in {show_span(left)}" if left > 0 else "it has EXPIRED"),
+        + (f"in {show_age(left)}" if left > 0 else "it has EXPIRED"),
         f"host         memory {status['memory_usage']} %, load {status['load_average']}",
     ]
     pools = [(i["name"], *item) for i in interfaces for item in i["pools"].items()]
@@ -18425,7 +18416,6 @@ def peer_path(public_key: str) -> str:
 
 
 def command_peer_add(arguments: argparse.Namespace) -> int:
-    """Make a key, create its peer, and print the client's file."""
     client = client_of(arguments)
     fields = dict(map(parse_member, arguments.set))
     label = urllib.parse.urlencode({"label": arguments.name})
@@ -18436,34 +18426,22 @@ def command_peer_add(arguments: argparse.Namespace) -> int:
         obfuscated = bool(fields.get("obfuscation"))
         likely = [i for i in interfaces if (i["parameters_version"] is not None) == obfuscated]
         fields["tunnel_traffic"] = list((likely or interfaces)[0]["pools"])
-    private = make_private_key()
-    public = encode_key(x25519_public(private))
-    body = encode_json({**fields, "label": arguments.name, "public_key": public})
-    answer_of(client, "POST", CONFIGURATIONS_PATH, body)
-    try:
-        print_client_file(client, public, private)
-    except StartError as error:
-        answer_of(client, "DELETE", peer_path(public))
-        raise StartError(
-            f"{error}. Without it nobody has the key, so the peer is deleted"
-        ) from None
+
+    def delete(public_key: str) -> str:
+        answer_of(client, "DELETE", peer_path(public_key))
+        return ", so the peer is deleted"
+
+    fields["label"] = arguments.name
+    print_new_file(client, CONFIGURATIONS_PATH, "public_key", fields, delete)
     return 0
 
 
 def command_peer_rotate(arguments: argparse.Namespace) -> int:
-    """Give a peer a new key, and print its client's new file."""
     client = client_of(arguments)
-    peer = find_peer(client, arguments.name)
-    private = make_private_key()
-    public = encode_key(x25519_public(private))
-    body = encode_json({"new_public_key": public})
-    answer_of(client, "POST", peer_path(peer["public_key"]) + "/rotate", body)
-    try:
-        print_client_file(client, public, private)
-    except StartError as error:
-        raise StartError(
-            f"{error}. Without it nobody has the peer's new key: run `wggw peer rotate {public}`"
-        ) from None
+    path = peer_path(find_peer(client, arguments.name)["public_key"]) + "/rotate"
+    print_new_file(
+        client, path, "new_public_key", {}, lambda key: f": run `wggw peer rotate {key}`"
+    )
     return 0
 
 
@@ -18481,21 +18459,35 @@ def parse_member(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def print_client_file(client: ApiClient, public_key: str, private_key: bytes) -> None:
-    """Write a client's file to standard output. Raises StartError."""
-    text = content_of(client, "GET", peer_path(public_key) + "?format=wg-quick").decode("utf-8")
-    if KEY_PLACEHOLDER not in text:
-        raise StartError("the gateway did not send the client's file")
-    if "\nEndpoint = GATEWAY:" in text:
-        print(
-            "wggw: write the gateway's address in the place of GATEWAY in the client's file; with "
-            "WG_ENDPOINT set, the gateway does this",
-            file=sys.stderr,
-        )
-    data = text.replace(KEY_PLACEHOLDER, encode_key(private_key)).encode("utf-8")
-    with naming("cannot write the client's file"):
-        while data:  # print() would keep what a full disk refuses, and retry at the exit
-            data = data[os.write(sys.stdout.fileno(), data) :]
+def print_new_file(
+    client: ApiClient,
+    path: str,
+    key_field: str,
+    fields: Mapping[str, Any],
+    lose: Callable[[str], str],
+) -> None:
+    """Make a key, POST its public half with the fields, and write the client's file to standard
+    output. If that fails, lose() does and says what becomes of the peer. Raises StartError."""
+    private = make_private_key()
+    public = encode_key(x25519_public(private))
+    answer_of(client, "POST", path, encode_json({**fields, key_field: public}))
+    try:
+        content = content_of(client, "GET", peer_path(public) + "?format=wg-quick")
+        text = content.decode("utf-8")
+        if KEY_PLACEHOLDER not in text:
+            raise StartError("the gateway did not send the client's file")
+        if "\nEndpoint = GATEWAY:" in text:
+            print(
+                "wggw: write the gateway's address in the place of GATEWAY in the client's file; "
+                "with WG_ENDPOINT set, the gateway does this",
+                file=sys.stderr,
+            )
+        data = text.replace(KEY_PLACEHOLDER, encode_key(private)).encode("utf-8")
+        with naming("cannot write the client's file"):
+            while data:  # print() would keep what a full disk refuses, and retry at the exit
+                data = data[os.write(sys.stdout.fileno(), data) :]
+    except StartError as error:
+        raise StartError(f"{error}. Without it nobody has the key{lose(public)}") from None
 
 
 def command_peer_show(arguments: argparse.Namespace) -> int:
@@ -18524,7 +18516,6 @@ PEER_ACTIONS: Mapping[str, tuple[str, str, bytes, str]] = {
 
 
 def command_peer_change(arguments: argparse.Namespace) -> int:
-    """Change a peer as PEER_ACTIONS says."""
     client = client_of(arguments)
     peer = find_peer(client, arguments.name)
     method, end, body, result = PEER_ACTIONS[arguments.action]
@@ -18639,7 +18630,6 @@ def whole_terminal() -> Iterator[None]:
 
 
 def command_top(arguments: argparse.Namespace) -> int:
-    """Refresh the screen until q or Ctrl-C."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("`wggw top` needs a terminal; for programs use `wggw status --json`")
     client = client_of(arguments)
@@ -18688,7 +18678,6 @@ def key_pressed(seconds: float) -> str:
 
 
 def command_snapshot(arguments: argparse.Namespace) -> int:
-    """Export the whole state to a file, or replace the state by a file's."""
     client = client_of(arguments)
     path, file = "/api/v1/snapshot", arguments.file
     if arguments.action == "export":
@@ -18716,7 +18705,6 @@ def command_snapshot(arguments: argparse.Namespace) -> int:
 
 
 def command_import(arguments: argparse.Namespace) -> int:
-    """Create the peers of a file that another program wrote."""
     if arguments.merge and arguments.replace:
         raise ConfigError("--merge keeps the gateway's peers and --replace deletes them: give one")
     client = client_of(arguments)
@@ -18787,7 +18775,6 @@ def key_of(fields: Mapping[str, Any]) -> str:
 
 
 def command_adopt(arguments: argparse.Namespace) -> int:
-    """Take over a live interface with its peers; no tunnel is interrupted."""
     path = arguments.env_file or ".env"
     live = read_live(arguments.interface)
     if is_marked(live.found.alias):
@@ -18910,54 +18897,46 @@ def run_on_peers(client: ApiClient, name: str, peers: Sequence[Mapping[str, Any]
     return cast(list[Any], answer["results"])
 
 
-def command_awg_generate(arguments: argparse.Namespace) -> int:
-    """Print new random parameters."""
-    print(json.dumps(generated_parameters(arguments), indent=2))
-    return 0
-
-
-def generated_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
-    """New random parameters of --generation and --preset. Raises StartError."""
+def random_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """New parameters of --generation and --preset. Raises StartError."""
     try:
-        state = generate_obfuscation(arguments.generation, arguments.preset)
+        shown = show_state(generate_obfuscation(arguments.generation, arguments.preset))
     except ValueError as error:
         raise StartError(str(error)) from None
-    shown = show_state(state)
     del shown["parameters_version"]  # the gateway counts them
     return shown
 
 
+def command_awg_generate(arguments: argparse.Namespace) -> int:
+    print(json.dumps(random_parameters(arguments), indent=2))
+    return 0
+
+
 def command_awg_show(arguments: argparse.Namespace) -> int:
-    """Print the parameters that the gateway uses."""
-    client = client_of(arguments)
-    print(json.dumps(answer_of(client, "GET", "/api/v1/obfuscation"), indent=2))
+    answer = answer_of(client_of(arguments), "GET", "/api/v1/obfuscation")
+    print(json.dumps(answer, indent=2))
     return 0
 
 
 def command_awg_rotate(arguments: argparse.Namespace) -> int:
-    """Change the parameters; the gateway refuses to cut clients off without --yes."""
     client = client_of(arguments)
-    try:
-        wanted = (
-            parse_awg_file(read_data(arguments.params).decode("utf-8"))
-            if arguments.params
-            else generated_parameters(arguments)
-        )
-    except json.JSONDecodeError:
-        raise StartError("--params: the value (not shown) is neither JSON nor @FILE") from None
-    except ValueError as error:
-        raise StartError(f"--params: {error}") from None
+    if arguments.params:
+        with naming("--params"):
+            try:
+                wanted = parse_awg_file(read_data(arguments.params).decode("utf-8"))
+            except json.JSONDecodeError:
+                raise ValueError("the value (not shown) is neither JSON nor @FILE") from None
+    else:
+        wanted = random_parameters(arguments)
     body = encode_json({"parameters": wanted, "confirm": arguments.yes})
     try:
         answer = answer_of(client, "POST", "/api/v1/obfuscation/rotate", body)
     except StartError as error:
-        if '"confirm"' not in str(error):
-            raise
-        raise StartError(f"{error} (for this command: --yes)") from None
+        hint = " (for this command: --yes)" if '"confirm"' in str(error) else ""
+        raise StartError(f"{error}{hint}") from None
     print(
         f"{answer['interface']}: parameters version {answer['parameters_version']}, generation "
-        f"{answer['generation']}; peers that need new configurations: "
-        f"{answer['cut_off_peers']}"
+        f"{answer['generation']}; peers that need new configurations: {answer['cut_off_peers']}"
     )
     for warning in answer["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
@@ -18965,30 +18944,24 @@ def command_awg_rotate(arguments: argparse.Namespace) -> int:
 
 
 def command_net(arguments: argparse.Namespace) -> int:
-    """Set up, remove or show what the host needs around the interfaces."""
-    try:
-        if arguments.action == "down":
-            return tell_steps(take_down(arguments))
-        # `up` changes the host, so it needs settings that only a gateway's host has.
-        config = config_of(arguments, key_needed=arguments.action == "up")
-        tunnels = interface_settings(config)
-        if arguments.action == "show":
-            return report(look_at_network(config, tunnels))
-        store = load_whole(config)[0]
-        claim_interfaces(config, lambda: store)
-        links = [make_link(tunnel, b"") for tunnel in with_kept(tunnels, store, config)]
-        fit_certificate(config)  # here, because the service must not write to its directory
-        notes = (f"note: {found}" for found in _look_at_extra_ports(config, tunnels, store))
-        return tell_steps(itertools.chain(net_up(config, tunnels, links), notes))
-    except BackendError as error:
-        raise StartError(str(error)) from None
-
-
-def tell_steps(steps: Iterable[str]) -> int:
-    """Print each step when it is done."""
-    for step in steps:
+    if arguments.action == "show":
+        config = config_of(arguments)
+        return report(look_at_network(config, interface_settings(config)))
+    for step in take_down(arguments) if arguments.action == "down" else bring_up(arguments):
         print(f"wggw: {step}", flush=True)
     return 0
+
+
+def bring_up(arguments: argparse.Namespace) -> Iterator[str]:
+    """Make what the host needs around the interfaces. Raises BackendError."""
+    config = config_of(arguments, key_needed=True)  # settings that only a gateway's host has
+    tunnels = interface_settings(config)
+    store = load_whole(config)[0]
+    claim_interfaces(config, lambda: store)
+    links = [make_link(tunnel, b"") for tunnel in with_kept(tunnels, store, config)]
+    fit_certificate(config)  # here, because the service must not write to its directory
+    yield from net_up(config, tunnels, links)
+    yield from (f"note: {found}" for found in _look_at_extra_ports(config, tunnels, store))
 
 
 def take_down(arguments: argparse.Namespace) -> Iterator[str]:
@@ -19013,10 +18986,9 @@ def take_down(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def command_doctor(arguments: argparse.Namespace) -> int:
-    """Examine host, files and gateway; exit code 1 when something is wrong."""
     config = config_of(arguments)
-    client = ApiClient(config.db_path)
-    return report(look_at_all(config, lambda: client.call("GET", STATUS_PATH)))
+    ask = functools.partial(ApiClient(config.db_path).call, "GET", STATUS_PATH)
+    return report(look_at_all(config, ask))
 
 
 def report(findings: Iterable[Finding]) -> int:
@@ -19032,7 +19004,6 @@ def report(findings: Iterable[Finding]) -> int:
 
 
 def command_check(arguments: argparse.Namespace) -> int:
-    """Verify snapshot and journal and write nothing, or with --repair save what is readable."""
     config = config_of(arguments)
     if arguments.repair:
         return repair(open_files(config))
@@ -19053,7 +19024,6 @@ def command_check(arguments: argparse.Namespace) -> int:
 
 
 def command_copy(arguments: argparse.Namespace) -> int:
-    """List the remote copy's epochs, read it as a boot would, or replace it by the files here."""
     config = config_of(arguments)
     remote = open_object_store(config, time.time)
     if remote is None:
@@ -19065,17 +19035,15 @@ def command_copy(arguments: argparse.Namespace) -> int:
         if arguments.action == "claim":
             return claim_copy(config, files, epochs, top, newest)
         if newest is None:
-            raise StartError(f"{config.snapshot_url}: no gateway has written a copy there yet")
+            raise CopyError("no gateway has written a copy there yet")
         if arguments.action == "verify":
             prefix, entries = epochs.read(newest.prefix, newest.lineage)
             if not entries:
-                raise StartError(
-                    f"{config.snapshot_url}: epoch {top} has no state yet: try again in a minute"
-                )
+                raise CopyError(f"epoch {top} has no state yet: try again in a minute")
             store = read_state(entries)
-            peers, bytes_read = store.counts.total(), remote.bytes_received
-            print(f"good: epoch {int(prefix[:8])}, record {store.number}, {show_peers(peers)}")
-            print(f"read: {remote.requests} requests, {bytes_read} bytes")
+            peers = show_peers(store.counts.total())
+            print(f"good: epoch {int(prefix[:8])}, record {store.number}, {peers}")
+            print(f"read: {remote.requests} requests, {remote.bytes_received} bytes")
             return 0
         claims = [epochs.read_claim(n) for n in range(newest.epoch, max(0, newest.epoch - 10), -1)]
     except CopyError as error:
@@ -19417,6 +19385,8 @@ def _run_command(arguments: argparse.Namespace) -> int:
         )
     except StartError as error:
         failure = error
+    except BackendError as error:
+        failure = StartError(str(error))
     print(f"wggw: {show_label(str(failure))}", file=sys.stderr)
     Manager(os.environ).tell(f"STATUS={failure}")
     return failure.code

@@ -893,7 +893,7 @@ def test_a_rate_that_is_not_known_yet_is_no_zero() -> None:
 
 def test_spans_are_told_as_one_says_them() -> None:
     day = 86400
-    assert [wggw.show_span(n * day) for n in (1, 729, 3649)] == ["1 d", "729 d", "9 years"]
+    assert [wggw.show_age(n * day) for n in (1, 729, 3649)] == ["1 d", "729 d", "9 years"]
 
 
 def test_bytes_and_ages_are_short() -> None:
