@@ -17260,10 +17260,7 @@ _NAME_LINE = re.compile(r"(?:friendly_name|name)\s*[=:]\s*(.*)", re.IGNORECASE)
 _SERVER_LINES = frozenset({"address", "listenport", "privatekey", "mtu", "fwmark", "saveconfig"})
 _PEER_LINES = frozenset({"publickey", "presharedkey", "allowedips"})
 _UNUSED_PEER_LINES = frozenset({"endpoint", "persistentkeepalive", "advancedsecurity"})
-_KNOWN_LINES = frozenset(
-    {"dns", "table", "preup", "postup", "predown", "postdown", *_AWG_LINES}
-    | _SERVER_LINES | _PEER_LINES | _UNUSED_PEER_LINES
-)  # fmt: skip
+_KNOWN_LINES = frozenset((*_OTHER_LINES, *_AWG_LINES, *_PEER_LINES, *_UNUSED_PEER_LINES))
 
 
 def read_wg_file(text: str) -> FoundState:
@@ -17885,8 +17882,9 @@ def give_to_owner(target: str, path: str) -> None:
 # COMMANDS, at the end, is the table of commands: name, function, help, examples, arguments. Most
 # commands ask the gateway over its Unix socket, or with --url over HTTPS, and print the answer:
 # whole lines in a pipe, and on a terminal what fits its width. The others read the files, or change
-# the host, without a gateway. Every command raises StartError for what went wrong; _run_command()
-# prints it and returns its exit code.
+# the host, without a gateway. A command raises StartError or BackendError for what went wrong;
+# _run_command() prints it and returns its exit code. Tables on the screen are data, too: columns,
+# the most important first, with a function for the cells of each.
 # Never here: rules, which the API and the sections above have.
 # ==================================================================================================
 
@@ -18025,13 +18023,13 @@ def config_of(arguments: argparse.Namespace, key_needed: bool = False) -> Config
     return load_config(os.environ, arguments.env_file, key_needed)
 
 
-def installed_settings(environ: Mapping[str, str]) -> str | None:
+def installed_settings() -> str | None:
     """The installed gateway's settings file, unless environment or directory have settings.
 
     If the file exists but cannot be read, load_config says why.
     """
     own = {setting.name for setting in SETTINGS if not setting.name.startswith("AWS_")}
-    if own & environ.keys() or os.path.exists(".env"):
+    if own & os.environ.keys() or os.path.exists(".env"):
         return None
     try:
         os.stat(INSTALLED_SETTINGS)
@@ -18256,10 +18254,10 @@ def status_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
     interfaces, snapshot, journal = status["interfaces"], status["snapshot"], status["journal"]
     received, sent = (show_rate(rate_of(status, interfaces, way)) for way in ("rx", "tx"))
     left = parse_rfc3339(status["certificate_expires_at"]) - now
-    colour, reasons = "good", []
+    colour, reasons = "good", status["reasons"]
     if status["status"] != "healthy":
         advice = "what to do: run `wggw doctor` as root on the gateway's host"
-        colour, reasons = "bad", [*status["reasons"], advice]
+        colour, reasons = "bad", [*reasons, advice]
     title = (
         f"{status['status']}: wggw {status['version']}, Python {status['python_version']}, "
         f"up {show_age(status['uptime_seconds'])}"
@@ -18279,7 +18277,7 @@ def status_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
     classes = status.get("service_classes")
     return [
         *screen.wrap(title, 2, colour),
-        *(line for reason in reasons for line in screen.wrap(f"  {reason}", 4, colour)),
+        *(line for reason in reasons for line in screen.wrap(f"  {reason}", 4, "bad")),
         "",
         *(line for fact in facts for line in screen.wrap(fact, 13)),
         "",
@@ -18372,10 +18370,9 @@ SHORT_CELLS: dict[str, Callable[[Any], str]] = {  # where the long ones would lo
 
 
 def peer_lines(peers: Sequence[Mapping[str, Any]], screen: Screen) -> list[str]:
-    whole = show_table(PEER_COLUMNS, peers, screen._replace(width=0))
-    if screen.holds(whole):
-        return whole
-    columns = [(head, side, SHORT_CELLS.get(head, cell)) for head, side, cell in PEER_COLUMNS]
+    columns = PEER_COLUMNS
+    if not screen.holds(show_table(columns, peers, Screen(0, 0, False))):
+        columns = tuple((head, side, SHORT_CELLS.get(head, cell)) for head, side, cell in columns)
     return show_table(columns, peers, screen)
 
 
@@ -18790,12 +18787,8 @@ def command_adopt(arguments: argparse.Namespace) -> int:
             f"{live.name}, and they lose their connection"
         )
     secret = {setting.name for setting in SETTINGS if setting.secret}
-    columns: tuple[Column, ...] = (
-        (path, "<", lambda name: name),
-        ("will be", "<", lambda n: "(not shown)" if n in secret else adoption.settings[n]),
-    )
-    if names := [*adoption.settings]:
-        print(*show_table(columns, names, Screen.of_output()), sep="\n")
+    for name, value in adoption.settings.items():
+        print(f"{path} gets {name}={'(not shown)' if name in secret else value}")
     for manager in other_managers(live):
         print(manager)
     if arguments.dry_run:
@@ -19376,7 +19369,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
             stream.reconfigure(errors="replace")
     try:
         if arguments.run is not command_serve:
-            arguments.env_file = arguments.env_file or installed_settings(os.environ)
+            arguments.env_file = arguments.env_file or installed_settings()
         return cast(int, arguments.run(arguments))
     except UnicodeEncodeError:  # bytes of an argument, or \ud800 in a file
         failure = StartError(
