@@ -17222,6 +17222,9 @@ def naming(action: str) -> Iterator[None]:
         raise StartError(f"{action}: {error}") from None
 
 
+Json = Mapping[str, Any]  # a JSON object
+
+
 class FoundPeer(NamedTuple):
     """A peer of another program, and the reason why the gateway cannot serve it ("" if it can)."""
 
@@ -17366,7 +17369,7 @@ def _with_addresses(place: str, fields: dict[str, Any], networks: Iterable[str])
     return FoundPeer(place, fields, "" if count else "it has no address")
 
 
-def outside(fields: Mapping[str, Any], subnets: Collection[IPv4or6Network]) -> str:
+def outside(fields: Json, subnets: Collection[IPv4or6Network]) -> str:
     """The reason that an address of the peer is in none of the subnets, or ""."""
     for name in ADDRESS_FIELD.values():
         with contextlib.suppress(ValueError):  # the gateway refuses what is no address
@@ -17768,7 +17771,7 @@ class Adoption:
         except ValueError as error:
             yield str(error)
 
-    def misfit(self, fields: Mapping[str, Any]) -> str:
+    def misfit(self, fields: Json) -> str:
         """The reason why settings or database do not allow the peer, "" if they do."""
         known = self._store.get(fields["public_key"])
         if known is not None and known.interface != self.live.name:
@@ -17787,7 +17790,7 @@ class Adoption:
                 )
         return ""
 
-    def perform(self, peers: Sequence[Mapping[str, Any]]) -> DesiredResult:
+    def perform(self, peers: Sequence[Json]) -> DesiredResult:
         """Take the interface over with these peers. Raises StartError; after one, or after a crash,
         the same call continues where it stopped."""
         config, key_file = self._config, self._row.private_key_file
@@ -17818,7 +17821,7 @@ class Adoption:
                 route.mark(self.live.name, self._row.mark)
         return result
 
-    def _fill_database(self, peers: Sequence[Mapping[str, Any]]) -> DesiredResult:
+    def _fill_database(self, peers: Sequence[Json]) -> DesiredResult:
         """Give the peers as a desired state to a gateway without real interfaces, which verifies
         them as always. Raises StartError."""
         config = self._config
@@ -17887,6 +17890,16 @@ def give_to_owner(target: str, path: str) -> None:
 # the most important first, with a function for the cells of each.
 # Never here: rules, which the API and the sections above have.
 # ==================================================================================================
+
+
+def show_label(label: str | None) -> str:
+    """A label without characters that control a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in label or "")
+
+
+def complain(text: str) -> None:
+    """Write a line to standard error; nothing in it controls a terminal."""
+    print(show_label(text), file=sys.stderr)
 
 
 class ApiClient:
@@ -18077,7 +18090,7 @@ def command_call(arguments: argparse.Namespace) -> int:
         status, body = client.call(arguments.method, arguments.path, data)
     sys.stdout.buffer.write(body + (b"" if body.endswith(b"\n") else b"\n"))
     if status >= 400:
-        print(f"wggw: status {status}", file=sys.stderr)
+        complain(f"wggw: status {status}")
     return int(status >= 400)
 
 
@@ -18201,9 +18214,7 @@ def print_answer(
         print(*lines(Screen.of_output()), sep="\n")
 
 
-def rate_of(
-    status: Mapping[str, Any], interfaces: Sequence[Mapping[str, Any]], way: str
-) -> float | None:
+def rate_of(status: Json, interfaces: Sequence[Json], way: str) -> float | None:
     """Bytes per second of interfaces ("rx" or "tx"); None before the first sample of one."""
     if any(i["sample_age_seconds"] > status["uptime_seconds"] for i in interfaces):
         return None
@@ -18248,7 +18259,7 @@ CLASS_COLUMNS: tuple[Column, ...] = (
 # fmt: on
 
 
-def status_lines(status: Mapping[str, Any], screen: Screen) -> list[str]:
+def status_lines(status: Json, screen: Screen) -> list[str]:
     """The state of a gateway, on one screen."""
     now = parse_rfc3339(status["timestamp"])
     interfaces, snapshot, journal = status["interfaces"], status["snapshot"], status["journal"]
@@ -18322,7 +18333,7 @@ def list_peers(client: ApiClient, query: str, enough: int = sys.maxsize) -> list
     return peers
 
 
-PEER_ORDERS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], bool]] = {
+PEER_ORDERS: dict[str, tuple[Callable[[Json], Any], bool]] = {
     "created": (lambda peer: peer["created_at"], False),
     "key": (lambda peer: peer["public_key"], False),
     "rx": (lambda peer: peer["rx_bytes"], True),
@@ -18332,12 +18343,7 @@ PEER_ORDERS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], bool]] = {
 }
 
 
-def show_label(label: str | None) -> str:
-    """A label without characters that control a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in label or "")
-
-
-def show_quota(peer: Mapping[str, Any]) -> str:
+def show_quota(peer: Json) -> str:
     """How much of its quota a peer has used, such as "12% of 5 GB/day"."""
     quota, period = peer["quota_bytes"], peer["quota_period"]
     if quota is None:
@@ -18369,7 +18375,7 @@ SHORT_CELLS: dict[str, Callable[[Any], str]] = {  # where the long ones would lo
 }
 
 
-def peer_lines(peers: Sequence[Mapping[str, Any]], screen: Screen) -> list[str]:
+def peer_lines(peers: Sequence[Json], screen: Screen) -> list[str]:
     columns = PEER_COLUMNS
     if not screen.holds(show_table(columns, peers, Screen(0, 0, False))):
         columns = tuple((head, side, SHORT_CELLS.get(head, cell)) for head, side, cell in columns)
@@ -18457,11 +18463,7 @@ def parse_member(text: str) -> tuple[str, Any]:
 
 
 def print_new_file(
-    client: ApiClient,
-    path: str,
-    key_field: str,
-    fields: Mapping[str, Any],
-    lose: Callable[[str], str],
+    client: ApiClient, path: str, key_field: str, fields: Json, lose: Callable[[str], str]
 ) -> None:
     """Make a key, POST its public half with the fields, and write the client's file to standard
     output. If that fails, lose() does and says what becomes of the peer. Raises StartError."""
@@ -18474,10 +18476,9 @@ def print_new_file(
         if KEY_PLACEHOLDER not in text:
             raise StartError("the gateway did not send the client's file")
         if "\nEndpoint = GATEWAY:" in text:
-            print(
+            complain(
                 "wggw: write the gateway's address in the place of GATEWAY in the client's file; "
-                "with WG_ENDPOINT set, the gateway does this",
-                file=sys.stderr,
+                "with WG_ENDPOINT set, the gateway does this"
             )
         data = text.replace(KEY_PLACEHOLDER, encode_key(private)).encode("utf-8")
         with naming("cannot write the client's file"):
@@ -18493,7 +18494,7 @@ def command_peer_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def field_lines(peer: Mapping[str, Any], screen: Screen) -> list[str]:
+def field_lines(peer: Json, screen: Screen) -> list[str]:
     """All fields of a peer that have a value."""
     lines: list[str] = []
     for name, value in peer.items():
@@ -18543,9 +18544,7 @@ class Top:
         self._peer_rates: dict[str, tuple[float, float]] = {}
         self._sampled = -math.inf  # monotonic seconds of the last sample that was seen
 
-    def look(
-        self, status: Mapping[str, Any], peers: Sequence[Mapping[str, Any]], now: float
-    ) -> None:
+    def look(self, status: Json, peers: Sequence[Json], now: float) -> None:
         """Compute rates from an answer, if the gateway took a sample since the last one."""
         interfaces = status["interfaces"]
         sampled = now - min(i["sample_age_seconds"] for i in interfaces)
@@ -18566,11 +18565,7 @@ class Top:
         self._seen = seen
 
     def lines(
-        self,
-        status: Mapping[str, Any],
-        peers: Sequence[Mapping[str, Any]],
-        screen: Screen,
-        trouble: str = "",
+        self, status: Json, peers: Sequence[Json], screen: Screen, trouble: str = ""
     ) -> list[str]:
         """The screen; `trouble` says why its figures are old."""
         marks = SPARKS if "utf" in (sys.stdout.encoding or "").lower() else PLAIN_SPARKS
@@ -18716,7 +18711,7 @@ def command_import(arguments: argparse.Namespace) -> int:
     texts = [text for interface in interfaces for text in interface.get("subnets", {}).values()]
     subnets = [ipaddress.ip_network(text) for text in texts]
 
-    def misfit(fields: Mapping[str, Any]) -> str:
+    def misfit(fields: Json) -> str:
         is_new = str(fields.get("public_key")) not in existing
         return outside(fields, subnets) if is_new and subnets else ""
 
@@ -18742,17 +18737,16 @@ def command_import(arguments: argparse.Namespace) -> int:
 
 
 def fitting_peers(
-    name: str, state: FoundState, misfit: Callable[[Mapping[str, Any]], str], skip: bool
+    name: str, state: FoundState, misfit: Callable[[Json], str], skip: bool
 ) -> list[dict[str, Any]]:
     """The fields of the peers that the gateway can serve: misfit() returns no reason. Prints the
     others with their reasons, and raises StartError for them, unless `skip`."""
     for note in state.notes:
-        print(show_label(f"{name}: {note}"), file=sys.stderr)
+        complain(f"{name}: {note}")
     fitting: list[dict[str, Any]] = []
     for peer in state.peers:
         if reason := peer.reason or misfit(peer.fields):
-            text = f"{name}: {peer.place} ({key_of(peer.fields)}): {reason}"
-            print(show_label(text), file=sys.stderr)
+            complain(f"{name}: {peer.place} ({key_of(peer.fields)}): {reason}")
         else:
             fitting.append(peer.fields)
     unfit = len(state.peers) - len(fitting)
@@ -18765,10 +18759,10 @@ def fitting_peers(
     return fitting
 
 
-def key_of(fields: Mapping[str, Any]) -> str:
+def key_of(fields: Json) -> str:
     """A peer's name in messages."""
     key = fields.get("public_key")
-    return show_label(short_key(key)) if key and isinstance(key, str) else "without a key"
+    return short_key(key) if key and isinstance(key, str) else "without a key"
 
 
 def command_adopt(arguments: argparse.Namespace) -> int:
@@ -18804,9 +18798,7 @@ def command_adopt(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def put_state(
-    client: ApiClient, peers: Iterable[Mapping[str, Any]], dry_run: bool
-) -> dict[str, Any]:
+def put_state(client: ApiClient, peers: Iterable[Json], dry_run: bool) -> dict[str, Any]:
     """Make these the gateway's only peers, all of them or nothing."""
     lines = b"".join(encode_json(fields) + b"\n" for fields in peers)
     query = "dry_run=true" if dry_run else "allow_mass_delete=true"
@@ -18814,9 +18806,7 @@ def put_state(
         return answer_of(client, "PUT", f"{CONFIGURATIONS_PATH}/?{query}", lines or b"[]")
 
 
-def would_add(
-    client: ApiClient, fitting: Sequence[Mapping[str, Any]], existing: Collection[str]
-) -> int:
+def would_add(client: ApiClient, fitting: Sequence[Json], existing: Collection[str]) -> int:
     """Print what add_peers() would do; exit code 1 when the gateway would refuse a peer."""
     new: dict[str, dict[str, Any]] = {}
     known = refused = 0
@@ -18833,7 +18823,7 @@ def would_add(
                 new[key] = given
         except GatewayError as error:
             refused += 1
-            print(f"{key_of(peer)} would be refused: {error.detail}", file=sys.stderr)
+            complain(f"{key_of(peer)} would be refused: {error.detail}")
     kept = [{"public_key": key} for key in existing]
     while new:  # which may not fit the gateway's settings or its other peers
         try:
@@ -18845,13 +18835,13 @@ def would_add(
                 raise
             refused += 1
             key = [*new][int(place[1]) - 1]
-            print(f"{key_of(new.pop(key))} would be refused: {place[2]}", file=sys.stderr)
+            complain(f"{key_of(new.pop(key))} would be refused: {place[2]}")
     words = f"; would be refused: {refused}" if refused else ""
     print(f"would create {show_peers(len(new))}; already there, not changed: {known}{words}")
     return int(refused > 0)
 
 
-def add_peers(client: ApiClient, fitting: Sequence[Mapping[str, Any]]) -> int:
+def add_peers(client: ApiClient, fitting: Sequence[Json]) -> int:
     """Create the peers that do not exist; exit code 1 when the gateway refused one."""
     counts = dict.fromkeys(("created", "existed", "refused"), 0)
     for start in range(0, len(fitting), MAX_BATCH // 2):
@@ -18869,19 +18859,16 @@ def add_peers(client: ApiClient, fitting: Sequence[Mapping[str, Any]]) -> int:
         for peer, result in zip([*chunk, *suspended], results, strict=True):
             if isinstance(result["status"], int):
                 counts["refused"] += 1
-                print(f"{key_of(peer)} is refused: {result['detail']}", file=sys.stderr)
+                complain(f"{key_of(peer)} is refused: {result['detail']}")
             elif result["status"] != "suspended":
                 counts["created" if result["status"] == "created" else "existed"] += 1
             if names := ", ".join(result.get("differs", ())):
-                print(
-                    f"{key_of(peer)} exists with another {names}, and stays as it is",
-                    file=sys.stderr,
-                )
+                complain(f"{key_of(peer)} exists with another {names}, and stays as it is")
     print("done: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
     return int(counts["refused"] > 0)
 
 
-def run_on_peers(client: ApiClient, name: str, peers: Sequence[Mapping[str, Any]]) -> list[Any]:
+def run_on_peers(client: ApiClient, name: str, peers: Sequence[Json]) -> list[Any]:
     """The results of one operation on each of the peers, in their order."""
     if not peers:
         return []
@@ -18932,7 +18919,7 @@ def command_awg_rotate(arguments: argparse.Namespace) -> int:
         f"{answer['generation']}; peers that need new configurations: {answer['cut_off_peers']}"
     )
     for warning in answer["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+        complain(f"warning: {warning}")
     return 0
 
 
@@ -18974,7 +18961,7 @@ def take_down(arguments: argparse.Namespace) -> Iterator[str]:
         names.update(tunnel.name for tunnel in tunnels)
         recognise = recognise_by(tunnels, lambda: load_whole(config)[0])
     except ConfigError as error:
-        print(f"wggw: {error}; only interfaces with the mark {mark!r} are removed", file=sys.stderr)
+        complain(f"wggw: {error}; only interfaces with the mark {mark!r} are removed")
     return net_down(mark, names, recognise, arguments.keep_interfaces)
 
 
@@ -19356,7 +19343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # such as a full disk, or `wggw peers | head`
         with contextlib.suppress(OSError):
             if not isinstance(error, BrokenPipeError):
-                print(f"wggw: {error.filename or 'output'}: {_reason(error)}", file=sys.stderr)
+                complain(f"wggw: {error.filename or 'output'}: {_reason(error)}")
         # Python flushes once more at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -19380,7 +19367,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
         failure = error
     except BackendError as error:
         failure = StartError(str(error))
-    print(f"wggw: {show_label(str(failure))}", file=sys.stderr)
+    complain(f"wggw: {failure}")
     Manager(os.environ).tell(f"STATUS={failure}")
     return failure.code
 
