@@ -9055,47 +9055,45 @@ def is_translated(subnet: IPv4or6Network) -> bool:
     )
 
 
+# nft's words by IP version: for an address of that version, and for its protocol and type.
+NFT_FAMILIES = {4: ("ip", "ipv4"), 6: ("ip6", "ipv6")}
+# What counts as one caller of LIMIT_SSH: in IPv6 a /64, because one customer has at least that.
+LIMITED = {4: "ip saddr", 6: "ip6 saddr & ffff:ffff:ffff:ffff::"}
+
+
 def _nft_set(items: Iterable[object]) -> str:
     return "{ " + ", ".join(map(str, items)) + " }"
 
 
-def _collapsed(networks: Iterable[IPv4or6Network], version: int) -> list[IPv4or6Network]:
-    """The networks of one IP version, without overlaps: nft refuses a set that has some."""
-    mine = (network for network in networks if network.version == version)
-    return list(ipaddress.collapse_addresses(mine))  # type: ignore[type-var]
+def _all_but(networks: Iterable[IPv4or6Network], side: str, version: int) -> str | None:
+    """nft's match of the addresses of one IP version outside of `networks`; None if all are inside.
 
-
-def _api_drops(allowed: Sequence[IPv4or6Network], port: int) -> Iterator[str]:
-    """Rules that drop connections to the API from all networks except `allowed`."""
-    for version, protocol, name in ((4, "ipv4", "ip"), (6, "ipv6", "ip6")):
-        networks = _collapsed(allowed, version)
-        if any(network.prefixlen == 0 for network in networks):
-            continue
-        sources = f"{name} saddr != {_nft_set(networks)}" if networks else ""
-        yield f'iifname != "lo" meta nfproto {protocol} {sources} tcp dport {port} drop'
-
-
-# Sets of addresses that have opened a connection in the last 30 seconds: name, type, key. In IPv6
-# the key is a /64, because one customer has at least that much.
-LIMITED = (
-    ("callers4", "ipv4_addr", "ip saddr"),
-    ("callers6", "ipv6_addr", "ip6 saddr & ffff:ffff:ffff:ffff::"),
-)
-LIMIT_SET = "flags dynamic,timeout; size 65536; timeout 30s;"
-
-
-def limit_rules(port: int) -> Iterator[str]:
-    """Rules that allow an address six new connections to a TCP port in thirty seconds.
-
-    Each address has a token bucket of six in its set's element. It is practically never refilled
-    (once a day), but the element expires after thirty seconds.
+    nft refuses a set with overlaps.
     """
-    for name, kind, key in LIMITED:
-        family = kind.removesuffix("_addr")
-        yield (
-            f'iifname != "lo" meta nfproto {family} tcp dport {port} ct state new '
-            f"add @{name} {{ {key} limit rate over 1/day burst 6 packets }} drop"
-        )
+    mine = [network for network in networks if network.version == version]
+    if any(network.prefixlen == 0 for network in mine):
+        return None
+    collapsed = ipaddress.collapse_addresses(mine)  # type: ignore[type-var]
+    return f"{NFT_FAMILIES[version][0]} {side} != {_nft_set(collapsed)}" if mine else ""
+
+
+def _input_rules(config: Config) -> Iterator[str]:
+    """Who may connect to the API, and how often to the port of LIMIT_SSH.
+
+    Each caller has a token bucket of six connections in its set's element. It is practically never
+    refilled (once a day), but the element expires after thirty seconds.
+    """
+    sources = api_sources(config)
+    for version, (_, protocol) in NFT_FAMILIES.items():
+        others = f'iifname != "lo" meta nfproto {protocol}'
+        if config.limit_ssh:
+            yield (
+                f"{others} tcp dport {config.limit_ssh} ct state new add @callers{version} "
+                f"{{ {LIMITED[version]} limit rate over 1/day burst 6 packets }} drop"
+            )
+        outside = _all_but(sources, "saddr", version) if sources else None
+        if outside is not None:
+            yield f"{others} {outside} tcp dport {config.api_port} drop"
 
 
 def render_ruleset(
@@ -9107,7 +9105,6 @@ def render_ruleset(
     # Only packets from outside are redirected: a resolver for the host's other networks keeps 53.
     from_outside = _nft_set(f'"{name}"' for name in uplinks) if uplinks else f"!= {outside}"
     clamp = "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu"
-    sources = api_sources(config)
     chains: dict[str, list[str]] = {
         "prerouting { type nat hook prerouting priority dstnat; policy accept;": [
             f"iifname {from_outside} fib daddr type local "
@@ -9117,8 +9114,7 @@ def render_ruleset(
         ],
         "input { type filter hook input priority filter; policy accept;": [
             f"iifname {names} tcp dport {config.api_port} drop",
-            *(limit_rules(config.limit_ssh) if config.limit_ssh else ()),
-            *(_api_drops(sources, config.api_port) if sources else ()),
+            *_input_rules(config),
         ],
         "forward { type filter hook forward priority filter; policy accept;": [
             *([f"iifname {names} oifname {names} drop"] if config.wg_isolate else []),
@@ -9132,20 +9128,33 @@ def render_ruleset(
             f"oifname {names} ct state new drop",  # packets from tunnels were accepted above
         ],
         "postrouting { type nat hook postrouting priority srcnat; policy accept;": [
-            f"{'ip' if subnet.version == 4 else 'ip6'} saddr {subnet} "
-            f"oifname != {outside} masquerade"
+            f"{NFT_FAMILIES[subnet.version][0]} saddr {subnet} oifname != {outside} masquerade"
             for tunnel in tunnels
             for subnet in tunnel.subnets.values()
             if is_translated(subnet)
         ],
     }
-    lines = [f"table {TABLE}", f"delete table {TABLE}", f"table {TABLE} {{"]
-    lines.append(f"  {table_comment(tunnels[0].mark)};")
-    if config.limit_ssh:
-        lines += [f"  set {name} {{ type {kind}; {LIMIT_SET} }}" for name, kind, _ in LIMITED]
+    limited = "flags dynamic,timeout; size 65536; timeout 30s;"
+    callers = [
+        f"set callers{version} {{ type {protocol}_addr; {limited} }}"
+        for version, (_, protocol) in NFT_FAMILIES.items()
+        if config.limit_ssh
+    ]
+    remove = f"table {TABLE}\ndelete table {TABLE}\n"
+    return remove + _render_table(TABLE, tunnels[0].mark, callers, chains)
+
+
+def _render_table(
+    name: str, mark: str, objects: Sequence[str], chains: Mapping[str, Sequence[str]]
+) -> str:
+    lines = [f"table {name} {{", f"  {table_comment(mark)};", *(f"  {each}" for each in objects)]
     for head, rules in chains.items():
         lines += [f"  chain {head}", *(f"    {rule}" for rule in rules), "  }"]
     return "\n".join([*lines, "}", ""])
+
+
+def count_rules(text: str) -> int:
+    return text.count("\n    ")  # see _render_table()
 
 
 def run_tool(*command: str, given: str = "") -> str:
@@ -9224,11 +9233,10 @@ def tool(name: str) -> str | None:
 
 # A byte bucket of nftables holds at least one second of its rate. The rate is 95.4 % of the
 # class's, so that no ten seconds carry more than 105 %. A TCP flow gets 91 % or more as payload.
-CLASS_SHARE = (954, 1000)
+CLASS_SHARE = 954  # thousandths
 CLASS_BATCH = 32 * 1024  # bytes of elements in one message
 _CLASS_TABLE_NAME = CLASS_TABLE.split()[1].encode("ascii") + b"\0"
 CLASS_COUNTERS = ("down", "up", "refused")  # refused: packets to other destinations
-_FAMILY_WORDS = {"ipv4": ("4", "ip", "ipv4_addr"), "ipv6": ("6", "ip6", "ipv6_addr")}
 
 
 class Member(NamedTuple):
@@ -9253,39 +9261,34 @@ def render_classes(
     if not classes:
         return f"add table {table}\ndelete table {table}\n"
     names = _nft_set(f'"{tunnel.name}"' for tunnel in tunnels)
-    made = [f"add table {table} {{ {table_comment(tunnels[0].mark)}; }}"]
+    objects: list[str] = []
     rules: list[str] = []
+    emptied: list[str] = []
     for name, limits in classes.items():
-        made += [f"add counter {table} {name}.{what}" for what in CLASS_COUNTERS]
-        for version, word, kind in _FAMILY_WORDS.values():
-            members = f"{name}.{version}"
-            made.append(f"add set {table} {members} {{ type {kind}; size 131072; }}")
-            out = f"iifname {names} {word} saddr @{members}"
-            back = f"oifname {names} {word} daddr @{members}"
-            if limits.destinations is not None:
-                to = _collapsed(limits.destinations, int(version))
-                other = f" {word} daddr != {_nft_set(to)}" if to else ""
-                if not any(network.prefixlen == 0 for network in to):
-                    rules.append(f"{out}{other} counter name {name}.refused drop")
-            for match, side, rate in ((out, "up", limits.up), (back, "down", limits.down)):
-                if rate is None:
-                    continue
-                bucket = f"{name}.{side}.{version}"
-                made += [
-                    f"add set {table} {bucket} "
-                    f"{{ type {kind}; size 131072; flags dynamic,timeout; timeout 1m; }}",
-                    f"flush set {table} {bucket}",
-                ]
-                per_second = rate * CLASS_SHARE[0] // CLASS_SHARE[1]
-                address = f"{word} {'saddr' if side == 'up' else 'daddr'}"
-                rules.append(
-                    f"{match} update @{bucket} {{ {address} limit rate over {per_second} "
-                    f"bytes/second }} counter name {name}.{side} drop"
-                )
-    chain = f"{table} forward"
-    made.append(f"add chain {chain} {{ type filter hook forward priority filter - 5; }}")
-    made.append(f"flush chain {chain}")
-    return "\n".join([*made, *(f"add rule {chain} {rule}" for rule in rules), ""])
+        objects += [f"counter {name}.{what} {{ }}" for what in CLASS_COUNTERS]
+        for version, (word, protocol) in NFT_FAMILIES.items():
+            members, kind = f"{name}.{version}", f"type {protocol}_addr; size 131072;"
+            objects.append(f"set {members} {{ {kind} }}")
+            outside = _all_but(limits.destinations or (), "daddr", version)
+            if limits.destinations is not None and outside is not None:
+                sent = f"iifname {names} {word} saddr @{members}"
+                rules.append(f"{sent} {outside} counter name {name}.refused drop")
+            for side, way, address, rate in (
+                ("up", "iifname", f"{word} saddr", limits.up),
+                ("down", "oifname", f"{word} daddr", limits.down),
+            ):
+                if rate is not None:
+                    bucket, per_second = f"{name}.{side}.{version}", rate * CLASS_SHARE // 1000
+                    objects.append(f"set {bucket} {{ {kind} flags dynamic,timeout; timeout 1m; }}")
+                    emptied.append(f"flush set {table} {bucket}\n")
+                    rules.append(
+                        f"{way} {names} {address} @{members} update @{bucket} {{ {address} limit "
+                        f"rate over {per_second} bytes/second }} counter name {name}.{side} drop"
+                    )
+    mark = tunnels[0].mark
+    flush = f"add table {table} {{ {table_comment(mark)}; }}\nflush table {table}\n"
+    chains = {"forward { type filter hook forward priority filter - 5;": rules}
+    return "".join([flush, _render_table(table, mark, objects, chains), *emptied])
 
 
 def encode_members(members: Iterable[Member]) -> Iterator[bytes]:
@@ -9389,9 +9392,8 @@ class ClassTable:
             raise
         self.dropped = dict(decode_counters(counters))
         counters_needed = len(CLASS_COUNTERS) * len(self._classes)
-        rules_needed = self._text.count("\nadd rule ")
         enough_counters = len(self.dropped) >= counters_needed if self._classes else not counters
-        return len(rules) == rules_needed and enough_counters
+        return len(rules) == count_rules(self._text) and enough_counters
 
     def add(self, members: Collection[Member]) -> None:
         """Existing members stay. Raises BackendError; some may have been added then."""
@@ -9417,7 +9419,7 @@ class ClassTable:
         """All members: O(members). Raises BackendError."""
         found: set[Member] = set()
         for name in () if self.failure else self._classes:
-            for version, *_ in _FAMILY_WORDS.values():
+            for version in NFT_FAMILIES:
                 try:
                     answer = self._dump(NFT_MSG_GETSETELEM, _set_head(f"{name}.{version}"))
                 except NetlinkError as error:
@@ -9454,27 +9456,21 @@ class ClassedBackend:
     repairs what somebody else changed. A limit is in force before its peer is on the interface, and
     ends after the peer has left it.
 
-    `_held` has, by public key, the members that this gateway left in the sets. The lock is held
-    while the sets are changed or read, never while the interface is.
+    `_held` has, by public key, the members of the interface's peers, `_coming` those of a change in
+    progress, and `_strays` what else may be in the sets. The lock is held while the sets are
+    changed or read, never while the interface is.
     """
 
     def __init__(self, inner: Backend, table: ClassTable, subnets: Sequence[IPv4or6Network]):
         self.kind = inner.kind
         self._inner = inner
         self._table = table
-        # The length of a packed address in bytes, its network bits, and the number of host bits.
-        self._subnets = [
-            (
-                subnet.max_prefixlen // 8,
-                int(subnet.network_address) >> (subnet.max_prefixlen - subnet.prefixlen),
-                subnet.max_prefixlen - subnet.prefixlen,
-            )
-            for subnet in subnets
-        ]
+        self._ranges = [(s.network_address.packed, s.broadcast_address.packed) for s in subnets]
         self._lock = threading.Lock()
         self._held: dict[bytes, set[Member]] = {}
-        self._strays: set[Member] = set()  # members in the sets that no peer has
-        self._changes = 0
+        self._coming: set[Member] = set()
+        self._strays: set[Member] = set()
+        self._changes = 0  # how many apply() has made or given up
 
     def setup(self, link: Link | None = None, make: bool = True) -> None:
         self._inner.setup(link, make)
@@ -9484,47 +9480,42 @@ class ClassedBackend:
         return self._inner.alive() and (bool(self._table.failure) or self._table.alive())
 
     def apply(self, changes: Sequence[Change]) -> None:
+        after = {key: members_of(peer) for key, peer in changes}
+        wanted = set().union(*after.values())
         with self._lock:
-            come: set[Member] = set()
-            gone = set(self._strays)
-            meanwhile: dict[bytes, set[Member]] = {}  # old and new members, until the old ones go
-            for key, peer in changes:
-                members = members_of(peer)
-                before = meanwhile.get(key) or self._held.get(key, set())
-                meanwhile[key] = members | before
-                come |= members - before
-                gone |= before - members
-            self._changes += 1
-            try:
-                self._table.add(come)
-            except BackendError:  # some may be there now; the next try adds all of them again
-                self._strays |= come.difference(itertools.chain.from_iterable(self._held.values()))
-                raise
-            self._held.update((key, members) for key, members in meanwhile.items() if members)
+            before = set().union(*(self._held.get(key, set()) for key in after))
+            self._coming = come = wanted - before
+            gone = (before | self._strays) - wanted
         try:
+            with self._lock:
+                self._table.add(come)
             self._inner.apply(changes)
         except BackendError:
             with self._lock, contextlib.suppress(BackendError):
-                for key, _ in changes:
-                    self._held[key] = self._held.get(key, set()) - come
-                self._table.remove(list(come))
+                self._end_change(come)
             raise
-        if not gone:
-            return
         with self._lock:
-            for key, peer in changes:
-                if members := members_of(peer):
+            for key, members in after.items():
+                if members:
                     self._held[key] = members
                 else:
                     self._held.pop(key, None)
-            gone -= {member for key, _ in changes for member in self._held.get(key, ())}
-            self._table.remove(list(gone))
-            self._strays = set()
+            self._strays -= wanted
+            self._end_change(gone)
+
+    def _end_change(self, gone: set[Member]) -> None:
+        """Remove members that no peer has; those that cannot be removed are strays."""
+        self._changes += 1
+        self._coming = set()
+        self._strays |= gone
+        self._table.remove(list(gone))
+        self._strays -= gone
 
     def read(self, known: Container[int]) -> Reading:
         with self._lock:
-            number, there = self._changes, self._of_this_interface(self._table.read())
-            expected = set(itertools.chain.from_iterable(self._held.values()))
+            number = self._changes
+            there = {member for member in self._table.read() if self._is_ours(member.address)}
+            expected = self._coming.union(*self._held.values())
         if not there and not expected:
             return self._inner.read(known)
         reading = self._inner.read(known if there == expected else ())
@@ -9533,30 +9524,18 @@ class ClassedBackend:
             (mark, state._replace(peer=_with_class(state.peer, classes)))
             for mark, state in reading.changed
         ]
-        if there != expected:
-            with self._lock:
-                if number == self._changes:
-                    self._take_over(there, [state.peer for _, state in changed])
+        with self._lock:
+            if there != expected and number == self._changes:  # trust the sets: others changed them
+                pairs = ((s.peer.public_key, members_of(s.peer) & there) for _, s in changed)
+                self._held = {key: members for key, members in pairs if members}
+                self._strays = there.difference(*self._held.values())
         return reading._replace(changed=changed)
 
-    def _take_over(self, there: set[Member], peers: Sequence[WirePeer]) -> None:
-        """Trust the sets: an earlier process or somebody else changed them."""
-        self._held = {}
-        for peer in peers:
-            if members := members_of(peer) & there:
-                self._held[peer.public_key] = members
-        self._strays = there.difference(itertools.chain.from_iterable(self._held.values()))
-
-    def _of_this_interface(self, members: set[Member]) -> set[Member]:
-        return {
-            member
-            for member in members
-            if any(
-                len(member.address) == length
-                and int.from_bytes(member.address, "big") >> shift == upper
-                for length, upper, shift in self._subnets
-            )
-        }
+    def _is_ours(self, address: bytes) -> bool:
+        """Whether an address is in the interface's subnets; each class has one set for all."""
+        return any(
+            len(address) == len(first) and first <= address <= last for first, last in self._ranges
+        )
 
     def close(self) -> None:
         self._inner.close()
@@ -9929,7 +9908,7 @@ def _look_at_table(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iter
         yield Finding("NAT", f"table {TABLE} is missing", "run `wggw net up`", True)
         return
     found = len(re.findall(r"^\t\t(?:iifname|oifname|ip|ip6) ", table, re.MULTILINE))
-    wanted = render_ruleset(config, tunnels).count("\n    ")
+    wanted = count_rules(render_ruleset(config, tunnels))
     for tunnel in tunnels:
         for subnet in tunnel.subnets.values():
             if not is_translated(subnet):

@@ -134,7 +134,7 @@ def test_rates_have_the_suffixes_of_tc(text: str, rate: int) -> None:
 def test_ruleset_names_each_class_and_drops_by_family() -> None:
     config = classes(CLASSES)
     text = wggw.render_classes(config.service_classes, wggw.interface_settings(config))
-    rules = [line for line in text.splitlines() if line.startswith("add rule")]
+    rules = [line for line in text.splitlines() if line.startswith("    ")]
     assert len([rule for rule in rules if "@slow." in rule]) == 4
     web = [rule for rule in rules if "@web." in rule]
     assert "ip daddr != { 192.0.2.0/24 }" in web[0] and web[1].endswith("web.refused drop")
