@@ -333,9 +333,9 @@ try:
     config = wggw.load_config(given, "/dev/null", key_needed=False)
 except wggw.StartError:  # check_settings reports it
     sys.exit()
-tunnels = wggw.interface_settings(dataclasses.replace(config, env_file=sys.argv[1]))
-taken = wggw.taken_networks(tunnels)
-for tunnel in tunnels:
+host = wggw.Host(dataclasses.replace(config, env_file=sys.argv[1]), wggw.Store())
+taken = host.networks()
+for tunnel in host.tunnels:
     for family, subnet in tunnel.subnets.items():
         name = f"{tunnel.prefix}_{family.upper()}_SUBNET"
         if name in given and name not in sys.argv[3:]:

@@ -9559,18 +9559,12 @@ def _with_class(peer: WirePeer, classes: Mapping[bytes, str]) -> WirePeer:
 FORWARDING = {"ipv4": "net/ipv4/ip_forward", "ipv6": "net/ipv6/conf/all/forwarding"}
 
 
-def forwarding_families(tunnels: Sequence[InterfaceSettings]) -> list[str]:
-    """The families of the tunnels that the kernel supports."""
-    named = [family for family in FAMILIES if any(family in t.subnets for t in tunnels)]
-    return [family for family in named if os.path.exists(f"/proc/sys/{FORWARDING[family]}")]
-
-
-def read_sysctl(name: str) -> str:
-    """A value under /proc/sys, empty if the kernel does not have it."""
+def read_sysctl(name: str) -> str | None:
+    """A value under /proc/sys, None if the kernel does not have it."""
     try:
         return Path("/proc/sys", name).read_text("ascii").strip()
     except OSError:
-        return ""
+        return None
 
 
 def write_sysctl(name: str, value: str) -> None:
@@ -9582,515 +9576,154 @@ def write_sysctl(name: str, value: str) -> None:
         raise BackendError(text + way * (error.errno == errno.EROFS)) from None
 
 
+def read_forwarding(tunnels: Sequence[InterfaceSettings]) -> Iterator[tuple[str, bool]]:
+    """The settings of the tunnels' families that the kernel supports, and whether each is on."""
+    for family in FAMILIES:
+        value = read_sysctl(FORWARDING[family])
+        if value is not None and any(family in tunnel.subnets for tunnel in tunnels):
+            yield FORWARDING[family], value == "1"
+
+
 def turn_on_forwarding(tunnels: Sequence[InterfaceSettings]) -> Iterator[str]:
-    """Yields each change that it made. Raises BackendError."""
-    for family in forwarding_families(tunnels):
-        name = FORWARDING[family]
-        if read_sysctl(name) == "1":
-            continue
-        if family == "ipv6":
-            yield from _keep_router_advertisements([tunnel.name for tunnel in tunnels])
-        write_sysctl(name, "1")
-        yield f"{name} = 1"
+    """Yields each change that it made. Raises BackendError.
 
-
-def _keep_router_advertisements(tunnels: Sequence[str]) -> Iterator[str]:
-    """Set accept_ra to 2 where it is 1 (Documentation/networking/ip-sysctl.rst).
-
-    Otherwise a host that forwards ignores router advertisements and loses its own default route.
+    A host that forwards ignores router advertisements, and loses its own default route, where
+    accept_ra is 1 (Documentation/networking/ip-sysctl.rst): there it becomes 2.
     """
-    for directory in sorted(Path("/proc/sys/net/ipv6/conf").glob("*")):
-        name = f"net/ipv6/conf/{directory.name}/accept_ra"
-        if directory.name not in ("lo", "all", *tunnels) and read_sysctl(name) == "1":
-            write_sysctl(name, "2")
-            yield f"{name} = 2"
+    for forwarding, is_on in read_forwarding(tunnels):
+        if is_on:
+            continue
+        if forwarding == FORWARDING["ipv6"]:
+            ours = {"lo", "all", *(tunnel.name for tunnel in tunnels)}
+            for interface in sorted({*os.listdir("/proc/sys/net/ipv6/conf")} - ours):
+                name = f"net/ipv6/conf/{interface}/accept_ra"
+                if read_sysctl(name) == "1":
+                    write_sysctl(name, "2")
+                    yield f"{name} = 2"
+        write_sysctl(forwarding, "1")
+        yield f"{forwarding} = 1"
 
 
 # --- ufw ------------------------------------------------------------------------------------------
 
 
-def ufw_is_active() -> bool:
-    return tool("ufw") is not None and "Status: active" in run_tool("ufw", "status")
-
-
 def ufw_rules(config: Config, tunnels: Sequence[InterfaceSettings]) -> list[str]:
     """The rules, in ufw's words, with which ufw lets through what our table lets through."""
-    port = config.api_port
-    sources = [
-        network.network_address if network.num_addresses == 1 else network
-        for network in api_sources(config)
+    port, sources = config.api_port, api_sources(config)
+    if any(network.prefixlen == 0 for network in sources):
+        sources = ()  # ufw has no word for a network of all addresses
+    api = [
+        f"allow from {network.network_address if network.num_addresses == 1 else network} "
+        f"to any port {port} proto tcp"
+        for network in sources
     ]
-    if any(network.prefixlen == 0 for network in api_sources(config)):
-        sources = []  # ufw has no word for a network of all addresses
     return [
         *(f"allow {tunnel.ports[0]}/udp" for tunnel in tunnels),
-        *([f"allow {port}/tcp"] if not sources else []),
-        *(f"allow from {source} to any port {port} proto tcp" for source in sources),
+        *(api or [f"allow {port}/tcp"]),
         *(f"route allow in on {tunnel.name}" for tunnel in tunnels),
     ]
 
 
-def parse_ufw(shown: str) -> tuple[list[str], list[str]]:
-    """The output of `ufw show added` as (our rules, other rules)."""
-    lines = [line.removeprefix("ufw ") for line in shown.splitlines() if line.startswith("ufw ")]
+def compare_ufw(shown: str, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The rules that `ufw show added` lacks, and those of ours in it that are not wanted."""
     mark = f" comment '{UFW_MARK}'"
+    lines = [line.removeprefix("ufw ") for line in shown.splitlines() if line.startswith("ufw ")]
     ours = [line.removesuffix(mark) for line in lines if line.endswith(mark)]
-    return ours, [line for line in lines if not line.endswith(mark)]
+    missing = [rule for rule in wanted if rule not in (*ours, *lines)]
+    return missing, [rule for rule in ours if rule not in wanted]
 
 
-def align_ufw(wanted: Sequence[str]) -> Iterator[str]:
-    """Make our rules in ufw equal to `wanted`; yields each change. Raises BackendError."""
-    ours, others = parse_ufw(run_tool("ufw", "show", "added"))
-    for rule in wanted:
-        if rule not in ours and rule not in others:  # an existing rule stays somebody else's
-            run_tool("ufw", *rule.split(), "comment", UFW_MARK)
-            yield f"ufw: {rule}"
-    for rule in ours:
-        if rule not in wanted:
-            before, _, words = rule.rpartition("allow ")
-            run_tool("ufw", *f"{before}delete allow {words}".split())
-            yield f"ufw: {rule}: removed"
+def align_ufw(shown: str, wanted: Sequence[str]) -> Iterator[str]:
+    """Add the rules that are missing, and then remove those of ours that are not wanted.
 
-
-# --- up and down ----------------------------------------------------------------------------------
-
-
-def make_interface(kind: str, link: Link) -> str:
-    """Make the kernel's interface with addresses and MTU; the service sets its key and port.
-
-    Returns what it did, "" if nothing. Raises BackendError.
+    A rule that somebody else has made stays theirs. Yields each change. Raises BackendError.
     """
-    try:
+    missing, surplus = compare_ufw(shown, wanted)
+    for rule in missing:
+        run_tool("ufw", *rule.split(), "comment", UFW_MARK)
+        yield f"ufw: {rule}"
+    for rule in surplus:
+        before, _, words = rule.rpartition("allow ")
+        run_tool("ufw", *f"{before}delete allow {words}".split())
+        yield f"ufw: {rule}: removed"
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+class Host:
+    """The settings, the stored peers, and what is on this host: all that a check goes by.
+
+    A fact is read from the kernel when it is first needed, and kept. Reading raises BackendError.
+    """
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self.config, self.store = config, store
+        self.tunnels = interface_settings(config)
+        self.mark = self.tunnels[0].mark
+        self.is_real = config.wg_backend != "memory"
+
+    @functools.cached_property
+    def links(self) -> list[FoundLink]:
         with contextlib.closing(Route()) as route:
-            made = not route.index(link.name)
-            if made:
-                route.create(link.name, kind)
-                route.mark(link.name, link.mark)
-            elif kind == AWG_GENL_NAME:  # its MTU depends on parameters that only the service knows
-                return ""
-            was_up = not made and route.is_up(route.index(link.name), link.mtu)
-            route.configure(link)
-            return "" if was_up else f"{link.name}: {'made' if made else 'set up'}"
-    except NetlinkError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return f"{link.name}: the kernel has no {kind}; `serve` starts a userspace one"
-        raise BackendError(f"{link.name}: cannot be made: {error}") from None
+            return route.links()
 
-
-def net_up(
-    config: Config, tunnels: Sequence[InterfaceSettings], links: Sequence[Link]
-) -> Iterator[str]:
-    """Set up everything around the interfaces; yields each change. Raises BackendError.
-
-    The rules come first: no packet is ever forwarded without them. The caller has claimed the
-    interfaces that exist already.
-    """
-    uplinks = [link.name for link in find_uplinks(tunnels)]
-    for name, text in (
-        (TABLE, render_ruleset(config, tunnels, uplinks)),
-        (CLASS_TABLE, render_classes(config.service_classes, tunnels)),
-    ):
-        if replace_table(name, text, tunnels[0].mark):
-            yield f"nftables: table {name}"
-    if ufw_is_active():
-        yield from align_ufw(ufw_rules(config, tunnels))
-    yield from turn_on_forwarding(tunnels)
-    if config.wg_backend in ("auto", "netlink"):
-        for tunnel, link in zip(tunnels, links, strict=True):
-            done = make_interface(LINK_KINDS[tunnel.prefix], link)
-            if done:
-                yield done
-
-
-def net_down(
-    mark: str, names: Container[str], recognise: Recognise, keep_interfaces: bool
-) -> Iterator[str]:
-    """Remove what net_up() made; with the interfaces every tunnel ends. Raises BackendError.
-
-    `names` and `recognise`: see links_to_remove(). The rules are removed last, so that an interface
-    that cannot be removed still has them.
-    """
-    ours, others = ([], []) if keep_interfaces else links_to_remove(mark, names, recognise)
-    for found in ours:
-        yield remove_interface(found)
-    for found in others:
-        yield (
-            f"{found.name} stays: it does not carry this gateway's mark, {mark!r}"
-            + (f", but {found.alias!r}" if found.alias else "")
-        )
-    for name in (TABLE, CLASS_TABLE) if tool("nft") else ():
-        table = current_table(name)
-        if other := other_gateway(table, mark):
-            yield f"nftables: table {name} stays: it belongs to the gateway with the mark {other!r}"
-            return
-        if table:
-            run_tool("nft", "delete", "table", *name.split())
-            yield f"nftables: table {name} removed"
-    if tool("ufw"):  # an inactive one keeps its rules until it is active again
-        yield from align_ufw([])
-    yield "forwarding stays on until the next boot: something else may need it"
-
-
-def other_gateway(table: str, mark: str) -> str:
-    """The mark of another gateway if it made the table, else "". Raises BackendError.
-
-    A table of an older version has no mark; it is another gateway's if it names its interfaces.
-    """
-    if found := re.search(r'^\t(comment "(.*)")$', table, re.MULTILINE):
-        return "" if found[1] == table_comment(mark) else found[2]
-    names = names_of_table(table)
-    _, others = links_to_remove(mark, (), recognise_none) if names else ([], [])
-    return next((found.alias for found in others if found.name in names), "")
-
-
-def names_of_table(table: str) -> set[str]:
-    """The interfaces that our table lets through: those of the last net_up()."""
-    rules = re.findall(r"^[ \t]*+iifname (.+) accept$", table, re.MULTILINE)
-    return {name for rule in rules for name in re.findall(r'"([^"]+)"', rule)}
-
-
-# --- what else is on the host ---------------------------------------------------------------------
-
-
-class ForeignChain(NamedTuple):
-    """Another program's chain that our packets pass. Its rules are not interpreted.
-
-    `shown_by` is the command that prints it.
-    """
-
-    name: str
-    drops: bool  # its policy is to drop
-    has_rules: bool
-    shown_by: str
-    is_ufw: bool = False  # all of its rules lead to chains of ufw, which _look_at_ufw() checks
-
-
-def dormant_tables(ruleset: str) -> set[str]:
-    """The tables that see no packet, from `nft -t list ruleset`: in JSON, nft 1.0.6 garbles it."""
-    return set(re.findall(r"^table (\S+ \S+) \{.*\n\tflags .*\bdormant\b", ruleset, re.MULTILINE))
-
-
-def foreign_chains(
-    ruleset: str, hook: str, skipped: Container[str] = (TABLE, CLASS_TABLE)
-) -> Iterator[ForeignChain]:
-    """Other programs' chains at a hook, from `nft -j list ruleset`, except those of some tables.
-
-    Of chains for NAT, only the policy counts: filter rules do not belong there. Raises ValueError,
-    KeyError.
-    """
-    items = json.loads(ruleset)["nftables"]
-    rules = [item["rule"] for item in items if "rule" in item]
-    with_rules = {(rule["family"], rule["table"], rule["chain"]) for rule in rules}
-    not_ufw = {
-        (rule["family"], rule["table"], rule["chain"])
-        for rule in rules
-        if not any("jump" in e and e["jump"]["target"].startswith("ufw") for e in rule["expr"])
-    }
-    for chain in (item["chain"] for item in items if "chain" in item):
-        table = (chain["family"], chain["table"])
-        passed = chain.get("hook") == hook and chain["family"] in ("ip", "ip6", "inet")
-        if passed and " ".join(table) not in skipped:
-            place = (*table, chain["name"])
-            yield ForeignChain(
-                f"table {' '.join(table)}, chain {chain['name']}",
-                chain.get("policy") == "drop",
-                place in with_rules and chain["type"] != "nat",
-                f"nft list chain {' '.join(place)}",
-                place in with_rules - not_ufw,
-            )
-
-
-LEGACY = (  # the old tables of iptables: the file with their names, and the program that shows them
-    ("/proc/net/ip_tables_names", "iptables-legacy"),
-    ("/proc/net/ip6_tables_names", "ip6tables-legacy"),
-)
-LEGACY_TABLES = {
-    "PREROUTING": ("raw", "mangle"),
-    "INPUT": ("mangle", "filter", "security"),
-    "FORWARD": ("mangle", "filter", "security"),
-    "POSTROUTING": ("mangle",),
-}
-
-
-def legacy_chains(chain: str) -> Iterator[ForeignChain]:
-    """The same for the old tables of iptables, which nft does not show. Raises BackendError.
-
-    A chain may have rules if the program that shows them is not installed.
-    """
-    for path, program in LEGACY:
-        try:
-            used = Path(path).read_text("ascii").split()
-        except OSError:
-            continue
-        for table in LEGACY_TABLES[chain]:
-            if table not in used:
-                continue
-            shown_by = f"{program} -t {table} -S {chain}"
-            if tool(program) is None:
-                name = f"table {table}, chain {chain} of {program}, which is not installed"
-                yield ForeignChain(name, False, True, f"apt-get install iptables; {shown_by}")
-                continue
-            lines = run_tool(*shown_by.split()).splitlines()
-            rules = [line for line in lines if line.startswith("-A ")]
-            yield ForeignChain(
-                f"{program}, table {table}, chain {chain}",
-                f"-P {chain} DROP" in lines,
-                bool(rules),
-                shown_by,
-                bool(rules) and all(" -j ufw" in line for line in rules),
-            )
-
-
-def look_at_network(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
-    """Check each part of the host's network."""
-    start = start_words(tunnels)
-    yield from (_look_at_interface(tunnel, start) for tunnel in tunnels)
-    for family in forwarding_families(tunnels):
-        name = FORWARDING[family].replace("/", ".")
-        on = read_sysctl(FORWARDING[family]) == "1"
-        todo = "" if on else f"run `wggw net up` (or sysctl -w {name}=1)"
-        yield Finding("forwarding", f"{name} is {'on' if on else 'off'}", todo, not on)
-    for look in (_look_at_table, _look_at_classes, _look_at_firewalls):
-        try:
-            yield from look(config, tunnels)
-        except (BackendError, ValueError, KeyError) as error:
-            text = str(error) or type(error).__name__
-            yield Finding("firewall", f"cannot be read: {text}", "run as root, with nftables", True)
-
-
-def _look_at_classes(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
-    with contextlib.closing(ClassTable(config.service_classes, tunnels)) as table:
-        if not table.alive():
-            text = "the rules are missing"
-            if not config.service_classes:
-                text = f"there are none, but table {CLASS_TABLE} has the rules of former ones"
-            todo = "run `wggw net up`, or restart the gateway"
-            yield Finding("service classes", text, todo, True)
-            return
-        if not config.service_classes:
-            return
-        table.read()
-        counts = ", ".join(f"{name} {table.addresses[name]}" for name in config.service_classes)
-        yield Finding("service classes", f"in force; addresses by class: {counts}")
-
-
-def start_words(tunnels: Sequence[InterfaceSettings]) -> str:
-    """The advice to start the gateway, or to start it again if it runs."""
-    word = "restart" if is_served(tunnels) else "start"
-    return f"{word} the gateway: systemctl {word} wggw"
-
-
-def _look_at_interface(tunnel: InterfaceSettings, start: str) -> Finding:
-    mtu = tunnel.mtu if tunnel.prefix == PLAIN_PREFIX else None
-    words = f"up, MTU {mtu}" if mtu else "up"
-    try:
+    @functools.cached_property
+    def routes(self) -> list[HostRoute]:
         with contextlib.closing(Route()) as route:
-            found = route.find(tunnel.name)
-            is_up = found is not None and route.is_up(found.ifindex, mtu)
-    except BackendError as error:
-        return Finding(tunnel.name, f"cannot be read: {error}", "see the kernel's log", True)
-    if found is None:
-        return Finding(tunnel.name, "no such interface", start, True)
-    if found.alias != tunnel.mark:
-        text = "this interface does not carry the gateway's mark"
-        return Finding(tunnel.name, text, "run `wggw net up`, which says more", True)
-    if not is_up:
-        text = f"it is down, or its MTU is not {mtu}" if mtu else "it is down"
-        return Finding(tunnel.name, text, start, True)
-    if not held_ports("udp", tunnel.ports[0]):
-        return Finding(tunnel.name, f"it does not listen on UDP {tunnel.ports[0]}", start, True)
-    return Finding(tunnel.name, words)
+            return route.routes()
 
+    @functools.cached_property
+    def is_served(self) -> bool:
+        """Whether a gateway runs for these interfaces, in any process: see lock_interface()."""
+        names = Path("/proc/thread-self/net/unix").read_text("utf-8", "replace").splitlines()
+        return any(line.endswith(f"@{lock_name(self.tunnels[0].name)}") for line in names)
 
-def _look_at_table(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
-    table = current_table()
-    if not table:
-        yield Finding("NAT", f"table {TABLE} is missing", "run `wggw net up`", True)
-        return
-    found = len(re.findall(r"^\t\t(?:iifname|oifname|ip|ip6) ", table, re.MULTILINE))
-    wanted = count_rules(render_ruleset(config, tunnels))
-    for tunnel in tunnels:
-        for subnet in tunnel.subnets.values():
-            if not is_translated(subnet):
-                text = f"{subnet} is global and is not translated: it must be routed to this host"
-                yield Finding("NAT", text)
-            elif f"saddr {subnet} " in table:
-                yield Finding("NAT", f"{subnet} is masqueraded")
-            else:
-                yield Finding("NAT", f"{subnet} is not masqueraded", "run `wggw net up`", True)
-    text = f"table {TABLE} has {found} rules"
-    if found != wanted:
-        text += f", and the settings ask for {wanted}"
-        yield Finding("packet filter", text, "run `wggw net up`", True)
-    else:
-        yield Finding("packet filter", text)
+    @functools.cached_property
+    def ufw(self) -> str | None:
+        """What `ufw show added` prints, None unless ufw is active."""
+        is_active = tool("ufw") and "Status: active" in run_tool("ufw", "status")
+        return run_tool("ufw", "show", "added") if is_active else None
 
+    @property
+    def start(self) -> str:
+        """The advice to start the gateway, or to start it again if it runs."""
+        word = "restart" if self.is_served else "start"
+        return f"{word} the gateway: systemctl {word} wggw"
 
-def _look_at_ufw(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
-    """Whether ufw, where it is active, lets through what the gateway needs."""
-    if not ufw_is_active():
-        return
-    ours, others = parse_ufw(run_tool("ufw", "show", "added"))
-    missing = [rule for rule in ufw_rules(config, tunnels) if rule not in (*ours, *others)]
-    if missing:
-        text = f"these rules are missing: {'; '.join(missing)}"
-        yield Finding("ufw", text, "run `wggw net up`", True)
-    else:
-        yield Finding("ufw", "active, and has the gateway's rules")
+    def networks(self) -> list[tuple[IPv4or6Network, str]]:
+        """Networks of the host, and the interface of each, without default routes.
 
-
-def _look_at_firewalls(config: Config, tunnels: Sequence[InterfaceSettings]) -> Iterator[Finding]:
-    """What other programs' chains certainly drop, and what they might. See ForeignChain."""
-    with_ufw = [*_look_at_ufw(config, tunnels)]
-    yield from with_ufw
-    ruleset = run_tool("nft", "-j", "list", "ruleset")
-    skipped = {TABLE, CLASS_TABLE} | dormant_tables(run_tool("nft", "-t", "list", "ruleset"))
-    names = ", ".join(tunnel.name for tunnel in tunnels)
-    ports = ", ".join(str(tunnel.ports[0]) for tunnel in tunnels)
-    api = f"curl -k https://ADDRESS:{config.api_port}/healthz"
-    through, to_host = ("prerouting", "forward", "postrouting"), ("prerouting", "input")
-    for what, hooks, trial in (
-        (f"packets from {names}", through, "let a client ping 1.1.1.1"),
-        (f"UDP {ports}, TCP {config.api_port}", to_host, f"connect a client; on a backend, {api}"),
-    ):
-        doubts = []
-        sure = False
-        for chain in (
-            chain
-            for hook in hooks
-            for chain in (*foreign_chains(ruleset, hook, skipped), *legacy_chains(hook.upper()))
-        ):
-            if chain.drops and not chain.has_rules:
-                sure = True
-                todo = "accept them there: its policy is drop and it has no rules"
-                yield Finding("firewall", f"{what}: dropped by {chain.name}", todo, True)
-            elif (chain.drops or chain.has_rules) and not (chain.is_ufw and with_ufw):
-                doubts.append(chain)
-        if doubts:
-            shown = "; ".join(f"{c.name}{' (policy drop)' if c.drops else ''}" for c in doubts)
-            todo = f"try it: {trial}. To see the rules: {'; '.join(c.shown_by for c in doubts)}"
-            yield Finding("firewall", f"{what}: may be dropped by {shown}", todo)
-        elif not sure:
-            besides = " but ufw's" if with_ufw else ""
-            yield Finding("firewall", f"{what}: no other filter rule on this host{besides}")
-
-
-# --- whether the settings fit the host and the state ----------------------------------------------
-#
-# `serve`, `net up`, install.sh and `doctor` share the table FIT below. Each row checks one thing
-# and yields its findings. A finding that refuses the start names the setting, both values and what
-# to do. The checks change nothing.
-
-
-def _misfit(subject: str, found: str, todo: str, error: type[StartError] = ConfigError) -> Finding:
-    return Finding(subject, found, todo, failed=True, refuses=error)
-
-
-def _obstacle(subject: str, found: str, todo: str) -> Finding:
-    """A fault that may vanish without a change of settings: systemd tries to start again."""
-    return _misfit(subject, found, todo, StartError)
-
-
-def _look_at_rights(
-    config: Config, tunnels: Sequence[InterfaceSettings], store: Store
-) -> Iterator[Finding]:
-    """Whether the kernel or a program can make the interfaces, with the rights of this process."""
-    status = Path("/proc/thread-self/status").read_text("ascii")
-    held = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    if held and not int(held[1], 16) >> CAP_NET_ADMIN & 1:
-        todo = "run it as root, or give the container --cap-add NET_ADMIN"
-        yield _obstacle("CAP_NET_ADMIN", "this process does not have it", todo)
-    for tunnel in tunnels:
-        yield _look_at_kind(config.wg_backend, tunnel)
-
-
-def _look_at_kind(mode: str, tunnel: InterfaceSettings) -> Finding:
-    kind = LINK_KINDS[tunnel.prefix]
-    program, subject = PROGRAMS[kind], f"WG_BACKEND {mode}"
-    if mode != "uapi":
-        with contextlib.closing(NetlinkSocket(NETLINK_GENERIC)) as netlink:
-            if genl_family(netlink, kind) is not None:
-                return Finding("kernel module", f"{kind} is available")
-    if mode == "netlink":
-        todo = f"load the module, or set WG_BACKEND=auto to use {program}"
-        return _obstacle(subject, f"the kernel has no {kind}", todo)
-    if not uapi_answers(uapi_path(kind, tunnel.name)):
-        path = shutil.which(program) or tool(program)
-        if path is None:
-            todo = f"load the module, or install {program}"
-            return _obstacle(subject, f"the kernel has no {kind}, and {program} is missing", todo)
-        if fault := _tun_fault():
-            return _obstacle(
-                subject,
-                f"the kernel has no {kind}, and {program} needs {TUN}: {fault}",
-                f"load the module tun, start the container with --device {TUN}, or chmod 666 {TUN}",
-            )
-    return Finding("kernel module", f"{kind} is missing; {program} does its work")
-
-
-def _tun_fault() -> str:
-    try:
-        os.close(os.open(TUN, os.O_RDWR | os.O_CLOEXEC))
-    except FileNotFoundError:
-        return "it does not exist"
-    except OSError as error:
-        mode = stat.S_IMODE(os.stat(TUN).st_mode)
-        return f"this user (id {os.geteuid()}) cannot open it: {_reason(error)}, mode {mode:04o}"
-    return ""
-
-
-def _look_at_subnets(
-    config: Config, tunnels: Sequence[InterfaceSettings], store: Store
-) -> Iterator[Finding]:
-    """Whether a tunnel's subnet would divert packets from networks that the host reaches now."""
-    taken = taken_networks(tunnels)
-    for tunnel in tunnels:
-        for family, subnet in tunnel.subnets.items():
-            for network, place in taken:
-                if network.overlaps(cast(Any, subnet)) and place != tunnel.name:
-                    name = f"{tunnel.prefix}_{family.upper()}_SUBNET"
-                    todo = f"choose another subnet in {name}, such as {free_subnet(subnet, taken)}"
-                    yield _misfit(f"{name} {subnet}", f"overlaps {network} of {place}", todo)
-                    break
-
-
-def taken_networks(tunnels: Sequence[InterfaceSettings]) -> list[tuple[IPv4or6Network, str]]:
-    """Networks of the host, and the interface of each, without default routes. BackendError.
-
-    A route for half of all addresses is a default route, too: VPN clients set such a pair.
-    """
-    with contextlib.closing(Route()) as route:
-        names = {link.ifindex: link for link in route.links()}
-        ours = {index for index, link in names.items() if link.alias == tunnels[0].mark}
+        A route for half of all addresses is a default route, too: VPN clients set such a pair.
+        """
+        names = {link.ifindex: link.name for link in self.links}
+        ours = {link.ifindex for link in self.links if link.alias == self.mark}
         return [
-            (found.network, names[found.ifindex].name if found.ifindex in names else "a route")
-            for found in route.routes()
-            if found.ifindex not in ours and found.network.prefixlen > 1
+            (route.network, names.get(route.ifindex, "a route"))
+            for route in self.routes
+            if route.ifindex not in ours and route.network.prefixlen > 1
+        ]
+
+    def uplinks(self) -> list[FoundLink]:
+        """The links of the host's default routes, where packets from outside arrive.
+
+        The list is empty if the host has no default route (yet), or one through several links,
+        which it does not name.
+        """
+        leading = {route.ifindex for route in self.routes if route.network.prefixlen == 0}
+        return [
+            link
+            for link in self.links
+            if link.ifindex in leading
+            and 0 not in leading
+            and link.alias != self.mark
+            and re.fullmatch(r"[A-Za-z0-9_.:@-]+", link.name)
         ]
 
 
-def free_subnet(
-    wanted: IPv4or6Network, taken: Sequence[tuple[IPv4or6Network, str]]
-) -> IPv4or6Network:
-    """The wanted subnet, or else a private one that overlaps no network in `taken`.
-
-    It has the wanted size, and at most that of a /16 or /64. Where all is taken, the wanted one.
-    """
-    length = max(wanted.prefixlen, 16 if wanted.version == 4 else 64)
-    blocks: list[IPv4or6Network] = [*TRANSLATED, ipaddress.ip_network("fd42:4242::/32")]
-    others: Iterator[IPv4or6Network] = (
-        found
-        for first, step in ((257, 256), (0, 1))  # first such as 10.1.1.0/24, which few have
-        for block in blocks
-        if block.version == wanted.version and 8 <= block.prefixlen <= length
-        for found in itertools.islice(
-            cast(Any, block).subnets(new_prefix=length), first, 70_000, step
-        )
-    )
-    for found in itertools.chain([wanted], others):
-        if not any(network.overlaps(cast(Any, found)) for network, _ in taken):
-            return found
-    return wanted
+def lock_name(interface: str) -> str:
+    """The abstract socket that the gateway of an interface holds."""
+    return f"wggw interface {interface}"
 
 
 class HeldPort(NamedTuple):
@@ -10127,16 +9760,411 @@ def held_ports(protocol: str, port: int) -> list[HeldPort]:
     return found
 
 
-def _look_at_ports(
-    config: Config, tunnels: Sequence[InterfaceSettings], store: Store
-) -> Iterator[Finding]:
+class ForeignChain(NamedTuple):
+    """Another program's chain that our packets pass. Its rules are not interpreted.
+
+    `shown_by` is the command that prints it. Of chains for NAT, only the policy counts: filter
+    rules do not belong there.
+    """
+
+    name: str
+    drops: bool  # its policy is to drop
+    rules: Sequence[str]
+    shown_by: str
+
+    @property
+    def is_ufw(self) -> bool:
+        """Whether all of its rules lead to chains of ufw, which _look_at_ufw() checks."""
+        leads = (re.search(r"(?:^| )(?:jump|-j) ufw[\w-]*$", rule) for rule in self.rules)
+        return bool(self.rules) and all(leads)
+
+
+def foreign_chains(ruleset: str, hook: str) -> Iterator[ForeignChain]:
+    """Other programs' chains at a hook, from `nft -s -t list ruleset`: in JSON, nft 1.0.6 garbles
+    tables that are dormant, which see no packet."""
+    for text in re.split(r"^(?=table )", ruleset, flags=re.MULTILINE):
+        head, *chains = re.split(r"^\tchain ", text, flags=re.MULTILINE)
+        found = re.match(r"table ((?:ip|ip6|inet) \S+)", head)
+        if not found or found[1] in (TABLE, CLASS_TABLE):
+            continue
+        if re.search(r"^\tflags .*\bdormant\b", head, re.MULTILINE):
+            continue
+        for chain in chains:
+            name, *lines = chain.partition("\n\t}")[0].split("\n\t\t")
+            name = name.partition(" ")[0]
+            for at, line in enumerate(lines):
+                if kind := re.match(rf"type (\S+) hook {hook} ", line):
+                    yield ForeignChain(
+                        f"table {found[1]}, chain {name}",
+                        "policy drop;" in line,
+                        lines[at + 1 :] if kind[1] != "nat" else (),
+                        f"nft list chain {found[1]} {name}",
+                    )
+
+
+LEGACY = (  # the old tables of iptables: the file with their names, and the program that shows them
+    ("/proc/net/ip_tables_names", "iptables-legacy"),
+    ("/proc/net/ip6_tables_names", "ip6tables-legacy"),
+)
+LEGACY_TABLES = {
+    "PREROUTING": ("raw", "mangle"),
+    "INPUT": ("mangle", "filter", "security"),
+    "FORWARD": ("mangle", "filter", "security"),
+    "POSTROUTING": ("mangle",),
+}
+
+
+def legacy_chains(chain: str) -> Iterator[ForeignChain]:
+    """The same for the old tables of iptables, which nft does not show. Raises BackendError.
+
+    A chain may have rules if the program that shows them is not installed.
+    """
+    for path, program in LEGACY:
+        try:
+            used = Path(path).read_text("ascii").split()
+        except OSError:
+            continue
+        for table in (name for name in LEGACY_TABLES[chain] if name in used):
+            name = f"{program}, table {table}, chain {chain}"
+            shown_by = f"{program} -t {table} -S {chain}"
+            if tool(program):
+                lines = run_tool(*shown_by.split()).splitlines()
+                rules = [line for line in lines if line.startswith("-A ")]
+                yield ForeignChain(name, f"-P {chain} DROP" in lines, rules, shown_by)
+            else:
+                name = f"table {table}, chain {chain} of {program}, which is not installed"
+                shown_by = f"apt-get install iptables; {shown_by}"
+                yield ForeignChain(name, False, ["unknown"], shown_by)
+
+
+# --- up and down ----------------------------------------------------------------------------------
+
+
+def make_interface(kind: str, link: Link) -> str:
+    """Make the kernel's interface with addresses and MTU; the service sets its key and port.
+
+    Returns what it did, "" if nothing. Raises BackendError.
+    """
+    try:
+        with contextlib.closing(Route()) as route:
+            made = not route.index(link.name)
+            if made:
+                route.create(link.name, kind)
+                route.mark(link.name, link.mark)
+            elif kind == AWG_GENL_NAME:  # its MTU depends on parameters that only the service knows
+                return ""
+            was_up = not made and route.is_up(route.index(link.name), link.mtu)
+            route.configure(link)
+            return "" if was_up else f"{link.name}: {'made' if made else 'set up'}"
+    except NetlinkError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return f"{link.name}: the kernel has no {kind}; `serve` starts a userspace one"
+        raise BackendError(f"{link.name}: cannot be made: {error}") from None
+
+
+def net_up(host: Host, links: Sequence[Link]) -> Iterator[str]:
+    """Set up everything around the interfaces; yields each change. Raises BackendError.
+
+    The rules come first: no packet is ever forwarded without them. The caller has claimed the
+    interfaces that exist already.
+    """
+    config, tunnels = host.config, host.tunnels
+    for name, text in (
+        (TABLE, render_ruleset(config, tunnels, [link.name for link in host.uplinks()])),
+        (CLASS_TABLE, render_classes(config.service_classes, tunnels)),
+    ):
+        if replace_table(name, text, host.mark):
+            yield f"nftables: table {name}"
+    if host.ufw is not None:
+        yield from align_ufw(host.ufw, ufw_rules(config, tunnels))
+    yield from turn_on_forwarding(tunnels)
+    if config.wg_backend in ("auto", "netlink"):
+        for tunnel, link in zip(tunnels, links, strict=True):
+            if done := make_interface(LINK_KINDS[tunnel.prefix], link):
+                yield done
+
+
+def net_down(
+    mark: str, names: Container[str], recognise: Recognise, keep_interfaces: bool
+) -> Iterator[str]:
+    """Remove what net_up() made; with the interfaces every tunnel ends. Raises BackendError.
+
+    `names` and `recognise`: see links_to_remove(). The rules are removed last, so that an interface
+    that cannot be removed still has them.
+    """
+    ours, others = ([], []) if keep_interfaces else links_to_remove(mark, names, recognise)
+    for found in ours:
+        yield remove_interface(found)
+    for found in others:
+        yield (
+            f"{found.name} stays: it does not carry this gateway's mark, {mark!r}"
+            + (f", but {found.alias!r}" if found.alias else "")
+        )
+    for name in (TABLE, CLASS_TABLE) if tool("nft") else ():
+        table = current_table(name)
+        if other := other_gateway(table, mark):
+            yield f"nftables: table {name} stays: it belongs to the gateway with the mark {other!r}"
+            return
+        if table:
+            run_tool("nft", "delete", "table", *name.split())
+            yield f"nftables: table {name} removed"
+    if tool("ufw"):  # an inactive one keeps its rules until it is active again
+        yield from align_ufw(run_tool("ufw", "show", "added"), [])
+    yield "forwarding stays on until the next boot: something else may need it"
+
+
+def other_gateway(table: str, mark: str) -> str:
+    """The mark of another gateway if it made the table, else "". Raises BackendError.
+
+    A table of an older version has no mark; it is another gateway's if it names its interfaces.
+    """
+    if found := re.search(r'^\t(comment "(.*)")$', table, re.MULTILINE):
+        return "" if found[1] == table_comment(mark) else found[2]
+    names = names_of_table(table)
+    _, others = links_to_remove(mark, (), recognise_none) if names else ([], [])
+    return next((found.alias for found in others if found.name in names), "")
+
+
+def names_of_table(table: str) -> set[str]:
+    """The interfaces that our table lets through: those of the last net_up()."""
+    rules = re.findall(r"^[ \t]*+iifname (.+) accept$", table, re.MULTILINE)
+    return {name for rule in rules for name in re.findall(r'"([^"]+)"', rule)}
+
+
+# --- checks ---------------------------------------------------------------------------------------
+#
+# A check takes a Host, changes nothing, and yields findings: the lines of `doctor`, which runs all
+# checks. `serve`, `net up` and install.sh run those of FIT, and refuse what does not fit: such a
+# finding names the setting, both values and what to do. `net show` runs those of NETWORK.
+
+
+def _look_at_interfaces(host: Host) -> Iterator[Finding]:
+    for tunnel in host.tunnels:
+        mtu = tunnel.mtu if tunnel.prefix == PLAIN_PREFIX else None
+        with contextlib.closing(Route()) as route:
+            found = route.find(tunnel.name)
+            is_up = found is not None and route.is_up(found.ifindex, mtu)
+        todo = host.start
+        if found is None:
+            text = "no such interface"
+        elif found.alias != tunnel.mark:
+            text = "this interface does not carry the gateway's mark"
+            todo = "run `wggw net up`, which says more"
+        elif not is_up:
+            text = f"it is down, or its MTU is not {mtu}" if mtu else "it is down"
+        elif not held_ports("udp", tunnel.ports[0]):
+            text = f"it does not listen on UDP {tunnel.ports[0]}"
+        else:
+            yield Finding(tunnel.name, f"up, MTU {mtu}" if mtu else "up")
+            continue
+        yield Finding(tunnel.name, text, todo, True)
+
+
+def _look_at_forwarding(host: Host) -> Iterator[Finding]:
+    for path, is_on in read_forwarding(host.tunnels):
+        name = path.replace("/", ".")
+        todo = "" if is_on else f"run `wggw net up` (or sysctl -w {name}=1)"
+        yield Finding("forwarding", f"{name} is {'on' if is_on else 'off'}", todo, not is_on)
+
+
+def _look_at_table(host: Host) -> Iterator[Finding]:
+    table, todo = current_table(), "run `wggw net up`"
+    if not table:
+        yield Finding("NAT", f"table {TABLE} is missing", todo, True)
+        return
+    for subnet in (subnet for tunnel in host.tunnels for subnet in tunnel.subnets.values()):
+        if not is_translated(subnet):
+            text = f"{subnet} is global and is not translated: it must be routed to this host"
+            yield Finding("NAT", text)
+        elif f"saddr {subnet} " in table:
+            yield Finding("NAT", f"{subnet} is masqueraded")
+        else:
+            yield Finding("NAT", f"{subnet} is not masqueraded", todo, True)
+    found = len(re.findall(r"^\t\t(?:iifname|oifname|ip|ip6) ", table, re.MULTILINE))
+    wanted = count_rules(render_ruleset(host.config, host.tunnels))
+    text = f"table {TABLE} has {found} rules"
+    if found == wanted:
+        yield Finding("packet filter", text)
+    else:
+        yield Finding("packet filter", f"{text}, and the settings ask for {wanted}", todo, True)
+
+
+def _look_at_classes(host: Host) -> Iterator[Finding]:
+    classes = host.config.service_classes
+    with contextlib.closing(ClassTable(classes, host.tunnels)) as table:
+        if not table.alive():
+            text = "the rules are missing"
+            if not classes:
+                text = f"there are none, but table {CLASS_TABLE} has the rules of former ones"
+            todo = "run `wggw net up`, or restart the gateway"
+            yield Finding("service classes", text, todo, True)
+        elif classes:
+            table.read()
+            counts = ", ".join(f"{name} {table.addresses[name]}" for name in classes)
+            yield Finding("service classes", f"in force; addresses by class: {counts}")
+
+
+def _look_at_ufw(host: Host) -> Iterator[Finding]:
+    if host.ufw is None:
+        return
+    missing, _ = compare_ufw(host.ufw, ufw_rules(host.config, host.tunnels))
+    if missing:
+        text = f"these rules are missing: {'; '.join(missing)}"
+        yield Finding("ufw", text, "run `wggw net up`", True)
+    else:
+        yield Finding("ufw", "active, and has the gateway's rules")
+
+
+def _look_at_firewalls(host: Host) -> Iterator[Finding]:
+    """What other programs' chains certainly drop, and what they might. See ForeignChain."""
+    with_ufw = host.ufw is not None
+    ruleset = run_tool("nft", "-s", "-t", "list", "ruleset")
+    names = ", ".join(tunnel.name for tunnel in host.tunnels)
+    ports = ", ".join(str(tunnel.ports[0]) for tunnel in host.tunnels)
+    port = host.config.api_port
+    api = f"curl -k https://ADDRESS:{port}/healthz"
+    through, to_host = ("prerouting", "forward", "postrouting"), ("prerouting", "input")
+    for what, hooks, trial in (
+        (f"packets from {names}", through, "let a client ping 1.1.1.1"),
+        (f"UDP {ports}, TCP {port}", to_host, f"connect a client; on a backend, {api}"),
+    ):
+        chains = [
+            chain
+            for hook in hooks
+            for chain in (*foreign_chains(ruleset, hook), *legacy_chains(hook.upper()))
+            if (chain.drops or chain.rules) and not (chain.is_ufw and with_ufw)
+        ]
+        for chain in chains:
+            if not chain.rules:
+                todo = "accept them there: its policy is drop and it has no rules"
+                yield Finding("firewall", f"{what}: dropped by {chain.name}", todo, True)
+        if doubts := [chain for chain in chains if chain.rules]:
+            shown = "; ".join(f"{c.name}{' (policy drop)' if c.drops else ''}" for c in doubts)
+            todo = f"try it: {trial}. To see the rules: {'; '.join(c.shown_by for c in doubts)}"
+            yield Finding("firewall", f"{what}: may be dropped by {shown}", todo)
+        if not chains:
+            besides = " but ufw's" if with_ufw else ""
+            yield Finding("firewall", f"{what}: no other filter rule on this host{besides}")
+
+
+def _misfit(subject: str, found: str, todo: str, error: type[StartError] = ConfigError) -> Finding:
+    return Finding(subject, found, todo, failed=True, refuses=error)
+
+
+def _obstacle(subject: str, found: str, todo: str) -> Finding:
+    """A fault that may vanish without a change of settings: systemd tries to start again."""
+    return _misfit(subject, found, todo, StartError)
+
+
+def _look_at_rights(host: Host) -> Iterator[Finding]:
+    """Whether the kernel or a program can make the interfaces, with the rights of this process."""
+    status = Path("/proc/thread-self/status").read_text("ascii")
+    held = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    if held and not int(held[1], 16) >> CAP_NET_ADMIN & 1:
+        todo = "run it as root, or give the container --cap-add NET_ADMIN"
+        yield _obstacle("CAP_NET_ADMIN", "this process does not have it", todo)
+    for tunnel in host.tunnels:
+        yield _look_at_kind(host.config.wg_backend, tunnel)
+
+
+def _look_at_kind(mode: str, tunnel: InterfaceSettings) -> Finding:
+    kind = LINK_KINDS[tunnel.prefix]
+    program, subject = PROGRAMS[kind], f"WG_BACKEND {mode}"
+    if mode != "uapi":
+        with contextlib.closing(NetlinkSocket(NETLINK_GENERIC)) as netlink:
+            if genl_family(netlink, kind) is not None:
+                return Finding("kernel module", f"{kind} is available")
+    if mode == "netlink":
+        todo = f"load the module, or set WG_BACKEND=auto to use {program}"
+        return _obstacle(subject, f"the kernel has no {kind}", todo)
+    path = shutil.which(program) or tool(program)
+    runs_now = uapi_answers(uapi_path(kind, tunnel.name))
+    if path is None and not runs_now:
+        todo = f"load the module, or install {program}"
+        return _obstacle(subject, f"the kernel has no {kind}, and {program} is missing", todo)
+    try:
+        if path:
+            run_tool(path, "--version")
+    except BackendError as error:
+        todo = f"install it again: apt-get install --reinstall {program}"
+        refuses = None if runs_now else StartError
+        return Finding(program, f"it does not run: {error}", todo, True, refuses)
+    if not runs_now and (fault := _tun_fault()):
+        return _obstacle(
+            subject,
+            f"the kernel has no {kind}, and {program} needs {TUN}: {fault}",
+            f"load the module tun, start the container with --device {TUN}, or chmod 666 {TUN}",
+        )
+    return Finding("kernel module", f"{kind} is missing; {program} does its work")
+
+
+def _tun_fault() -> str:
+    try:
+        os.close(os.open(TUN, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return "it does not exist"
+    except OSError as error:
+        mode = stat.S_IMODE(os.stat(TUN).st_mode)
+        return f"this user (id {os.geteuid()}) cannot open it: {_reason(error)}, mode {mode:04o}"
+    return ""
+
+
+def _look_at_subnets(host: Host) -> Iterator[Finding]:
+    """Whether a tunnel's subnet would divert packets from networks that the host reaches now."""
+    taken = host.networks()
+    for tunnel in host.tunnels:
+        for family, subnet in tunnel.subnets.items():
+            for network, place in taken:
+                if network.overlaps(cast(Any, subnet)) and place != tunnel.name:
+                    name = f"{tunnel.prefix}_{family.upper()}_SUBNET"
+                    todo = f"choose another subnet in {name}, such as {free_subnet(subnet, taken)}"
+                    yield _misfit(f"{name} {subnet}", f"overlaps {network} of {place}", todo)
+                    break
+
+
+def free_subnet(
+    wanted: IPv4or6Network, taken: Sequence[tuple[IPv4or6Network, str]]
+) -> IPv4or6Network:
+    """The wanted subnet, or else a private one that overlaps no network in `taken`.
+
+    It has the wanted size, and at most that of a /16 or /64. Where all is taken, the wanted one.
+    """
+    length = max(wanted.prefixlen, 16 if wanted.version == 4 else 64)
+    blocks: list[IPv4or6Network] = [*TRANSLATED, ipaddress.ip_network("fd42:4242::/32")]
+    others: Iterator[IPv4or6Network] = (
+        found
+        for first, step in ((257, 256), (0, 1))  # first such as 10.1.1.0/24, which few have
+        for block in blocks
+        if block.version == wanted.version and 8 <= block.prefixlen <= length
+        for found in itertools.islice(
+            cast(Any, block).subnets(new_prefix=length), first, 70_000, step
+        )
+    )
+    for found in itertools.chain([wanted], others):
+        if not any(network.overlaps(cast(Any, found)) for network, _ in taken):
+            return found
+    return wanted
+
+
+def _look_at_ports(host: Host) -> Iterator[Finding]:
     """Whether the interfaces and the API have their ports, or can get them."""
-    with contextlib.closing(Route()) as route:
-        names = {link.name for link in route.links()}
-    for tunnel in tunnels:
-        yield from _look_at_port(tunnel, tunnel.name in names)
-    if is_served(tunnels):
+    names = {link.name for link in host.links}
+    for tunnel in host.tunnels:
+        port = tunnel.ports[0]
+        setting = "WG_DEFAULT_PORT" if tunnel.prefix == PLAIN_PREFIX else "AWG_PORT"
+        for held in held_ports("udp", port)[:1]:
+            pid, who = held.holder()
+            # A port without a visible process is the kernel's, or that of another user's program.
+            path = uapi_path(LINK_KINDS[tunnel.prefix], tunnel.name)
+            if tunnel.name in names and (not pid or uapi_port(path) == port):
+                found = f"{who if pid else 'the kernel'} has it, for {tunnel.name}"
+                yield Finding(f"{setting} {port}", found)
+            else:
+                todo = f"stop that program, or change {setting}"
+                yield _obstacle(f"{setting} {port}", f"UDP port {port} is held by {who}", todo)
+    if host.is_served:
         return  # the API has its port
+    config = host.config
     family = socket.AF_INET6 if ":" in config.api_host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -10145,34 +10173,6 @@ def _look_at_ports(
             probe.listen()
     except OSError as error:
         yield describe_api_fault(config, error)
-
-
-def _look_at_port(tunnel: InterfaceSettings, is_there: bool) -> Iterator[Finding]:
-    port = tunnel.ports[0]
-    name = "WG_DEFAULT_PORT" if tunnel.prefix == PLAIN_PREFIX else "AWG_PORT"
-    subject = f"{name} {port}"
-    held = held_ports("udp", port)
-    if not held:
-        return
-    pid, who = held[0].holder()
-    # A port without a visible process belongs to the kernel, or to a program of another user.
-    path = uapi_path(LINK_KINDS[tunnel.prefix], tunnel.name)
-    if is_there and (not pid or uapi_port(path) == port):
-        yield Finding(subject, f"{who if pid else 'the kernel'} has it, for {tunnel.name}")
-        return
-    todo = f"stop that program, or change {name}"
-    yield _obstacle(subject, f"UDP port {port} is held by {who}", todo)
-
-
-def lock_name(interface: str) -> str:
-    """The abstract socket that the gateway of an interface holds."""
-    return f"wggw interface {interface}"
-
-
-def is_served(tunnels: Sequence[InterfaceSettings]) -> bool:
-    """Whether a gateway runs for these interfaces, in any process: see lock_interface()."""
-    names = Path("/proc/thread-self/net/unix").read_text("utf-8", "replace").splitlines()
-    return any(line.endswith(f"@{lock_name(tunnels[0].name)}") for line in names)
 
 
 def describe_api_fault(config: Config, error: OSError) -> Finding:
@@ -10187,34 +10187,13 @@ def describe_api_fault(config: Config, error: OSError) -> Finding:
     return _obstacle(f"API_HOST {host}, API_PORT {port}", found, todo)
 
 
-def find_uplinks(tunnels: Sequence[InterfaceSettings]) -> list[FoundLink]:
-    """The links of the host's default routes, where packets from outside arrive.
-
-    The list is empty if the host has no default route (yet), or one through several links, which it
-    does not name. Raises BackendError.
-    """
-    with contextlib.closing(Route()) as route:
-        leading = {each.ifindex for each in route.routes() if each.network.prefixlen == 0}
-        if 0 in leading:
-            return []
-        return [
-            link
-            for link in route.links()
-            if link.ifindex in leading
-            and link.alias != tunnels[0].mark
-            and re.fullmatch(r"[A-Za-z0-9_.:@-]+", link.name)
-        ]
-
-
-def _look_at_extra_ports(
-    config: Config, tunnels: Sequence[InterfaceSettings], store: Store
-) -> Iterator[Finding]:
+def _look_at_extra_ports(host: Host) -> Iterator[Finding]:
     """Which programs listen on an extra port, from which the packet filter redirects packets."""
-    uplinks = find_uplinks(tunnels)
+    uplinks = host.uplinks()
     with contextlib.closing(Route()) as route:
         local = {a.ip for link in uplinks for a in route.addresses(link.ifindex)}
     where = ", ".join(link.name for link in uplinks) or "every interface"
-    for tunnel in tunnels:
+    for tunnel in host.tunnels:
         for port in tunnel.ports[1:]:
             for held in held_ports("udp", port):
                 address = held.address
@@ -10228,11 +10207,9 @@ def _look_at_extra_ports(
                 )
 
 
-def _look_at_ipv6(
-    config: Config, tunnels: Sequence[InterfaceSettings], store: Store
-) -> Iterator[Finding]:
+def _look_at_ipv6(host: Host) -> Iterator[Finding]:
     """Whether the host has IPv6. Without it the gateway starts nevertheless, for IPv4 clients."""
-    for tunnel in tunnels:
+    for tunnel in host.tunnels:
         if fault := ipv6_fault(tunnel):
             subject = f"{tunnel.prefix}_IPV6_SUBNET {tunnel.subnets['ipv6']}"
             yield Finding(subject, *fault, failed=True)
@@ -10252,15 +10229,14 @@ def ipv6_fault(tunnel: InterfaceSettings) -> tuple[str, str] | None:
     )
 
 
-def look_at_stored(
-    config: Config, tunnels: Sequence[InterfaceSettings], store: Store
-) -> Iterator[Finding]:
+def look_at_stored(host: Host) -> Iterator[Finding]:
     """What stored peers have and the settings no longer offer, unless MOVE_PEERS changes it."""
+    config, store = host.config, host.store
     homes: dict[str, InterfaceSettings] = {}
     for name, plain, peers in store.queries.chosen("obfuscation IS NULL"):
-        home = home_of(name, plain, config, tunnels)
+        home = home_of(name, plain, config, host.tunnels)
         if home is None:
-            settings = " or ".join(f"{row.prefix}_INTERFACE {row.name!r}" for row in tunnels)
+            settings = " or ".join(f"{row.prefix}_INTERFACE {row.name!r}" for row in host.tunnels)
             yield _gone(settings, f"the interface {name!r}", peers, "not there")
         else:
             homes[name] = home
@@ -10323,7 +10299,8 @@ def moved(peer: Peer, config: Config, tunnels: Sequence[InterfaceSettings]) -> P
     )
 
 
-FIT: tuple[Callable[[Config, Sequence[InterfaceSettings], Store], Iterator[Finding]], ...] = (
+Check = Callable[[Host], Iterator[Finding]]
+FIT: tuple[Check, ...] = (
     _look_at_rights,
     _look_at_subnets,
     _look_at_ports,
@@ -10331,13 +10308,30 @@ FIT: tuple[Callable[[Config, Sequence[InterfaceSettings], Store], Iterator[Findi
     _look_at_ipv6,
     look_at_stored,
 )
+NETWORK: tuple[Check, ...] = (
+    _look_at_interfaces,
+    _look_at_forwarding,
+    _look_at_table,
+    _look_at_classes,
+    _look_at_ufw,
+    _look_at_firewalls,
+)
 
 
-def look_at_fit(config: Config, store: Store) -> Iterator[Finding]:
-    """All checks of FIT. Raises BackendError."""
-    tunnels = interface_settings(config)
-    for look in FIT if config.wg_backend != "memory" else (look_at_stored,):
-        yield from look(config, tunnels, store)
+def look_at_fit(host: Host) -> Iterator[Finding]:
+    """All checks of FIT; in memory only the stored peers matter. Raises BackendError."""
+    for check in FIT if host.is_real else (look_at_stored,):
+        yield from check(host)
+
+
+def look_at(checks: Iterable[Check], host: Host) -> Iterator[Finding]:
+    """All findings of the checks. That a check cannot read the host is a finding, too."""
+    for check in checks:
+        try:
+            yield from check(host)
+        except BackendError as error:
+            todo = "run as root, with nftables; see the kernel's log"
+            yield Finding("host", f"cannot be read: {error}", todo, True)
 
 
 def refuse_misfits(findings: Iterable[Finding]) -> None:
@@ -11941,9 +11935,7 @@ class Import:
     def _check(self) -> None:
         core = self._core
         config = replace(core.config, service_classes=core.classes, move_peers=False)
-        for found in look_at_stored(
-            config, [t.settings for t in core.tunnels.values()], self._other
-        ):
+        for found in look_at_stored(Host(config, self._other)):
             raise Conflict(f"the snapshot does not fit: {found.subject}: {found.found}")
         for tunnel in core.tunnels.values():
             if self._other.get(tunnel.public_key):
@@ -16410,7 +16402,7 @@ def claim_interfaces(config: Config, load: Callable[[], Store]) -> None:
             rows = interface_settings(config)
             wanted = [(LINK_KINDS[row.prefix], make_link(row, b"")) for row in rows]
             claim_links(wanted, recognise_by(rows, load))  # first: the checks go by the marks
-        refuse_misfits(look_at_fit(config, load()))
+        refuse_misfits(look_at_fit(Host(config, load())))
     except ForeignError as error:
         raise ConfigError(str(error)) from None
     except BackendError as error:
@@ -16961,43 +16953,19 @@ class Service:
 
 def look_at_all(config: Config, ask: Callable[[], tuple[int, bytes]]) -> Iterator[Finding]:
     """Run all checks of `wggw doctor`. `ask` requests server/status from the gateway."""
-    tunnels = interface_settings(config)
-    is_real = config.wg_backend != "memory"
-    if is_real:
-        yield from (found for tunnel in tunnels for found in look_at_program(tunnel))
-    else:
+    host = Host(config, Store())
+    if not host.is_real:
         yield Finding("WG_BACKEND", "memory: no interface, no packet passes", "set it to auto")
-    found, store = _look_at_database(config, tunnels)
+    found, host.store = _look_at_database(host)
     yield found
-    try:
-        yield from look_at_fit(config, store)
-    except BackendError as error:
-        yield Finding("interfaces", str(error), "see the kernel's log", True)
-    yield from look_at_secrets(config, tunnels if is_real else (), store)
+    yield from look_at((look_at_fit, look_at_secrets), host)
     yield look_at_certificate(config, time.time())
-    told = [*look_at_answer(ask, start_words(tunnels))]
+    told = [*look_at_answer(ask, host.start)]
     yield from (found for found in told if found.subject != "status")
-    if is_real:
-        yield from look_at_network(config, tunnels)
+    yield from look_at(NETWORK if host.is_real else (), host)
     yield from look_at_openness(config)
     yield look_at_clock()
     yield from (found for found in told if found.subject == "status")
-
-
-def look_at_program(tunnel: InterfaceSettings) -> Iterator[Finding]:
-    """Whether the userspace WireGuard runs, where the kernel has none."""
-    kind = LINK_KINDS[tunnel.prefix]
-    with contextlib.closing(NetlinkSocket(NETLINK_GENERIC)) as netlink:
-        if genl_family(netlink, kind) is not None:
-            return
-    program = PROGRAMS[kind]
-    path = shutil.which(program) or tool(program)
-    try:
-        if path:
-            run_tool(path, "--version")
-    except BackendError as error:
-        todo = f"install it again: apt-get install --reinstall {program}"
-        yield Finding(program, f"it does not run: {error}", todo, failed=True)
 
 
 def look_at_certificate(config: Config, now: float) -> Finding:
@@ -17027,10 +16995,9 @@ def look_at_certificate(config: Config, now: float) -> Finding:
     return Finding("certificate", f"{text}, but not for {', '.join(lacking)}", todo)
 
 
-def look_at_secrets(
-    config: Config, tunnels: Sequence[InterfaceSettings], store: Store
-) -> Iterator[Finding]:
+def look_at_secrets(host: Host) -> Iterator[Finding]:
     """Check who can read the private keys, and that those which clients know are there."""
+    config, store, tunnels = host.config, host.store, host.tunnels if host.is_real else ()
     files = [(f"{t.prefix}_PRIVATE_KEY_FILE", t.private_key_file, 0o077) for t in tunnels]
     for name, path, forbidden in (*files, ("TLS_KEY", config.tls_key, 0o027)):
         try:
@@ -17099,45 +17066,41 @@ def look_at_openness(config: Config) -> Iterator[Finding]:
         yield Finding("WG_ENDPOINT", "not set: clients' configurations lack the endpoint", todo)
 
 
-def _look_at_database(
-    config: Config, tunnels: Sequence[InterfaceSettings]
-) -> tuple[Finding, Store]:
+def _look_at_database(host: Host) -> tuple[Finding, Store]:
     """Read snapshot and journal as `wggw check` does. The store is empty if that is impossible."""
-    path = config.db_path
+
+    def wrong(found: str, todo: str) -> tuple[Finding, Store]:
+        return Finding("database", found, todo, True), Store()
+
+    path = host.config.db_path
+    directory = os.path.dirname(path) or "."
     there = [name for name in (path, f"{path}.journal") if os.path.exists(name)]
     if closed := [name for name in there if not os.access(name, os.R_OK)]:
-        text = f"this user cannot read {', '.join(closed)}"
-        return Finding("database", text, "run this as root", True), Store()
-    directory = os.path.dirname(path) or "."
-    strange = [name for name in there if not _is_usable(name, directory)]
-    if strange and not is_served(tunnels):
+        return wrong(f"this user cannot read {', '.join(closed)}", "run this as root")
+    owner = os.stat(directory).st_uid if there else 0
+    found = {name: os.stat(name) for name in there}
+    strange = [n for n, s in found.items() if s.st_uid != owner or s.st_mode & 0o600 != 0o600]
+    if strange and not host.is_served:
         words = shlex.join(strange)
         todo = f"chown --reference={shlex.quote(directory)} {words} && chmod 600 {words}"
-        text = f"the gateway's user, who owns {directory}, cannot use {', '.join(strange)}"
-        return Finding("database", text, todo, True), Store()
+        who = f"the gateway's user, who owns {directory}"
+        return wrong(f"{who}, cannot use {', '.join(strange)}", todo)
     try:
-        store, files = load_whole(config)
+        store, files = load_whole(host.config)
     except DamagedError as error:
         todo = "run `wggw check --repair` and do what it prints"
-        if is_served(tunnels):
+        if host.is_served:
             moved = f"mkdir damaged && mv {shlex.join(there)} damaged/"
             todo = f"the running gateway has the whole state, and writes these files anew: {moved}"
-        return Finding("database", str(error), todo, True), Store()
+        return wrong(str(error), todo)
     except StartError as error:
-        return Finding("database", str(error), "change the setting that it names", True), Store()
+        return wrong(str(error), "change the setting that it names")
     except OSError as error:
-        return Finding("database", f"{path}: {_reason(error)}", "run this as root", True), Store()
+        return wrong(f"{path}: {_reason(error)}", "run this as root")
     if not files.snapshot_time:
-        text = f"{path} does not exist"
-        return Finding("database", text, start_words(tunnels), True), store
+        return wrong(f"{path} does not exist", host.start)
     text = f"{path}: good, {show_peers(store.counts.total())}, record {store.number}"
     return Finding("database", text), store
-
-
-def _is_usable(path: str, directory: str) -> bool:
-    """Whether the directory's owner may read and write a file in it."""
-    found = os.stat(path)
-    return found.st_uid == os.stat(directory).st_uid and found.st_mode & 0o600 == 0o600
 
 
 def look_at_answer(ask: Callable[[], tuple[int, bytes]], start: str) -> Iterator[Finding]:
@@ -17146,28 +17109,27 @@ def look_at_answer(ask: Callable[[], tuple[int, bytes]], start: str) -> Iterator
     try:
         status, body = ask()
         answer = json.loads(body)
-        reasons = answer["reasons"] if status == HTTPStatus.OK else [answer["detail"]]
+        is_ok = status == HTTPStatus.OK
+        reasons = answer["reasons"] if is_ok else [answer["detail"]]
+        told = f"{answer['status']}, {show_peers(answer['total_peers'])}" if is_ok else ""
+        rest = "; ".join(reason for reason in reasons if "remote copy" not in reason)
         lag, copy = "", answer.get("remote_copy") or {}
         if copy:
             lag = f"{copy['lag_records']} records and {copy['lag_seconds']} s behind"
             lag += f", epoch {copy.get('epoch')} of {copy.get('holder')}"
-        failure = copy.get("failure") or next((r for r in reasons if "remote copy" in r), "")
-        rest = "; ".join(reason for reason in reasons if "remote copy" not in reason)
-        if status == HTTPStatus.OK and not rest:
-            yield Finding(
-                "API", f"answers: {answer['status']}, {show_peers(answer['total_peers'])}"
-            )
-        elif status == HTTPStatus.OK:
-            yield Finding("status", f"{answer['status']}: {rest}", log, True)
-        elif rest:
-            yield Finding("API", f"status {status}: {rest}", log, True)
     except StartError as error:
         yield Finding("API", str(error), start, True)
         return
     except (ValueError, KeyError, TypeError):
         yield Finding("API", "its answer is not a gateway's", log, True)
         return
-    if failure:
+    if is_ok and not rest:
+        yield Finding("API", f"answers: {told}")
+    elif is_ok:
+        yield Finding("status", f"{answer['status']}: {rest}", log, True)
+    elif rest:
+        yield Finding("API", f"status {status}: {rest}", log, True)
+    if failure := copy.get("failure") or next((r for r in reasons if "remote copy" in r), ""):
         todo = "see that the store of SNAPSHOT_URL is reachable and accepts its credentials"
         if "taken it over" in failure:
             todo = "stop this gateway, or systemctl restart wggw to continue from the other's copy"
@@ -18904,8 +18866,7 @@ def command_awg_rotate(arguments: argparse.Namespace) -> int:
 
 def command_net(arguments: argparse.Namespace) -> int:
     if arguments.action == "show":
-        config = config_of(arguments)
-        return report(look_at_network(config, interface_settings(config)))
+        return report(look_at(NETWORK, Host(config_of(arguments), Store())))
     for step in take_down(arguments) if arguments.action == "down" else bring_up(arguments):
         print(f"wggw: {step}", flush=True)
     return 0
@@ -18914,13 +18875,12 @@ def command_net(arguments: argparse.Namespace) -> int:
 def bring_up(arguments: argparse.Namespace) -> Iterator[str]:
     """Make what the host needs around the interfaces. Raises BackendError."""
     config = config_of(arguments, key_needed=True)  # settings that only a gateway's host has
-    tunnels = interface_settings(config)
-    store = load_whole(config)[0]
-    claim_interfaces(config, lambda: store)
-    links = [make_link(tunnel, b"") for tunnel in with_kept(tunnels, store, config)]
+    host = Host(config, load_whole(config)[0])
+    claim_interfaces(config, lambda: host.store)
+    links = [make_link(row, b"") for row in with_kept(host.tunnels, host.store, config)]
     fit_certificate(config)  # here, because the service must not write to its directory
-    yield from net_up(config, tunnels, links)
-    yield from (f"note: {found}" for found in _look_at_extra_ports(config, tunnels, store))
+    yield from net_up(host, links)
+    yield from (f"note: {found}" for found in _look_at_extra_ports(host))
 
 
 def take_down(arguments: argparse.Namespace) -> Iterator[str]:

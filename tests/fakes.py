@@ -453,7 +453,7 @@ class World:
         rows = wggw.interface_settings(self.config)
         for number, row in enumerate(rows, 1):
             store.private_keys[row.name] = wggw.encode_key(wggw.clamp(bytes([number]) * 32))
-        wggw.refuse_misfits(wggw.look_at_stored(self.config, rows, store))
+        wggw.refuse_misfits(wggw.look_at_stored(wggw.Host(self.config, store)))
         self.files.begin(store)
         opened: list[tuple[wggw.InterfaceSettings, wggw.Link, wggw.Backend]] = []
         for row in rows:

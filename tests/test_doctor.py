@@ -132,12 +132,13 @@ def test_database_whose_files_are_replaced_meanwhile_is_good(
 ) -> None:
     world = World(tmp_path)
     path = world.config.db_path
-    tunnels = wggw.interface_settings(world.config)
-    assert wggw._look_at_database(world.config, tunnels)[0].todo.startswith("start the gateway")
+    assert wggw._look_at_database(wggw.Host(world.config, wggw.Store()))[0].todo.startswith(
+        "start the gateway"
+    )
     world.open()
     do(world.gateway, "create", public_key=a_key(1))
     rotate_meanwhile(world, monkeypatch, "journal")
-    finding, _ = wggw._look_at_database(world.config, tunnels)
+    finding, _ = wggw._look_at_database(wggw.Host(world.config, wggw.Store()))
     assert (finding.failed, finding.found) == (
         False,
         f"{path}: good, 3 peers, record {world.store.number}",
@@ -198,8 +199,9 @@ def test_a_program_that_is_there_but_does_not_run_is_wrong(
         pytest.skip("the kernel has WireGuard: no program is needed")
     program = tmp_path / "wireguard-go"
     monkeypatch.setenv("PATH", str(tmp_path))  # where the gateway looks for it, too
+    tunnel = wggw.InterfaceSettings("WG", "wg0", {}, (1,), 1420, "")
     for text, failed in (("#!/bin/sh\n", False), ("#!/nowhere\n", True), ("not ELF", True)):
         program.write_text(text)
         program.chmod(0o755)
-        found = list(wggw.look_at_program(wggw.InterfaceSettings("WG", "wg0", {}, (1,), 1420, "")))
-        assert any(finding.failed for finding in found) == failed, (text, found)
+        found = wggw._look_at_kind("auto", tunnel)
+        assert (found.subject == "wireguard-go" and found.failed) == failed, (text, found)

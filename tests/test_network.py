@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
 import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from harness import API_KEY, PROGRAM, WGGW
@@ -103,9 +101,8 @@ ufw allow 22/tcp
 ufw allow 443/tcp comment 'web'
 ufw route allow in on wg0 comment 'wggw'
 """
-    ours, others = wggw.parse_ufw(shown)
-    assert ours == ["allow 51820/udp", "route allow in on wg0"]
-    assert others == ["allow 22/tcp", "allow 443/tcp comment 'web'"]
+    wanted = ["allow 22/tcp", "allow 443/tcp", "allow 51820/udp"]
+    assert wggw.compare_ufw(shown, wanted) == (["allow 443/tcp"], ["route allow in on wg0"])
 
 
 def test_ufw_is_never_without_the_rule_that_a_new_one_replaces(
@@ -113,14 +110,16 @@ def test_ufw_is_never_without_the_rule_that_a_new_one_replaces(
 ) -> None:
     calls = []
 
+    shown = "ufw allow 8000/tcp comment 'wggw'\n"
+
     def ufw(*command: str) -> str:
         calls.append(" ".join(command))
-        return "ufw allow 8000/tcp comment 'wggw'\n" if command[1] == "show" else ""
+        return shown if command[1] == "show" else ""
 
     monkeypatch.setattr(wggw, "run_tool", ufw)
     wanted = ["allow from 192.0.2.7 to any port 8000 proto tcp"]
-    assert len(list(wggw.align_ufw(wanted))) == 2
-    assert calls[1:] == [f"ufw {wanted[0]} comment wggw", "ufw delete allow 8000/tcp"]
+    assert len(list(wggw.align_ufw(shown, wanted))) == 2
+    assert calls == [f"ufw {wanted[0]} comment wggw", "ufw delete allow 8000/tcp"]
     calls.clear()
     monkeypatch.setattr(wggw, "tool", lambda name: name if name == "ufw" else None)
     assert len(list(wggw.net_down("wggw .env", (), wggw.recognise_none, True))) == 2
@@ -130,58 +129,61 @@ def test_ufw_is_never_without_the_rule_that_a_new_one_replaces(
 # --- what else blocks -----------------------------------------------------------------------------
 
 
-def chain(name: str = "FORWARD", policy: str = "drop", **more: Any) -> dict[str, Any]:
-    base = {"family": "ip", "table": "filter", "name": name, "type": "filter", "policy": policy}
-    return {"chain": {**base, "hook": "forward", **more}}
+def chain(*rules: str, policy: str = "drop", kind: str = "filter", hook: str = "forward") -> str:
+    """What nft shows of a chain at a hook."""
+    head = f"type {kind} hook {hook} priority filter; policy {policy};"
+    return "".join(f"\t\t{line}\n" for line in (head, *rules))
 
 
-def rule(*expressions: Any, chain: str = "FORWARD") -> dict[str, Any]:
-    return {"rule": {"family": "ip", "table": "filter", "chain": chain, "expr": expressions}}
+def table(text: str, name: str = "ip filter", more: str = "") -> str:
+    """What nft shows of a table with one chain."""
+    others = "\tset s {\n\t\tflags dynamic\n\t}\n\n\tchain other {\n\t\taccept\n\t}\n\n"
+    return f"table {name} {{ # progname x\n{more}{others}\tchain FORWARD {{\n{text}\t}}\n}}\n"
 
 
-ACCEPT = rule({"accept": None})
 FOREIGN = "table ip filter, chain FORWARD"
 
 
 @pytest.mark.parametrize(
-    ("items", "found"),
+    ("shown", "found"),
     [
-        ([], None),
-        ([chain()], (True, False)),
-        ([chain(), ACCEPT], (True, True)),
-        ([chain(), rule({"accept": None}, chain="other")], (True, False)),
-        ([chain(policy="accept")], (False, False)),
-        ([chain(policy="accept"), rule({"unheard of": [1]})], (False, True)),
-        ([chain(hook="input")], None),
-        ([chain(family="inet", table="wggw")], None),
-        ([chain(family="inet", table="wggw_classes")], None),
-        ([chain(family="bridge")], None),
-        ([chain(type="nat", policy="accept"), ACCEPT], (False, False)),
-        ([chain(type="nat")], (True, False)),
-        ([chain(table="sleeping")], None),
+        ("", None),
+        (table(chain()), (True, False)),
+        (table(chain("accept")), (True, True)),
+        (table('\t\tcomment "of a chain"\n' + chain()), (True, False)),
+        (table(chain(policy="accept")), (False, False)),
+        (table(chain("unheard of { 1 }", policy="accept")), (False, True)),
+        (table(chain(hook="input")), None),
+        (table("\t\taccept\n"), None),
+        (table(chain(), "inet wggw"), None),
+        (table(chain(), "inet wggw_classes"), None),
+        (table(chain(), "bridge filter"), None),
+        (table(chain("accept", kind="nat", policy="accept")), (False, False)),
+        (table(chain(kind="nat")), (True, False)),
+        (table(chain(), more="\tflags dormant\n"), None),
     ],
 )
 def test_foreign_chains_are_judged_by_their_policy_alone(
-    items: list[Any], found: tuple[bool, bool] | None
+    shown: str, found: tuple[bool, bool] | None
 ) -> None:
-    ruleset = json.dumps({"nftables": [{"metainfo": {}}, *items]})
-    skipped = {"inet wggw", "inet wggw_classes", "ip sleeping"}
-    chains = list(wggw.foreign_chains(ruleset, "forward", skipped))
-    assert [(c.drops, c.has_rules) for c in chains] == ([found] if found else [])
+    ruleset = table(chain(hook="output"), "ip before") + shown + table("", "ip after")
+    chains = list(wggw.foreign_chains(ruleset, "forward"))
+    assert [(c.drops, bool(c.rules)) for c in chains] == ([found] if found else [])
     assert {(c.name, c.shown_by) for c in chains} <= {(FOREIGN, "nft list chain ip filter FORWARD")}
 
 
 @pytest.mark.parametrize(
-    ("items", "found"),
+    ("rules", "found"),
     [
-        ([rule({"counter": None}, {"jump": {"target": "ufw-before-forward"}})], True),
-        ([rule({"jump": {"target": "ufw-before-forward"}}), ACCEPT], False),
-        ([rule({"jump": {"target": "DOCKER-USER"}})], False),
+        (["counter packets 0 bytes 0 jump ufw-before-forward", "jump ufw-reject-forward"], True),
+        (["jump ufw-before-forward", "accept"], False),
+        (["counter jump DOCKER-USER"], False),
+        (['drop comment "jump ufw-"'], False),
         ([], False),
     ],
 )
-def test_chain_is_ufws_when_all_of_its_rules_lead_there(items: list[Any], found: bool) -> None:
-    (only,) = wggw.foreign_chains(json.dumps({"nftables": [chain(), *items]}), "forward")
+def test_chain_is_ufws_when_all_of_its_rules_lead_there(rules: list[str], found: bool) -> None:
+    (only,) = wggw.foreign_chains(table(chain(*rules)), "forward")
     assert only.is_ufw == found
 
 
@@ -193,15 +195,15 @@ def test_old_tables_of_iptables_are_looked_at_or_not_known(
     monkeypatch.setattr(wggw, "LEGACY", ((str(tmp_path / "names"), "iptables-legacy"),))
     monkeypatch.setattr(wggw, "tool", lambda name: name)
     monkeypatch.setattr(wggw, "run_tool", lambda *command: rules[command[2]])
-    found = [(c.drops, c.has_rules, c.shown_by) for c in wggw.legacy_chains("INPUT")]
+    found = [(c.drops, bool(c.rules), c.shown_by) for c in wggw.legacy_chains("INPUT")]
     assert found == [
         (False, True, "iptables-legacy -t mangle -S INPUT"),
         (True, False, "iptables-legacy -t filter -S INPUT"),
     ]
-    assert [c.has_rules for c in wggw.legacy_chains("POSTROUTING")] == [True]
+    assert [bool(c.rules) for c in wggw.legacy_chains("POSTROUTING")] == [True]
     monkeypatch.setattr(wggw, "tool", lambda name: None)
     unknown = list(wggw.legacy_chains("FORWARD"))
-    assert [(c.drops, c.has_rules) for c in unknown] == [(False, True)] * 2
+    assert [(c.drops, bool(c.rules)) for c in unknown] == [(False, True)] * 2
     assert "which is not installed" in unknown[0].name and "apt-get install" in unknown[0].shown_by
 
 

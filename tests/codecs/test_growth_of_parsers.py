@@ -12,7 +12,6 @@ import gc
 import hashlib
 import hmac
 import itertools
-import json
 import struct
 import time
 import tracemalloc
@@ -376,12 +375,10 @@ def torn_journal(size: int) -> bytes:
 
 def rules(size: int) -> bytes:
     """As many chains at the hook as rules, all in one table."""
-    table = {"family": "ip", "table": "filter"}
-    rows = []
-    for number in range(size // 250):
-        chain = {**table, "name": f"c{number}", "hook": "forward", "policy": "accept"}
-        rows += [{"chain": chain}, {"rule": {**table, "chain": "c", "expr": [{"drop": None}]}}]
-    return json.dumps({"nftables": rows}).encode()
+    chain = (
+        "\tchain c%d {\n\t\ttype filter hook forward priority 0; policy accept;\n\t\tdrop\n\t}\n"
+    )
+    return ("table ip filter {\n" + "".join(chain % n for n in range(size // 80))).encode()
 
 
 BOX = wggw.PayloadBox(SECRET)
@@ -679,8 +676,8 @@ PARSERS: dict[str, Row] = {
         ((b"", b""), (b'\tiifname "', b'" accept\n'), (b"\tiifname ", b" accept\n")),
     ),
     "nftables' rules": Row(
-        allow(lambda data: list(wggw.foreign_chains(text_of(data), "forward")), KeyError),
-        (),
+        allow(chains),
+        ((b"", b""), (b"table ip x {\n\tchain c {\n\t\ttype filter hook forward ", b"\n\t}\n}\n")),
         (rules,),
     ),
 }
