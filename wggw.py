@@ -9016,7 +9016,7 @@ def open_backend(mode: str, link: Link) -> Backend:
 # ClassTable has the rules of the service classes. ClassedBackend wraps an interface's backend and
 # puts the addresses of its peers into the sets of their classes.
 #
-# FIT, at the end, is the table of checks of the settings against the host and the stored peers.
+# Host reads what is there. FIT and NETWORK, at the end, are the tables of checks that go by it.
 # Never here: policy. The gateway decides which peers there should be.
 # ==================================================================================================
 
@@ -9848,11 +9848,9 @@ def make_interface(kind: str, link: Link) -> str:
     try:
         with contextlib.closing(Route()) as route:
             made = not route.index(link.name)
-            if made:
-                route.create(link.name, kind)
-                route.mark(link.name, link.mark)
-            elif kind == AWG_GENL_NAME:  # its MTU depends on parameters that only the service knows
-                return ""
+            if not made and kind == AWG_GENL_NAME:
+                return ""  # its MTU depends on parameters that only the service knows
+            take_link(route, kind, link, lambda: route.create(link.name, kind))
             was_up = not made and route.is_up(route.index(link.name), link.mtu)
             route.configure(link)
             return "" if was_up else f"{link.name}: {'made' if made else 'set up'}"
@@ -10064,38 +10062,38 @@ def _look_at_rights(host: Host) -> Iterator[Finding]:
         todo = "run it as root, or give the container --cap-add NET_ADMIN"
         yield _obstacle("CAP_NET_ADMIN", "this process does not have it", todo)
     for tunnel in host.tunnels:
-        yield _look_at_kind(host.config.wg_backend, tunnel)
+        yield from _look_at_kind(host.config.wg_backend, tunnel)
 
 
-def _look_at_kind(mode: str, tunnel: InterfaceSettings) -> Finding:
+def _look_at_kind(mode: str, tunnel: InterfaceSettings) -> Iterator[Finding]:
     kind = LINK_KINDS[tunnel.prefix]
     program, subject = PROGRAMS[kind], f"WG_BACKEND {mode}"
+    lacking = f"the kernel has no {kind}"
     if mode != "uapi":
         with contextlib.closing(NetlinkSocket(NETLINK_GENERIC)) as netlink:
             if genl_family(netlink, kind) is not None:
-                return Finding("kernel module", f"{kind} is available")
-    if mode == "netlink":
-        todo = f"load the module, or set WG_BACKEND=auto to use {program}"
-        return _obstacle(subject, f"the kernel has no {kind}", todo)
+                yield Finding("kernel module", f"{kind} is available")
+                return
     path = shutil.which(program) or tool(program)
     runs_now = uapi_answers(uapi_path(kind, tunnel.name))
-    if path is None and not runs_now:
-        todo = f"load the module, or install {program}"
-        return _obstacle(subject, f"the kernel has no {kind}, and {program} is missing", todo)
     try:
         if path:
             run_tool(path, "--version")
     except BackendError as error:
         todo = f"install it again: apt-get install --reinstall {program}"
-        refuses = None if runs_now else StartError
-        return Finding(program, f"it does not run: {error}", todo, True, refuses)
-    if not runs_now and (fault := _tun_fault()):
-        return _obstacle(
-            subject,
-            f"the kernel has no {kind}, and {program} needs {TUN}: {fault}",
-            f"load the module tun, start the container with --device {TUN}, or chmod 666 {TUN}",
-        )
-    return Finding("kernel module", f"{kind} is missing; {program} does its work")
+        yield Finding(program, f"it does not run: {error}", todo, True)
+    if mode == "netlink":
+        todo = f"load the module, or set WG_BACKEND=auto to use {program}"
+        yield _obstacle(subject, lacking, todo)
+    elif path is None and not runs_now:
+        todo = f"load the module, or install {program}"
+        yield _obstacle(subject, f"{lacking}, and {program} is missing", todo)
+    elif not runs_now and (fault := _tun_fault()):
+        found = f"{lacking}, and {program} needs {TUN}: {fault}"
+        todo = f"start the container with --device {TUN}, or chmod 666 {TUN}"
+        yield _obstacle(subject, found, f"load the module tun, {todo}")
+    else:
+        yield Finding("kernel module", f"{kind} is missing; {program} does its work")
 
 
 def _tun_fault() -> str:
