@@ -12,7 +12,7 @@ A request's path (server.Loop means: class Loop in the section server)
     read. gateway.Rules decides a change, which becomes a ledger.Flight; while its key is in flight
     already, it waits for that landing. The ledger.Lander, another thread, takes all waiting
     flights: it writes their records to the journal with one fsync, sends each interface one
-    message, and waits until the loop has changed the rows and answered.
+    message, and begins the next landing when the loop has changed the rows and answered.
 
 A start's path
     The thread of server.Service listens (nothing but /healthz and /openapi.json is served yet),
@@ -10366,9 +10366,9 @@ def refuse_misfits(findings: Iterable[Finding]) -> None:
 # A defect during a landing has the same effect, except that only a restart ends it.
 #
 # Threads: rows, pools and the Ledger, the table of what is in flight, belong to the owner; other
-# threads reach them by `run(function)`. Only the Lander's thread changes interfaces. It holds
-# `turn` during a whole landing, and a worker holds it while it changes the journal or the service
-# classes.
+# threads reach them by `run(function)`. Only the Lander's thread changes interfaces. It takes
+# `turn` at the beginning of a landing, and the owner releases it at the end. A worker holds it
+# while it changes the journal or the service classes.
 # Never here: rules, and sockets of clients.
 # ==================================================================================================
 
@@ -10861,7 +10861,10 @@ class Lander:
         self._ledger.stopping = True
         self._ledger.waiting.put([])
         self._thread.join(seconds)
-        return not self._thread.is_alive()
+        landed = not self._thread.is_alive() and self.turn.acquire(timeout=seconds)
+        if landed:  # also in the rows: see _hand_back()
+            self.turn.release()
+        return landed
 
     # --- landings --------------------------------------------------------------------------------
 
@@ -10916,7 +10919,7 @@ class Lander:
         except BaseException:
             self.turn.release()
             raise
-        self._begin(self._hand_back(flights))
+        self._begin(self._hand_back(flights))  # and wait for new flights meanwhile
 
     def _write(self, flights: Sequence[Flight]) -> list[Written]:
         """Number the records and write them to disk, or refuse the flights that need the disk."""
