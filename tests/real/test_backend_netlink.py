@@ -116,19 +116,6 @@ class TestNetlinkBackend(InterfaceContract):
         assert shown == set(many)
         assert held(backend) == shown
 
-
-def test_a_kernel_without_wireguard_is_a_backend_error() -> None:
-    netns.need("ip")
-    if netns.kernel_has_wireguard():
-        pytest.skip("the running kernel has WireGuard")
-    with netns.Namespace() as namespace, namespace.inside():
-        backend = wggw.NetlinkBackend(interfaces.LINK._replace(name="wg0", private_key=bytes(32)))
-        try:
-            with pytest.raises(wggw.BackendError, match="the kernel has no WireGuard"):
-                backend.setup()
-        finally:
-            backend.close()
-
     def test_a_link_that_is_made_anew_keeps_its_peers(
         self, interface: interfaces.Opened, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -144,3 +131,16 @@ def test_a_kernel_without_wireguard_is_a_backend_error() -> None:
         assert backend.alive()
         assert f"{name}: made anew with its 599 peers" in caplog.text
         assert f"alias {interface.link.mark}" in netns.output("ip", "link", "show", name)
+
+
+def test_a_kernel_without_wireguard_is_a_backend_error() -> None:
+    netns.need("ip")
+    if netns.kernel_has_wireguard():
+        pytest.skip("the running kernel has WireGuard")
+    with netns.Namespace() as namespace, namespace.inside():
+        backend = wggw.NetlinkBackend(interfaces.LINK._replace(name="wg0", private_key=bytes(32)))
+        try:
+            with pytest.raises(wggw.BackendError, match="the kernel has no WireGuard"):
+                backend.setup()
+        finally:
+            backend.close()
