@@ -339,7 +339,11 @@ class Bench:
             gateway.settings |= {"SNAPSHOT_INTERVAL": interval}
             ready(gateway)
             connection = Connection(gateway.port)  # back to N peers: wireguard-go has a limit
-            connection.exchange(request("PUT", COLLECTION, only_rows, "application/x-ndjson"))
+            connection.exchange(
+                request(
+                    "PUT", COLLECTION + "?allow_mass_delete=true", only_rows, "application/x-ndjson"
+                )
+            )
             connection.close()
             times = load.latencies(gateway.port, max(5.0, self.seconds), load.a_create)
             longest.append(times[-1] * 1000)
