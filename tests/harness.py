@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import hmac
 import http.client
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
+import forked
+
 T = TypeVar("T")
 
 # WGGW_LONG=1, as .ci/run sets it, asks for whole sweeps and many rounds; without it tests take a
@@ -37,6 +40,11 @@ SCRIPT = [sys.executable, str(WGGW)]  # as users start it
 MODULE = "import sys; sys.path[:0] = [sys.argv.pop(1)]; import wggw; {}sys.exit(wggw.main())"
 PROGRAM = [sys.executable, "-P", "-c", MODULE.format(""), str(ROOT)]
 API_KEY = "8f29c82c5d1f4b6e9a7730d2c4e1f0a98f29c82c5d1f4b6e9a7730d2c4e1f0a9"
+
+
+@functools.cache
+def imported() -> forked.Parent:
+    return forked.Parent(str(ROOT))
 
 
 def some(cases: Sequence[T], number: int) -> Sequence[T]:
@@ -243,9 +251,13 @@ class GatewayProcess:
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start the process without waiting for anything."""
         environment = {"PATH": os.environ["PATH"], **self.settings}
+        start, *arguments = [*self.prefix, *self.program, "serve"]
         with self.log.open("ab") as log:
+            if [start, arguments[0]] == PROGRAM[:2] and str(ROOT) in arguments:
+                self.process = imported().start(arguments[1:], self.directory, environment, log)
+                return self.process
             self.process = subprocess.Popen(
-                [*self.prefix, *self.program, "serve"],
+                [start, *arguments],
                 cwd=self.directory,
                 env=environment,
                 stdin=subprocess.DEVNULL,
