@@ -7,12 +7,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from harness import Client, GatewayProcess, running  # noqa: E402
+from harness import LONG, Client, GatewayProcess, running  # noqa: E402
 
 with contextlib.suppress(ImportError):  # guests do without
     from hypothesis import HealthCheck, settings
@@ -52,10 +53,40 @@ FIRST = (
     "test_kill.py",
 )
 RANK = {name: rank for rank, name in enumerate(FIRST)}
+LEFT_OUT = pytest.StashKey[int]()  # the number of long tests
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the order of FIRST; without long tests, unless LONG or the command line names the file."""
+    named = {Path(argument.partition("::")[0]).resolve() for argument in config.args}
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("long") and not LONG and item.path not in named
+    ]
+    config.stash[LEFT_OUT] = len(left_out)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     items.sort(key=lambda item: RANK.get(item.path.name, len(FIRST)))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Of xdist, only the workers collect: each tells the run how many it left out."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if number := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.line(f"{number} long tests were left out; WGGW_LONG=1 runs them, too")
 
 
 @pytest.fixture
