@@ -6,12 +6,14 @@ change in memory, /run is empty. What is done inside is gone when it ends, daemo
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import importlib.util
+import functools
 import os
 import secrets
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,10 +102,37 @@ def small_disk(directory: Path) -> Iterator[SmallDisk]:
         holder.stdout.close()
 
 
-class Machine:
-    """`tree` is a clean copy of the project; `bin` comes first in PATH."""
+# In the program's place: the same from bytecode, which all machines share. install.sh and its tests
+# start it again and again, and to compile it takes 0.4 s each time.
+FROM_BYTECODE = """#!/usr/bin/env python3
+import sys
+sys.path[:0] = [{!r}]
+import whole
+sys.path.pop(0)
+globals().update((name, value) for name, value in vars(whole).items() if name[:2] != "__")
+if __name__ == "__main__":
+    sys.exit(whole.main())
+"""
 
-    def __init__(self, directory: Path, pid: int, token: str) -> None:
+
+@functools.cache
+def from_bytecode() -> str:
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
+    directory.chmod(0o755)  # the service's user reads it, too
+    shutil.copy(WGGW, directory / "whole.py")
+    compile_it = ["/usr/bin/python3", "-m", "py_compile", directory / "whole.py"]
+    subprocess.run(compile_it, check=True)
+    return FROM_BYTECODE.format(str(directory))
+
+
+class Machine:
+    """`tree` is a clean copy of the project; `bin` comes first in PATH.
+
+    The tree's program comes from bytecode unless it is to be `whole`.
+    """
+
+    def __init__(self, directory: Path, pid: int, token: str, whole: bool) -> None:
         self.tree = directory / "wggw"
         self.bin = directory / "bin"
         # --root: without it a chroot's machine would be entered at the root outside the chroot.
@@ -114,7 +143,10 @@ class Machine:
             "TERM": "dumb",
             "TOKEN": token,
         }
-        copy_tree(self.tree)
+        names = (".*", "__pycache__", "*.db*", "*.pem", "tests")
+        shutil.copytree(ROOT, self.tree, ignore=shutil.ignore_patterns(*names))
+        if not whole:
+            (self.tree / "wggw.py").write_text(from_bytecode())
         self.bin.mkdir()
         for name, text in (("sudo", SUDO), ("apt-get", APT_GET)):
             (self.bin / name).write_text(text)
@@ -183,24 +215,12 @@ class Background:
         return self._process.wait(seconds)
 
 
-def copy_tree(to: Path) -> None:
-    """The project's files, without dot files and what running it has left behind.
-
-    But with the program's bytecode, which a Python of the same version need not make again.
-    """
-    shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.db*", "*.pem"))
-    cached = Path(importlib.util.cache_from_source(str(WGGW)))
-    if cached.exists():
-        (to / cached.parent.name).mkdir()
-        shutil.copy2(cached, to / cached.parent.name)
-
-
 def _first_child(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
 @contextlib.contextmanager
-def machine(directory: Path) -> Iterator[Machine]:
+def machine(directory: Path, whole: bool = False) -> Iterator[Machine]:
     if os.geteuid() != 0:
         pytest.skip("needs root: it makes namespaces with private mounts")
     if not shutil.which("apt-get"):
@@ -219,7 +239,7 @@ def machine(directory: Path) -> Iterator[Machine]:
         line = holder.stdout.readline()
         if line != "ready\n":
             pytest.skip(f"needs the right to make namespaces and overlays: {line.strip()}")
-        yield Machine(directory, _first_child(holder.pid), token)
+        yield Machine(directory, _first_child(holder.pid), token, whole)
     finally:
         holder.kill()
         holder.wait()

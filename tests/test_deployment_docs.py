@@ -110,7 +110,7 @@ def test_a_node_in_memory_is_explained_once() -> None:
 
 @pytest.mark.real
 def test_a_node_in_memory_starts_as_written(tmp_path: Path) -> None:
-    with machine(tmp_path) as host:
+    with machine(tmp_path, whole=True) as host:
         (host.bin / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
         (host.bin / "python3").chmod(0o755)
         host.output("mkdir /mnt/state")

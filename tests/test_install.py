@@ -550,8 +550,7 @@ def machine_with_systemctl(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         (made.bin / "systemctl").write_text(SYSTEMCTL)
         (made.bin / "systemctl").chmod(0o755)
         program = made.tree / "wggw.py"
-        text = program.read_text()
-        program.write_text(text.replace("\nimport argparse\n", HEALTHY + "import argparse\n"))
+        program.write_text(program.read_text().replace("import sys\n", f"import sys\n{HEALTHY}"))
         yield made
 
 

@@ -141,7 +141,7 @@ def test_every_command_is_in_the_list() -> None:
 
 @pytest.mark.real
 def test_every_block_runs_as_written(tmp_path: Path) -> None:
-    with machine(tmp_path) as host:
+    with machine(tmp_path, whole=True) as host:
         install = host.start(INSTALL.strip())
         install.wait_text(">laptop.conf")
         marked = [f"{block}\necho '@@@'" for block in FIRST_PEER]

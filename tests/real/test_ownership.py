@@ -148,10 +148,7 @@ class Host:
         self.tool("systemctl", SYSTEMCTL)
         self.tool("before-start", "")
         awg_programs.install(awg_programs.newest(), made.bin)
-        # From its bytecode: as a script, each of some hundred calls would compile it.
-        start = f"import sys; sys.path[:0] = ['{made.tree}']; import wggw; sys.exit(wggw.main())"
-        self.tool("as_module.py", start)
-        self.wggw = f"python3 -I {made.bin}/as_module.py"
+        self.wggw = f"python3 -I {made.tree}/wggw.py"
 
     def tool(self, name: str, text: str) -> None:
         (self.machine.bin / name).write_text(text)
