@@ -13,7 +13,8 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from harness import LONG, Client, GatewayProcess, running  # noqa: E402
+from forked import Parent  # noqa: E402
+from harness import LONG, ROOT, Client, GatewayProcess, running  # noqa: E402
 
 with contextlib.suppress(ImportError):  # guests do without
     from hypothesis import HealthCheck, settings
@@ -69,6 +70,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
     items.sort(key=lambda item: RANK.get(item.path.name, len(FIRST)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The parent of all gateways is made here: made in a test, it could end with its namespace."""
+    if session.items and not session.config.option.collectonly:
+        GatewayProcess.parent = Parent(str(ROOT))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import hashlib
 import hmac
 import http.client
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
-import forked
+from forked import Parent
 
 T = TypeVar("T")
 
@@ -42,16 +41,11 @@ PROGRAM = [sys.executable, "-P", "-c", MODULE.format(""), str(ROOT)]
 API_KEY = "8f29c82c5d1f4b6e9a7730d2c4e1f0a98f29c82c5d1f4b6e9a7730d2c4e1f0a9"
 
 
-@functools.cache
-def imported() -> forked.Parent:
-    return forked.Parent(str(ROOT))
-
-
 def some(cases: Sequence[T], number: int) -> Sequence[T]:
     """That many of the cases, evenly spread, the first and the last among them; all when LONG."""
     if LONG or number >= len(cases):
         return cases
-    return [cases[n * (len(cases) - 1) // (number - 1)] for n in range(number)]
+    return [cases[n * (len(cases) - 1) // max(number - 1, 1)] for n in range(number)]
 
 
 def program_with(**constants: float | str) -> list[str]:
@@ -227,6 +221,7 @@ class GatewayProcess:
     """
 
     program = PROGRAM
+    parent: Parent | None = None  # of all that are started by PROGRAM, in a run of pytest
 
     def __init__(self, directory: Path, prefix: list[str] | None = None, **settings: str) -> None:
         self.directory = directory
@@ -253,8 +248,10 @@ class GatewayProcess:
         environment = {"PATH": os.environ["PATH"], **self.settings}
         start, *arguments = [*self.prefix, *self.program, "serve"]
         with self.log.open("ab") as log:
-            if [start, arguments[0]] == PROGRAM[:2] and str(ROOT) in arguments:
-                self.process = imported().start(arguments[1:], self.directory, environment, log)
+            known = [start, arguments[0]] == PROGRAM[:2] and str(ROOT) in arguments
+            # What is named PYTHON... is for an interpreter that starts.
+            if self.parent and known and not any(name[:6] == "PYTHON" for name in environment):
+                self.process = self.parent.start(arguments[1:], self.directory, environment, log)
                 return self.process
             self.process = subprocess.Popen(
                 [start, *arguments],

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 
 from targets import CORPUS, TARGETS, corpus
 
-RUNS = 10_000 if LONG else 4_000  # inputs that atheris tries
-EXAMPLES = 1000 if LONG else 100
+RUNS = 10_000 if LONG else 1_000  # inputs that atheris tries
+EXAMPLES = 1000 if LONG else 50
 
 
 def test_every_target_has_a_corpus_and_every_corpus_a_target() -> None:

@@ -231,7 +231,7 @@ def test_it_begins_however_it_is_called(host: Machine) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("family", ["only IPv6", "no IPv6"])
+@pytest.mark.parametrize("family", some(["only IPv6", "no IPv6"], 1))
 def test_settings_fit_a_host_of_one_family(host: Machine, family: str) -> None:
     host.output("ip link add uplink type veth peer name far; ip link set far up")
     if family == "no IPv6":
@@ -324,6 +324,7 @@ def test_subnets_that_the_host_has_are_not_taken(host: Machine) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_awg_implies_only_what_neither_options_nor_settings_name(host: Machine) -> None:
     four, six = "AWG_IPV4_SUBNET", "AWG_IPV6_SUBNET=fd42:4242:2::/64"
     key = f"WG_BACKEND=memory GATEWAY_API_KEY={'a1' * 32}"
@@ -356,7 +357,7 @@ WITHOUT = {
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("what", some(list(WITHOUT), 2))
+@pytest.mark.parametrize("what", some(list(WITHOUT), 1))
 def test_what_an_interface_needs_is_named_before_anything_is_made(host: Machine, what: str) -> None:
     needs_userspace(host)
     prefix, before, words = WITHOUT[what]
@@ -606,6 +607,7 @@ def test_signal_takes_back_what_was_done(service: Machine, signal: str, code: in
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_run_after_one_that_was_killed_finishes_its_work(installed: Machine) -> None:
     former = installed.output(f"cat {PROGRAM}")
     later = later_version(installed)
@@ -689,6 +691,7 @@ def test_purge_leaves_what_is_not_install_shs_and_names_it(installed: Machine) -
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_purge_with_settings_that_are_wrong_says_so(installed: Machine) -> None:
     installed.output("echo WG_MTU=x >>/etc/wggw/wggw.env")
     shown = installed.output("./install.sh --uninstall --purge --yes")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from harness import LONG, Answer, Client, GatewayProcess, a_key, running, wait_for
+from harness import LONG, Answer, Client, GatewayProcess, a_key, running, some, wait_for
 from sandbox import SmallDisk, small_disk
 
 PEERS = "/api/v1/configurations/"
@@ -161,7 +161,7 @@ def kill_round(
 
 
 @pytest.mark.timeout(300 + 5 * ROUNDS)
-@pytest.mark.parametrize("sealed", [False, True], ids=["plain", "sealed"])
+@pytest.mark.parametrize("sealed", some([True, False], 1), ids=str)
 def test_a_kill_under_load_loses_nothing_acknowledged(tmp_path: Path, sealed: bool) -> None:
     seed = os.environ.get("WGGW_KILL_SEED") or str(random.randrange(10**6))
     print(f"WGGW_KILL_SEED={seed}")
@@ -238,6 +238,7 @@ def check_full(client: Client, known: dict[str, Seen], refused: Answer) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("sealed", [False, True], ids=["plain", "sealed"])
+@pytest.mark.long
 def test_a_full_disk_refuses_changes_and_heals_by_itself(
     disk: SmallDisk, tmp_path: Path, sealed: bool
 ) -> None:

@@ -27,6 +27,7 @@ from harness import (
     free_port,
     running,
     sign,
+    some,
     wait_for,
 )
 from objects import make_certificate
@@ -78,8 +79,12 @@ def change_all_sorts(gateway: GatewayProcess) -> None:
 # --- TERM and KILL -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["", "a key for what lies on disk"], ids=["clear", "sealed"])
-@pytest.mark.parametrize("end", [GatewayProcess.stop, GatewayProcess.kill], ids=["TERM", "KILL"])
+ENDS = (GatewayProcess.stop, GatewayProcess.kill)
+
+
+@pytest.mark.parametrize(
+    ("end", "key"), some([(e, k) for e in ENDS for k in ("", "a key for what lies on disk")], 2)
+)
 def test_no_acknowledged_change_is_lost(
     tmp_path: Path, end: Callable[[GatewayProcess], int], key: str
 ) -> None:
@@ -94,7 +99,7 @@ def test_no_acknowledged_change_is_lost(
         assert (synced["added"], synced["updated"], synced["removed"]) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("end", [GatewayProcess.stop, GatewayProcess.kill], ids=["TERM", "KILL"])
+@pytest.mark.parametrize("end", some(ENDS, 1))
 def test_a_suspended_peers_address_is_never_given_away_after_a_restart(
     tmp_path: Path, end: Callable[[GatewayProcess], int]
 ) -> None:
@@ -517,7 +522,7 @@ def test_a_signal_while_starting_is_obeyed(tmp_path: Path) -> None:
         assert gateway.start().is_ready()
 
 
-@pytest.mark.parametrize("mode", [0o700, 0o770])
+@pytest.mark.parametrize("mode", some([0o700, 0o770], 1), ids=oct)
 def test_bytecode_is_in_the_state_directory_where_it_may_not_be_beside_the_program(
     tmp_path: Path, mode: int
 ) -> None:

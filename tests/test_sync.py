@@ -549,6 +549,7 @@ def test_an_export_amid_a_desired_state_is_the_state_before_or_behind_it(tmp_pat
     world.close()
 
 
+@pytest.mark.long
 def test_readers_see_every_peer_while_thousands_change(tmp_path: Path) -> None:
     world = a_world(tmp_path)
     base = [{"public_key": a_key(n)} for n in range(3000)]
@@ -680,6 +681,7 @@ PEERS = 60000 if LONG else 5000
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_the_rows_are_never_held_long(tmp_path: Path) -> None:
     """Peers made, left, turned and deleted; 60,000 with WGGW_LONG=1.
 

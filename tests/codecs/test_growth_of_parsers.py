@@ -715,7 +715,8 @@ def bound(row: Row, directory: Path) -> Parse:
 def test_four_times_the_input_costs_at_most_five_times_as_much(name: str, tmp_path: Path) -> None:
     row = PARSERS[name]
     parse = bound(row, tmp_path)
-    found = {what: fault_in_time(parse, make, row.size) for what, make in inputs(row)}
+    chosen = some(list(inputs(row)), 25)
+    found = {what: fault_in_time(parse, make, row.size) for what, make in chosen}
     faults = {what: fault for what, fault in found.items() if fault}
     assert not faults
 
@@ -725,7 +726,7 @@ def test_memory_is_in_proportion_to_the_input(name: str, tmp_path: Path) -> None
     row = PARSERS[name]
     parse = bound(row, tmp_path)
     faults = {}
-    for what, make in inputs(row):
+    for what, make in some(list(inputs(row)), 25):
         if seconds(parse, make(1024)) > RUINOUS * 1024:
             faults[what] = "not measured: it takes too long"
             continue
@@ -799,7 +800,7 @@ def test_a_right_signature_over_a_query_parameter_is_refused() -> None:
 LONG = 15 * 10**6  # bytes of the strings
 
 
-@pytest.mark.parametrize("filling", ["a", '\\"', "é", "\U0001f600"])
+@pytest.mark.parametrize("filling", some(["a", '\\"', "é", "\U0001f600"], 2))
 @pytest.mark.parametrize("frame", ['["{}"]', '[{{"request_id":"{}"}}]', '["{}', '[{{"a":"{}'])
 def test_an_array_of_one_long_string_takes_less_than_four_times_its_size(
     frame: str, filling: str

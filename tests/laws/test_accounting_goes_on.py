@@ -69,9 +69,7 @@ def samples(interface: Interface, number: int) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    "how", [{"errno": EIO}, {"cut": True}], ids=["an error", "a closed connection"]
-)
+@pytest.mark.parametrize("how", some([{"errno": EIO}, {"cut": True}], 1), ids=str)
 def test_failing_readings_are_no_health(
     pair: tuple[Gateway, Interface], how: dict[str, Any]
 ) -> None:
@@ -103,7 +101,7 @@ UNREADABLE = [2**64 - 1, 2**63, 10**30, "many", "-1"]
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["rx_bytes", "last_handshake_time_sec"])
+@pytest.mark.parametrize("name", some(["rx_bytes", "last_handshake_time_sec"], 1))
 def test_one_counter_that_nobody_can_read_is_that_peers_alone(
     pair: tuple[Gateway, Interface], name: str
 ) -> None:
@@ -187,7 +185,7 @@ FALLEN = [((500, 9000), (1500, 11_000)), ((9000, 500), (10_000, 2500)), ((1, 2),
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("second", "total", "killed"),
-    some([(*fallen, killed) for fallen in FALLEN for killed in (False, True)], 3),
+    some([(*fallen, killed) for fallen in FALLEN for killed in (False, True)], 2),
 )
 def test_one_direction_that_fell_proves_that_both_restarted(
     pair: tuple[Gateway, Interface],
@@ -211,7 +209,7 @@ def test_one_direction_that_fell_proves_that_both_restarted(
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("done", [False, True], ids=["before it is done", "when it is done"])
+@pytest.mark.parametrize("done", some([False, True], 1))
 def test_a_kill_within_a_scrub_loses_no_totals(tmp_path: Path, done: bool) -> None:
     """A peer is made anew so that its endpoint is forgotten; its counters start again by that.
 

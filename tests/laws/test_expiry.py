@@ -56,6 +56,7 @@ def check_expired(client: Client, end: int, stay: list[str]) -> None:
     assert {(row["status"], row["status_reason"]) for row in gone} == {("suspended", "expired")}
 
 
+@pytest.mark.long
 def test_many_at_once_in_memory(tmp_path: Path) -> None:
     with memory_gateway(tmp_path) as gateway:
         client = gateway.client()

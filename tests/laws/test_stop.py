@@ -69,6 +69,7 @@ def test_a_disk_that_is_slow_does_not_hold_up_the_stop(tmp_path: Path, seconds: 
         check_pool(client)
 
 
+@pytest.mark.long
 def test_with_nothing_under_way_a_slow_disk_does_not_either(tmp_path: Path) -> None:
     """A last snapshot needs several fsyncs of 3 s: what there is already, is enough."""
     with memory_gateway(tmp_path) as gateway:

@@ -4,7 +4,7 @@ Two or three gateways with wggw's own Copier, on a store that delays uploads, lo
 cuts gateways off; gateways are killed, and come back with their disk or with an empty one. Each
 call to the store is a point where any other gateway may go on, or an upload from before arrives.
 
-WGGW_SCHEDULES says how many schedules (default 150, with WGGW_LONG=1 600), WGGW_SEED with which
+WGGW_SCHEDULES says how many schedules (default 60, with WGGW_LONG=1 600), WGGW_SEED with which
 one to begin.
 """
 
@@ -24,7 +24,7 @@ from harness import LONG
 import wggw
 from wggw import Copier, CopyError, CopySettings, Epochs, Written
 
-SCHEDULES = int(os.environ.get("WGGW_SCHEDULES") or (600 if LONG else 150))
+SCHEDULES = int(os.environ.get("WGGW_SCHEDULES") or (600 if LONG else 60))
 SEED = int(os.environ.get("WGGW_SEED", "1"))
 
 

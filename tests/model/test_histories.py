@@ -36,7 +36,7 @@ import wggw
 CLIENTS, KEYS, OPERATIONS, ROUNDS = 4, 4, 25, 5
 BASE = [a_key(("base", n)) for n in range(6)]  # of everybody, in rounds with a desired state
 EXTRA = [a_key(("extra", n)) for n in range(12)]  # of the desired states
-SECONDS = float(os.environ.get("WGGW_SECONDS") or (60 if LONG else 6))
+SECONDS = float(os.environ.get("WGGW_SECONDS") or (60 if LONG else 3))
 
 
 class Peer(NamedTuple):

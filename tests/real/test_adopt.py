@@ -140,6 +140,7 @@ class Transfer:
             each.close()
 
 
+@pytest.mark.long
 def test_two_thousand_peers_are_taken_over_and_no_packet_is_lost(
     topology: Topology, stopped: GatewayProcess
 ) -> None:

@@ -52,6 +52,7 @@ def everything(inside: Inside) -> Any:
     return gateway.run(lambda: inside.store.peers_after(0, 100)), gateway.usage()
 
 
+@pytest.mark.long
 def test_a_tunnel_goes_on_behind_a_stop_and_what_was_refused_is_not_done(
     topology: Topology, inside: Inside
 ) -> None:

@@ -3,7 +3,7 @@
 One table: what is there under the name that the settings have, and what is then done. Whatever is
 somebody else's must be byte for byte the same afterwards, every refusal names what was found, and
 what is ours is up or gone. Each machine is a sandbox with a network of its own. The whole table is
-done with WGGW_LONG=1; without it, each row and each column at least in part.
+done with WGGW_LONG=1; without it, a part of each row.
 """
 
 from __future__ import annotations
@@ -317,17 +317,11 @@ FOREIGN_ACTIONS: tuple[Callable[[Host], None], ...] = (
 )
 
 
-# What is done in every run: each thing, and each action once.
+# What is done in every run: each thing, and each kind of action.
 FOREIGN_IN_SHORT: dict[str, tuple[Callable[[Host], None], ...]] = {
-    "wg0 with peers": (
-        serve,
-        first_run,
-        failing_installation,
-        uninstall_after_edits,
-        uninstall,
-    ),
-    "wg0 with peers and the key of our own settings": (net_up, foreground_with_kept_settings),
-    "awg0 with peers": (net_down, first_run_in_the_foreground),
+    "wg0 with peers": (first_run, uninstall_after_edits),
+    "wg0 with peers and the key of our own settings": (net_up,),
+    "awg0 with peers": (net_down,),
     "a bridge": (net_up,),
     "a dummy, or another kind where the kernel has none": (run_with_kept_settings,),
     "a tun of another program": (serve,),
@@ -472,9 +466,9 @@ OWN_ACTIONS = (
 
 OWN_IN_SHORT = {
     "no interface": (own_uninstall_after_edits,),
-    "own interface": (own_serve, own_net_down, own_run_with_kept_settings),
-    "own interface with lost state": (own_first_run,),
-    "own interface from before the marks": (own_serve, own_net_up, own_uninstall),
+    "own interface": (own_net_down,),
+    "own interface with lost state": (own_serve,),
+    "own interface from before the marks": (own_net_up, own_uninstall),
 }
 
 
@@ -545,6 +539,7 @@ def test_an_interface_that_took_the_place_of_ours_is_not_touched(clean: Host) ->
 # --- the service ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_service_takes_its_interface_over_from_the_foreground_and_no_other_socket(
     clean: Host,
 ) -> None:
@@ -565,6 +560,7 @@ def test_a_service_takes_its_interface_over_from_the_foreground_and_no_other_soc
     host.machine.output(f"{host.install('--uninstall')}; ip link delete wg9")
 
 
+@pytest.mark.long
 def test_a_failing_installation_takes_back_what_it_made_and_no_more(clean: Host) -> None:
     host = clean
     done = host.machine.run(f"RESULT=failed {host.install()}")
@@ -586,6 +582,7 @@ def test_a_failing_installation_takes_back_what_it_made_and_no_more(clean: Host)
     assert host.machine.run("nft list table inet wggw").returncode == 1
 
 
+@pytest.mark.long
 def test_uninstall_ends_what_a_former_version_left_running(clean: Host) -> None:
     """An interface without a mark, and settings that do not say any more which it was."""
     host = clean

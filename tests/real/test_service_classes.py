@@ -21,7 +21,7 @@ from typing import Any
 
 import netns
 import pytest
-from harness import LONG, Client, GatewayProcess, a_key, path_key, wait_for
+from harness import LONG, Client, GatewayProcess, a_key, path_key, some, wait_for
 from netns import Namespace, Topology, Tunnel
 
 import wggw
@@ -199,6 +199,7 @@ def test_a_peer_gets_its_rate_and_no_more(
     raise AssertionError((name, best))
 
 
+@pytest.mark.long
 def test_a_change_of_class_under_a_transfer_keeps_the_connection(
     topology: Topology, client: Client, tunnel: Tunnel
 ) -> None:
@@ -264,7 +265,7 @@ def test_members_are_unchanged_by_a_refused_request(topology: Topology, client: 
     assert members(topology, "slow") == before
 
 
-@pytest.mark.parametrize("what", ["flush ruleset", "delete table inet wggw_classes"])
+@pytest.mark.parametrize("what", some(["flush ruleset", "delete table inet wggw_classes"], 1))
 def test_rules_that_others_removed_are_put_back(
     topology: Topology, client: Client, what: str
 ) -> None:
@@ -411,6 +412,7 @@ def addresses(number: int) -> list[bytes]:
     return [bytes([10, 77, n >> 8, n & 255]) for n in range(number)]
 
 
+@pytest.mark.long
 def test_two_hundred_limited_peers_share_nothing_and_others_are_not_limited(bare: Bare) -> None:
     limited = [wggw.Member("slow", address) for address in addresses(200)]
     bare.table.add(limited)
@@ -446,6 +448,7 @@ def test_a_change_of_class_costs_the_same_at_any_number_of_peers(bare: Bare) -> 
     assert many < 3 * few + 50e-6
 
 
+@pytest.mark.long
 def test_a_packet_costs_the_same_at_any_number_of_peers(bare: Bare) -> None:
     """As many datagrams as can be forwarded in a second, of a sender that is in no class."""
 

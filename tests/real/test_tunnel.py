@@ -20,7 +20,7 @@ from typing import Any
 import netns
 import pytest
 from backend_contract import Dump, output, wg_dump
-from harness import API_KEY, LONG, Client, GatewayProcess, a_key, path_key, wait_for
+from harness import API_KEY, LONG, Client, GatewayProcess, a_key, path_key, some, wait_for
 from netns import RunningPing, Stream, Topology, Tunnel
 
 pytestmark = pytest.mark.real
@@ -150,6 +150,7 @@ def test_a_suspended_client_that_reconnects_gets_nothing_until_it_is_active(
     assert tunnel.ping(*EVERYWHERE) == dict.fromkeys(EVERYWHERE, 3)
 
 
+@pytest.mark.long
 def test_delete_stops_every_packet_of_that_client_and_none_of_the_other(
     topology: Topology, client: Client
 ) -> None:
@@ -184,6 +185,7 @@ def test_two_clients_reach_each_other_and_only_with_their_own_preshared_keys(
     assert wrong.ping(Topology.GATEWAY[0], count=1, wait=2) == {Topology.GATEWAY[0]: 0}
 
 
+@pytest.mark.long
 def test_expires_at_suspends_when_its_time_has_come_and_not_before(
     topology: Topology, client: Client
 ) -> None:
@@ -235,7 +237,7 @@ def test_live_state_becomes_true(topology: Topology, client: Client) -> None:
 # --- restarts -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end", [GatewayProcess.stop, GatewayProcess.kill], ids=["TERM", "KILL"])
+@pytest.mark.parametrize("end", some([GatewayProcess.kill, GatewayProcess.stop], 1))
 def test_a_restart_loses_no_packet(
     topology: Topology,
     gateway: GatewayProcess,
