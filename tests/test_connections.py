@@ -178,6 +178,7 @@ def check_quick(gateway: GatewayProcess, client: Client, before: float) -> None:
 # --- slow, silent, many --------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_slow_clients_delay_nobody_and_are_ended_by_their_deadlines(
     shared: GatewayProcess,
 ) -> None:

@@ -43,7 +43,13 @@ def command(language: str, path: Path) -> list[str]:
     }[language]
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)), ids=[block[0] for block in BLOCKS])
+@pytest.mark.parametrize(
+    "number",
+    [  # the compiler takes half a minute
+        pytest.param(number, id=language, marks=[pytest.mark.long] if language == "go" else [])
+        for number, (language, _) in enumerate(BLOCKS)
+    ],
+)
 def test_block_runs_as_written(shared: GatewayProcess, tmp_path: Path, number: int) -> None:
     language, text = BLOCKS[number]
     path = tmp_path / f"example.{ {'javascript': 'js'}.get(language, language) }"

@@ -245,6 +245,7 @@ def test_a_copy_is_not_booted_onto_another_key_unless_it_is_named(tmp_path: Path
     with tls_store(tmp_path / "tls") as server:
         settings = {
             "SNAPSHOT_URL": server.url,
+            "SNAPSHOT_COPY_INTERVAL": "0.2",
             "SNAPSHOT_TOKEN": "a-token-for-the-copy",
             "SSL_CERT_FILE": str(tmp_path / "tls" / "store.pem"),
         }

@@ -143,6 +143,7 @@ def test_a_quota_is_noticed_when_it_is_overrun_across_a_rotation(
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_a_quota_is_noticed_when_the_rotation_itself_overruns_it(
     pair: tuple[Gateway, Interface],
 ) -> None:

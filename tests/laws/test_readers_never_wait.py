@@ -147,6 +147,7 @@ BOUNDED = 25.0  # seconds until a change is refused
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_while_wireguard_hangs(tmp_path: Path) -> None:
     """Reads are answered, changes refused in bounded time; the status says so, and it heals."""
     with real_gateway(tmp_path, started_before=True, SAMPLE_INTERVAL="0.5") as (

@@ -114,6 +114,7 @@ def test_from_wg_quick_and_back(host: Host) -> None:
     assert "alias" not in host.machine.output("ip link show wg0")
 
 
+@pytest.mark.long
 def test_from_wg_easy(host: Host) -> None:
     [block] = BLOCKS["From wg-easy"]
     case = shlex.quote((CASES / "wg-easy.json").read_text())
@@ -126,6 +127,7 @@ def test_from_wg_easy(host: Host) -> None:
     assert found[KEYS[0]]["label"] == 'laptop "A" ü' and found[KEYS[1]]["status"] == "suspended"
 
 
+@pytest.mark.long
 def test_from_the_gateway_before_this_one(host: Host, tmp_path: Path) -> None:
     [block] = BLOCKS["From the gateway before wggw"]
     with sqlite3.connect(tmp_path / "old.db") as db:
