@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 from fakes import build
+from harness import LONG
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -134,7 +135,9 @@ class Machine(RuleBasedStateMachine):
             assert self.pool.used == len(self.held)
 
 
-Machine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(
+    max_examples=120 if LONG else 40, stateful_step_count=40, deadline=None
+)
 TestPoolIsItsModel = Machine.TestCase
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fakes import batch, build, do, exhaust, submit
-from harness import Client, a_key, path_key, wait_for
+from harness import LONG, Client, a_key, path_key, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -172,7 +172,7 @@ CREATES = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40 if LONG else 15, deadline=None)
 @given(batches=st.lists(CREATES, min_size=1, max_size=3), gone=st.sets(st.integers(0, 20)))
 def test_operations_of_a_batch_do_together_what_they_would_do_one_by_one(
     tmp_path_factory: pytest.TempPathFactory,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from fakes import World, build, do
-from harness import API_KEY, LONG, WGGW, GatewayProcess, a_key, run_wggw, running
+from harness import API_KEY, LONG, WGGW, GatewayProcess, a_key, run_wggw, running, some
 from test_restart import state, stopped
 
 import wggw
@@ -208,7 +208,7 @@ DAMAGES: tuple[Damage, ...] = (
 )
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", some(DAMAGES, 4))
 def test_damage_is_exit_3_that_names_file_and_offset(kept: Kept, damage: Damage) -> None:
     path, offset = damage(kept)
     before = files_of(kept.directory)

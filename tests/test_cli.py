@@ -522,7 +522,7 @@ ENDS = [(KeyboardInterrupt, 130), (BrokenPipeError, 1)]
 
 
 @pytest.mark.parametrize(
-    ("line", "error", "code"), some([(line, *end) for line in COMMANDS for end in ENDS], 11)
+    ("line", "error", "code"), some([(line, *end) for line in COMMANDS for end in ENDS], 6)
 )
 def test_no_command_ends_with_a_traceback(
     line: list[str], error: type[BaseException], code: int
@@ -609,7 +609,7 @@ HELPS = [["--help"], ["--version"], ["peers", "--help"]]
 
 @pytest.mark.parametrize(
     ("line", "way"),
-    some([(line, w) for w in ("reader gone", "not there") for line in [*SPEAKING, *HELPS]], 8),
+    some([(line, w) for w in ("reader gone", "not there") for line in [*SPEAKING, *HELPS]], 5),
 )
 def test_a_closed_standard_output_is_exit_code_1(
     served: GatewayProcess, line: list[str], way: str

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
-from harness import API_KEY, PROGRAM, GatewayProcess, a_key, encode, running
+from harness import API_KEY, PROGRAM, GatewayProcess, a_key, encode, running, some
 from http_message_signatures import (
     HTTPMessageSigner,
     HTTPMessageVerifier,
@@ -196,7 +196,7 @@ def by_node(gateway: GatewayProcess, call: Call) -> tuple[int, Any]:
 
 
 @pytest.mark.parametrize("send", [by_requests, by_node])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", some(list(CALLS), 4))
 def test_what_a_library_signs_is_accepted(
     gateway: GatewayProcess, name: str, send: Callable[[GatewayProcess, Call], tuple[int, Any]]
 ) -> None:

@@ -236,7 +236,7 @@ def test_a_fault_at_any_call_leaves_a_state_that_existed(
     objects = MemoryObjects(checks)
     with Node(tmp_path / "0", objects):
         begins = objects.calls + 1  # faults at the boot are the model's business
-    for number in itertools.count(begins, 1 if LONG else 4):
+    for number in itertools.count(begins, 1 if LONG else 12):
         objects = MemoryObjects(checks)
         objects.way, objects.fail_at, objects.until = way, number, number + length - 1
         directory = tmp_path / str(number)

@@ -715,7 +715,7 @@ def bound(row: Row, directory: Path) -> Parse:
 def test_four_times_the_input_costs_at_most_five_times_as_much(name: str, tmp_path: Path) -> None:
     row = PARSERS[name]
     parse = bound(row, tmp_path)
-    chosen = some(list(inputs(row)), 25)
+    chosen = some(list(inputs(row)), 10)
     found = {what: fault_in_time(parse, make, row.size) for what, make in chosen}
     faults = {what: fault for what, fault in found.items() if fault}
     assert not faults
@@ -726,7 +726,7 @@ def test_memory_is_in_proportion_to_the_input(name: str, tmp_path: Path) -> None
     row = PARSERS[name]
     parse = bound(row, tmp_path)
     faults = {}
-    for what, make in some(list(inputs(row)), 25):
+    for what, make in some(list(inputs(row)), 10):
         if seconds(parse, make(1024)) > RUINOUS * 1024:
             faults[what] = "not measured: it takes too long"
             continue

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import netns
 import pytest
-from harness import LONG, a_key, wait_for
+from harness import LONG, a_key, some, wait_for
 from rig import (
     EIO,
     Gateway,
@@ -153,7 +153,7 @@ def right(seen: Seen) -> Iterator[Seen]:
     wait_healthy(seen.client)
 
 
-@pytest.mark.parametrize("drift", [*PEERS, *DEVICE, *LINK], ids=name)
+@pytest.mark.parametrize("drift", some([*PEERS, *DEVICE, *LINK], 8), ids=name)
 def test_within_two_samples(right: Seen, drift: Callable[[Seen], None]) -> None:
     logged = len(right.gateway.text())
     drift(right)

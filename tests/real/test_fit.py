@@ -15,7 +15,7 @@ from pathlib import Path
 import netns
 import pytest
 from backend_contract import output
-from harness import GatewayProcess, a_key, wait_for
+from harness import GatewayProcess, a_key, some, wait_for
 from netns import RunningPing, Topology
 
 pytestmark = pytest.mark.real
@@ -60,30 +60,33 @@ def refusals(gateway: GatewayProcess, expected: int = 2, **settings: str) -> str
 
 @pytest.mark.parametrize(
     ("there", "subnets", "words"),
-    [
-        (
-            "address add 10.0.1.7/24 dev host",
-            {"WG_IPV4_SUBNET": "10.0.1.0/24"},
-            "WG_IPV4_SUBNET 10.0.1.0/24: overlaps 10.0.1.0/24 of host: choose another subnet in "
-            "WG_IPV4_SUBNET, such as 10.1.1.0/24",
-        ),
-        (
-            "route add 10.0.0.0/8 via 203.0.113.2",
-            {"WG_IPV4_SUBNET": "10.0.1.0/24"},
-            "WG_IPV4_SUBNET 10.0.1.0/24: overlaps 10.0.0.0/8 of host: choose another subnet in "
-            "WG_IPV4_SUBNET, such as 172.17.1.0/24",
-        ),
-        (
-            "address add 10.0.1.7/32 dev lo",
-            {"WG_IPV4_SUBNET": "10.0.0.0/16"},
-            "WG_IPV4_SUBNET 10.0.0.0/16: overlaps 10.0.1.7/32 of lo: choose",
-        ),
-        (
-            "route add fd42:4242:1:0:8000::/65 via 2001:db8:3::2",
-            {"WG_IPV6_SUBNET": "fd42:4242:1::/64"},
-            "WG_IPV6_SUBNET fd42:4242:1::/64: overlaps fd42:4242:1:0:8000::/65 of host: choose",
-        ),
-    ],
+    some(
+        [
+            (
+                "address add 10.0.1.7/24 dev host",
+                {"WG_IPV4_SUBNET": "10.0.1.0/24"},
+                "WG_IPV4_SUBNET 10.0.1.0/24: overlaps 10.0.1.0/24 of host: choose another subnet "
+                "in WG_IPV4_SUBNET, such as 10.1.1.0/24",
+            ),
+            (
+                "route add 10.0.0.0/8 via 203.0.113.2",
+                {"WG_IPV4_SUBNET": "10.0.1.0/24"},
+                "WG_IPV4_SUBNET 10.0.1.0/24: overlaps 10.0.0.0/8 of host: choose another subnet in "
+                "WG_IPV4_SUBNET, such as 172.17.1.0/24",
+            ),
+            (
+                "address add 10.0.1.7/32 dev lo",
+                {"WG_IPV4_SUBNET": "10.0.0.0/16"},
+                "WG_IPV4_SUBNET 10.0.0.0/16: overlaps 10.0.1.7/32 of lo: choose",
+            ),
+            (
+                "route add fd42:4242:1:0:8000::/65 via 2001:db8:3::2",
+                {"WG_IPV6_SUBNET": "fd42:4242:1::/64"},
+                "WG_IPV6_SUBNET fd42:4242:1::/64: overlaps fd42:4242:1:0:8000::/65 of host: choose",
+            ),
+        ],
+        2,
+    ),
 )
 def test_subnet_that_overlaps_the_hosts_is_refused(
     topology: Topology, stopped: GatewayProcess, there: str, subnets: dict[str, str], words: str
