@@ -164,7 +164,16 @@ import time
 import tty
 import urllib.parse
 import zlib
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from http import HTTPStatus
@@ -10862,7 +10871,7 @@ class Lander:
         self._ledger.waiting.put([])
         self._thread.join(seconds)
         landed = not self._thread.is_alive() and self.turn.acquire(timeout=seconds)
-        if landed:  # also in the rows: see _hand_back()
+        if landed:  # also in the rows: see _steps()
             self.turn.release()
         return landed
 
@@ -10907,8 +10916,17 @@ class Lander:
                     pass
 
     def _land(self, flights: Sequence[Flight]) -> None:
-        self.turn.acquire()  # _hand_back() releases it
+        steps = self._steps(flights)
+        next(steps)  # record and interface
         try:
+            self._begin(steps)  # and wait for new flights meanwhile
+        except BaseException:
+            steps.close()
+            raise
+
+    def _steps(self, flights: Sequence[Flight]) -> Generator[None, None, None]:
+        """A landing: the lander's part up to the first yield, then the owner's, in slices."""
+        with self.turn:
             written = self._write(flights)
             for name in {name: None for flight in flights for name in flight.interfaces}:
                 concerned = [f for f in flights if f.error is None and name in f.interfaces]
@@ -10916,10 +10934,11 @@ class Lander:
             self._void(flights, written)
             if self.on_written and written:
                 self.on_written(written)
-        except BaseException:
-            self.turn.release()
-            raise
-        self._begin(self._hand_back(flights))  # and wait for new flights meanwhile
+            yield
+            try:
+                yield from self._hand_back(flights)
+            except Exception as error:
+                self._break(error, flights)
 
     def _write(self, flights: Sequence[Flight]) -> list[Written]:
         """Number the records and write them to disk, or refuse the flights that need the disk."""
@@ -10998,24 +11017,19 @@ class Lander:
 
     def _hand_back(self, flights: Sequence[Flight]) -> Iterator[None]:
         """Change rows and pools, and answer the requests that waited. Owner, in slices."""
-        try:
-            self.applying = True
-            for flight in flights:
-                if flight.error is None:
-                    if flight.number:
-                        yield from self._store.apply_in_slices(flight.record)
-                        self._store.number = flight.number
-                    for call in flight.on_landed:
-                        call()
-                yield from self._ledger.release(flight, refused=flight.error is not None)
-                yield
-            self._store.number = max(self._store.number, self._number)
-            self.applying = False
-            self.on_changed()
-        except Exception as error:
-            self._break(error, flights)
-        finally:
-            self.turn.release()
+        self.applying = True
+        for flight in flights:
+            if flight.error is None:
+                if flight.number:
+                    yield from self._store.apply_in_slices(flight.record)
+                    self._store.number = flight.number
+                for call in flight.on_landed:
+                    call()
+            yield from self._ledger.release(flight, refused=flight.error is not None)
+            yield
+        self._store.number = max(self._store.number, self._number)
+        self.applying = False
+        self.on_changed()
 
     # --- the files, by workers -------------------------------------------------------------------
 
@@ -11839,7 +11853,7 @@ class DesiredState:
         self._desired.clear()
 
     def _compare_some(self, newest: int, after: int) -> Sequence[Peer]:
-        peers = self._core.store.peers_after(after, READ_CHUNK)
+        peers = self._core.store.peers_after(after, APPLY_SLICE)
         for known in peers:
             wanted = self._desired.pop(known.public_key, None)
             if wanted is None:
