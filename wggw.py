@@ -4825,19 +4825,28 @@ class Page(NamedTuple):
     after: int | None
 
 
+_without_collector = 0  # how many threads need it off
+_collector_lock = threading.Lock()  # around that number and the switch
+
+
 @contextlib.contextmanager
 def collector_off() -> Iterator[None]:
     """Switch the cyclic garbage collector off while 60,000 peers exist as objects.
 
-    They form no cycles, and scanning them takes 0.2 s in whatever thread triggers it.
+    They form no cycles, and scanning them takes 0.2 s in whatever thread triggers it. The last of
+    several threads switches it on again.
     """
-    was_on = gc.isenabled()
-    gc.disable()
+    global _without_collector
+    with _collector_lock:
+        _without_collector += 1
+        gc.disable()
     try:
         yield
     finally:
-        if was_on:
-            gc.enable()
+        with _collector_lock:
+            _without_collector -= 1
+            if not _without_collector:
+                gc.enable()
 
 
 def open_memory() -> sqlite3.Connection:
@@ -10859,6 +10868,8 @@ class Lander:
         self._ledger, self._store, self._clock = ledger, store, clock
         self._run, self._files, self._tunnels = ledger.run, ledger.files, ledger.tunnels
         self._number = store.number  # of the last record that was numbered
+        self._landed = threading.Event()  # the owner has ended its part of the last landing
+        self._landed.set()
         self._thread = threading.Thread(target=self._take_flights, name="lander", daemon=True)
 
     def start(self) -> None:
@@ -10870,10 +10881,7 @@ class Lander:
         self._ledger.stopping = True
         self._ledger.waiting.put([])
         self._thread.join(seconds)
-        landed = not self._thread.is_alive() and self.turn.acquire(timeout=seconds)
-        if landed:  # also in the rows: see _steps()
-            self.turn.release()
-        return landed
+        return not self._thread.is_alive()
 
     # --- landings --------------------------------------------------------------------------------
 
@@ -10882,6 +10890,7 @@ class Lander:
         ledger = self._ledger
         while held or not ledger.stopping or not ledger.waiting.empty():
             flights = held + ledger.waiting.get()
+            self._landed.wait()  # the landing before may begin the reading of an interface
             while not ledger.waiting.empty():
                 flights += ledger.waiting.get()
             read = {name for name, tunnel in self._tunnels.items() if tunnel.is_read}
@@ -10894,6 +10903,7 @@ class Lander:
                     self._land(flights)
             except Exception as error:
                 self._run(functools.partial(self._break, error, flights))
+        self._landed.wait()
 
     def _break(self, error: Exception, flights: Sequence[Flight]) -> None:
         """After a defect in a landing nobody knows what is on disk: change nothing any more.
@@ -10934,11 +10944,14 @@ class Lander:
             self._void(flights, written)
             if self.on_written and written:
                 self.on_written(written)
-            yield
+            self._landed.clear()
             try:
+                yield
                 yield from self._hand_back(flights)
             except Exception as error:
                 self._break(error, flights)
+            finally:
+                self._landed.set()
 
     def _write(self, flights: Sequence[Flight]) -> list[Written]:
         """Number the records and write them to disk, or refuse the flights that need the disk."""
@@ -11090,6 +11103,8 @@ class Lander:
                 self._store.number = number
                 return self._files.image(self._store, number)
 
+            if self._ledger.broken:  # by the landing that this waited for
+                raise DiskError(self._ledger.broken)
             self._files.renew(number, self._run(make))
             self._ledger.uncertain = False
             self._store.changed = False
