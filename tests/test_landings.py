@@ -88,7 +88,7 @@ class World:
 def world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path)
     yield world
-    if world.gateway.lander._thread.is_alive():  # otherwise its last sample would never land
+    if not world.gateway.ledger.stopping:  # otherwise its last sample would never land
         world.gateway.close()
     world.loop.stop()
 
