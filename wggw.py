@@ -10033,7 +10033,10 @@ def _look_at_ufw(host: Host) -> Iterator[Finding]:
 
 def _look_at_firewalls(host: Host) -> Iterator[Finding]:
     """What other programs' chains certainly drop, and what they might. See ForeignChain."""
-    with_ufw = host.ufw is not None
+    try:
+        with_ufw = host.ufw is not None
+    except BackendError:  # which _look_at_ufw() has told
+        with_ufw = False
     ruleset = run_tool("nft", "-s", "-t", "list", "ruleset")
     names = ", ".join(tunnel.name for tunnel in host.tunnels)
     ports = ", ".join(str(tunnel.ports[0]) for tunnel in host.tunnels)
@@ -10094,12 +10097,6 @@ def _look_at_kind(mode: str, tunnel: InterfaceSettings) -> Iterator[Finding]:
                 return
     path = shutil.which(program) or tool(program)
     runs_now = uapi_answers(uapi_path(kind, tunnel.name))
-    try:
-        if path:
-            run_tool(path, "--version")
-    except BackendError as error:
-        todo = f"install it again: apt-get install --reinstall {program}"
-        yield Finding(program, f"it does not run: {error}", todo, True)
     if mode == "netlink":
         todo = f"load the module, or set WG_BACKEND=auto to use {program}"
         yield _obstacle(subject, lacking, todo)
@@ -16984,7 +16981,9 @@ class Service:
 def look_at_all(config: Config, ask: Callable[[], tuple[int, bytes]]) -> Iterator[Finding]:
     """Run all checks of `wggw doctor`. `ask` requests server/status from the gateway."""
     host = Host(config, Store())
-    if not host.is_real:
+    if host.is_real:  # first: without it nothing below can be good
+        yield from look_at((look_at_programs,), host)
+    else:
         yield Finding("WG_BACKEND", "memory: no interface, no packet passes", "set it to auto")
     found, host.store = _look_at_database(host)
     yield found
@@ -16996,6 +16995,21 @@ def look_at_all(config: Config, ask: Callable[[], tuple[int, bytes]]) -> Iterato
     yield from look_at_openness(config)
     yield look_at_clock()
     yield from (found for found in told if found.subject == "status")
+
+
+def look_at_programs(host: Host) -> Iterator[Finding]:
+    """Whether the userspace WireGuard runs, where the kernel has none."""
+    for kind in dict.fromkeys(LINK_KINDS[tunnel.prefix] for tunnel in host.tunnels):
+        with contextlib.closing(NetlinkSocket(NETLINK_GENERIC)) as netlink:
+            if genl_family(netlink, kind) is not None and host.config.wg_backend != "uapi":
+                continue
+        program = PROGRAMS[kind]
+        try:
+            if path := shutil.which(program) or tool(program):
+                run_tool(path, "--version")
+        except BackendError as error:
+            todo = f"install it again: apt-get install --reinstall {program}"
+            yield Finding(program, f"it does not run: {error}", todo, True)
 
 
 def look_at_certificate(config: Config, now: float) -> Finding:
@@ -17776,13 +17790,14 @@ class Adoption:
             "continues where it stopped)"
         )
         with naming(action), contextlib.ExitStack() as locks:
-            for path in (self._path, config.db_path):
+            for path in (self._path, config.db_path, key_file):
                 os.makedirs(os.path.dirname(path) or ".", 0o700, exist_ok=True)
             lock_database(config.db_path)
             for row in interface_settings(config):
                 locks.enter_context(contextlib.closing(lock_interface(row.name)))
             if not os.path.exists(key_file):
-                load_private_key(self._row, encode_key(self.live.device.private_key))
+                key = encode_key(self.live.device.private_key)
+                Disk().replace(key_file, [key.encode("ascii"), b"\n"])
                 give_to_owner(key_file, str(database.parent))
             result = self._fill_database(peers)
             for file in database.parent.glob(glob.escape(database.name) + "*"):
@@ -17891,11 +17906,12 @@ class ApiClient:
                 connection.request(method, path, body or None, self._headers(method, path, body))
                 response = connection.getresponse()
                 content = response.read()
-            wait = response.headers.get("Retry-After", "")
-            is_busy = response.status == HTTPStatus.SERVICE_UNAVAILABLE and wait.isdecimal()
-            if is_last or not is_busy or not 0 < int(wait) <= MAX_CLIENT_WAIT:
+                wait = response.headers.get("Retry-After", "")
+                seconds = int(wait) if wait.isdecimal() else 0
+            is_busy = response.status == HTTPStatus.SERVICE_UNAVAILABLE
+            if is_last or not is_busy or not 0 < seconds <= MAX_CLIENT_WAIT:
                 break
-            time.sleep(int(wait))
+            time.sleep(seconds)
         return response.status, content
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -17990,8 +18006,9 @@ def content_of(client: ApiClient, method: str, path: str, body: bytes = b"") -> 
 
 def answer_of(client: ApiClient, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
     """The JSON that answers a request. Raises StartError with the gateway's refusal."""
+    content = content_of(client, method, path, body)  # its ValueErrors are not the answer's
     try:
-        return cast(dict[str, Any], json.loads(content_of(client, method, path, body)))
+        return cast(dict[str, Any], json.loads(content))
     except ValueError:
         raise StartError(f"status 200, {NO_GATEWAY}") from None
 
