@@ -199,9 +199,13 @@ def test_a_program_that_is_there_but_does_not_run_is_wrong(
         pytest.skip("the kernel has WireGuard: no program is needed")
     program = tmp_path / "wireguard-go"
     monkeypatch.setenv("PATH", str(tmp_path))  # where the gateway looks for it, too
-    tunnel = wggw.InterfaceSettings("WG", "wg0", {}, (1,), 1420, "")
+    host = wggw.Host(wggw.load_config({"GATEWAY_API_KEY": "k" * 16}, os.devnull), wggw.Store())
     for text, failed in (("#!/bin/sh\n", False), ("#!/nowhere\n", True), ("not ELF", True)):
         program.write_text(text)
         program.chmod(0o755)
-        found = list(wggw._look_at_kind("auto", tunnel))
+        found = list(wggw.look_at_programs(host))
         assert any(finding.subject == "wireguard-go" for finding in found) == failed, (text, found)
+    was_run = tmp_path / "was-run"
+    program.write_text(f"#!/bin/sh\n: >{was_run}\n")
+    [*wggw._look_at_rights(host)]
+    assert not was_run.exists()  # a start that waited for a program that hangs would hang
