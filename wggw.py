@@ -12268,7 +12268,11 @@ class Comparison:
             states = {encode_key(state.peer.public_key): state for state in some}
             query = core.store.queries.counted
             rows = core.run(functools.partial(query, self._tunnel.name, list(states)))
-            counted = {key: self._count(states[key], row, compare) for key, row in rows.items()}
+            counted = {
+                key: self._count(state, rows[key], compare)
+                for key, state in states.items()
+                if key in rows
+            }
             flights += core.run(functools.partial(self._submit, counted))
         all_counted = True
         while flights:  # one by one: see free()

@@ -155,7 +155,10 @@ def test_what_cannot_be_handed_back_leaves_the_journal_free(world: World) -> Non
     assert world.gateway.degraded()
 
 
-def test_the_last_of_several_threads_switches_the_collector_on_again() -> None:
+def test_the_last_of_several_threads_switches_the_collector_on_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wggw, "_without_collector", 0)  # worlds of other tests may need it off
     with wggw.collector_off():
         second = wggw.collector_off()
         second.__enter__()
