@@ -10923,10 +10923,11 @@ class Lander:
                     pass
 
     def _land(self, flights: Sequence[Flight]) -> None:
+        """Do the lander's part of a landing; the owner does the rest, and nobody waits for it."""
         steps = self._steps(flights)
-        next(steps)  # record and interface
+        next(steps)
         try:
-            self._begin(steps)  # and wait for new flights meanwhile
+            self._begin(steps)
         except BaseException:
             steps.close()
             raise

@@ -83,6 +83,14 @@ class World:
         assert done.wait(30)
         return outcome[0]
 
+    def begin_create(self, public_key: str) -> threading.Thread:
+        """A create that is under way."""
+        thread = threading.Thread(target=self.create, args=(public_key,))
+        thread.start()
+        while not self.gateway.ledger.in_flight:
+            time.sleep(0.001)
+        return thread
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
@@ -124,10 +132,7 @@ def test_no_landing_reaches_a_userspace_interface_while_it_is_read(world: World)
 
 def test_a_stop_waits_until_the_last_landing_is_in_the_rows(world: World) -> None:
     world.late = 0.2
-    thread = threading.Thread(target=world.create, args=(a_key(1),))
-    thread.start()
-    while not world.gateway.ledger.in_flight:
-        time.sleep(0.001)
+    thread = world.begin_create(a_key(1))
     assert world.gateway.lander.stop(10)
     assert world.loop.run(lambda: world.store.get(a_key(1)))
     thread.join(30)
@@ -135,10 +140,7 @@ def test_a_stop_waits_until_the_last_landing_is_in_the_rows(world: World) -> Non
 
 def test_a_stop_ends_in_time_when_the_owner_does_not_end_a_landing(world: World) -> None:
     world.late = 3
-    thread = threading.Thread(target=world.create, args=(a_key(1),))
-    thread.start()
-    while not world.gateway.ledger.in_flight:
-        time.sleep(0.001)
+    thread = world.begin_create(a_key(1))
     started = time.monotonic()
     assert not world.gateway.lander.stop(0.3)
     assert time.monotonic() - started < 2
