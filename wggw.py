@@ -3669,13 +3669,20 @@ class AddressPool:
                 self.used -= 1
                 self._excluded += 1
 
-    def restore(self, held: Iterable[str], released: Iterable[str]) -> None:
-        """Load a store's held addresses and its released ones (oldest first).
+    def restore(self, held: Sequence[str], released: Iterable[str]) -> None:
+        """Load a store's held addresses and its released ones (oldest first) into a new pool.
 
-        Raises ValueError with the address when no peer may hold it here, or two peers hold it.
+        Raises ValueError when no peer may hold one of them here, or two peers hold it.
         """
-        for address in held:
-            self.claim(address)
+        base, fresh = self._base, self._fresh  # below `fresh` there are excluded ones
+        offsets = {number - base for number in self._numbers(held)}
+        if len(offsets) < len(held) or not offsets.isdisjoint(self._ahead):
+            raise ValueError("an address is held twice, or excluded")
+        if min(offsets, default=fresh) < fresh or max(offsets, default=fresh) > self._last:
+            raise ValueError("an address is outside of the subnet, or excluded")
+        self._ahead |= offsets
+        self._skip_used()
+        self.used += len(offsets)
         for address in released:  # some are outside the subnet after its setting changed
             if self.is_free(address):
                 self.claim(address)
@@ -3696,6 +3703,11 @@ class AddressPool:
     def has(self, address: str) -> bool:
         """Whether a peer could hold this address, if it were free."""
         return self._offset(address) is not None
+
+    def outside(self, addresses: Sequence[str]) -> int:
+        """How many of these addresses no peer could hold, if they were free."""
+        first, last = self._base + 2, self._base + self._last
+        return sum(not first <= number <= last for number in self._numbers(addresses))
 
     def is_free(self, address: str) -> bool:
         """Whether a peer may be given this address: in the subnet, not excluded, not held."""
@@ -3719,9 +3731,7 @@ class AddressPool:
             if offset < self._fresh or offset in self._ahead:
                 raise ValueError(address)
             self._ahead.add(offset)
-            while self._fresh in self._ahead:
-                self._ahead.remove(self._fresh)
-                self._fresh += 1
+            self._skip_used()
         while self._oldest and self._returned.get(self._oldest[0][1]) != self._oldest[0][0]:
             heapq.heappop(self._oldest)
         self.used += 1
@@ -3755,6 +3765,16 @@ class AddressPool:
     def _text(self, offset: int) -> str:
         packed = (self._base + offset).to_bytes(self.network.max_prefixlen // 8, "big")
         return socket.inet_ntop(self._family, packed)
+
+    def _skip_used(self) -> None:
+        while self._fresh in self._ahead:
+            self._ahead.remove(self._fresh)
+            self._fresh += 1
+
+    def _numbers(self, addresses: Iterable[str]) -> list[int]:
+        """In one loop, for a pool's worth of addresses."""
+        family, packed = self._family, socket.inet_pton
+        return [int.from_bytes(packed(family, address), "big") for address in addresses]
 
     def _offset(self, address: str) -> int | None:
         offset = int.from_bytes(socket.inet_pton(self._family, address), "big") - self._base
@@ -4442,6 +4462,10 @@ _COUNTED = """
     FROM peers p LEFT JOIN traffic t ON t.id = p.id
     WHERE +p.interface = ? AND +p.status = 'active' AND p.public_key IN
 """  # the plus signs: without them SQLite reads all active peers, not those with these keys
+_SEEN = """
+    SELECT p.public_key, t.id, t.rx_seen, t.tx_seen FROM peers p CROSS JOIN traffic t ON t.id = p.id
+    WHERE (t.rx_seen > 0 OR t.tx_seen > 0) AND p.public_key IN
+"""
 _BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  names of this file
     f"typeof({name}) <> 'integer' OR {name} NOT BETWEEN 0 AND {limit}"
     for name, limit in (
@@ -5322,6 +5346,13 @@ class Queries:
         columns = f"{key}, p.preshared_key, p.service_class, p.assigned_ip, p.assigned_ipv6"
         return self._scan(columns, "", (interface, after, limit))
 
+    def held(self, interface: str, family: str) -> list[str]:
+        """All addresses of an interface's peers. One text is read in a third of the rows' time."""
+        column = ADDRESS_FIELD[family]
+        query = f"SELECT group_concat({column}, ' ') FROM peers WHERE +interface = ?"  # noqa: S608  names of this file
+        text: str | None = self._db.execute(query, (interface,)).fetchone()[0]
+        return text.split() if text else []
+
     def held_rows(
         self, interface: str, family: str, after: int, limit: int
     ) -> list[tuple[int, str | None]]:
@@ -5342,10 +5373,16 @@ class Queries:
         query = f"{_COUNTED} ({', '.join('?' * len(keys))})"
         return {row[0]: row for row in self._db.execute(query, (interface, *keys))}
 
-    def chosen(self, column: str) -> list[tuple[str, Any, int]]:
-        """(interface, value, how many of its peers have the value) for a column."""
+    def seen(self, keys: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+        """By key: id, and counters at the last sample. Peers without these are left out."""
+        query = f"{_SEEN} ({', '.join('?' * len(keys))})"
+        return {row[0]: row[1:] for row in self._db.execute(query, keys)}
+
+    def chosen(self) -> list[tuple[str, bool, int | None, str | None, int]]:
+        """(interface, whether it is a plain one, port, DNS choice, how many peers have these)."""
+        columns = "interface, obfuscation IS NULL, port, dns"
         return self._db.execute(
-            f"SELECT interface, {column}, count(*) FROM peers GROUP BY interface, {column}"  # noqa: S608  names of this file
+            f"SELECT {columns}, count(*) FROM peers GROUP BY {columns}"  # noqa: S608  names of this file
         ).fetchall()
 
     # --- limits ----------------------------------------------------------------------------------
@@ -10246,19 +10283,24 @@ def look_at_stored(host: Host) -> Iterator[Finding]:
     """What stored peers have and the settings no longer offer, unless MOVE_PEERS changes it."""
     config, store = host.config, host.store
     homes: dict[str, InterfaceSettings] = {}
-    for name, plain, peers in store.queries.chosen("obfuscation IS NULL"):
+    interfaces, ports, choices = (collections.Counter[Any]() for _ in range(3))
+    for name, plain, port, dns, peers in store.queries.chosen():
+        interfaces[name, plain] += peers
+        ports[name, port] += peers
+        choices[dns] += peers
+    for (name, plain), peers in interfaces.items():
         home = home_of(name, plain, config, host.tunnels)
         if home is None:
             settings = " or ".join(f"{row.prefix}_INTERFACE {row.name!r}" for row in host.tunnels)
             yield _gone(settings, f"the interface {name!r}", peers, "not there")
         else:
             homes[name] = home
-    for name, port, peers in store.queries.chosen("port"):
+    for (name, port), peers in ports.items():
         if name in homes and not config.move_peers and port not in (None, *homes[name].ports):
             there = ", ".join(map(str, homes[name].ports))
             setting = f"{homes[name].prefix}_EXTRA_PORTS"
             yield _gone(setting, f"the port {port} of {name}", peers, f"none of {there}")
-    for _, dns, peers in store.queries.chosen("dns"):
+    for dns, peers in choices.items():
         if not config.move_peers and dns is not None and dns not in config.dns_servers:
             there = ", ".join(config.dns_servers)
             yield _gone("DNS_SERVERS", f"the choice {dns!r}", peers, f"none of {there}")
@@ -10266,10 +10308,8 @@ def look_at_stored(host: Host) -> Iterator[Finding]:
     for name, home in homes.items():
         for family in FAMILIES:
             subnet = home.subnets.get(family)
-            pool = AddressPool(subnet) if subnet else None
-            rows = store.queries.held_rows(name, family, 0, MAX_INTEGER)
-            outside = sum(not (pool and pool.has(address)) for _, address in rows if address)
-            if outside:
+            held = store.queries.held(name, family)
+            if outside := AddressPool(subnet).outside(held) if subnet else len(held):
                 setting = f"{home.prefix}_{family.upper()}_SUBNET"
                 words = f"{setting} {subnet or repr('')}", f"the {family} address on {name}"
                 yield _gone(*words, outside, "outside of it", moves=False)
@@ -10606,7 +10646,7 @@ class Tunnel:
             for family, subnet in self.settings.subnets.items()
         }
         for family in FAMILIES:
-            held = [a for _, a in store.queries.held_rows(self.name, family, 0, MAX_INTEGER) if a]
+            held = store.queries.held(self.name, family)
             try:
                 if family in pools:
                     pools[family].restore(held, store.released.addresses(family))
@@ -12215,7 +12255,7 @@ class Comparison:
             done[key] = what
             changes = flight.changes.setdefault(self._tunnel.name, [])
             if row := seen.get(key):
-                restart.append((row.id, *(row[3:5] if anew else (0, 0))))
+                restart.append(row if anew else (row[0], 0, 0))
             if what == "added" and anew:
                 changes.append(Change(wanted.public_key, None))
             changes.append(wanted)
@@ -12224,16 +12264,12 @@ class Comparison:
         flight.record = Record(restart=restart)
         return done
 
-    def _seen(self, keys: Sequence[bytes]) -> dict[str, TrafficRow]:
-        """The rows of `traffic` that have counters of the interface, for these keys."""
-        found: dict[str, TrafficRow] = {}
+    def _seen(self, keys: Sequence[bytes]) -> dict[str, tuple[int, int, int]]:
+        """Queries.seen() for these keys."""
+        found: dict[str, tuple[int, int, int]] = {}
         for start in range(0, len(keys), READ_CHUNK):
             chunk = [encode_key(key) for key in keys[start : start + READ_CHUNK]]
-            read = functools.partial(self._core.store.queries.counted, self._tunnel.name, chunk)
-            for key, row in self._core.run(read).items():
-                counted = TrafficRow._make(row[5:])
-                if counted.rx_seen or counted.tx_seen:
-                    found[key] = counted
+            found |= self._core.run(functools.partial(self._core.store.queries.seen, chunk))
         return found
 
     def difference(self) -> str:

@@ -273,6 +273,34 @@ def test_one_reading_for_an_interface_takes_no_more_rows_than_it_says() -> None:
     assert [row[:2] for row in store.queries.wire_rows("wg0", 7, 9)] == [(8, a_key(8)), (9, None)]
 
 
+def test_all_addresses_of_an_interface_are_found() -> None:
+    peers = [
+        a_peer(1, assigned_ipv6="fd00::1"),
+        a_peer(2, assigned_ipv6="fd00::2", interface="wg1"),
+        a_peer(3, assigned_ipv6=None),
+    ]
+    queries = store_of(*peers).queries
+    assert queries.held("wg0", "ipv4") == [peers[0].assigned_ip, peers[2].assigned_ip]
+    assert queries.held("wg0", "ipv6") == [peers[0].assigned_ipv6]
+    assert queries.held("wg1", "ipv6") == [peers[1].assigned_ipv6]
+    assert queries.held("wg2", "ipv6") == []
+
+
+def test_counters_of_an_interface_are_seen_until_they_restart() -> None:
+    store = store_of(*(a_peer(number) for number in (1, 2, 3, 4)))
+    totals = [
+        TrafficRow(1, 9, 9, 0, 7, 1),
+        TrafficRow(2, 9, 9, 0, 0, 1),
+        TrafficRow(3, 9, 9, 5, 0, 1),
+    ]
+    store.apply(Record(traffic=totals))
+    keys = [a_key(number) for number in range(1, 9)]
+    assert store.queries.seen(keys) == {a_key(1): (1, 0, 7), a_key(3): (3, 5, 0)}
+    assert store.queries.seen(keys[1:2]) == store.queries.seen([]) == {}
+    store.apply(Record(restart=[(1, 0, 0)]))
+    assert store.queries.seen(keys) == {a_key(3): (3, 5, 0)}
+
+
 def test_a_query_about_a_few_peers_does_not_read_the_others() -> None:
     """Once SQLite read all active peers for each few: 120 times all in a sample of 60,000."""
     store = store_of(*(a_peer(number) for number in range(1, 3001)))
@@ -285,6 +313,7 @@ def test_a_query_about_a_few_peers_does_not_read_the_others() -> None:
     for ask in [
         lambda: queries.counted("wg0", few),
         lambda: queries.counted("wg0", []),
+        lambda: queries.seen(few),
         lambda: queries.wire_rows("wg0", 1500, 9),
         lambda: queries.held_rows("wg0", "ipv4", 1500, 9),
         lambda: queries.totals_after(1500, 9),
