@@ -7,6 +7,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import interfaces
 import netns
@@ -38,6 +39,42 @@ class TestUapiBackend(InterfaceContract):
         second.setup()
         assert netns.daemon_pid(interface.link.name) == pid
         assert held(second) == {peer("a", "10.99.0.2/32")}
+
+    def test_a_start_asks_the_program_once_for_all_peers(
+        self,
+        backend: wggw.Backend,
+        interface: interfaces.Opened,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        put(backend, peer("a", "10.99.0.2/32"))
+        asked: list[bytes] = []
+        exchange = wggw.UapiConnection.exchange
+
+        def count(connection: wggw.UapiConnection, request: bytes, *more: Any) -> list[bytes]:
+            asked.append(request)
+            return exchange(connection, request, *more)
+
+        monkeypatch.setattr(wggw.UapiConnection, "exchange", count)
+        second = interface.open(interface.link)
+        second.setup()
+        assert held(second) == {peer("a", "10.99.0.2/32")}
+        assert asked == [b"get=1\n\n"]
+        put(backend, peer("b", "10.99.0.3/32"))
+        both = {peer("a", "10.99.0.2/32"), peer("b", "10.99.0.3/32")}
+        assert held(second) == both  # only the first reading does without a question
+        third = interface.open(interface.link)
+        third.setup()
+        put(third, peer("c", "10.99.0.4/32"))
+        assert held(third) == both | {peer("c", "10.99.0.4/32")}  # none after a change
+
+    def test_the_listener_on_a_socket_is_the_program(
+        self, backend: wggw.Backend, interface: interfaces.Opened
+    ) -> None:
+        path = wggw.uapi_path(interface.link.kind, interface.link.name)
+        assert wggw.uapi_listener(path) == netns.daemon_pid(interface.link.name)
+        assert wggw.uapi_port(path) == interface.link.listen_port
+        interface.destroy()
+        assert wggw.uapi_listener(path) == wggw.uapi_port(path) == 0
 
     def test_a_backend_that_did_not_start_the_program_sees_its_death(
         self, backend: wggw.Backend, interface: interfaces.Opened
