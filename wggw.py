@@ -11689,11 +11689,13 @@ class Rules:
                 f"obfuscation: the peer is on {known.interface}, {kind} interface, and peers never "
                 "move: omit the field, or delete the peer first"
             )
-        values, chosen = _as_columns(fields), tunnel.with_defaults(known, self._core.config)
+        values, chosen = _as_columns(fields), known
+        if "dns" in values or "port" in values:
+            chosen = tunnel.with_defaults(known, self._core.config)
         changed = {name: v for name, v in values.items() if v != getattr(chosen, name)}
         named = [*fields.get("tunnel_traffic", ()), *_PROTOCOLS[fields.get("protocol")]]
-        if not changed and not named:  # the usual case
-            return self._with_status(known, fields.get("status")), ()
+        if not changed and all(getattr(known, ADDRESS_FIELD[family]) for family in named):
+            return self._with_status(known, fields.get("status")), ()  # the usual case
         named_in_settings = ("dns", "port", "service_class")
         self._check_choices({n: changed[n] for n in named_in_settings if n in changed}, tunnel)
         named += [family for family in FAMILIES if ADDRESS_FIELD[family] in changed]
