@@ -6,10 +6,12 @@ import itertools
 import json
 import platform
 import random
+import resource
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -468,6 +470,27 @@ thread = threading.Thread(target=work)
 thread.start()
 thread.join()
 """
+
+
+def resident() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_that_is_free_again_goes_back_to_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Below the end of the heap, where glibc alone keeps it."""
+    blocks = [b"x" * 20_000 for _ in range(2000)]
+    last = b"y" * 20_000
+    held = resident()
+    del blocks
+    wggw.return_memory()
+    assert resident() < held - 20_000_000
+    del last
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # as with another C library
+    wggw.return_memory()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
