@@ -10741,7 +10741,7 @@ class Ledger:
         self.airborne: dict[Flight, None] = {}
         self.exclusive: Flight | None = None
         self.waiting: queue.SimpleQueue[list[Flight]] = queue.SimpleQueue()
-        self.watchers: list[set[str]] = []  # each collects every key that is marked
+        self.watchers: dict[int, set[str]] = {}  # see watch()
         self.broken: str | None = None  # an internal error: the rows cannot be trusted any more
         self.uncertain = False  # the journal may hold changes that the rows do not have
         self.replaced: str | None = None  # the gateway that has taken over the remote copy
@@ -10834,8 +10834,8 @@ class Ledger:
         """Make every request about this key wait for the flight."""
         self.in_flight[key] = flight
         flight.keys.append(key)
-        for watcher in self.watchers:
-            watcher.add(key)
+        for touched in self.watchers.values():
+            touched.add(key)
 
     def claim(self, flight: Flight, address: HeldAddress) -> None:
         """Take an address for the flight: see check_address()."""
@@ -10904,6 +10904,21 @@ class Ledger:
     def _suspect(self, flight: Flight) -> None:
         for name, reason in flight.suspects.items():
             self.tunnels[name].suspect(reason)
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[set[str]]:
+        """Collect the keys that are in flight now or at any moment until the end. For workers."""
+        touched = set[str]()
+
+        def begin() -> None:
+            touched.update(self.in_flight)
+            self.watchers[id(touched)] = touched
+
+        self.run(begin)
+        try:
+            yield touched
+        finally:
+            self.run(lambda: self.watchers.pop(id(touched)))
 
     def land(self, flight: Flight) -> None:
         """Submit a flight and wait until it has landed. Raises its error. For workers."""
@@ -11901,12 +11916,13 @@ class DesiredState:
         self._leaving: list[int] = []  # ids
         self._differing: list[tuple[int, str, Desired]] = []  # id (0: a new peer), key
         self._wishes: list[Wish] = []
+        self._touched: set[str] = set()  # keys in flight since the comparison began
         self._unchanged = self._deleted = 0
 
     def perform(self, dry_run: bool, allow_mass_delete: bool) -> DesiredResult:
         """Raises GatewayError, with nothing changed."""
-        self._compare()
-        with self._bulk as bulk:
+        with self._core.ledger.watch() as self._touched, self._bulk as bulk:
+            self._compare()
             bulk.each(self._leaving, self._leave)
             bulk.each(self._differing, self._wish)
             total = self._core.run(self._core.store.counts.total)
@@ -11963,7 +11979,8 @@ class DesiredState:
     def _wish(self, item: tuple[int, str, Desired]) -> None:
         number, key, wanted = item
         self._core.ledger.check(key)
-        known = self._core.store.get(key)
+        is_new = not number and key not in self._touched  # and then no row has this key
+        known = None if is_new else self._core.store.get(key)
         if number and (known is None or known.id != number):
             self._leave(number)
         with _placed(wanted.place):
@@ -12451,22 +12468,12 @@ class Projection:
 
         Raises BackendError.
         """
-        ledger, touched = self._core.ledger, set[str]()
-
-        def begin() -> None:
-            touched.update(ledger.in_flight)
-            ledger.watchers.append(touched)
-
-        with tunnel.reading:
+        with tunnel.reading, self._core.ledger.watch() as touched:
             known, tunnel.known = tunnel.known, set()
-            self._core.run(begin)
-            try:
-                reading = self._read(tunnel, () if everything else known)
-                compared = Comparison(self._core, tunnel, reading, touched)
-                yield compared
-                compared.end()
-            finally:
-                self._core.run(lambda: ledger.watchers.remove(touched))
+            reading = self._read(tunnel, () if everything else known)
+            compared = Comparison(self._core, tunnel, reading, touched)
+            yield compared
+            compared.end()
 
     def _read(self, tunnel: Tunnel, known: Container[int]) -> Reading:
         """Read an interface. Landings on it wait if it would make them wait: see Lander."""

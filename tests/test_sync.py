@@ -450,6 +450,41 @@ def test_a_desired_state_came_later_than_what_changed_while_it_compared(
     world.close()
 
 
+@pytest.mark.parametrize("rule", ["create", "rotate"])
+def test_a_key_that_came_while_it_compared_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """Behind the comparison only keys that were in flight since it began are looked up again."""
+    world = a_world(tmp_path)
+    sync(world, [{"public_key": a_key(n)} for n in range(3)])
+    fields = {
+        "create": {"public_key": a_key("came"), "label": "kept"},
+        "rotate": {"public_key": a_key(0), "new_public_key": a_key("came")},
+    }[rule]
+    behind_comparing(monkeypatch, lambda: do(world.gateway, rule, **fields))
+    names = [1, 2, "came", "new"]
+    result = sync(world, [{"public_key": a_key(name), "quota_bytes": 6} for name in names])
+    rows = {peer.public_key: peer for peer in state(world)[0]}
+    assert rows.keys() == {a_key(name) for name in names}
+    assert {peer.quota_bytes for peer in rows.values()} == {6}
+    assert rows[a_key("came")].label == ("kept" if rule == "create" else None)
+    assert result == (1, 3, int(rule == "create"), 0)
+    world.close()
+
+
+def test_who_watches_keys_in_flight_sees_them_until_its_own_end(tmp_path: Path) -> None:
+    """Two that have seen the same are two: the end of one must not be that of the other."""
+    world = a_world(tmp_path)
+    ledger = world.gateway.ledger
+    with ledger.watch() as first:
+        with ledger.watch() as second:
+            pass
+        do(world.gateway, "create", public_key=a_key(1))
+    do(world.gateway, "create", public_key=a_key(2))
+    assert (first, second) == ({a_key(1)}, set())
+    world.close()
+
+
 def test_what_expiry_changed_while_it_compared_is_renewed_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
