@@ -3674,11 +3674,11 @@ class AddressPool:
 
         Raises ValueError when no peer may hold one of them here, or two peers hold it.
         """
-        base, fresh = self._base, self._fresh  # below `fresh` there are excluded ones
+        base, fresh = self._base, self._fresh  # below `fresh` all are excluded
         offsets = {number - base for number in self._numbers(held)}
         if len(offsets) < len(held) or not offsets.isdisjoint(self._ahead):
             raise ValueError("an address is held twice, or excluded")
-        if min(offsets, default=fresh) < fresh or max(offsets, default=fresh) > self._last:
+        if offsets and not fresh <= min(offsets) <= max(offsets) <= self._last:
             raise ValueError("an address is outside of the subnet, or excluded")
         self._ahead |= offsets
         self._skip_used()
@@ -8648,7 +8648,7 @@ def uapi_answers(path: str) -> bool:
 
 
 def uapi_listener(path: str) -> int:
-    """The id of the process that opened this socket, 0 if nothing answers.
+    """The id of the process that opened this socket, 0 if nothing listens there.
 
     A program that went into the background has another id. See SO_PEERCRED in unix(7).
     """
@@ -8685,7 +8685,8 @@ class UapiBackend:
         self._dialect = Dialect(link.name)
         self._process: subprocess.Popen[bytes] | None = None
         self._index = 0
-        # What the program said at the gateway's start: the first read() need not ask it again.
+        # What the program said to setup() without a link, which only open_backend() calls: the
+        # start's first read() need not ask again.
         self._said: list[bytes] | None = None
 
     def setup(self, link: Link | None = None, make: bool = True) -> None:
@@ -12260,15 +12261,17 @@ class Comparison:
         free(self._states, self.reading.changed)
 
     def repair(self) -> SyncResult:
-        """Make the interface equal to the rows, and add its counters to the totals.
+        """Make the interface equal to the rows.
 
-        Raises BackendError.
+        The counters of its peers are added to the totals, even if it refuses the changes. Raises
+        BackendError.
         """
         core, name, reading = self._core, self._tunnel.name, self.reading
         actual = {state.peer.public_key: state.peer for state in self._states}
         present = len(actual)
         seen: dict[str, Seen] = {}
-        plan = list(diff(self._desired(seen), actual))
+        totals: list[Flight] = []
+        plan = list(diff(self._desired(seen, totals), actual))
         plan.sort(key=lambda entry: entry[1].peer is not None)  # removals first: see diff()
         with Bulk(core) as bulk:
             bulk.flight.needs_disk = False
@@ -12280,15 +12283,18 @@ class Comparison:
                 for key, what in done.items():
                     LOG.info("%s: repair: %s %s", name, short_key(key), what)
             _land(self._tunnel, bulk.land)
+        self._wait(totals)
         added, updated, removed = map(list(done.values()).count, ("added", "updated", "removed"))
         return SyncResult(added, updated, removed, present - updated - removed)
 
-    def _desired(self, seen: dict[str, Seen]) -> Iterator[WirePeer]:
-        """The peers of the rows. Adds the counters of those that the interface has to the totals.
+    def _desired(self, seen: dict[str, Seen], totals: list[Flight]) -> Iterator[WirePeer]:
+        """The peers of the rows.
 
-        `seen` gets those of the others. One scan for all this takes half the time of account().
+        It submits the totals of those that the interface has, and adds the flights to `totals`;
+        `seen` gets the counters of the others. One scan for all this takes half of account()'s
+        time.
         """
-        core, name, flights = self._core, self._tunnel.name, list[Flight]()
+        core, name = self._core, self._tunnel.name
         states = {state.peer.public_key: state for state in self._states}
         after: int | None = 0
         while after is not None:
@@ -12305,9 +12311,8 @@ class Comparison:
                         seen[row[1]] = row[6], row[9], row[10]
                     yield peer
             if counted:
-                flights += core.run(functools.partial(self._submit, counted))
+                totals += core.run(functools.partial(self._submit, counted))
             after = rows[-1][0] if rows else None
-        self._wait(flights)
 
     def _change(
         self,
@@ -12331,7 +12336,6 @@ class Comparison:
             if key in self._touched:
                 return
             self._core.ledger.mark(flight, key)
-            self._touched.discard(key)
             done[key] = what
             changes = flight.changes.setdefault(self._tunnel.name, [])
             if row := seen.get(key):

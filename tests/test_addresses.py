@@ -218,6 +218,13 @@ def test_an_excluded_address_below_the_fresh_ones_is_refused(kept: str) -> None:
         pool.restore(["10.0.1.8", kept], [])
 
 
+def test_a_pool_without_any_address_to_give_may_be_empty() -> None:
+    pool = pool_of("10.0.1.0/30")
+    pool.exclude(["10.0.1.2"])
+    pool.restore([], [])
+    assert (pool.total, pool.used, pool.peek()) == (0, 0, None)
+
+
 def test_an_address_held_twice_is_refused() -> None:
     with pytest.raises(ValueError):
         pool_of("10.0.1.0/24").restore(["10.0.1.9", "10.0.1.8", "10.0.1.9"], [])
