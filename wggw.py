@@ -12261,16 +12261,15 @@ class Comparison:
         free(self._states, self.reading.changed)
 
     def repair(self) -> SyncResult:
-        """Make the interface equal to the rows.
+        """Make the interface equal to the rows, then add its counters to the totals.
 
-        The counters of its peers are added to the totals, even if it refuses the changes. Raises
-        BackendError.
+        Raises BackendError.
         """
         core, name, reading = self._core, self._tunnel.name, self.reading
         actual = {state.peer.public_key: state.peer for state in self._states}
         present = len(actual)
         seen: dict[str, Seen] = {}
-        totals: list[Flight] = []
+        totals: list[dict[str, Counted]] = []
         plan = list(diff(self._desired(seen, totals), actual))
         plan.sort(key=lambda entry: entry[1].peer is not None)  # removals first: see diff()
         with Bulk(core) as bulk:
@@ -12283,16 +12282,20 @@ class Comparison:
                 for key, what in done.items():
                     LOG.info("%s: repair: %s %s", name, short_key(key), what)
             _land(self._tunnel, bulk.land)
-        self._wait(totals)
+        flights: list[Flight] = []
+        for counted in totals:
+            flights += core.run(functools.partial(self._submit, counted))
+        self._wait(flights)
         added, updated, removed = map(list(done.values()).count, ("added", "updated", "removed"))
         return SyncResult(added, updated, removed, present - updated - removed)
 
-    def _desired(self, seen: dict[str, Seen], totals: list[Flight]) -> Iterator[WirePeer]:
+    def _desired(
+        self, seen: dict[str, Seen], totals: list[dict[str, Counted]]
+    ) -> Iterator[WirePeer]:
         """The peers of the rows.
 
-        It submits the totals of those that the interface has, and adds the flights to `totals`;
-        `seen` gets the counters of the others. One scan for all this takes half of account()'s
-        time.
+        `totals` gets what the counters of those that the interface has come to, and `seen` the
+        counters of the others. One scan for all this takes half of account()'s time.
         """
         core, name = self._core, self._tunnel.name
         states = {state.peer.public_key: state for state in self._states}
@@ -12306,12 +12309,14 @@ class Comparison:
                 if row[1]:
                     peer = encode_wire(*row[1:6])
                     if state := states.get(peer.public_key):
-                        counted[row[1]] = self._count(state, row[1:], compare=False)
+                        result = self._count(state, row[1:], compare=False)
+                        if result.after:
+                            counted[row[1]] = result
                     elif row[9] or row[10]:
                         seen[row[1]] = row[6], row[9], row[10]
                     yield peer
             if counted:
-                totals += core.run(functools.partial(self._submit, counted))
+                totals.append(counted)
             after = rows[-1][0] if rows else None
 
     def _change(
@@ -12336,6 +12341,7 @@ class Comparison:
             if key in self._touched:
                 return
             self._core.ledger.mark(flight, key)
+            self._touched.discard(key)
             done[key] = what
             changes = flight.changes.setdefault(self._tunnel.name, [])
             if row := seen.get(key):
