@@ -3772,7 +3772,7 @@ class AddressPool:
             self._fresh += 1
 
     def _numbers(self, addresses: Iterable[str]) -> list[int]:
-        """In one loop, for a pool's worth of addresses."""
+        """The addresses as numbers. One loop, because a start converts all of a pool's."""
         family, packed = self._family, socket.inet_pton
         return [int.from_bytes(packed(family, address), "big") for address in addresses]
 
@@ -4455,7 +4455,7 @@ _PUT_TRAFFIC = """
         rx_seen = excluded.rx_seen, tx_seen = excluded.tx_seen,
         last_handshake = excluded.last_handshake, sequence = excluded.sequence
 """
-# Behind the key: the other arguments of encode_wire(), and the row of `traffic`.
+# The columns after the key: the other arguments of encode_wire(), then the row of `traffic`.
 _WIRE_AND_TRAFFIC = """p.preshared_key, p.service_class, p.assigned_ip, p.assigned_ipv6, p.id,
     coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), coalesce(t.rx_seen, 0),
     coalesce(t.tx_seen, 0), coalesce(t.last_handshake, 0)"""
@@ -4464,10 +4464,6 @@ _COUNTED = f"""
     FROM peers p LEFT JOIN traffic t ON t.id = p.id
     WHERE +p.interface = ? AND +p.status = 'active' AND p.public_key IN
 """  # noqa: S608  the plus signs: without them SQLite reads all active peers, not these few
-_SEEN = """
-    SELECT p.public_key, t.id, t.rx_seen, t.tx_seen FROM peers p CROSS JOIN traffic t ON t.id = p.id
-    WHERE (t.rx_seen > 0 OR t.tx_seen > 0) AND p.public_key IN
-"""
 _BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  names of this file
     f"typeof({name}) <> 'integer' OR {name} NOT BETWEEN 0 AND {limit}"
     for name, limit in (
@@ -5351,7 +5347,10 @@ class Queries:
         return self._scan(f"{key}, {_WIRE_AND_TRAFFIC}", "", (interface, after, limit))
 
     def held(self, interface: str, family: str) -> list[str]:
-        """All addresses of an interface's peers. One text is read in a third of the rows' time."""
+        """All addresses of an interface's peers.
+
+        SQLite returns them as one text, which Python reads three times as fast as rows.
+        """
         column = ADDRESS_FIELD[family]
         query = f"SELECT group_concat({column}, ' ') FROM peers WHERE +interface = ?"  # noqa: S608  names of this file
         text: str | None = self._db.execute(query, (interface,)).fetchone()[0]
@@ -5376,11 +5375,6 @@ class Queries:
         """By key of active peers: preshared key, addresses, and their row of `traffic`."""
         query = f"{_COUNTED} ({', '.join('?' * len(keys))})"
         return {row[0]: row for row in self._db.execute(query, (interface, *keys))}
-
-    def seen(self, keys: Sequence[str]) -> dict[str, Seen]:
-        """By key. Peers without counters are left out."""
-        query = f"{_SEEN} ({', '.join('?' * len(keys))})"
-        return {row[0]: row[1:] for row in self._db.execute(query, keys)}
 
     def chosen(self) -> list[tuple[str, bool, int | None, str | None, int]]:
         """(interface, whether it is a plain one, port, DNS choice, how many peers have these)."""
@@ -8685,8 +8679,8 @@ class UapiBackend:
         self._dialect = Dialect(link.name)
         self._process: subprocess.Popen[bytes] | None = None
         self._index = 0
-        # What the program said to setup() without a link, which only open_backend() calls: the
-        # start's first read() need not ask again.
+        # The program's answer to the first setup(), for the first read() after it. Only
+        # open_backend() calls setup() without a link, and only then the answer is kept.
         self._said: list[bytes] | None = None
 
     def setup(self, link: Link | None = None, make: bool = True) -> None:
@@ -10232,7 +10226,7 @@ def _look_at_ports(host: Host) -> Iterator[Finding]:
             # A port without a visible process is the kernel's, or that of another user's program.
             path = uapi_path(LINK_KINDS[tunnel.prefix], tunnel.name)
             if tunnel.name in names and (
-                # The last question is slow: to answer it the program lists all peers.
+                # uapi_port() comes last, because the program lists all its peers to answer it.
                 not pid or pid == uapi_listener(path) or uapi_port(path) == port
             ):
                 found = f"{who if pid else 'the kernel'} has it, for {tunnel.name}"
@@ -12244,6 +12238,13 @@ class Counted(NamedTuple):
     before: TrafficRow
 
 
+def note_seen(seen: dict[str, Seen], row: Sequence[Any]) -> None:
+    """Note a peer's counters, given its row of Queries.counted(), if there are any."""
+    key, number, rx, tx = row[0], row[5], row[8], row[9]
+    if rx or tx:
+        seen[key] = number, rx, tx
+
+
 class Comparison:
     """An interface as it was read, and what differs from the rows. For workers.
 
@@ -12294,8 +12295,8 @@ class Comparison:
     ) -> Iterator[WirePeer]:
         """The peers of the rows.
 
-        `totals` gets what the counters of those that the interface has come to, and `seen` the
-        counters of the others. One scan for all this takes half of account()'s time.
+        For a peer that the interface has, `totals` gets its new totals; for any other, `seen` gets
+        its old counters. One scan does all of this in half the time that account() takes.
         """
         core, name = self._core, self._tunnel.name
         states = {state.peer.public_key: state for state in self._states}
@@ -12312,8 +12313,8 @@ class Comparison:
                         result = self._count(state, row[1:], compare=False)
                         if result.after:
                             counted[row[1]] = result
-                    elif row[9] or row[10]:
-                        seen[row[1]] = row[6], row[9], row[10]
+                    else:
+                        note_seen(seen, row[1:])
                     yield peer
             if counted:
                 totals.append(counted)
@@ -12455,9 +12456,12 @@ class Comparison:
             plan.append(("added", Change(peer.public_key, peer)))
         if plan:
             seen: dict[str, Seen] = {}
+            query = self._core.store.queries.counted
             for start in range(0, len(plan), READ_CHUNK):
-                keys = [encode_key(change.public_key) for _, change in plan[start:][:READ_CHUNK]]
-                seen |= self._core.run(functools.partial(self._core.store.queries.seen, keys))
+                some = plan[start : start + READ_CHUNK]
+                keys = [encode_key(change.public_key) for _, change in some]
+                for row in self._core.run(functools.partial(query, tunnel.name, keys)).values():
+                    note_seen(seen, row)
             with Bulk(self._core) as bulk:
                 done = self._change(bulk, plan, seen, anew=True)
                 _land(tunnel, bulk.land)
@@ -16988,7 +16992,7 @@ class Service:
 
     def _announce(self, config: Config) -> None:
         self._loop.after_round = self._end_of_round(self._gateway)
-        return_memory()  # a start needs a third more than what stays
+        return_memory()  # a start needs a third more memory than it keeps
         bytes(LARGEST_BLOCK)  # see warm_up()
         gc.freeze()  # present objects stay: the collector need not scan them
         LOG.info("ready on %s port %d", config.api_host, config.api_port)

@@ -454,7 +454,7 @@ def test_a_desired_state_came_later_than_what_changed_while_it_compared(
 def test_a_key_that_came_while_it_compared_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
-    """Behind the comparison only keys that were in flight since it began are looked up again."""
+    """After the comparison, only keys that were in flight since it began are looked up again."""
     world = a_world(tmp_path)
     sync(world, [{"public_key": a_key(n)} for n in range(3)])
     fields = {
