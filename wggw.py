@@ -512,6 +512,8 @@ NO_DNS = "none"  # the DNS choice that always exists: a client's file without a 
 DEFAULT_KEY_FILE = "/etc/wireguard/privatekey"
 PLAIN_PREFIX, AWG_PREFIX = "WG", "AWG"  # begin the settings of the two kinds of interface
 IPv4or6Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Parser = Callable[[str], Any]  # raises ValueError
+Kind = tuple[Parser, str]  # what settings may share: a parser, and what it accepts
 
 
 class Setting(NamedTuple):
@@ -519,10 +521,10 @@ class Setting(NamedTuple):
 
     name: str
     default: str | None
-    parse: Callable[[str], Any]
+    parse: Parser
     accepts: str
-    secret: bool = False
-    required: bool = False
+    secret: bool
+    required: bool
 
 
 def _matching(pattern: str) -> Callable[[str], str]:
@@ -536,7 +538,10 @@ def _matching(pattern: str) -> Callable[[str], str]:
 
 _text = _matching(r"(?s).+")
 _header_value = _matching(r"[!-~]{1,4096}")
-_region = _matching(r"[a-z0-9-]{1,64}")
+
+
+def _one_of(*words: str) -> Kind:
+    return _matching("|".join(words)), f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _secret(raw: str) -> str:
@@ -597,9 +602,17 @@ def load_json(text: str) -> Any:
     return json.loads(text)
 
 
+def load_object(text: str) -> dict[str, Any]:
+    """The JSON object in a text from outside. Raises ValueError."""
+    parsed = load_json(text)
+    if not isinstance(parsed, dict):
+        raise ValueError("it is not a JSON object")
+    return parsed
+
+
 def _keys(raw: str) -> dict[str, str]:
-    parsed = load_json(raw) if raw else {}
-    if not isinstance(parsed, dict) or "default" in parsed:
+    parsed = load_object(raw or "{}")
+    if "default" in parsed:
         raise ValueError
     for key_id, secret in parsed.items():
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", key_id) or not isinstance(secret, str):
@@ -617,13 +630,17 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def _seconds(low: float, high: float) -> Callable[[str], float]:
+def _number(unit: str, low: int, high: int) -> Kind:
+    return _integer(low, high), f"{unit}, {low} to {high}"
+
+
+def _seconds(low: float, high: int) -> Kind:
     def parse(raw: str) -> float:
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", raw) or not low <= float(raw) <= high:
             raise ValueError
         return float(raw)
 
-    return parse
+    return parse, f"seconds, {low} to {high}"
 
 
 def _scrub_seconds(raw: str) -> int:
@@ -631,12 +648,8 @@ def _scrub_seconds(raw: str) -> int:
     return 0 if raw == "0" else _integer(ONLINE_SECONDS, 365 * 86400)(raw)
 
 
-def _one_of(*words: str) -> Callable[[str], str]:
-    return _matching("|".join(words))
-
-
 def _boolean(raw: str) -> bool:
-    return _one_of("true", "false")(raw) == "true"
+    return _matching("true|false")(raw) == "true"
 
 
 def _schemes(raw: str) -> tuple[str, ...]:
@@ -675,7 +688,7 @@ _UNUSABLE = [
 ]
 
 
-def _subnet(version: int, longest: int) -> Callable[[str], IPv4or6Network | None]:
+def _subnet(version: int, longest: int) -> Kind:
     def parse(raw: str) -> IPv4or6Network | None:
         if not raw:
             return None
@@ -686,7 +699,8 @@ def _subnet(version: int, longest: int) -> Callable[[str], IPv4or6Network | None
             raise ValueError
         return network
 
-    return parse
+    accepts = f"a unicast IPv{version} subnet without host bits, /1 to /{longest}, or nothing"
+    return parse, accepts
 
 
 def _ports(raw: str) -> tuple[int, ...]:
@@ -720,13 +734,12 @@ def _domain(raw: str) -> str:
 
 def _endpoint(raw: str) -> PublicEndpoint:
     """host, host:port, an IPv6 address, or [address]:port."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:]{1,254}))(?::([0-9]{1,5}))?", raw)
-    if match is None:
-        match = re.fullmatch(r"([0-9A-Fa-f:.]+)()()", raw)
+    six = "[0-9A-Fa-f:.]+"
+    match = re.fullmatch(rf"(?:\[({six})\]|([^:]{{1,254}}))(?::([0-9]{{1,5}}))?|({six})", raw)
     if match is None:
         raise ValueError
-    six, host, port = match.groups()
-    host = str(ipaddress.IPv6Address(six)) if six else _dns_server(host)[1]
+    bracketed, host, port, bare = match.groups()
+    host = _dns_server(host)[1] if host else str(ipaddress.IPv6Address(bracketed or bare))
     return PublicEndpoint(host, _integer(1, 65535)(port) if port else None)
 
 
@@ -747,29 +760,24 @@ def is_host_name(text: str) -> bool:
 
 _AUTHORITY = r"(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _URL_PATH = r"(?:/[A-Za-z0-9._~-]+)*/?"  # characters that need no percent-encoding
+_BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+# Plain http only on loopback: nothing authenticates its answers.
+_LOOPBACK_URL = r"http://(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]{1,5})?"
 
 
-def _url(pattern: str, raw: str) -> str:
-    _matching(pattern)(raw)
-    if urllib.parse.urlsplit(raw).port == 0:  # one that is too large raises ValueError
-        raise ValueError
-    return raw
+def _url(pattern: str) -> Callable[[str], str]:
+    def parse(raw: str) -> str:
+        _matching(pattern)(raw)
+        if urllib.parse.urlsplit(raw).port == 0:  # one that is too large raises ValueError
+            raise ValueError
+        return raw
 
-
-def _snapshot_url(raw: str) -> str:
-    bucket = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
-    return _url(rf"https://{_AUTHORITY}{_URL_PATH}|s3://{bucket}{_URL_PATH}", raw)
-
-
-def _aws_endpoint(raw: str) -> str:
-    """Plain http only on loopback: nothing authenticates its answers."""
-    loopback = r"http://(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]{1,5})?"
-    return _url(rf"(?:https://{_AUTHORITY}|{loopback}){_URL_PATH}", raw)
+    return parse
 
 
 def _dns_servers(raw: str) -> dict[str, tuple[str, ...]]:
-    parsed = load_json(raw)
-    if not isinstance(parsed, dict) or not parsed:
+    parsed = load_object(raw)
+    if not parsed:
         raise ValueError
     choices: dict[str, tuple[str, ...]] = {}
     for choice, value in parsed.items():
@@ -821,8 +829,8 @@ def parse_bit_rate(given: Any) -> int:
 
 def _service_classes(raw: str) -> dict[str, ServiceClass]:
     """Unknown members are refused: a misspelt limit would not be in force."""
-    parsed = load_json(raw) if raw else {}
-    if not isinstance(parsed, dict) or len(parsed) > MAX_CLASSES:
+    parsed = load_object(raw or "{}")
+    if len(parsed) > MAX_CLASSES:
         raise ValueError
     classes: dict[str, ServiceClass] = {}
     for name, given in parsed.items():
@@ -841,12 +849,23 @@ def _service_classes(raw: str) -> dict[str, ServiceClass]:
     return classes
 
 
+_SECRET: Kind = (_secret, "a text of 16 characters or more")
+_BOOLEAN: Kind = (_boolean, "true or false")
+_PATH: Kind = (_text, "a path")
+_PEM: Kind = (_text, "the path of a PEM file")
+_PORT = _number("a port", 1, 65535)
+_PORTS: Kind = (_ports, "comma-separated ports")
+_NETWORKS: Kind = (_networks, "comma-separated CIDRs without host bits")
+_IPV4_SUBNET, _IPV6_SUBNET = _subnet(4, 30), _subnet(6, 126)
+_REGION: Kind = (_matching(r"[a-z0-9-]{1,64}"), "a region such as eu-central-1")
+_AWS_ENDPOINT: Kind = (
+    _url(rf"(?:https://{_AUTHORITY}|{_LOOPBACK_URL}){_URL_PATH}"),
+    "https://host[:port], or http:// on loopback",
+)
+
+
 def _setting(
-    default: str | None,
-    parse: Callable[[str], Any],
-    accepts: str,
-    secret: bool = False,
-    required: bool = False,
+    default: str | None, parse: Parser, accepts: str, secret: bool = False, required: bool = False
 ) -> Any:
     return field(repr=not secret, metadata={"row": (default, parse, accepts, secret, required)})
 
@@ -856,52 +875,42 @@ class Config:
     """The parsed settings, and the table of settings: each field is a setting in lower case."""
 
     # fmt: off
-    gateway_api_key: str = _setting(
-        None, _secret, "a text of 16 characters or more", secret=True, required=True)
+    gateway_api_key: str = _setting(None, *_SECRET, secret=True, required=True)
     gateway_api_keys: Mapping[str, str] = _setting(
         "", _keys,
         'JSON {"key-id": "secret", ...}: ids of A-Z a-z 0-9 . _ - (not "default"), '
         "secrets of 16 characters or more", secret=True)
-    gateway_public_key: str | None = _setting(
-        None, _secret, "a text of 16 characters or more", secret=True)
-    max_timestamp_diff: int = _setting("60", _integer(1, 3600), "seconds, 1 to 3600")
+    gateway_public_key: str | None = _setting(None, *_SECRET, secret=True)
+    max_timestamp_diff: int = _setting("60", *_number("seconds", 1, 3600))
     auth_schemes: tuple[str, ...] = _setting("legacy,rfc9421", _schemes, "legacy, rfc9421 or both")
-    allowed_backends: tuple[IPv4or6Network, ...] = _setting(
-        "", _networks, "comma-separated CIDRs without host bits")
+    allowed_backends: tuple[IPv4or6Network, ...] = _setting("", *_NETWORKS)
     # Open by default: signatures and ALLOWED_BACKENDS protect the API.
     api_host: str = _setting("0.0.0.0", _address, "an IP address")  # noqa: S104
-    api_port: int = _setting("8000", _integer(1, 65535), "a port, 1 to 65535")
-    tls_cert: str = _setting("cert.pem", _text, "the path of a PEM file")
-    tls_key: str = _setting("key.pem", _text, "the path of a PEM file")
+    api_port: int = _setting("8000", *_PORT)
+    tls_cert: str = _setting("cert.pem", *_PEM)
+    tls_key: str = _setting("key.pem", *_PEM)
     tls_names: tuple[str, ...] = _setting("", _names, "comma-separated host names and addresses")
-    tls_client_ca: str | None = _setting(None, _text, "the path of a PEM file")
+    tls_client_ca: str | None = _setting(None, *_PEM)
     wg_interface: str | None = _setting(
         "wg0", _interface_name, "an interface name, at most 15 characters, or nothing")
-    wg_ipv4_subnet: ipaddress.IPv4Network | None = _setting(
-        "10.0.1.0/24", _subnet(4, 30),
-        "a unicast IPv4 subnet without host bits, /1 to /30, or nothing")
-    wg_ipv6_subnet: ipaddress.IPv6Network | None = _setting(
-        "fd42:4242:1::/64", _subnet(6, 126),
-        "a unicast IPv6 subnet without host bits, /1 to /126, or nothing")
-    wg_default_port: int = _setting("51820", _integer(1, 65535), "a port, 1 to 65535")
-    wg_extra_ports: tuple[int, ...] = _setting("", _ports, "comma-separated ports")
+    wg_ipv4_subnet: ipaddress.IPv4Network | None = _setting("10.0.1.0/24", *_IPV4_SUBNET)
+    wg_ipv6_subnet: ipaddress.IPv6Network | None = _setting("fd42:4242:1::/64", *_IPV6_SUBNET)
+    wg_default_port: int = _setting("51820", *_PORT)
+    wg_extra_ports: tuple[int, ...] = _setting("", *_PORTS)
     wg_endpoint: PublicEndpoint | None = _setting(
         None, _endpoint, "a host name or address, with :port where the public one differs")
-    wg_private_key_file: str = _setting(DEFAULT_KEY_FILE, _text, "a path")
-    wg_backend: str = _setting(
-        "auto", _one_of("auto", "netlink", "uapi", "memory"), "auto, netlink, uapi or memory")
+    wg_private_key_file: str = _setting(DEFAULT_KEY_FILE, *_PATH)
+    wg_backend: str = _setting("auto", *_one_of("auto", "netlink", "uapi", "memory"))
     limit_ssh: int | None = _setting(None, _integer(1, 65535), "a TCP port, 1 to 65535, or nothing")
-    wg_isolate: bool = _setting("true", _boolean, "true or false")
-    wg_mtu: int = _setting("1420", _integer(1280, 65535), "bytes, 1280 to 65535")
+    wg_isolate: bool = _setting("true", *_BOOLEAN)
+    wg_mtu: int = _setting("1420", *_number("bytes", 1280, 65535))
     awg_interface: str | None = _setting(
         None, _interface_name, "an interface name, at most 15 characters")
-    awg_ipv4_subnet: ipaddress.IPv4Network | None = _setting(
-        None, _subnet(4, 30), "a unicast IPv4 subnet without host bits, /1 to /30, or nothing")
-    awg_ipv6_subnet: ipaddress.IPv6Network | None = _setting(
-        None, _subnet(6, 126), "a unicast IPv6 subnet without host bits, /1 to /126, or nothing")
-    awg_port: int = _setting("51821", _integer(1, 65535), "a port, 1 to 65535")
-    awg_extra_ports: tuple[int, ...] = _setting("", _ports, "comma-separated ports")
-    awg_private_key_file: str | None = _setting(None, _text, "a path")
+    awg_ipv4_subnet: ipaddress.IPv4Network | None = _setting(None, *_IPV4_SUBNET)
+    awg_ipv6_subnet: ipaddress.IPv6Network | None = _setting(None, *_IPV6_SUBNET)
+    awg_port: int = _setting("51821", *_PORT)
+    awg_extra_ports: tuple[int, ...] = _setting("", *_PORTS)
+    awg_private_key_file: str | None = _setting(None, *_PATH)
     awg_params: str | None = _setting(
         None, _text, "AmneziaWG's parameters as JSON, or a file's path", secret=True)
     dns_servers: Mapping[str, tuple[str, ...]] = _setting(
@@ -911,45 +920,37 @@ class Config:
         "", _service_classes,
         'JSON {"name": {"down": "100mbit", "up": "20mbit", "destinations": ["10.0.0.0/8"]}, ...}: '
         "each member may be left out; rates of 8kbit or more in bit, kbit, mbit or gbit")
-    move_peers: bool = _setting("false", _boolean, "true or false")
-    db_path: str = _setting("./wireguard.db", _text, "a path")
-    durability: str = _setting(
-        "commit", _one_of("commit", "interval", "none"), "commit, interval or none")
-    snapshot_interval: float = _setting("300", _seconds(0.1, 86400), "seconds, 0.1 to 86400")
-    snapshot_key: str | None = _setting(
-        None, _secret, "a text of 16 characters or more", secret=True)
+    move_peers: bool = _setting("false", *_BOOLEAN)
+    db_path: str = _setting("./wireguard.db", *_PATH)
+    durability: str = _setting("commit", *_one_of("commit", "interval", "none"))
+    snapshot_interval: float = _setting("300", *_seconds(0.1, 86400))
+    snapshot_key: str | None = _setting(None, *_SECRET, secret=True)
     snapshot_url: str | None = _setting(
-        None, _snapshot_url,
+        None, _url(rf"https://{_AUTHORITY}{_URL_PATH}|s3://{_BUCKET}{_URL_PATH}"),
         "https://host[:port]/path or s3://bucket[/prefix], of A-Z a-z 0-9 . _ ~ -")
     snapshot_token: str | None = _setting(
         None, _header_value, "a bearer token without spaces", secret=True)
-    snapshot_required: bool = _setting("true", _boolean, "true or false")
-    snapshot_copy_interval: float = _setting("10", _seconds(0.1, 3600), "seconds, 0.1 to 3600")
-    snapshot_fence: bool = _setting("false", _boolean, "true or false")
+    snapshot_required: bool = _setting("true", *_BOOLEAN)
+    snapshot_copy_interval: float = _setting("10", *_seconds(0.1, 3600))
+    snapshot_fence: bool = _setting("false", *_BOOLEAN)
     snapshot_lineage: str = _setting(
         "", _matching("[0-9a-f]{32}|"), "32 hexadecimal digits, or nothing")
     aws_access_key_id: str | None = _setting(None, _header_value, "an access key")
     aws_secret_access_key: str | None = _setting(None, _header_value, "a secret key", secret=True)
     aws_session_token: str | None = _setting(None, _header_value, "a session token", secret=True)
-    aws_region: str | None = _setting(None, _region, "a region such as eu-central-1")
-    aws_default_region: str | None = _setting(None, _region, "a region such as eu-central-1")
-    aws_endpoint_url: str | None = _setting(
-        None, _aws_endpoint, "https://host[:port], or http:// on loopback")
-    aws_endpoint_url_s3: str | None = _setting(
-        None, _aws_endpoint, "https://host[:port], or http:// on loopback")
-    sample_interval: float = _setting("10", _seconds(0.1, 3600), "seconds, 0.1 to 3600")
-    log_level: str = _setting(
-        "info", _one_of("debug", "info", "warning", "error"), "debug, info, warning or error")
-    metrics_token: str | None = _setting(
-        None, _secret, "a text of 16 characters or more", secret=True)
-    metrics_allowed: tuple[IPv4or6Network, ...] = _setting(
-        "", _networks, "comma-separated CIDRs without host bits")
-    max_connections: int = _setting("1024", _integer(8, 65536), "connections, 8 to 65536")
-    max_connections_per_address: int = _setting(
-        "256", _integer(1, 65536), "connections, 1 to 65536")
-    max_auth_failures: int = _setting("100", _integer(1, 10**6), "failures a minute, 1 to 1000000")
+    aws_region: str | None = _setting(None, *_REGION)
+    aws_default_region: str | None = _setting(None, *_REGION)
+    aws_endpoint_url: str | None = _setting(None, *_AWS_ENDPOINT)
+    aws_endpoint_url_s3: str | None = _setting(None, *_AWS_ENDPOINT)
+    sample_interval: float = _setting("10", *_seconds(0.1, 3600))
+    log_level: str = _setting("info", *_one_of("debug", "info", "warning", "error"))
+    metrics_token: str | None = _setting(None, *_SECRET, secret=True)
+    metrics_allowed: tuple[IPv4or6Network, ...] = _setting("", *_NETWORKS)
+    max_connections: int = _setting("1024", *_number("connections", 8, 65536))
+    max_connections_per_address: int = _setting("256", *_number("connections", 1, 65536))
+    max_auth_failures: int = _setting("100", *_number("failures a minute", 1, 10**6))
     privacy_scrub: int = _setting("0", _scrub_seconds, "seconds, 180 to 31536000, or 0 for never")
-    per_peer_metrics: bool = _setting("false", _boolean, "true or false")
+    per_peer_metrics: bool = _setting("false", *_BOOLEAN)
     # fmt: on
     env_file: str | None = None  # the file that was read; None if there was none
 
@@ -2024,10 +2025,7 @@ def parse_awg_file(text: str) -> dict[str, Any]:
     matter, except for the spaces in I1 to I5. Raises ValueError, whose text shows no value.
     """
     if re.match(r'\s*(?:[{"]|\[(?!(?:interface|peer)\]))', text, re.IGNORECASE):
-        parsed = load_json(text)
-        if not isinstance(parsed, dict):
-            raise ValueError("it is not a JSON object")
-        return parsed
+        return load_object(text)
     found: dict[str, Any] = {}
     section = ""
     for number, line in enumerate(text.splitlines(), 1):
@@ -2131,8 +2129,8 @@ def encode_own_values(values: Mapping[str, Any]) -> str:
 
 def decode_own_values(text: str) -> dict[str, Any]:
     """Reverse encode_own_values(). Raises ValueError, TypeError."""
-    given = load_json(text)
-    if not isinstance(given, dict) or not given.keys() <= set(AWG_PARAMETERS):
+    given = load_object(text)
+    if not given.keys() <= set(AWG_PARAMETERS):
         raise ValueError("obfuscation")
     # Earlier versions stored RandomTrailers, too: the interface's value counts now.
     return awg_values({name: value for name, value in given.items() if name in AWG_OWN})
@@ -2144,10 +2142,7 @@ def encode_state(state: ObfuscationState) -> str:
 
 def decode_state(text: str) -> ObfuscationState:
     """Reverse encode_state(). Raises ValueError."""
-    given = load_json(text)
-    if not isinstance(given, dict):
-        raise ValueError("it is not a JSON object")
-    return parse_obfuscation(given, stored=True)
+    return parse_obfuscation(load_object(text), stored=True)
 
 
 def same_language(left: Obfuscation, right: Obfuscation) -> bool:
@@ -4607,8 +4602,8 @@ CERTIFICATE_ROW = "/tls"
 
 def decode_public_keys(text: str) -> dict[str, str]:
     """By interface: the key that the configurations of its peers name. Raises ValueError."""
-    parsed = load_json(text)
-    if not isinstance(parsed, dict) or not all(decode_key(key) for key in parsed.values()):
+    parsed = load_object(text)
+    if not all(decode_key(key) for key in parsed.values()):
         raise ValueError("public_keys")
     return parsed
 
@@ -14785,7 +14780,7 @@ def _query_after(text: str) -> int:
 
 def _query_number(low: int, high: int, default: int, unit: str, note: str = "") -> Field:
     schema = {"type": "integer", "minimum": low, "maximum": high, "default": default}
-    return Field(_integer(low, high), f"{unit}, {low} to {high}", schema, note)
+    return Field(*_number(unit, low, high), schema, note)
 
 
 AFTER_FIELD = Field(
@@ -19391,7 +19386,7 @@ COMMANDS = (
     Command("top", command_top, "watch traffic and the busiest peers; q quits",
             "--interval 5", (
         argument("--interval", default=2.0, help="seconds between two requests; default: 2",
-                 type=number(_seconds(0.1, 3600), "a number of seconds from 0.1 to 3600")),
+                 type=number(_seconds(0.1, 3600)[0], "a number of seconds from 0.1 to 3600")),
         *_REMOTE)),
     Command("doctor", command_doctor,
             "examine host, files and gateway, and say what to do; run it as root", ""),
