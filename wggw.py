@@ -974,42 +974,30 @@ def check_private(name: str, path: str, forbidden: int = 0o027) -> None:
         )
 
 
+# A value without quotes, or one with quotes, or none. A space precedes the # of a comment.
+_ENV_LINE = re.compile(
+    r"""(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=
+    (?:\s*([^"'\#\s].*?)(?:\s\#.*)?
+    |(?:\s*"([^"]*)"|\s*'([^']*)')?(?:\s+\#.*)?)""",
+    re.VERBOSE,
+)
+
+
 def read_env_file(text: str, name: str) -> dict[str, str]:
     """Parse a .env file: KEY=VALUE lines, `export`, #-comments, single or double quotes.
 
     Raises ConfigError with the file's name and the line's number, never its content.
     """
     values: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
-        left, separator, right = line.partition("=")
-        words = left.split()
-        key = words[-1] if words and words[:-1] in ([], ["export"]) else ""
-        value = _env_value(right)
-        if not separator or value is None or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+        match = _ENV_LINE.fullmatch(line)
+        if match is None:
             raise ConfigError(f"{name} line {number}: expected KEY=VALUE")
-        values[key] = value
+        key, plain, *quoted = match.groups("")
+        values[key] = plain.rstrip() or "".join(quoted)
     return values
-
-
-def _env_value(text: str) -> str | None:
-    """The value of a line in a .env file, given the text after its =: without quotes and comment.
-
-    None if a quote is not closed, if something other than a comment follows the quoted value, or
-    if the text begins with #, which may be a value or a comment.
-    """
-    value = text.lstrip()
-    quote = value[:1]
-    if quote == "#":
-        return "" if value != text else None
-    if quote not in ('"', "'"):
-        comment = re.search(r"\s#", value)
-        return value[: comment.start()].rstrip() if comment else value
-    value, closing, rest = value[1:].partition(quote)
-    comment_only = not rest or (rest[0].isspace() and rest.lstrip().startswith("#"))
-    return value if closing and comment_only else None
 
 
 def load_config(
@@ -1022,7 +1010,8 @@ def load_config(
     """
     path = Path(env_file or ".env")
     values: dict[str, str] = {}
-    if env_file or path.exists():
+    has_file = env_file or path.exists()
+    if has_file:
         try:
             values = read_env_file(path.read_text("utf-8"), str(path))
             _check_names(values, str(path))
@@ -1032,18 +1021,20 @@ def load_config(
                     LOG.warning("every user can read the secrets in %s: run chmod 600 on it", path)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--env-file {path}: cannot be read: {_reason(error)}") from None
-    for name, nearest in _misspelt(environ):
-        LOG.warning("%s in the environment is ignored: did you mean %s?", name, nearest)
+    for name in environ:
+        if near := _misspelt(name):
+            LOG.warning("%s in the environment is ignored: did you mean %s?", name, near)
     values.update(environ)
     parsed = {s.name.lower(): _parse_setting(s, values, key_needed) for s in SETTINGS}
-    config = Config(**parsed, env_file=str(path) if env_file or path.exists() else None)
+    config = Config(**parsed, env_file=str(path) if has_file else None)
     _check_together(config)
     return config
 
 
 def _check_names(values: Iterable[str], path: str) -> None:
     """Raises ConfigError for misspelt settings. It names no values: they may be secret."""
-    if misspelt := _misspelt(values):
+    misspelt = [(name, near) for name in values if (near := _misspelt(name))]
+    if misspelt:
         text = "; ".join(f"{name} is unknown: did you mean {near}?" for name, near in misspelt)
         raise ConfigError(f"{path}: {text}")
     names = {setting.name for setting in SETTINGS}
@@ -1052,17 +1043,13 @@ def _check_names(values: Iterable[str], path: str) -> None:
             LOG.warning("%s: %s is not a setting of wggw, and is ignored", path, name)
 
 
-def _misspelt(given: Iterable[str]) -> list[tuple[str, str]]:
-    """Names that are almost certainly misspelt settings, each with the most similar setting."""
+def _misspelt(name: str) -> str:
+    """The setting that was almost certainly meant by a name that is none; otherwise ""."""
     names = [setting.name for setting in SETTINGS]
-    found = []
-    for name in given:
-        meant = name.startswith(("WG_", "AWG_", "SNAPSHOT_", "GATEWAY_"))
-        likeness = 0.0 if meant else 0.85  # the share of letters in common: one of ten is wrong
-        near = difflib.get_close_matches(name.upper()[:MAX_TEXT], names, 1, likeness)
-        if near and name not in names:
-            found.append((name, near[0]))
-    return found
+    meant = name.startswith(("WG_", "AWG_", "SNAPSHOT_", "GATEWAY_"))
+    likeness = 0.0 if meant else 0.85  # the share of letters in common: one of ten is wrong
+    near = difflib.get_close_matches(name.upper()[:MAX_TEXT], names, 1, likeness)
+    return near[0] if near and name not in names else ""
 
 
 def _parse_setting(setting: Setting, values: Mapping[str, str], key_needed: bool) -> Any:
@@ -1196,25 +1183,18 @@ def interface_settings(config: Config) -> tuple[InterfaceSettings, ...]:
     mark = interface_mark(config.env_file or config.db_path)
     public = config.wg_endpoint
     rows: list[InterfaceSettings] = []
-    for prefix, name, subnets, ports, key_file in (
-        (
-            PLAIN_PREFIX,
-            config.wg_interface,
-            {"ipv4": config.wg_ipv4_subnet, "ipv6": config.wg_ipv6_subnet},
-            (config.wg_default_port, *config.wg_extra_ports),
-            config.wg_private_key_file,
-        ),
-        (
-            AWG_PREFIX,
-            config.awg_interface,
-            {"ipv4": config.awg_ipv4_subnet, "ipv6": config.awg_ipv6_subnet},
-            (config.awg_port, *config.awg_extra_ports),
-            config.awg_private_key_file or beside,
-        ),
+    for prefix, port, key_file in (
+        (PLAIN_PREFIX, config.wg_default_port, config.wg_private_key_file),
+        (AWG_PREFIX, config.awg_port, config.awg_private_key_file or beside),
     ):
+        name, extra_ports, *subnets = (
+            getattr(config, f"{prefix.lower()}_{setting}")
+            for setting in ("interface", "extra_ports", "ipv4_subnet", "ipv6_subnet")
+        )
         if name is None:
             continue
-        given = {family: subnet for family, subnet in subnets.items() if subnet is not None}
+        given = {f: subnet for f, subnet in zip(FAMILIES, subnets, strict=True) if subnet}
+        ports = (port, *extra_ports)
         row = InterfaceSettings(prefix, name, given, ports, config.wg_mtu, key_file, mark, public)
         rows.append(row)
         # A port in WG_ENDPOINT belongs to the first interface: two interfaces cannot share a port.
