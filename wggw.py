@@ -2272,7 +2272,7 @@ def _field_long_text(value: Any) -> str:
 
 
 def _field_key(value: Any) -> str:
-    text = _field_long_text(value)
+    text = _field_text(value)
     decode_key(text)
     return text
 
@@ -2370,13 +2370,11 @@ def choice_field(words: Sequence[str], accepts: str = "", note: str = "") -> Fie
             raise ValueError
         return value
 
-    accepts = accepts or f"one of {', '.join(words)}"
-    return Field(parse, accepts, one_of(words), note)
+    return Field(parse, accepts or f"one of {', '.join(words)}", one_of(words), note)
 
 
 def address_field(family: int, accepts: str, schema: Schema) -> Field:
-    def parse(value: Any) -> str:
-        """An address as AddressPool writes it. The ipaddress module takes five times as long."""
+    def parse(value: Any) -> str:  # as AddressPool writes it; ipaddress takes five times as long
         try:
             return socket.inet_ntop(family, socket.inet_pton(family, _field_text(value)))
         except OSError:
@@ -2395,15 +2393,28 @@ def nullable(row: Field) -> Field:
     return row._replace(parse=parse, accepts=accepts, schema=or_null(row.schema), null=True)
 
 
+AUTO = "auto"  # the next free address
+
+
+def address_or_auto(row: Field) -> Field:
+    """The field of an address that the caller may also leave to the gateway to choose."""
+    return Field(
+        lambda value: AUTO if value == AUTO else row.parse(value),
+        f'{row.accepts}, or "{AUTO}"',
+        {"type": "string"},
+        "for a peer that has none in this family",
+        null=True,
+    )
+
+
 def one_of(words: Iterable[str]) -> Schema:
     return {"type": "string", "enum": list(words)}
 
 
 def or_null(schema: Schema) -> Schema:
     """The schema of a value that may also be null."""
-    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     enum = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
-    return {**schema, **enum, "type": [*kinds, "null"]}
+    return {**schema, **enum, "type": [schema["type"], "null"]}
 
 
 FLAG: Schema = {"type": "boolean"}
@@ -2415,112 +2426,71 @@ FAMILIES_SCHEMA: Schema = {"type": "array", "items": one_of(FAMILIES)}
 TEXT_SCHEMA: Schema = {"type": "string", "maxLength": MAX_TEXT}
 IPV4: Schema = {"type": "string", "format": "ipv4"}
 IPV6: Schema = {"type": "string", "format": "ipv6"}
-TEXT_ACCEPTED = f"a text of at most {MAX_TEXT} characters"
 
+# fmt: off
 PUBLIC_KEY_FIELD = Field(
-    _field_public_key, "44 characters of base64, a 32-byte public key", KEY_SCHEMA, required=True
-)
+    _field_public_key, "44 characters of base64, a 32-byte public key", KEY_SCHEMA, required=True)
+KEPT_TEXT_FIELD = Field(
+    _field_text, f"a text of at most {MAX_TEXT} characters", TEXT_SCHEMA,
+    "kept, shown and searched for")
+INTERFACE_FIELD = Field(_field_text, "the name of an interface", TEXT_SCHEMA)
 
 CREATE_FIELDS: dict[str, Field] = {
     "public_key": PUBLIC_KEY_FIELD,
-    "request_id": Field(_field_text, TEXT_ACCEPTED, TEXT_SCHEMA, "kept, shown and searched for"),
-    "label": Field(_field_text, TEXT_ACCEPTED, TEXT_SCHEMA, "kept, shown and searched for"),
+    "request_id": KEPT_TEXT_FIELD,
+    "label": KEPT_TEXT_FIELD,
     "service_class": Field(
-        _field_text,
-        "a name of SERVICE_CLASSES",
-        TEXT_SCHEMA,
-        "the peer's speed and destinations; without one they have no limits",
-    ),
+        _field_text, "a name of SERVICE_CLASSES", TEXT_SCHEMA,
+        "the peer's speed and destinations; without one they have no limits"),
     "protocol": choice_field(
-        (*FAMILIES, "dual"),
-        'null, "ipv4", "ipv6" or "dual"',
-        "the peer gets addresses of these families and those of tunnel_traffic; default IPv4",
-    ),
+        (*FAMILIES, "dual"), 'null, "ipv4", "ipv6" or "dual"',
+        "the peer gets addresses of these families and those of tunnel_traffic; default IPv4"),
     "tunnel_traffic": Field(
-        _field_families,
-        'a list of "ipv4", "ipv6"',
-        FAMILIES_SCHEMA,
-        "what the client sends through the tunnel; default: the families of its addresses",
-    ),
+        _field_families, 'a list of "ipv4", "ipv6"', FAMILIES_SCHEMA,
+        "what the client sends through the tunnel; default: the families of its addresses"),
     "port": integer_field(
-        1, 65535, "a port that the gateway listens on", "UDP; default: WG_DEFAULT_PORT"
-    ),
+        1, 65535, "a port that the gateway listens on", "UDP; default: WG_DEFAULT_PORT"),
     "dns": Field(_field_text, "a key of DNS_SERVERS", TEXT_SCHEMA, "default: the first one"),
     "preshared_key": Field(
-        _field_key,
-        "44 characters of base64, 32 bytes",
-        KEY_SCHEMA,
-        "shown in ?format=wg-quick only",
-    ),
+        _field_key, "44 characters of base64, 32 bytes", KEY_SCHEMA,
+        "shown in ?format=wg-quick only"),
     "persistent_keepalive": integer_field(
-        0, 65535, "seconds, 0 to 65535", "for the client's configuration; default: 25"
-    ),
+        0, 65535, "seconds, 0 to 65535", "for the client's configuration; default: 25"),
     "expires_at": Field(
-        _field_time, "an RFC 3339 time with a zone", TIME_SCHEMA, "when the peer is suspended"
-    ),
+        _field_time, "an RFC 3339 time with a zone", TIME_SCHEMA, "when the peer is suspended"),
     "quota_bytes": integer_field(
-        0,
-        MAX_INTEGER,
-        "a number of bytes, 0 or more",
-        "received and sent together; a peer that has used more is suspended",
-    ),
-    "quota_period": choice_field(
-        PERIODS,
-        "",
+        0, MAX_INTEGER, "a number of bytes, 0 or more",
+        "received and sent together; a peer that has used more is suspended"),
+    "quota_period": choice_field(PERIODS, note=
         "the quota starts again with each, in UTC (weeks on Mondays); without one it is for the "
-        "peer's lifetime",
-    ),
+        "peer's lifetime"),
     "assigned_ip": address_field(socket.AF_INET, "an IPv4 address", IPV4),
     "assigned_ipv6": address_field(socket.AF_INET6, "an IPv6 address", IPV6),
     "obfuscation": Field(
-        _field_obfuscation,
-        'an object with "enabled": true or false, and AmneziaWG\'s parameters',
-        FREE_OBJECT,
-        "whether the peer is on the AmneziaWG interface, and the client's own values",
-    ),
+        _field_obfuscation, 'an object with "enabled": true or false, and AmneziaWG\'s parameters',
+        FREE_OBJECT, "whether the peer is on the AmneziaWG interface, and the client's own values"),
 }
 
 SEALED_FIELDS: dict[str, Field] = {
     "encrypted_payload": Field(
-        _field_long_text,
-        "base64 text",
-        {"type": "string"},
-        "the other fields, encrypted; they override fields in clear",
-        required=True,
-    ),
+        _field_long_text, "base64 text", {"type": "string"},
+        "the other fields, encrypted; they override fields in clear", required=True),
 }
 
 # The body of a create. With encrypted_payload, the public key may be in there.
 CREATE_BODY: dict[str, Field] = {
     **CREATE_FIELDS,
     "public_key": PUBLIC_KEY_FIELD._replace(
-        note="required without encrypted_payload", required=False, null=True
-    ),
+        note="required without encrypted_payload", required=False, null=True),
     "encrypted_payload": SEALED_FIELDS["encrypted_payload"]._replace(required=False),
 }
 
 # The fields that null clears. They have no default.
 CLEARABLE_FIELDS = {
     name: nullable(CREATE_FIELDS[name])
-    for name in (
-        *("expires_at", "quota_bytes", "quota_period", "preshared_key"),
-        *("label", "request_id", "service_class"),
-    )
+    for name in ("expires_at", "quota_bytes", "quota_period", "preshared_key", "label",
+                 "request_id", "service_class")
 }
-
-AUTO = "auto"  # the next free address
-
-
-def address_or_auto(row: Field) -> Field:
-    """The field of an address that the caller may also leave to the gateway to choose."""
-    return row._replace(
-        parse=lambda value: AUTO if value == AUTO else row.parse(value),
-        accepts=f'{row.accepts}, or "{AUTO}"',
-        schema={"type": "string"},
-        note="for a peer that has none in this family",
-        null=True,
-    )
-
 
 # What a PATCH may change. null clears CLEARABLE_FIELDS, gives tunnel_traffic its default again
 # (generated Java clients cannot leave a list out, and send null), and is refused elsewhere.
@@ -2530,28 +2500,24 @@ PATCH_FIELDS: dict[str, Field] = {
     **CLEARABLE_FIELDS,
     **{n: address_or_auto(CREATE_FIELDS[n]) for n in ADDRESS_FIELD.values()},
     "protocol": CREATE_FIELDS["protocol"]._replace(
-        note="assigns an address in each family in which the peer has none; the peer keeps others"
-    ),
+        note="assigns an address in each family in which the peer has none; the peer keeps others"),
 }
 
 ROTATE_FIELDS: dict[str, Field] = {"new_public_key": PUBLIC_KEY_FIELD}
 
 OBFUSCATION_FIELDS: dict[str, Field] = {
     "parameters": Field(
-        _field_parameters,
-        "an object with all of AmneziaWG's parameters",
-        FREE_OBJECT,
-        "default: random ones",
-    ),
-    "generation": choice_field(GENERATIONS, "", "of random parameters; default: the oldest"),
-    "preset": choice_field(tuple(PRESETS), "", f"of random parameters; default: {DEFAULT_PRESET}"),
+        _field_parameters, "an object with all of AmneziaWG's parameters", FREE_OBJECT,
+        "default: random ones"),
+    "generation": choice_field(GENERATIONS, note="of random parameters; default: the oldest"),
+    "preset": choice_field(
+        tuple(PRESETS), note=f"of random parameters; default: {DEFAULT_PRESET}"),
     "confirm": Field(_field_flag, "true or false", FLAG, "true accepts that peers are cut off"),
 }
 
 STATUS_FIELDS: dict[str, Field] = {
     "status": choice_field(STATUSES, '"active" or "suspended"')._replace(required=True),
 }
-
 
 # An element of a desired state: the fields that a create takes, and the status and interface that
 # a list shows. A field that is left out keeps its value.
@@ -2560,8 +2526,9 @@ SYNC_FIELDS: dict[str, Field] = {
     **CLEARABLE_FIELDS,
     "obfuscation": CREATE_FIELDS["obfuscation"]._replace(parse=_field_known_obfuscation),
     "status": choice_field(STATUSES),
-    "interface": Field(_field_text, "the name of an interface", TEXT_SCHEMA),
+    "interface": INTERFACE_FIELD,
 }
+# fmt: on
 
 
 def parse_fields(
@@ -14780,8 +14747,6 @@ USAGE_QUERY: dict[str, Field] = {
     "after": AFTER_FIELD,
     "limit": _query_number(1, MAX_USAGE, MAX_USAGE, "a number"),
 }
-
-INTERFACE_FIELD = Field(_field_text, "the name of an interface", TEXT_SCHEMA)
 
 LIST_QUERY: dict[str, Field] = {
     "limit": _query_number(1, MAX_PAGE, DEFAULT_PAGE, "a number"),
