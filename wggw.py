@@ -1541,6 +1541,14 @@ class Obfuscation(NamedTuple):
     random_trailers: bool = False
     disable_cookies: bool = False
 
+    @property
+    def headers(self) -> tuple[Span, ...]:
+        return self.h1, self.h2, self.h3, self.h4
+
+    @property
+    def packets(self) -> tuple[str, ...]:
+        return self.i1, self.i2, self.i3, self.i4, self.i5
+
     def __repr__(self) -> str:  # the header protection key is a secret
         return f"Obfuscation(jc={self.jc}, s1={self.s1}, s2={self.s2})"
 
@@ -1715,31 +1723,11 @@ _JUNK = ("jc", "jmin", "jmax")
 _PACKETS = ("i1", "i2", "i3", "i4", "i5")
 
 
-def _headers(given: Obfuscation) -> list[Span]:
-    return [getattr(given, name) for name in _HEADERS]
-
-
-def _packet_texts(given: Obfuscation) -> list[str]:
-    return [getattr(given, name) for name in _PACKETS]
-
-
-def _all_packets(given: Obfuscation) -> str:
-    return "".join(_packet_texts(given))
-
-
-class DataLoss(NamedTuple):
-    """How probable it is that a receiver takes a data packet for another kind and drops it.
-
-    `size` is the size on the wire of the packets that this hits most, in bytes; 0 stands for every
-    long packet.
-    """
-
-    probability: float
-    size: int
-
-
-def data_loss(given: Obfuscation) -> DataLoss:
+def data_loss(given: Obfuscation) -> tuple[float, int]:
     """The loss of data packets that a set of parameters causes in each direction.
+
+    That is the probability that a receiver takes a data packet for another kind and drops it, and
+    the size on the wire of the packets that this hits most, in bytes; 0 is every long packet.
 
     A receiver takes a packet for a handshake, a response or a cookie reply when the packet has the
     padded size of that kind (with random trailers: at least that size), and the four bytes after
@@ -1751,33 +1739,28 @@ def data_loss(given: Obfuscation) -> DataLoss:
         offset = getattr(given, padding) - given.s4
         chances[size] += _chance(given, offset, getattr(given, f"h{padding[1]}"))
     size, chance = max(chances.items(), key=lambda item: item[1], default=(0, 0.0))
-    return DataLoss(min(chance, 1.0), size)
+    return min(chance, 1.0), size
 
 
 def _sizes_of_data(given: Obfuscation) -> Iterator[tuple[str, int]]:
     """The paddings S1 to S3 that give a packet a data packet's size, with that size.
 
-    With random trailers the size is 0, because every long packet may be such a packet. A padding
-    that equals S4 does no harm: both kinds then have their header at the same place, where a
-    receiver tells them apart.
+    Clients pad the content of data packets to a multiple of 16 bytes, or to the MTU, which is 1280
+    or more. With random trailers the size is 0, because every long packet may be such a packet.
+
+    A padding that equals S4 does no harm: both kinds then have their header at the same place,
+    where a receiver tells them apart.
     """
+    any_size = given.content_padding_addition != PLAIN.content_padding_addition
     for padding in ("s1", "s2", "s3"):
         size = PADDED_SIZES[padding] + getattr(given, padding)
+        content = size - given.s4 - PADDED_SIZES["s4"]
         if getattr(given, padding) == given.s4:
             continue
         if given.random_trailers:
             yield padding, 0
-        elif _is_data_size(given, size - given.s4 - PADDED_SIZES["s4"]):
+        elif content >= 0 and (any_size or content % 16 == 0 or content >= SAFE_DATAGRAM):
             yield padding, size
-
-
-def _is_data_size(given: Obfuscation, content: int) -> bool:
-    """Whether clients send data packets with this many bytes of content.
-
-    Clients pad content to a multiple of 16 bytes, or to the MTU, which is 1280 or more.
-    """
-    any_size = given.content_padding_addition != PLAIN.content_padding_addition
-    return content >= 0 and (any_size or content % 16 == 0 or content >= SAFE_DATAGRAM)
 
 
 def _chance(given: Obfuscation, offset: int, header: Span) -> float:
@@ -1823,41 +1806,34 @@ class AwgRule(NamedTuple):
     until: str = GENERATIONS[-1]  # the last generation with a program that needs the rule
 
 
+# fmt: off
 AWG_RULES: tuple[AwgRule, ...] = (
     AwgRule("Jmin, Jmax: Jmin must not be above Jmax", lambda p: p.jmin <= p.jmax),
     AwgRule(
         "H1, H2, H3, H4: each must be 5 or more (or all of them WireGuard's own 1, 2, 3, 4)",
-        lambda p: _headers(p) == _headers(PLAIN) or min(_headers(p)).low >= 5,
-    ),
+        lambda p: p.headers == PLAIN.headers or min(p.headers).low >= 5),
     AwgRule(
         "H1, H2, H3, H4: must not overlap",
-        lambda p: all(a.high < b.low for a, b in itertools.pairwise(sorted(_headers(p)))),
-    ),
+        lambda p: all(a.high < b.low for a, b in itertools.pairwise(sorted(p.headers)))),
     AwgRule(
         "HeaderProtectionKey, S1, S2, S3, S4: with a key each of the four must be 12 or more",
-        lambda p: not p.header_protection_key or min(p.s1, p.s2, p.s3, p.s4) >= 12,
-    ),
+        lambda p: not p.header_protection_key or min(p.s1, p.s2, p.s3, p.s4) >= 12),
 )
 
 # No program of generation 1.5 accepts what breaks these rules, and not every program of 2.0 does.
 AWG_RULES_1_5: tuple[AwgRule, ...] = (
     AwgRule(
         "I1, I2, I3, I4, I5: a gap between them is refused by amneziawg-go up to 0.2.15",
-        lambda p: all(left or not right for left, right in itertools.pairwise(_packet_texts(p))),
-        "2.0",
-    ),
+        lambda p: all(left or not right for left, right in itertools.pairwise(p.packets)), "2.0"),
     AwgRule(
         "I1, I2, I3, I4, I5: <t> or <c> twice in one of them is refused by amneziawg-go up to "
         "0.2.15",
-        lambda p: all(text.count(tag) <= 1 for text in _packet_texts(p) for tag in ("<t>", "<c>")),
-        "2.0",
-    ),
+        lambda p: all(text.count(tag) <= 1 for text in p.packets for tag in ("<t>", "<c>")), "2.0"),
     AwgRule(
         "I1, I2, I3, I4, I5: <r N>, <rd N> and <rc N> with an N above 1000 are refused by "
         "amneziawg-go up to 0.2.15",
-        lambda p: all(int(n) <= 1000 for n in re.findall("<r[cd]? ([0-9]+)>", _all_packets(p))),
-        "2.0",
-    ),
+        lambda p: all(
+            int(n) <= 1000 for n in re.findall("<r[cd]? ([0-9]+)>", "".join(p.packets))), "2.0"),
 )
 
 # No kernel module accepts what breaks these rules.
@@ -1865,53 +1841,47 @@ AWG_KERNEL_RULES: tuple[AwgRule, ...] = (
     AwgRule(
         f"I1, I2, I3, I4, I5: with more than {SAFE_DECOY_TEXT} characters together no kernel "
         "module takes them",
-        lambda p: len(_all_packets(p)) <= SAFE_DECOY_TEXT,
-    ),
+        lambda p: sum(map(len, p.packets)) <= SAFE_DECOY_TEXT),
     AwgRule(
         "I1, I2, I3, I4, I5: no kernel module knows other tags than b, c, t, r, rc, rd",
-        lambda p: KERNEL_TAGS.issuperset(_TAG_NAME.findall(_all_packets(p))),
-    ),
+        lambda p: KERNEL_TAGS.issuperset(_TAG_NAME.findall("".join(p.packets)))),
 )
 
 # Programs accept what breaks these rules, but it is unwise.
 AWG_WARNINGS: tuple[AwgRule, ...] = (
     AwgRule(
         f"Jc: more than {SAFE_JUNK_PACKETS} junk packets delay each handshake",
-        lambda p: p.jc <= SAFE_JUNK_PACKETS,
-    ),
+        lambda p: p.jc <= SAFE_JUNK_PACKETS),
     AwgRule(
         f"Jmax: junk packets of more than {SAFE_DATAGRAM} bytes do not fit through every path",
-        lambda p: p.jmax <= SAFE_DATAGRAM,
-    ),
+        lambda p: p.jmax <= SAFE_DATAGRAM),
     AwgRule(
         "S1, S2, S3, S4: S1 + 148, S2 + 92, S3 + 64 and S4 + 32 should be different sizes: "
         "amneziawg-go up to 0.2.15 refuses others",
-        lambda p: len({n + getattr(p, name) for name, n in PADDED_SIZES.items()}) == 4,
-        "2.0",
-    ),
+        lambda p: len({n + getattr(p, name) for name, n in PADDED_SIZES.items()}) == 4, "2.0"),
     AwgRule(
         "S1, S2, S3: data packets can have the size of a padded handshake packet: amneziawg-go "
         "0.2.15 drops those",
-        lambda p: not any(_sizes_of_data(p)),
-        "2.0",
-    ),
+        lambda p: not any(_sizes_of_data(p)), "2.0"),
     AwgRule(
         f"S1, S2, S3: padded handshake packets of more than {SAFE_DATAGRAM} bytes (148, 92 and 64 "
         "without padding) do not fit through every path",
-        lambda p: max(p.s1 + 148, p.s2 + 92, p.s3 + 64) <= SAFE_DATAGRAM,
-    ),
+        lambda p: max(p.s1 + 148, p.s2 + 92, p.s3 + 64) <= SAFE_DATAGRAM),
     AwgRule(
         f"I1, I2, I3, I4, I5: packets of more than {SAFE_DATAGRAM} bytes do not fit through every "
         "path",
-        lambda p: max(map(packet_size, _packet_texts(p))) <= SAFE_DATAGRAM,
-    ),
+        lambda p: max(map(packet_size, p.packets)) <= SAFE_DATAGRAM),
     *AWG_RULES_1_5,
     *AWG_KERNEL_RULES,
     AwgRule(
         "I1, I2, I3, I4, I5: <c> is known to kernel modules, and of amneziawg-go only to 0.2.15",
-        lambda p: "<c>" not in _all_packets(p),
-    ),
+        lambda p: "<c>" not in "".join(p.packets)),
 )
+# fmt: on
+
+
+def broken_rules(given: Obfuscation, rules: Iterable[AwgRule]) -> list[str]:
+    return [rule.text for rule in rules if not rule.holds(given)]
 
 
 def obfuscation_warnings(state: ObfuscationState) -> list[str]:
@@ -1922,27 +1892,26 @@ def obfuscation_warnings(state: ObfuscationState) -> list[str]:
         check_generation(given, state.generation)
     except ValueError as error:  # see parse_obfuscation()
         found.append(str(error))
-    rules = (rule for rule in AWG_WARNINGS if rule.until >= state.generation)
-    return [*dict.fromkeys([*found, *(rule.text for rule in rules if not rule.holds(given))])]
+    found += broken_rules(given, [row for row in AWG_WARNINGS if row.until >= state.generation])
+    return list(dict.fromkeys(found))
 
 
 def loss_warnings(given: Obfuscation) -> list[str]:
     """A sentence with the figure when a set of parameters loses too many data packets."""
-    loss = data_loss(given)
-    if loss.probability <= MAX_LOSS:
+    probability, size = data_loss(given)
+    if probability <= MAX_LOSS:
         return []
-    which = f"data packets of {loss.size} bytes" if loss.size else "data packets"
+    which = f"data packets of {size} bytes" if size else "data packets"
     return [
-        f"H1, H2, H3: {100 * loss.probability:.2g} % of all {which} are taken for handshake "
-        "packets and lost: single values, not ranges, lose none"
+        f"H1, H2, H3: {100 * probability:.2g} % of all {which} are taken for handshake packets and "
+        "lost: single values, not ranges, lose none"
     ]
 
 
 def check_obfuscation(given: Obfuscation) -> None:
     """Raise ValueError with the rule that a set of parameters breaks, and the parameters' names."""
-    for rule in AWG_RULES:
-        if not rule.holds(given):
-            raise ValueError(rule.text)
+    for text in broken_rules(given, AWG_RULES):
+        raise ValueError(text)
 
 
 def parse_awg_value(name: str, value: Any) -> Any:
@@ -2027,57 +1996,57 @@ def parse_awg_file(text: str) -> dict[str, Any]:
     return found
 
 
-def _since(name: str, value: Any) -> str:
-    """The first generation that can express this value."""
-    if name in _HEADERS and value.low != value.high:
-        return "2.0"
-    if name in _PACKETS:
-        return max((PACKET_TAGS[tag].since for tag in _TAG_NAME.findall(value)), default="1.5")
-    return AWG_PARAMETERS[name].since
+class Use(NamedTuple):
+    """What of a parameter is set, as the subject of an error's text, and which generation has it.
+
+    `since` is the first one.
+    """
+
+    parameter: str
+    what: str
+    since: str
+
+
+def uses(given: Obfuscation) -> Iterator[Use]:
+    """A row for each parameter that differs from a new interface's value."""
+    for name, row in AWG_PARAMETERS.items():
+        value = getattr(given, name)
+        if value == getattr(PLAIN, name):
+            continue
+        since, what = row.since, "it"
+        if row.kind == "header" and value.low != value.high:
+            since, what = "2.0", "a range"
+        if row.kind == "packet":
+            since = max([since, *(PACKET_TAGS[tag].since for tag in _TAG_NAME.findall(value))])
+        if row.kind == "packet" and since > row.since:
+            tags = [f"<{tag}>" for tag, known in PACKET_TAGS.items() if known.since == since]
+            what = f"each of {', '.join(tags)}"
+        yield Use(name, f"{row.spelling}: {what}", since)
+
+
+def newest_use(given: Obfuscation) -> str:
+    """The first generation that knows every parameter that is set."""
+    return max((use.since for use in uses(given)), default="1.0")
 
 
 def generation_of(given: Obfuscation) -> str:
     """The first generation that knows every parameter that is set, and accepts the packets."""
-    newest = _newest(given)
-    return "2.0" if newest == "1.5" and any(_refused_by_1_5(given)) else newest
-
-
-def _newest(given: Obfuscation) -> str:
-    return max((_since(name, value) for name, value in _set_values(given)), default="1.0")
-
-
-def _refused_by_1_5(given: Obfuscation) -> Iterator[str]:
-    return (rule.text for rule in AWG_RULES_1_5 if not rule.holds(given))
+    newest = newest_use(given)
+    return "2.0" if newest == "1.5" and broken_rules(given, AWG_RULES_1_5) else newest
 
 
 def check_generation(given: Obfuscation, generation: str) -> None:
     """Raise ValueError when clients of a generation do not know a parameter or refuse its value."""
-    for name, value in _set_values(given):
-        since, spelling = _since(name, value), AWG_PARAMETERS[name].spelling
+    for name, what, since in uses(given):
         if since > generation:
-            raise ValueError(f"{_what(name, since)} came with generation {since}, not {generation}")
-        if name in _PACKETS and generation > "1.5" and "<wt " in value:
-            raise ValueError(f"{spelling}: <wt> is known to generation 1.5 only, not {generation}")
-    for text in _refused_by_1_5(given) if generation == "1.5" else ():
+            raise ValueError(f"{what} came with generation {since}, not {generation}")
+        if name in _PACKETS and generation > "1.5" and "<wt " in getattr(given, name):
+            raise ValueError(
+                f"{AWG_PARAMETERS[name].spelling}: <wt> is known to generation 1.5 only, not "
+                f"{generation}"
+            )
+    for text in broken_rules(given, AWG_RULES_1_5) if generation == "1.5" else ():
         raise ValueError(text)
-
-
-def _what(name: str, since: str) -> str:
-    """The part of a parameter that came with a generation, as the subject of an error's text."""
-    row = AWG_PARAMETERS[name]
-    if since == row.since:
-        return f"{row.spelling}: it"
-    if name in _HEADERS:
-        return f"{row.spelling}: a range"
-    tags = ", ".join(f"<{tag}>" for tag, known in PACKET_TAGS.items() if known.since == since)
-    return f"{row.spelling}: each of {tags}"
-
-
-def _set_values(given: Obfuscation) -> Iterator[tuple[str, Any]]:
-    """The parameters that differ from a new interface's values."""
-    for name, value, default in zip(Obfuscation._fields, given, PLAIN, strict=True):
-        if value != default:
-            yield name, value
 
 
 def show_awg_value(value: Any) -> Any:
@@ -2089,8 +2058,11 @@ def show_awg_value(value: Any) -> Any:
 
 def show_parameters(given: Obfuscation) -> dict[str, Any]:
     """The parameters that are set, and those that every generation has, as JSON."""
-    chosen = {*_JUNK, "s1", "s2", *_HEADERS, *dict(_set_values(given))}
-    return {n: show_awg_value(getattr(given, n)) for n in Obfuscation._fields if n in chosen}
+    return {
+        name: show_awg_value(value)
+        for name, value, default in zip(Obfuscation._fields, given, PLAIN, strict=True)
+        if value != default or name in (*_JUNK, "s1", "s2", *_HEADERS)
+    }
 
 
 def show_state(state: ObfuscationState) -> dict[str, Any]:
@@ -2176,17 +2148,13 @@ def generate_obfuscation(generation: str | None, preset: str) -> ObfuscationStat
 
     None is the oldest generation that has the preset: most clients can speak it.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}")
     drawn = PRESETS[preset]
-    generation = drawn.since if generation is None else generation
-    if generation not in GENERATIONS:
-        raise ValueError(f"generation: must be one of {', '.join(GENERATIONS)}")
+    generation = generation or drawn.since
     if generation < drawn.since:
         raise ValueError(f"preset: {preset} needs I1, which came with generation {drawn.since}")
     while True:
         parameters = Obfuscation(**_draw_values(drawn, generation))
-        loses = data_loss(parameters).probability >= MAX_GENERATED_LOSS
+        loses = data_loss(parameters)[0] >= MAX_GENERATED_LOSS
         # amneziawg-go 0.2.15 drops data packets that have the size of a handshake packet.
         if not loses and (generation >= "3.0" or not any(_sizes_of_data(parameters))):
             return ObfuscationState(1, generation, parameters)
@@ -7543,15 +7511,14 @@ AWG_RELEASES: dict[str, AwgRelease] = {
 
 def kernel_refusals(wanted: Obfuscation, version: int) -> list[str]:
     """The parameters that a module of a family version cannot speak, each with what can."""
-    news = ((name, _since(name, value)) for name, value in _set_values(wanted))
-    late = [_came_with(*new) for new in news if AWG_RELEASES[new[1]].family > version]
-    return late + [rule.text for rule in AWG_KERNEL_RULES if not rule.holds(wanted)]
+    late = [_came_with(use) for use in uses(wanted) if AWG_RELEASES[use.since].family > version]
+    return late + broken_rules(wanted, AWG_KERNEL_RULES)
 
 
-def _came_with(name: str, since: str) -> str:
-    release = AWG_RELEASES[since]
+def _came_with(use: Use) -> str:
+    release = AWG_RELEASES[use.since]
     return (
-        f"{_what(name, since)} came with generation {since}: kernel module {release.module}, "
+        f"{use.what} came with generation {use.since}: kernel module {release.module}, "
         f"amneziawg-go {release.program}"
     )
 
@@ -7561,13 +7528,9 @@ def newest_parameters(wanted: Obfuscation) -> list[str]:
 
     An interface that refuses the set may not know them.
     """
-    generation = _newest(wanted)
-    found = [
-        _came_with(name, generation)
-        for name, value in _set_values(wanted)
-        if _since(name, value) == generation > "1.0"
-    ]
-    return [*found, *_refused_by_1_5(wanted)] if generation < "3.0" else found
+    generation = newest_use(wanted)
+    found = [_came_with(use) for use in uses(wanted) if use.since == generation > "1.0"]
+    return found + (broken_rules(wanted, AWG_RULES_1_5) if generation < "3.0" else [])
 
 
 def needs_new_link(wanted: Obfuscation, actual: Obfuscation) -> bool:
@@ -7601,7 +7564,7 @@ class Dialect:
 
     def learn(self, wanted: Obfuscation, reported: Obfuscation) -> None:
         """Compare the report after a set. Raises BackendError if clients would be cut off."""
-        plain = _headers(wanted) == _headers(PLAIN)
+        plain = wanted.headers == PLAIN.headers
         needed = [n for n in AWG_SHARED if not (plain and n in _HEADERS)]
         if missing := unlike(wanted, reported, needed):
             raise BackendError(
