@@ -557,15 +557,10 @@ def _secret(raw: str) -> str:
 _JSON_PLAIN = re.compile(rb'[^"\[\]{}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{}]*+)*+', re.DOTALL)
 
 
-class JsonExtent(NamedTuple):
-    """The result of json_extent(). `end` is None if the value does not end before the limit."""
-
-    depth: int
-    end: int | None
-
-
-def json_extent(data: bytes | bytearray, start: int = 0, limit: int = sys.maxsize) -> JsonExtent:
-    """How deep the JSON value at `start` is nested, and where it ends.
+def json_extent(
+    data: bytes | bytearray, start: int = 0, limit: int = sys.maxsize
+) -> tuple[int, int | None]:
+    """How deep the JSON value at `start` is nested, and its end: None if that is not found.
 
     Reading stops at the end of the value, at `limit`, and at nesting beyond MAX_JSON_DEPTH.
     """
@@ -580,19 +575,19 @@ def json_extent(data: bytes | bytearray, start: int = 0, limit: int = sys.maxsiz
             depth += 1
             deepest = max(deepest, depth)
             if depth > MAX_JSON_DEPTH:
-                return JsonExtent(deepest, None)
+                return deepest, None
         elif bracket in (b"]", b"}"):
             depth -= 1
             if depth <= 0:
-                return JsonExtent(deepest, position)
+                return deepest, position
         else:
-            return JsonExtent(deepest, None)
+            return deepest, None
 
 
 def check_depth(data: bytes) -> None:
     """Raises ValueError for nesting that could exhaust a thread's stack, which would end Python."""
     brackets = data.count(b"[") + data.count(b"{")
-    if brackets > MAX_JSON_DEPTH and json_extent(data).depth > MAX_JSON_DEPTH:
+    if brackets > MAX_JSON_DEPTH and json_extent(data)[0] > MAX_JSON_DEPTH:
         raise ValueError("nested too deep")
 
 
@@ -1377,16 +1372,6 @@ def encode_wire(
     )
 
 
-_ROW_TEXTS = ("public_key", "interface", "tunnel_traffic")
-_ROW_TEXTS_OR_NONE = (
-    "dns",
-    "status_reason",
-    "preshared_key",
-    "request_id",
-    "obfuscation",
-    "label",
-    "service_class",
-)
 _ROW_RANGES = {
     "id": (1, MAX_INTEGER // 2),
     "port": (1, 65535),
@@ -1396,6 +1381,15 @@ _ROW_RANGES = {
     "quota_bytes": (0, MAX_INTEGER),
     "quota_base": (0, 2 * MAX_TOTAL),
 }
+_ROW_WORDS = {
+    "status": STATUSES,
+    "quota_period": PERIODS,
+    "tunnel_traffic": (*FAMILIES, ",".join(FAMILIES)),
+}
+_NEVER_NULL = {
+    *("id", "public_key", "interface", "status", "tunnel_traffic"),
+    *("persistent_keepalive", "created_at", "quota_base"),
+}
 
 
 def verify_peer(peer: Peer) -> None:
@@ -1403,29 +1397,23 @@ def verify_peer(peer: Peer) -> None:
 
     Raises ValueError, TypeError.
     """
-    row = peer._asdict()
-    for name in (*_ROW_TEXTS, *_ROW_TEXTS_OR_NONE):
-        text = row[name]
-        if type(text) is not str and (text is not None or name in _ROW_TEXTS):
-            raise ValueError(f"{name} is not a text")
-    for name, (low, high) in _ROW_RANGES.items():
-        number = row[name]
-        if number is None and name in ("port", "expires_at", "quota_bytes"):
+    for name, value in zip(Peer._fields, peer, strict=True):
+        if value is None and name not in _NEVER_NULL:
             continue
-        if type(number) is not int or not low <= number <= high:
-            raise ValueError(f"{name} is out of range")
-    if peer.status not in STATUSES:
-        raise ValueError("status is unknown")
-    if peer.quota_period not in (None, *PERIODS):
-        raise ValueError("quota_period is unknown")
+        if name in _ROW_RANGES:
+            low, high = _ROW_RANGES[name]
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{name} is out of range")
+        elif type(value) is not str:
+            raise ValueError(f"{name} is not a text")
+        elif name in _ROW_WORDS and value not in _ROW_WORDS[name]:
+            raise ValueError(f"{name} is unknown")
     decode_key(peer.public_key)
     if peer.preshared_key is not None:
         decode_key(peer.preshared_key)
     for address, version in ((peer.assigned_ip, 4), (peer.assigned_ipv6, 6)):
         if address is not None and verify_address(address) != version:
             raise ValueError("an address is not of its family")
-    if peer.tunnel_traffic not in (*FAMILIES, ",".join(FAMILIES)):
-        raise ValueError("tunnel_traffic is unknown")
     if peer.obfuscation is not None:
         decode_own_values(peer.obfuscation)
 
@@ -1449,16 +1437,10 @@ def _rfc3339(seconds: int) -> str:
 
 def parse_rfc3339(text: str) -> int:
     """RFC 3339 section 5.6 -> Unix seconds; a fraction is dropped. Raises ValueError."""
-    match = re.fullmatch(
-        r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", text, re.ASCII
-    )
-    if not match:
+    form = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)"
+    if not re.fullmatch(form, text, re.ASCII):
         raise ValueError("not RFC 3339")
-    zone = "+00:00" if match[3] in "Zz" else match[3]
-    try:
-        seconds = int(datetime.fromisoformat(f"{match[1]}T{match[2]}{zone}").timestamp())
-    except OverflowError:
-        raise ValueError("out of range") from None
+    seconds = int(datetime.fromisoformat(text.upper()).replace(microsecond=0).timestamp())
     if not 0 <= seconds <= MAX_TIME:
         raise ValueError("out of range")
     return seconds
@@ -1571,7 +1553,7 @@ class ObfuscationRequest(NamedTuple):
 def _awg_number(value: Any, high: int) -> int:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value):
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= high:
+    if type(value) is not int or not 0 <= value <= high:
         raise ValueError
     return value
 
@@ -1914,26 +1896,24 @@ def check_obfuscation(given: Obfuscation) -> None:
         raise ValueError(text)
 
 
-def parse_awg_value(name: str, value: Any) -> Any:
-    """Parse one parameter's JSON value. Raises ValueError with its spelling and what it accepts."""
-    row = AWG_PARAMETERS[name]
-    parse, accepts = AWG_KINDS[row.kind]
-    try:
-        return parse(value, row.high)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{row.spelling}: must be {accepts.format(row.high)}") from None
-
-
 def awg_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Parse the parameters among a JSON object's members, in either spelling. Raises ValueError."""
+    """Parse the parameters among a JSON object's members, in either spelling.
+
+    Raises ValueError with a parameter's spelling and what it accepts.
+    """
     values: dict[str, Any] = {}
     for key, value in given.items():
         name = _AWG_NAMES.get(key)
         if name is None or value is None:
             continue
+        row = AWG_PARAMETERS[name]
+        parse, accepts = AWG_KINDS[row.kind]
         if name in values:
-            raise ValueError(f"{AWG_PARAMETERS[name].spelling}: is given twice")
-        values[name] = parse_awg_value(name, value)
+            raise ValueError(f"{row.spelling}: is given twice")
+        try:
+            values[name] = parse(value, row.high)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{row.spelling}: must be {accepts.format(row.high)}") from None
     return values
 
 
@@ -2324,7 +2304,7 @@ class Field(NamedTuple):
 
 def integer_field(low: int, high: int, accepts: str, note: str = "") -> Field:
     def parse(value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        if type(value) is not int or not low <= value <= high:
             raise ValueError
         return value
 

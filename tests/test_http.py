@@ -297,7 +297,7 @@ def depth_of(value: Any) -> int:
 @given(value=VALUES)
 def test_depth_is_that_of_the_value_and_not_of_its_strings(value: Any) -> None:
     for data in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
-        assert json_extent(data.encode()).depth == depth_of(value)
+        assert json_extent(data.encode())[0] == depth_of(value)
 
 
 @given(
@@ -309,9 +309,9 @@ def test_a_value_ends_at_its_last_bracket_and_is_looked_for_no_further_than_the_
 ) -> None:
     text, start = json.dumps(value).encode(), len(front)
     data = front.encode() + text + b', "]}'
-    assert json_extent(data, start).end == start + len(text)
-    assert json_extent(data, start, start + len(text)).end == start + len(text)
-    assert json_extent(data, start, start + len(text) - 1).end is None
+    assert json_extent(data, start)[1] == start + len(text)
+    assert json_extent(data, start, start + len(text))[1] == start + len(text)
+    assert json_extent(data, start, start + len(text) - 1)[1] is None
 
 
 def extent_byte_by_byte(data: bytes, start: int) -> tuple[int, int | None]:

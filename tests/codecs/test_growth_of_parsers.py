@@ -245,7 +245,7 @@ def awg(data: bytes) -> None:
     text = text_of(data)
     for name in wggw.AWG_PARAMETERS:
         with contextlib.suppress(ValueError):
-            wggw.parse_awg_value(name, text)
+            wggw.awg_values({name: text})
     with contextlib.suppress(ValueError):
         wggw.packet_size(text)
     wggw.decode_own_values(text)
