@@ -175,7 +175,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -538,17 +538,11 @@ def _matching(pattern: str) -> Callable[[str], str]:
 
 _text = _matching(r"(?s).+")
 _header_value = _matching(r"[!-~]{1,4096}")
+_secret = _matching(r"[^\ud800-\udfff]{16,}")  # a lone surrogate cannot be encoded
 
 
 def _one_of(*words: str) -> Kind:
     return _matching("|".join(words)), f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _secret(raw: str) -> str:
-    if len(raw) < 16:
-        raise ValueError
-    raw.encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, a ValueError
-    return raw
 
 
 # Matches JSON up to its next bracket outside of strings. It always matches. Possessive quantifiers
@@ -610,8 +604,7 @@ def _keys(raw: str) -> dict[str, str]:
     if "default" in parsed:
         raise ValueError
     for key_id, secret in parsed.items():
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", key_id) or not isinstance(secret, str):
-            raise ValueError
+        _matching("[A-Za-z0-9._-]{1,64}")(key_id)
         _secret(secret)
     return parsed
 
@@ -1448,11 +1441,10 @@ def parse_rfc3339(text: str) -> int:
 
 def period_starts(now: float) -> dict[str, int]:
     """When the current day, week (from Monday) and month began in UTC, in Unix seconds."""
-    day = int(now) // 86400
-    months = datetime.fromtimestamp(day * 86400, timezone.utc).replace(day=1)
-    weekday = (day + 3) % 7  # 1 January 1970 was a Thursday
-    starts = (day * 86400, (day - weekday) * 86400, int(months.timestamp()))
-    return dict(zip(PERIODS, starts, strict=True))
+    today = datetime.fromtimestamp(now, timezone.utc)
+    today = today.replace(hour=0, minute=0, second=0, microsecond=0)
+    starts = (today, today - timedelta(days=today.weekday()), today.replace(day=1))
+    return {period: int(day.timestamp()) for period, day in zip(PERIODS, starts, strict=True)}
 
 
 def diff(
@@ -1696,10 +1688,7 @@ AWG_PARAMETERS: dict[str, AwgParameter] = {
 PLAIN = Obfuscation()
 AWG_SHARED = tuple(name for name, row in AWG_PARAMETERS.items() if row.shared)
 AWG_OWN = tuple(name for name, row in AWG_PARAMETERS.items() if not row.shared)
-_AWG_NAMES = {
-    **{name: name for name in AWG_PARAMETERS},
-    **{row.spelling: name for name, row in AWG_PARAMETERS.items()},
-}
+_AWG_NAMES = {key: name for name, row in AWG_PARAMETERS.items() for key in (name, row.spelling)}
 _HEADERS = ("h1", "h2", "h3", "h4")
 _JUNK = ("jc", "jmin", "jmax")
 _PACKETS = ("i1", "i2", "i3", "i4", "i5")
@@ -2333,12 +2322,12 @@ def address_field(family: int, accepts: str, schema: Schema) -> Field:
 
 def nullable(row: Field) -> Field:
     """The field with null as another value, which is decoded to None."""
-
-    def parse(value: Any) -> Any:
-        return None if value is None else row.parse(value)
-
-    accepts = f"{row.accepts}, or null"
-    return row._replace(parse=parse, accepts=accepts, schema=or_null(row.schema), null=True)
+    return row._replace(
+        parse=lambda value: None if value is None else row.parse(value),
+        accepts=f"{row.accepts}, or null",
+        schema=or_null(row.schema),
+        null=True,
+    )
 
 
 AUTO = "auto"  # the next free address
