@@ -1419,13 +1419,9 @@ def verify_address(text: str) -> int:
     return address.version
 
 
-def rfc3339(seconds: int | float) -> str:
-    return _rfc3339(int(seconds))
-
-
 @functools.lru_cache(maxsize=1024)
-def _rfc3339(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+def rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(int(seconds), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def parse_rfc3339(text: str) -> int:
@@ -2356,8 +2352,7 @@ def or_null(schema: Schema) -> Schema:
 
 FLAG: Schema = {"type": "boolean"}
 FREE_OBJECT: Schema = {"type": "object", "additionalProperties": True}
-# 32 bytes in base64, as _KEY accepts them
-KEY_SCHEMA: Schema = {"type": "string", "pattern": "^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"}
+KEY_SCHEMA: Schema = {"type": "string", "pattern": f"^{_KEY.pattern}$"}
 TIME_SCHEMA: Schema = {"type": "string", "format": "date-time"}
 FAMILIES_SCHEMA: Schema = {"type": "array", "items": one_of(FAMILIES)}
 TEXT_SCHEMA: Schema = {"type": "string", "maxLength": MAX_TEXT}
@@ -16323,7 +16318,7 @@ class LogWriter(logging.Handler):
 
     def add(self, text: str, level: str = "INFO") -> None:
         self._lost += len(self._lines) == MAX_LOG_LINES
-        self._lines.append(f"{rfc3339(time.time())} {level} {text}\n")
+        self._lines.append(f"{rfc3339(int(time.time()))} {level} {text}\n")
         if not self._waiting.is_set():
             self._waiting.set()
 
@@ -16353,7 +16348,7 @@ class LogWriter(logging.Handler):
         lost, self._lost = self._lost, 0
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
         if lost:
-            when = rfc3339(time.time())
+            when = rfc3339(int(time.time()))
             lines.insert(
                 0, f"{when} WARNING {lost} lines were lost: the log's reader is too slow\n"
             )
