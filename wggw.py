@@ -1703,8 +1703,7 @@ def data_loss(given: Obfuscation) -> tuple[float, int]:
     """
     chances: dict[int, float] = collections.defaultdict(float)
     for padding, size in _sizes_of_data(given):
-        offset = getattr(given, padding) - given.s4
-        chances[size] += _chance(given, offset, getattr(given, f"h{padding[1]}"))
+        chances[size] += _chance(given, padding)
     size, chance = max(chances.items(), key=lambda item: item[1], default=(0, 0.0))
     return min(chance, 1.0), size
 
@@ -1730,14 +1729,15 @@ def _sizes_of_data(given: Obfuscation) -> Iterator[tuple[str, int]]:
             yield padding, size
 
 
-def _chance(given: Obfuscation, offset: int, header: Span) -> float:
-    """The probability that four bytes of a data packet are in a range of headers.
+def _chance(given: Obfuscation, padding: str) -> float:
+    """The probability that a data packet has a header of another kind after that kind's padding.
 
-    `offset` counts from the end of the packet's padding. A data packet begins with its header, the
-    receiver's index of four random bytes, and a counter of eight bytes whose upper five are zero,
-    all of them little-endian. All other bytes are random; header protection makes every byte
-    random.
+    A data packet begins with its header, the receiver's index of four random bytes, and a counter
+    of eight bytes whose upper five are zero, all of them little-endian. All other bytes are random;
+    header protection makes every byte random.
     """
+    offset = getattr(given, padding) - given.s4  # from the end of the data packet's padding
+    header: Span = getattr(given, f"h{padding[1]}")
     known: dict[int, int] = {}
     if not given.header_protection_key:
         known = dict.fromkeys(range(11, 16), 0)
@@ -2125,11 +2125,14 @@ def generate_obfuscation(generation: str | None, preset: str) -> ObfuscationStat
             return ObfuscationState(1, generation, parameters)
 
 
+_draw = secrets.SystemRandom().randint  # a number from the first to the last, both included
+
+
 def _draw_values(drawn: AwgPreset, generation: str) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "jc": _draw(drawn.junk_count),
-        "jmin": _draw(drawn.junk_low),
-        "jmax": _draw(drawn.junk_high),
+        "jc": _draw(*drawn.junk_count),
+        "jmin": _draw(*drawn.junk_low),
+        "jmax": _draw(*drawn.junk_high),
         **_draw_paddings(drawn, generation),
         **_draw_headers(generation),
     }
@@ -2138,22 +2141,18 @@ def _draw_values(drawn: AwgPreset, generation: str) -> dict[str, Any]:
         values |= {f"i{n}": text for n, text in enumerate(texts, 1)}
     if generation >= "3.0":
         values["header_protection_key"] = secrets.token_bytes(KEY_BYTES)
-        values["content_padding_addition"] = Span(_draw(Span(1, 16)), _draw(Span(32, 96)))
-        values["rekey_after_time"] = Span(_draw(Span(90, 105)), _draw(Span(110, 120)))
+        values["content_padding_addition"] = Span(_draw(1, 16), _draw(32, 96))
+        values["rekey_after_time"] = Span(_draw(90, 105), _draw(110, 120))
     if generation >= "3.1":
         values["random_trailers"] = True
     return values
-
-
-def _draw(span: Span) -> int:
-    return span.low + secrets.randbelow(span.high - span.low + 1)
 
 
 def _draw_paddings(drawn: AwgPreset, generation: str) -> dict[str, int]:
     """Draw S1 to S4 so that all padded and unpadded packets have different sizes."""
     names = ("s1", "s2", "s3", "s4") if generation >= "2.0" else ("s1", "s2")
     while True:
-        values = {n: _draw(drawn.transport if n == "s4" else drawn.padding) for n in names}
+        values = {n: _draw(*(drawn.transport if n == "s4" else drawn.padding)) for n in names}
         padded = {PADDED_SIZES[name] + value for name, value in values.items()}
         if len(padded) == len(names) and not padded & set(PADDED_SIZES.values()):
             return values
@@ -2167,15 +2166,15 @@ def _draw_headers(generation: str) -> dict[str, Span]:
     """
     spans: list[Span] = []
     for quarter in range(4):
-        width = secrets.randbelow(2**24) + 2**16 if generation == "2.0" else 0
-        low = _draw(Span(max(quarter * 2**29, 5), (quarter + 1) * 2**29 - 1 - width))
+        width = _draw(2**16, 2**24 + 2**16 - 1) if generation == "2.0" else 0
+        low = _draw(max(quarter * 2**29, 5), (quarter + 1) * 2**29 - 1 - width)
         spans.append(Span(low, low + width))
     secrets.SystemRandom().shuffle(spans)
     return dict(zip(_HEADERS, spans, strict=True))
 
 
 def _draw_packet(template: str, generation: str) -> str:
-    text = template.format(size=_draw(Span(24, 160)), hex=secrets.token_hex(_draw(Span(4, 12))))
+    text = template.format(size=_draw(24, 160), hex=secrets.token_hex(_draw(4, 12)))
     return text if generation >= "2.0" else re.sub(r"<(r[cd]) ([0-9]+)>", _draw_tag, text)
 
 
