@@ -355,85 +355,46 @@ class GatewayError(Exception):
     status = 500
     key_id = "-"  # for the log: of the key that has signed the request, if its check raised this
 
+    def __init_subclass__(cls, status: int = 500) -> None:
+        cls.status = status
+
     def __init__(self, detail: str, *, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(detail)
         self.detail = detail
         self.headers = tuple(headers)
 
 
-class Malformed(GatewayError):
-    status = 400
+# fmt: off
+class Malformed(GatewayError, status=400): ...
+class Forbidden(GatewayError, status=403): ...
+class NotFound(GatewayError, status=404): ...
+class MethodNotAllowed(GatewayError, status=405): ...
+class Timeout(GatewayError, status=408): ...
+class Conflict(GatewayError, status=409): ...
+class Gone(GatewayError, status=410): ...
+class LengthRequired(GatewayError, status=411): ...
+class TooLarge(GatewayError, status=413): ...
+class UnsupportedMediaType(GatewayError, status=415): ...
+class TooManyRequests(GatewayError, status=429): ...
+class HeadTooLarge(GatewayError, status=431): ...
+class Unavailable(GatewayError, status=503): ...
+class VersionNotSupported(GatewayError, status=505): ...
+# fmt: on
 
 
-class Unauthorized(GatewayError):
+class Unauthorized(GatewayError, status=401):
     """The signature is not accepted; `reason` is the label in the metrics."""
-
-    status = 401
 
     def __init__(self, detail: str, reason: str = "signature") -> None:
         super().__init__(detail)
         self.reason = reason
 
 
-class Forbidden(GatewayError):
-    status = 403
-
-
-class NotFound(GatewayError):
-    status = 404
-
-
-class MethodNotAllowed(GatewayError):
-    status = 405
-
-
-class Timeout(GatewayError):
-    status = 408
-
-
-class Conflict(GatewayError):
-    status = 409
-
-
-class Gone(GatewayError):
-    status = 410
-
-
-class LengthRequired(GatewayError):
-    status = 411
-
-
-class TooLarge(GatewayError):
-    status = 413
-
-
-class UnsupportedMediaType(GatewayError):
-    status = 415
-
-
-class Invalid(GatewayError):
+class Invalid(GatewayError, status=422):
     """A field's value is wrong; the detail begins with the field's name."""
-
-    status = 422
 
     def __init__(self, name: str, accepted: str) -> None:
         super().__init__(f"{name}: {accepted}")
-
-
-class TooManyRequests(GatewayError):
-    status = 429
-
-
-class HeadTooLarge(GatewayError):
-    status = 431
-
-
-class VersionNotSupported(GatewayError):
-    status = 505
-
-
-class Unavailable(GatewayError):
-    status = 503
 
 
 class OutcomeUnknown(GatewayError):
