@@ -2512,6 +2512,10 @@ class SignedMessage(NamedTuple):
         return f"SignedMessage({self.method})"
 
 
+# A right signature: its key id, when it was made, and all of it, unless it is a legacy one.
+Signed = tuple[str, int, "MessageSignature | None"]
+
+
 class Authenticator:
     """Verifies signatures of both schemes. `clock` gives Unix seconds.
 
@@ -2525,7 +2529,6 @@ class Authenticator:
         clock: Callable[[], float],
         schemes: Sequence[str] = ("legacy", "rfc9421"),
     ) -> None:
-        self._keys: dict[str, hmac.HMAC] = {}
         self._window = window
         self._clock = clock
         self._no_key = hmac.new(secrets.token_bytes(KEY_BYTES), digestmod="sha256")
@@ -2541,35 +2544,39 @@ class Authenticator:
         self._schemes = schemes
 
     def verify(self, message: SignedMessage) -> Caller:
-        """Check a request's head by the scheme it uses. Raises Unauthorized, TooManyRequests."""
-        if b"signature-input" in message.headers:
-            if "rfc9421" in self._schemes:
-                return self._verify_rfc9421(message)
-        elif "legacy" in self._schemes:
-            return self.verify_legacy(
-                message.headers.get(b"signature", b""),
-                message.headers.get(b"timestamp", b""),
-                message.length,
-            )
-        raise Unauthorized(NOT_AUTHENTIC)
+        """Check a request's head by the scheme it uses: first the signature, then its time.
 
-    def verify_legacy(self, signature: bytes, timestamp: bytes, body_length: int) -> Caller:
-        """Check `signature` over timestamp and length, then the time. Raises Unauthorized."""
-        signed = legacy_message(timestamp, body_length)
-        given = signature.lower()
-        caller = None
-        for key_id, key in self._keys.items():  # always all keys: the time reveals nothing
-            expected = _mac(key, signed).hex().encode("ascii")
-            if hmac.compare_digest(expected, given):
-                caller = Caller(key_id, "legacy")
-        if caller is None:
+        Raises GatewayError, with the caller's key id if the signature is right; EarlySignature.
+        """
+        scheme = "rfc9421" if b"signature-input" in message.headers else "legacy"
+        find = self._find_rfc9421 if scheme == "rfc9421" else self._find_legacy
+        found = find(message) if scheme in self._schemes else None
+        if found is None:
             raise Unauthorized(NOT_AUTHENTIC)
-        return self._accept(
-            caller, int(timestamp) if re.fullmatch(rb"[0-9]{1,12}", timestamp) else NO_TIME
-        )
+        key_id, created, given = found
+        try:
+            self._check_fresh(created, given)
+        except GatewayError as error:
+            error.key_id = key_id
+            raise
+        return Caller(key_id, scheme)
 
-    def _verify_rfc9421(self, message: SignedMessage) -> Caller:
-        """RFC 9421 section 3.2; one good signature of several is enough."""
+    def _find_legacy(self, message: SignedMessage) -> Signed | None:
+        """Whose key signed timestamp and length."""
+        timestamp = message.headers.get(b"timestamp", b"")
+        given = message.headers.get(b"signature", b"").lower()
+        signed = legacy_message(timestamp, message.length)
+        found = None
+        for key_id, key in self._keys.items():  # always all keys: the time reveals nothing
+            if hmac.compare_digest(_mac(key, signed).hex().encode("ascii"), given):
+                found = key_id
+        if found is None:
+            return None
+        whole = re.fullmatch(rb"[0-9]{1,12}", timestamp)
+        return found, int(timestamp) if whole else NO_TIME, None
+
+    def _find_rfc9421(self, message: SignedMessage) -> Signed | None:
+        """RFC 9421 section 3.2; one right signature of several is enough."""
         for given in parse_signatures(message.headers):
             base = signature_base(message, given)
             if base is None or not _covers_enough(message, given):
@@ -2577,19 +2584,8 @@ class Authenticator:
             # An unknown key id costs a MAC as well: the time does not reveal which ids exist.
             expected = _mac(self._keys.get(given.key_id, self._no_key), base)
             if hmac.compare_digest(expected, given.signature) and given.key_id in self._keys:
-                return self._accept(Caller(given.key_id, "rfc9421"), given.created, given)
-        raise Unauthorized(NOT_AUTHENTIC)
-
-    def _accept(
-        self, caller: Caller, created: int, given: MessageSignature | None = None
-    ) -> Caller:
-        """The caller whose signature is right, if it is also fresh; otherwise raises an error."""
-        try:
-            self._check_fresh(created, given)
-        except GatewayError as error:
-            error.key_id = caller.key_id
-            raise
-        return caller
+                return given.key_id, given.created, given
+        return None
 
     def _check_fresh(self, created: int, given: MessageSignature | None) -> None:
         now = self._clock()
@@ -2623,23 +2619,21 @@ def _mac(key: hmac.HMAC, message: bytes) -> bytes:
 class NonceGuard:
     """Accepts each signature once, across restarts, crashes and changes of the clock.
 
-    `live` holds the used nonces by their `created`. A nonce is forgotten once its `created` has
-    left the window; `forgotten` is the highest `created` among the forgotten ones. A signature with
-    a `created` above `forgotten` has been used if and only if it is in `live`. Nothing is known of
-    signatures at or below `forgotten`. While the clock moves forward they are outside the window.
-    When the clock is set back they are inside it again and get 503, because accepting one might
-    mean accepting it twice.
+    `_live` holds the used nonces until their `created` has left the window. `_forgotten` is the
+    highest `created` among those that are no longer held. A signature with a later `created` has
+    been used if and only if it is in `_live`. Nothing is known of others: while the clock moves
+    forward they are outside the window, and when it is set back they get 503.
 
-    An orderly stop writes `forgotten` and `live` to a file, which the next start reads. From then
-    on, until the next orderly stop, the file says "running" and names a ceiling. A signature is
-    accepted only if its `created` is not above the clock, or not above the ceiling on disk. An
-    early signature, from a client whose clock is ahead, waits until the ceiling has been raised
-    above it (one write serves all within NONCE_RESERVE seconds). A start that finds "running"
-    follows a crash. It knows that no signature created after both the ceiling and this start has
-    been used. All others get 503 until the clock has passed them: usually within a second, or as
-    long as the clock of the most advanced client was ahead. Every NONCE_SECONDS the ceiling is also
-    raised to the highest accepted `created`, in case the clock is set back during a crash. Only
-    signatures from the last NONCE_SECONDS before such a crash could be accepted twice.
+    An orderly stop writes `_forgotten` and `_live` to a file, which the next start reads. Until the
+    next orderly stop the file says "running" and names a ceiling. A signature is accepted only if
+    its `created` is not above the clock, or not above the ceiling on disk. An early one, from a
+    client whose clock is ahead, waits until a worker has raised the ceiling above it (one write
+    serves all within NONCE_RESERVE seconds). A start that finds "running" follows a crash. It knows
+    that no signature created after both the ceiling and this start has been used. All others get
+    503 until the clock has passed them: usually within a second, or as long as the clock of the
+    most advanced client was ahead. Every NONCE_SECONDS the ceiling is also raised to the highest
+    accepted `created`, in case the clock is set back during a crash. Only signatures from the last
+    NONCE_SECONDS before such a crash could be accepted twice.
 
     A missing file (DB_PATH was in memory and the machine restarted, or the state is another node's)
     is treated like a crash in which early signatures up to the whole window were accepted. The
@@ -2661,7 +2655,6 @@ class NonceGuard:
         self._by_created: dict[int, list[bytes]] = {}
         self._forgotten = 0
         self._swept = 0
-        self._highest = 0  # the latest accepted `created`
         self._crash: float | None = None  # when the start after a crash began, on the steady clock
         self._early = 0  # seconds by which signatures of a run before may be ahead of the start
         self._closed = False
@@ -2682,21 +2675,14 @@ class NonceGuard:
             try:
                 self._load(Path(path).read_text("ascii", "replace"))
             except FileNotFoundError:
-                if not first:
-                    self._doubt(
-                        self._window
-                    )  # so does the next start, unless this run stops in order
+                if not first:  # nor is there one for the next start, unless this run stops in order
+                    self._crash, self._early = self._steady(), self._window
                     return
             try:
-                self._write_ceiling(max([self._forgotten, *self._by_created]))
+                self._write_ceiling(self._highest())
             except OSError:  # a full disk must not prevent the start
                 if self._crash is None:  # the file says "stopped", which is wrong after a crash
                     self._remove_file()
-
-    def _remove_file(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            Disk().unlink(self._path)
-            Disk().sync_directory(self._path)
 
     def close(self, now: float) -> None:
         """Accept nothing more, and write the used nonces if there is a file. Raises OSError."""
@@ -2712,8 +2698,15 @@ class NonceGuard:
 
     def save(self) -> None:
         """Raise the ceiling on disk to the highest accepted `created`. Raises OSError."""
-        if self._path:
-            self.raise_ceiling(self._highest)
+        with self._lock:
+            highest = self._highest()
+        self.raise_ceiling(highest)
+
+    def raise_ceiling(self, wanted: int) -> None:
+        """Accept signatures created up to `wanted` early. Raises OSError. For workers."""
+        with self._file_lock:
+            if self._path and wanted > self._ceiling and not self._closed:
+                self._write_ceiling(wanted)
 
     def first_use(self, key_id: str, nonce: str, created: int, now: float) -> bool:
         """Whether a signature is used for the first time. It counts as used from then on.
@@ -2749,7 +2742,9 @@ class NonceGuard:
     def _add(self, entry: bytes, created: int) -> None:
         self._live.add(entry)
         self._by_created.setdefault(created, []).append(entry)
-        self._highest = max(self._highest, created)
+
+    def _highest(self) -> int:
+        return max([self._forgotten, *self._by_created])
 
     def _sweep(self, now: int) -> None:
         self._swept = now
@@ -2766,30 +2761,23 @@ class NonceGuard:
             self._crash = None
         return max(self._forgotten, math.floor(now - age) + self._early)
 
-    def _doubt(self, early: int) -> None:
-        self._crash = self._steady()
-        self._early = early
-
     def _load(self, text: str) -> None:
         found = re.match(r"wggw-nonces 1 (running|stopped) ([0-9]{1,12})\n", text)
-        if found:
-            self._forgotten, ahead = int(found[2]), 0
-        else:  # the oldest format has no first line, and adds the window to each time
-            ahead = self._window
+        self._forgotten = int(found[2]) if found else 0
+        ahead = 0 if found else self._window  # the oldest format adds the window to each time
         if not found or found[1] == "running":
-            self._doubt(0)
+            self._crash, self._early = self._steady(), 0
         for second, entry in re.findall(r"(?m)^([0-9]{1,12}) ([0-9a-f]{32})$", text):
             self._add(bytes.fromhex(entry), int(second) - ahead)
-
-    def raise_ceiling(self, wanted: int) -> None:
-        """Accept signatures created up to `wanted` early. Raises OSError. For workers."""
-        with self._file_lock:
-            if wanted > self._ceiling and not self._closed:
-                self._write_ceiling(wanted)
 
     def _write_ceiling(self, ceiling: int) -> None:
         Disk().replace(self._path, [b"%b running %d\n" % (NONCES_MAGIC, ceiling)])
         self._ceiling = ceiling
+
+    def _remove_file(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            Disk().unlink(self._path)
+            Disk().sync_directory(self._path)
 
 
 NONCES_MAGIC = b"wggw-nonces 1"
@@ -2807,28 +2795,24 @@ class Throttle:
     """Limits failed authentications to `limit` a minute from an address.
 
     It remembers MAX_THROTTLED addresses. An IPv6 address counts as its /64, which is what one
-    customer has. Authentic requests are never looked up here.
+    customer has. Authentic requests are never looked up here. Only the loop uses it.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = limit
         self._clock = clock
-        self._lock = threading.Lock()
         # address -> (failures not forgotten yet, at what time); least recent first
-        self._failures: collections.OrderedDict[str, tuple[float, float]] = (
-            collections.OrderedDict()
-        )
+        self._failures = collections.OrderedDict[str, tuple[float, float]]()
 
     def fail(self, source: str) -> float:
         """Count a failure; returns the seconds to wait when there are too many, or 0."""
         address, now = address_group(source), self._clock()
-        with self._lock:
-            failures, since = self._failures.pop(address, (0.0, now))
-            failures = max(0.0, failures - (now - since) * self._limit / 60) + 1
-            over = failures - self._limit
-            self._failures[address] = (min(failures, float(self._limit)), now)
-            if len(self._failures) > MAX_THROTTLED:
-                self._failures.popitem(last=False)
+        failures, since = self._failures.pop(address, (0.0, now))
+        failures = max(0.0, failures - (now - since) * self._limit / 60) + 1
+        over = failures - self._limit
+        self._failures[address] = (min(failures, float(self._limit)), now)
+        if len(self._failures) > MAX_THROTTLED:
+            self._failures.popitem(last=False)
         return over * 60 / self._limit if over > 0 else 0.0
 
 

@@ -26,6 +26,7 @@ from wggw import (
     InterfaceSettings,
     Malformed,
     PayloadBox,
+    SignedMessage,
     Unauthorized,
     decode_key,
     encode_key,
@@ -52,9 +53,14 @@ def authenticator(keys: dict[str, str] | None = None, now: float = NOW) -> Authe
     return Authenticator(keys or {"default": KEY}, WINDOW, lambda: now)
 
 
+def message_of(signature: bytes, timestamp: bytes, length: int = 0) -> SignedMessage:
+    headers = {b"signature": signature, b"timestamp": timestamp}
+    return SignedMessage("GET", "", "/", headers, length)
+
+
 def refusal(signature: bytes, timestamp: bytes, length: int = 0, now: float = NOW) -> str:
     with pytest.raises(Unauthorized) as caught:
-        authenticator(now=now).verify_legacy(signature, timestamp, length)
+        authenticator(now=now).verify(message_of(signature, timestamp, length))
     assert caught.value.status == 401
     return caught.value.detail
 
@@ -72,8 +78,8 @@ def test_vector_signature_is_made_and_accepted(case: dict[str, Any]) -> None:
     length = len(case["body"].encode("utf-8"))
     assert length == case["body_length"]
     assert sign_legacy(KEY, int(case["timestamp"]), length) == case["signature"]
-    verify = authenticator(now=float(case["timestamp"])).verify_legacy
-    caller = verify(case["signature"].encode(), case["timestamp"].encode(), length)
+    given = message_of(case["signature"].encode(), case["timestamp"].encode(), length)
+    caller = authenticator(now=float(case["timestamp"])).verify(given)
     assert caller == ("default", "legacy")
 
 
@@ -89,7 +95,7 @@ def test_signature_is_what_openssl_computes(key: str, length: int) -> None:
 
 def test_signature_in_capitals_is_the_same() -> None:
     signature = sign_legacy(KEY, int(NOW), 0).upper().encode()
-    assert authenticator().verify_legacy(signature, b"%d" % NOW, 0).scheme == "legacy"
+    assert authenticator().verify(message_of(signature, b"%d" % NOW)).scheme == "legacy"
 
 
 ODD_BYTES = [b"", b"\xff" * 64, "ü".encode() * 32, b"\0", b"0" * 64, b"0" * 100_000, b"0x12", b"-1"]
@@ -144,7 +150,7 @@ def test_signed_timestamp_in_another_form_learns_the_time(text: bytes) -> None:
 def test_edges_of_the_window_are_inside(offset: int) -> None:
     at = int(NOW) + offset
     signature = sign_legacy(KEY, at, 7).encode()
-    assert authenticator().verify_legacy(signature, b"%d" % at, 7).key_id == "default"
+    assert authenticator().verify(message_of(signature, b"%d" % at, 7)).key_id == "default"
 
 
 @pytest.mark.parametrize("offset", [-WINDOW - 1, WINDOW + 1, -(10**9), 10**9])
@@ -167,10 +173,10 @@ def test_signature_covers_the_body_length() -> None:
 
 def test_each_of_several_keys_is_accepted_under_its_own_id() -> None:
     keys = {"default": KEY, "next": "n" * 32, "früher": "ü" * 16}
-    verify = authenticator(keys).verify_legacy
+    verify = authenticator(keys).verify
     for key_id, secret in keys.items():
         signature = sign_legacy(secret, int(NOW), 3).encode()
-        assert verify(signature, b"%d" % NOW, 3).key_id == key_id
+        assert verify(message_of(signature, b"%d" % NOW, 3)).key_id == key_id
 
 
 def test_key_that_is_not_configured_is_unauthorized() -> None:
