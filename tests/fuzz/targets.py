@@ -41,11 +41,13 @@ def fields(data: bytes) -> None:
     message = wggw.SignedMessage("GET", "gateway", "/a?b=c", headers, 1)
     for given in wggw.parse_signatures(headers):
         assert given.nonce and isinstance(given.created, int)
-        wggw.signature_base(message, given)
+        with contextlib.suppress(KeyError):
+            wggw.signature_base(message, given)
         [[_, (inner, parameters)]] = wggw.parse_dictionary(f"a={given.parameters}").items()
         assert isinstance(inner, tuple) and len(inner) == len(given.components)
         assert parameters["keyid"] == given.key_id
-    wggw.BodyDigest(digest).matches()
+    with contextlib.suppress(wggw.Unauthorized):
+        list(wggw.digested(digest, ()))
     authenticator = wggw.Authenticator({"default": "k" * 32}, 60, lambda: 1e9)
     with contextlib.suppress(wggw.Unauthorized):
         authenticator.verify(message)
