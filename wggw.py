@@ -3123,20 +3123,17 @@ class PayloadBox:
 
 
 class Vault:
-    """Encryption at rest: AES-256-GCM, each file with its own key, by HKDF from one secret."""
+    """The secret of encryption at rest, from which each file's Seal is derived."""
 
     def __init__(self, secret: str) -> None:
-        self._secret = secret
-
-    def derive(self, purpose: bytes, salt: bytes, length: int) -> bytes:
-        return derive_key(self._secret, b"wggw " + purpose, salt, length)
+        self.secret = secret
 
 
 SEAL_BYTES = 16  # that Seal.seal() adds: the tag of AES-GCM
 
 
 class Seal:
-    """A file's own key. `header` (salt and key check, hex) stands in the file's first line.
+    """A file's own AES-256 key. `header` (salt and key check, hex) stands in the file's first line.
 
     Nonces are unique by construction: each is a number that the file uses once, and each file
     has a random salt and so a key of its own.
@@ -3145,11 +3142,9 @@ class Seal:
     def __init__(self, vault: Vault, purpose: bytes, salt: bytes) -> None:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-        self.header = b"%b %b" % (
-            salt.hex().encode("ascii"),
-            vault.derive(b"check", salt, 8).hex().encode("ascii"),
-        )
-        self._aead = AESGCM(vault.derive(purpose, salt, 32))
+        check = derive_key(vault.secret, b"wggw check", salt, 8)
+        self.header = f"{salt.hex()} {check.hex()}".encode("ascii")
+        self._aead = AESGCM(derive_key(vault.secret, b"wggw " + purpose, salt))
 
     @classmethod
     def new(cls, vault: Vault, purpose: bytes) -> Seal:
@@ -3192,19 +3187,17 @@ def x25519_public(private: bytes) -> bytes:
     """
     prime = 2**255 - 19
     scalar = int.from_bytes(private, "little") & ((1 << 255) - 8) | (1 << 254)
-    x2, z2, x3, z3, swap = 1, 0, 9, 1, 0
-    for t in reversed(range(255)):
-        bit = scalar >> t & 1
-        if swap ^ bit:
+    x2, z2, x3, z3 = 1, 0, 9, 1
+    for bit in f"{scalar:b}":
+        if bit == "1":
             x2, z2, x3, z3 = x3, z3, x2, z2
-        swap = bit
         a, b = x2 + z2, x2 - z2
         aa, bb = a * a, b * b
         da, cb = (x3 - z3) * a, (x3 + z3) * b
         x3, z3 = (da + cb) ** 2 % prime, 9 * (da - cb) ** 2 % prime
         x2, z2 = aa * bb % prime, (aa - bb) * (aa + 121665 * (aa - bb)) % prime
-    if swap:
-        x2, z2 = x3, z3
+        if bit == "1":
+            x2, z2, x3, z3 = x3, z3, x2, z2
     return (x2 * pow(z2, prime - 2, prime) % prime).to_bytes(32, "little")
 
 
@@ -3259,8 +3252,7 @@ def make_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> Non
     key = ec.generate_private_key(ec.SECP256R1())
     pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     Disk().replace(key_path, [key.private_bytes(pem, form, serialization.NoEncryption())])
-    ends = int(time.time()) + CERTIFICATE_SECONDS
-    Disk().replace(cert_path, [_sign_certificate(key, names, CERTIFICATE_NAME, ends)])
+    Disk().replace(cert_path, [_sign_certificate(key, names)])
 
 
 def renew_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> None:
@@ -3279,24 +3271,31 @@ def renew_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> No
     kind = (der, serialization.PublicFormat.SubjectPublicKeyInfo)
     if root.public_key().public_bytes(*kind) != key.public_key().public_bytes(*kind):
         raise ValueError("TLS_CERT was signed with another key than TLS_KEY")
-    now, expires = int(time.time()), certificate_expiry(root.public_bytes(der))
-    if expires > now + RENEWAL_SECONDS:
-        signed = _sign_certificate(key, names, f"{CERTIFICATE_NAME} renewed", expires)
-        Disk().replace(cert_path, [signed, root.public_bytes(pem)])
+    expires = certificate_expiry(root.public_bytes(der))
+    if expires > time.time() + RENEWAL_SECONDS:
+        parts = [_sign_certificate(key, names, expires), root.public_bytes(pem)]
     else:
-        ends = now + CERTIFICATE_SECONDS
-        Disk().replace(cert_path, [_sign_certificate(key, names, CERTIFICATE_NAME, ends)])
+        parts = [_sign_certificate(key, names)]
+    Disk().replace(cert_path, parts)
 
 
-def _sign_certificate(key: Any, names: Sequence[str], subject: str, ends: int) -> bytes:
-    """A certificate in PEM, valid until `ends` (Unix seconds)."""
+def _sign_certificate(key: Any, names: Sequence[str], expires: int | None = None) -> bytes:
+    """A certificate in PEM: the key's first one, or with `expires` (Unix seconds) a renewed one."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
 
     def named(text: str) -> Any:
         return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
 
-    public, yesterday = key.public_key(), int(time.time()) - 86400
+    def alternative(name: str) -> Any:
+        try:
+            return x509.IPAddress(ipaddress.ip_address(name))
+        except ValueError:
+            return x509.DNSName(name)
+
+    subject = f"{CERTIFICATE_NAME} renewed" if expires else CERTIFICATE_NAME
+    public, now = key.public_key(), int(time.time())
+    ends = expires or now + CERTIFICATE_SECONDS
     signs = [True, *[False] * 4, True, *[False] * 3]  # digital_signature and key_cert_sign
     certificate = (
         x509.CertificateBuilder()
@@ -3304,29 +3303,23 @@ def _sign_certificate(key: Any, names: Sequence[str], subject: str, ends: int) -
         .issuer_name(named(CERTIFICATE_NAME))
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.fromtimestamp(yesterday, timezone.utc))
+        .not_valid_before(datetime.fromtimestamp(now - 86400, timezone.utc))
         .not_valid_after(datetime.fromtimestamp(ends, timezone.utc))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.KeyUsage(*signs), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), False)
-        .add_extension(x509.SubjectAlternativeName([_alternative_name(n) for n in names]), False)
+        .add_extension(x509.SubjectAlternativeName([*map(alternative, names)]), False)
         .sign(key, hashes.SHA256())
     )
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-class OwnCertificate(NamedTuple):
-    """A certificate that a gateway made: its names, lower case, and when it expires."""
+def own_certificate_names(path: str) -> set[str] | None:
+    """The names, lower case, of a certificate that a gateway made; None if it was made elsewhere.
 
-    names: frozenset[str]
-    expires: int
-
-
-def read_own_certificate(path: str) -> OwnCertificate | None:
-    """Read a certificate that a gateway made; None if it was made elsewhere. Raises OSError.
-
-    The standard library only decodes certificates that may sign others, which ours may.
+    The standard library only decodes certificates that may sign others, which ours may. Raises
+    OSError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(path)
@@ -3334,21 +3327,11 @@ def read_own_certificate(path: str) -> OwnCertificate | None:
     found: list[dict[str, Any]] = [dict(c) for c in context.get_ca_certs() if c["issuer"] == name]
     if not found:
         return None
-    found.sort(key=lambda each: each["subject"] == name)  # a renewed certificate before its signer
-    names = {
+    newest = min(found, key=lambda each: each["subject"] == name)  # not the one that signed it
+    return {
         str(ipaddress.ip_address(text)) if kind == "IP Address" else text.lower()
-        for kind, text in found[0].get("subjectAltName", ())
+        for kind, text in newest.get("subjectAltName", ())
     }
-    return OwnCertificate(frozenset(names), int(ssl.cert_time_to_seconds(found[0]["notAfter"])))
-
-
-def _alternative_name(name: str) -> Any:
-    from cryptography import x509
-
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
 
 
 def read_certificate(path: str) -> bytes:
@@ -3366,9 +3349,9 @@ def certificate_expiry(certificate: bytes) -> int:
 
     The standard library decodes it only from a verified peer's certificate.
     """
-    _, (tag, when) = _der_values(_certificate_fields(certificate)[3])
-    text = when.decode("ascii")
-    if tag == 0x17:  # UTCTime: two digits of a year from 1950 to 2049
+    _, until = _der_values(_certificate_fields(certificate)[3].content)
+    text = until.content.decode("ascii")
+    if until.tag == 0x17:  # UTCTime: two digits of a year from 1950 to 2049
         text = ("20" if text < "5" else "19") + text
     return int(datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=timezone.utc).timestamp())
 
@@ -3378,41 +3361,43 @@ def key_pin(certificate: bytes) -> str:
 
     It is the hash of SubjectPublicKeyInfo in DER (RFC 7469 section 2.4).
     """
-    content = _certificate_fields(certificate)[5]
-    size = len(content)
-    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
-    head = bytes([0x30, size]) if size < 0x80 else bytes([0x30, 0x80 | len(length)]) + length
-    return "sha256//" + base64.b64encode(hashlib.sha256(head + content).digest()).decode("ascii")
+    digest = hashlib.sha256(_certificate_fields(certificate)[5].encoding).digest()
+    return "sha256//" + base64.b64encode(digest).decode("ascii")
 
 
-def _certificate_fields(certificate: bytes) -> list[bytes]:
-    """Contents of serial number, algorithm, issuer, validity, subject, key. Raises ValueError."""
-    [(_, signed)] = itertools.islice(_der_values(certificate), 1)
-    [(_, fields)] = itertools.islice(_der_values(signed), 1)
-    values = [value for tag, value in _der_values(fields) if tag != 0xA0]  # [0]: the version
+class DerValue(NamedTuple):
+    tag: int
+    content: bytes
+    encoding: bytes  # tag, length and content
+
+
+def _certificate_fields(certificate: bytes) -> list[DerValue]:
+    """Serial number, algorithm, issuer, validity, subject, key and more. Raises ValueError."""
+    [signed] = itertools.islice(_der_values(certificate), 1)
+    [fields] = itertools.islice(_der_values(signed.content), 1)
+    values = [v for v in _der_values(fields.content) if v.tag != 0xA0]  # [0]: the version
     if len(values) < 6:
         raise ValueError("not a certificate")
     return values
 
 
-def _der_values(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(tag, content) of each value in DER, one after the other. Raises ValueError."""
-    position = 0
-    while position < len(data):
-        if len(data) < position + 2:
+def _der_values(data: bytes) -> Iterator[DerValue]:
+    """The values in DER, one after the other. Raises ValueError."""
+    end = 0
+    while end < len(data):
+        start, content = end, end + 2
+        if len(data) < content:
             raise ValueError("DER: a value without a length")
-        tag, length = data[position], data[position + 1]
-        position += 2
+        length = data[start + 1]
         if length == 0x80:
             raise ValueError("DER: a length is missing")
         if length > 0x80:
-            size = length & 0x7F
-            length = int.from_bytes(data[position : position + size], "big")
-            position += size
-        if position + length > len(data):
+            content += length & 0x7F
+            length = int.from_bytes(data[start + 2 : content], "big")
+        end = content + length
+        if end > len(data):
             raise ValueError("DER: a value ends behind its container")
-        yield tag, data[position : position + length]
-        position += length
+        yield DerValue(data[start], data[content:end], data[start:end])
 
 
 # ==================================================================================================
@@ -16108,9 +16093,12 @@ def fit_certificate(config: Config) -> bool:
     if not os.path.exists(cert):
         return False
     try:
-        own = read_own_certificate(cert)
-        lacking = sorted(set(required_names(config)) - own.names) if own else []
-        if own is None or (not lacking and own.expires > time.time() + RENEWAL_SECONDS):
+        names = own_certificate_names(cert)
+        if names is None:
+            return False
+        lacking = sorted(set(required_names(config)) - names)
+        expires = certificate_expiry(read_certificate(cert))
+        if not lacking and expires > time.time() + RENEWAL_SECONDS:
             return False
         owner = os.stat(cert)
         renew_certificate(cert, config.tls_key, certificate_names(config))
@@ -16934,13 +16922,13 @@ def look_at_certificate(config: Config, now: float) -> Finding:
     path = config.tls_cert
     try:
         expires = certificate_expiry(read_certificate(path))
-        own = read_own_certificate(path)
+        own = own_certificate_names(path)
     except (OSError, ValueError) as error:
         text = _reason(error) if isinstance(error, OSError) and error.errno else "not a certificate"
         todo = "restore it and TLS_KEY, or remove both for a new pair, then systemctl restart wggw"
         return Finding("certificate", f"{path}: {text}", todo, True)
     todo = "systemctl reload wggw renews it, with the same key"
-    if not own:
+    if own is None:
         todo = "renew it where it comes from, then systemctl reload wggw"
     if expires < now:
         return Finding("certificate", f"{path} expired at {rfc3339(expires)}", todo, True)
@@ -16948,7 +16936,7 @@ def look_at_certificate(config: Config, now: float) -> Finding:
     if expires < now + EXPIRY_WARNING:
         return Finding("certificate", text, todo)
     names = required_names(config)
-    lacking = sorted({*(names or host_addresses())} - own.names) if own else []
+    lacking = [] if own is None else sorted({*(names or host_addresses())} - own)
     if not lacking:
         return Finding("certificate", text)
     if not names:
