@@ -3413,9 +3413,9 @@ class AddressPool:
 
     Each address is in one of three states: fresh (never used), held, or released. No peer gets the
     network address, the gateway's address, an excluded address (such as those of `kept`, which are
-    the gateway's former addresses) or, in IPv4, the broadcast address. Memory grows with the
-    addresses that are held out of order and with the released ones, of which there are at most
-    FRESH_SPAN.
+    the gateway's former addresses) or, in IPv4, the broadcast address. An offset is an address's
+    distance from the network address. Memory grows with the addresses that are held out of order
+    and with the released ones, of which there are at most FRESH_SPAN.
     """
 
     def __init__(self, network: IPv4or6Network, kept: Sequence[str] = ()) -> None:
@@ -3426,11 +3426,9 @@ class AddressPool:
         self._last = network.num_addresses - (2 if network.version == 4 else 1)
         self._fresh = 2  # the lowest fresh offset
         self._ahead: set[int] = set()  # used offsets above _fresh
-        self._released = collections.OrderedDict[int, int]()  # offset -> turn, oldest first
-        # Released ones whose claim was undone after a later one's, and a heap of (turn, offset) of
-        # these. Entries of the heap, but never the first, may be stale: claimed again.
-        self._returned: dict[int, int] = {}
-        self._oldest: list[tuple[int, int]] = []
+        self._released: dict[int, int] = {}  # offset -> turn
+        # A heap of (turn, offset) of these. Entries, but never the first, may be stale: claimed.
+        self._queue: list[tuple[int, int]] = []
         self._turn = 0  # of the latest release
         self.used = 0  # peers hold so many addresses, or changes in flight do
         self.in_flight = 0  # changes in flight hold so many of the used ones
@@ -3473,13 +3471,12 @@ class AddressPool:
     def peek(self) -> str | None:
         """The address that the next peer gets; None when all are held."""
         offset = self._fresh
-        if offset > self._last or offset > FRESH_SPAN:
-            first = itertools.islice(self._released.items(), 1)
-            if oldest := [*self._oldest[:1], *((turn, number) for number, turn in first)]:
-                offset = min(oldest)[1]
+        if self._queue and offset > min(self._last, FRESH_SPAN):
+            offset = self._queue[0][1]
         if offset > self._last:
             return None
-        return self._text(offset)
+        packed = (self._base + offset).to_bytes(self.network.max_prefixlen // 8, "big")
+        return socket.inet_ntop(self._family, packed)
 
     def has(self, address: str) -> bool:
         """Whether a peer could hold this address, if it were free."""
@@ -3493,11 +3490,7 @@ class AddressPool:
     def is_free(self, address: str) -> bool:
         """Whether a peer may be given this address: in the subnet, not excluded, not held."""
         offset = self._offset(address)
-        if offset is None:
-            return False
-        if offset in self._released or offset in self._returned:
-            return True
-        return offset >= self._fresh and offset not in self._ahead
+        return offset is not None and self._is_free(offset)
 
     def claim(self, address: str) -> int:
         """Hold a free address. Returns its turn among the released ones, 0 for a fresh one.
@@ -3505,30 +3498,28 @@ class AddressPool:
         Raises ValueError when the address is not free.
         """
         offset = self._offset(address)
-        if offset is None:
+        if offset is None or not self._is_free(offset):
             raise ValueError(address)
-        turn = self._released.pop(offset, 0) or self._returned.pop(offset, 0)
-        if not turn:
-            if offset < self._fresh or offset in self._ahead:
-                raise ValueError(address)
+        turn = self._released.pop(offset, 0)
+        if turn:
+            if len(self._queue) > 2 * len(self._released) + READ_CHUNK:  # most are stale
+                self._queue = sorted(zip(self._released.values(), self._released, strict=True))
+            while self._queue and self._released.get(self._queue[0][1]) != self._queue[0][0]:
+                heapq.heappop(self._queue)
+        else:
             self._ahead.add(offset)
             self._skip_used()
-        while self._oldest and self._returned.get(self._oldest[0][1]) != self._oldest[0][0]:
-            heapq.heappop(self._oldest)
         self.used += 1
         return turn
 
     def put_back(self, address: str, turn: int) -> None:
         """Undo a claim() that returned `turn`: the address is fresh or released as before."""
-        offset = self._held_offset(address)
-        if turn and turn < next(iter(self._released.values()), MAX_INTEGER):
+        offset = self._offset(address)
+        if offset is None or self._is_free(offset):
+            raise ValueError(address)
+        if turn:
             self._released[offset] = turn
-            self._released.move_to_end(offset, last=False)
-        elif turn:
-            self._returned[offset] = turn
-            heapq.heappush(self._oldest, (turn, offset))
-            if len(self._oldest) > 2 * len(self._returned) + READ_CHUNK:  # most are stale
-                self._oldest = sorted((turn, offset) for offset, turn in self._returned.items())
+            heapq.heappush(self._queue, (turn, offset))
         elif offset > self._fresh:
             self._ahead.remove(offset)
         else:
@@ -3538,14 +3529,11 @@ class AddressPool:
 
     def release(self, address: str) -> None:
         """Release a held address: peers get the earlier released ones first."""
-        offset = self._held_offset(address)
         self._turn += 1
-        self._released[offset] = self._turn
-        self.used -= 1
+        self.put_back(address, self._turn)
 
-    def _text(self, offset: int) -> str:
-        packed = (self._base + offset).to_bytes(self.network.max_prefixlen // 8, "big")
-        return socket.inet_ntop(self._family, packed)
+    def _is_free(self, offset: int) -> bool:
+        return offset in self._released or (offset >= self._fresh and offset not in self._ahead)
 
     def _skip_used(self) -> None:
         while self._fresh in self._ahead:
@@ -3560,12 +3548,6 @@ class AddressPool:
     def _offset(self, address: str) -> int | None:
         offset = int.from_bytes(socket.inet_pton(self._family, address), "big") - self._base
         return offset if 2 <= offset <= self._last else None
-
-    def _held_offset(self, address: str) -> int:
-        offset = self._offset(address)
-        if offset is None or self.is_free(address):
-            raise ValueError(address)
-        return offset
 
 
 # ==================================================================================================

@@ -285,7 +285,7 @@ def test_what_is_kept_of_undone_claims_is_bounded() -> None:
         pool.put_back(*undone)
     for _ in range(10_000):
         pool.put_back("10.7.0.9", pool.claim("10.7.0.9"))
-    assert len(pool._oldest) < 1000
+    assert len(pool._queue) < 1000
 
 
 def test_claims_that_are_undone_cost_the_same_however_many_addresses_were_released() -> None:
