@@ -3714,24 +3714,20 @@ def encode_landing(first: int, durable: int, contents: Sequence[bytes], seal: Se
     return journal_line(first, durable, content)
 
 
-def encode_journal(after: int, records: Sequence[Written], vault: Vault | None) -> bytes:
-    """A whole journal file of records that follow each other, for parse_journal()."""
-    seal = Seal.new(vault, b"journal") if vault else None
-    line = encode_landing(after + 1, after, [record.content for record in records], seal)
-    return journal_header(after, seal) + (line if records else b"")
-
-
-_JOURNAL_LINE = re.compile(rb"(([0-9]{1,19}) ([0-9]{1,19})) ([0-9a-f]{8}) ")
 _JOURNAL_HEADER = re.compile(
     rb"wggw-journal ([12]) ([0-9]{1,19})(?: ([a-z_0-9]{2,64},[a-z_0-9,]{1,4096}))?"
     rb"(?: ([0-9a-f]{32} [0-9a-f]{16}))? ([0-9a-f]{8})\n"
 )
+_JOURNAL_LINE = re.compile(rb"(([0-9]{1,19}) ([0-9]{1,19})) ([0-9a-f]{8}) ")
+JournalLine = tuple[int, int, bytes]  # first record, last record known to be on disk, content
+_RECORD_DECODER = json.JSONDecoder(parse_constant=int)  # NaN and Infinity: a ValueError
+_RECORD_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def _parse_header(line: bytes) -> JournalFile | None:
     """The file without its landings; None if the line is bad."""
     match = _JOURNAL_HEADER.fullmatch(line)
-    if match is None or b"%08x" % zlib.crc32(line[:-10]) != match[5]:
+    if match is None or zlib.crc32(line[:-10]) != int(match[5], 16):
         return None
     columns = tuple(match[3].decode("ascii").split(",")) if match[3] else ()
     if (match[1] == b"2") != bool(columns):
@@ -3739,102 +3735,81 @@ def _parse_header(line: bytes) -> JournalFile | None:
     return JournalFile(int(match[2]), columns, [], len(line), 0, match[4] or b"")
 
 
-def parse_journal_line(data: bytes, start: int, end: int) -> tuple[int, int, bytes] | None:
-    """The line from `start` to its newline at `end` -> (first, durable, content); None if bad."""
-    match = _JOURNAL_LINE.match(data, start, end)
-    if match is None:
-        return None
-    content = data[match.end() : end]
-    if zlib.crc32(content, zlib.crc32(match[1])) != int(match[4], 16):
-        return None
-    return int(match[2]), int(match[3]), content
-
-
-class JournalReader:
-    """Reads a journal's bytes line by line. With `salvage` it skips damaged lines."""
-
-    def __init__(self, data: bytes, name: str, vault: Vault | None, salvage: bool = False) -> None:
-        self._data, self._name, self._salvage = data, name, salvage
-        size = data.find(b"\n") + 1
-        head = _parse_header(data[:size])
-        if head is None:  # Disk.replace() makes the file with its header, so no write was torn
-            if not salvage:
-                raise _damaged(name, 0, "the header is damaged")
-            head = JournalFile(0, Peer._fields, [], size, 0, b"")  # the newest version's, we guess
-        self._head = head
-        self._seal = Seal.read(vault, b"journal", head.sealed, name) if head.sealed else None
-
-    def read(self) -> JournalFile:
-        """Raises DamagedError for anything but a torn tail."""
-        landings: list[Landing] = []
-        last, size = self._head.after, self._head.size
-        for start, end, line in self._lines(size):
-            if line is None or (line[0] != last + 1 and not self._salvage):
-                if self._salvage:
-                    continue
-                self._check_torn(start, last)
-                break
-            try:
-                landings.append(self._decode(line[0], line[2]))
-            except ValueError as error:
-                if not self._salvage:
-                    raise _damaged(self._name, start, f"record {line[0]}: {error}") from None
-            else:
-                last, size = landings[-1].last, end
-        return self._head._replace(landings=landings, size=size, torn=len(self._data) - size)
-
-    def _lines(self, start: int) -> Iterator[tuple[int, int, tuple[int, int, bytes] | None]]:
-        """Each line's start and end, and what parse_journal_line() says, None without a newline."""
-        while start < len(self._data):
-            newline = self._data.find(b"\n", start)
-            if newline < 0:
-                yield start, len(self._data), None
-                return
-            yield start, newline + 1, parse_journal_line(self._data, start, newline)
-            start = newline + 1
-
-    def _decode(self, first: int, content: bytes) -> Landing:
-        """Raises ValueError."""
-        is_first_version = not self._head.columns
-        if self._seal:
-            sealed = binascii.a2b_base64(content, strict_mode=True)
-            if is_first_version:
-                content = self._seal.open(first, FIRST_JOURNAL_MAGIC, sealed)
-            else:
-                nonce = int.from_bytes(sealed[:12], "big")
-                content = self._seal.open(nonce, b"%d" % first, sealed[12:])
-        check_depth(content)
-        value = _RECORD_DECODER.decode(str(content, "ascii"))
-        records = [value] if is_first_version else value
-        if not isinstance(records, list) or not records:
-            raise ValueError("it holds no records")
-        return Landing(first, records)
-
-    def _check_torn(self, position: int, last: int) -> None:
-        """Accept the bad line at `position`, behind record `last`, as torn. Raises DamagedError.
-
-        The line is damaged, not torn, when a good line behind it says that its record was on disk,
-        or when the number of a good line shows that other lines are lost. The journal never writes
-        a line behind one whose write failed. Version 1 counted bytes on disk, not records.
-        """
-        known, lowest = (last, last + 2) if self._head.columns else (position, 0)
-        for _, _, line in self._lines(position):
-            if line is not None and (line[1] > known or line[0] < lowest):
-                raise _damaged(self._name, position, f"a bad record before the good {line[0]}")
-
-
-_RECORD_DECODER = json.JSONDecoder(parse_constant=int)  # NaN and Infinity: a ValueError
-_RECORD_ENCODER = json.JSONEncoder(separators=(",", ":"))
+def _journal_lines(data: bytes, start: int) -> Iterator[tuple[int, int, JournalLine | None]]:
+    """Where each line from `start` on begins and ends, and what it says; None if it is bad."""
+    while start < len(data):
+        end = data.find(b"\n", start) + 1
+        found = _JOURNAL_LINE.match(data, start, end)
+        line = None
+        if found:
+            content = data[found.end() : end - 1]
+            if zlib.crc32(content, zlib.crc32(found[1])) == int(found[4], 16):
+                line = int(found[2]), int(found[3]), content
+        yield start, end or len(data), line
+        start = end or len(data)
 
 
 def parse_journal(
     data: bytes, name: str, vault: Vault | None = None, salvage: bool = False
 ) -> JournalFile:
-    """Read a journal's bytes. Raises DamagedError for anything but a torn tail.
+    """Read a journal's bytes. Raises DamagedError for anything but a torn tail, ConfigError.
 
     With `salvage` it skips damaged lines instead.
     """
-    return JournalReader(data, name, vault, salvage).read()
+    header = data[: data.find(b"\n") + 1]
+    head = _parse_header(header)
+    if head is None and not salvage:  # Disk.replace() made it, so this is no torn write
+        raise _damaged(name, 0, "the header is damaged")
+    if head is None:  # a guess: it was the newest version's
+        head = JournalFile(0, Peer._fields, [], len(header), 0, b"")
+    seal = Seal.read(vault, b"journal", head.sealed, name) if head.sealed else None
+    landings: list[Landing] = []
+    last, size = head.after, head.size
+    for start, end, line in _journal_lines(data, size):
+        if not salvage and (line is None or line[0] != last + 1):
+            _check_torn(data, name, start, last, counts_bytes=not head.columns)
+            break
+        if line is None:
+            continue
+        first, _, content = line
+        try:
+            landings.append(_decode_landing(first, content, head, seal))
+        except ValueError as error:
+            if not salvage:
+                raise _damaged(name, start, f"record {first}: {error}") from None
+        else:
+            last, size = landings[-1].last, end
+    return head._replace(landings=landings, size=size, torn=len(data) - size)
+
+
+def _check_torn(data: bytes, name: str, start: int, last: int, counts_bytes: bool) -> None:
+    """Accept the bad line at `start`, behind record `last`, as torn. Raises DamagedError.
+
+    The line is damaged, not torn, when a good line behind it says that its record was on disk, or
+    when the number of a good line shows that other lines are lost. The journal never writes a line
+    behind one whose write failed. Version 1 counted bytes on disk, not records.
+    """
+    known, lowest = (start, 0) if counts_bytes else (last, last + 2)
+    for _, _, line in _journal_lines(data, start):
+        if line and (line[1] > known or line[0] < lowest):
+            raise _damaged(name, start, f"a bad record before the good {line[0]}")
+
+
+def _decode_landing(first: int, content: bytes, head: JournalFile, seal: Seal | None) -> Landing:
+    """Raises ValueError."""
+    is_first_version = not head.columns
+    if seal:
+        sealed = binascii.a2b_base64(content, strict_mode=True)
+        if is_first_version:
+            content = seal.open(first, FIRST_JOURNAL_MAGIC, sealed)
+        else:
+            content = seal.open(int.from_bytes(sealed[:12], "big"), b"%d" % first, sealed[12:])
+    check_depth(content)
+    value = _RECORD_DECODER.decode(str(content, "ascii"))
+    records = [value] if is_first_version else value
+    if not isinstance(records, list) or not records:
+        raise ValueError("it holds no records")
+    return Landing(first, records)
 
 
 def read_journal(
@@ -3908,7 +3883,6 @@ class Journal:
         self._seal: Seal | None = None
         self._handle = -1
         self._last = 0  # the last record in the file
-        self._unsynced = False
 
     def resume(self, file: JournalFile) -> None:
         """Continue the file that was read behind its good lines. Raises OSError."""
@@ -3933,7 +3907,6 @@ class Journal:
         self._handle = handle
         self.size = size
         self._last = self.durable = number
-        self._unsynced = False
 
     def write(self, first: int, contents: Sequence[bytes], sync: bool) -> None:
         """Write records as one line. With `sync` they are on disk when this returns.
@@ -3955,18 +3928,17 @@ class Journal:
         self.syncs.observe(time.perf_counter() - started)
         self.size += len(line)
         self._last = first + len(contents) - 1
-        self._unsynced = not sync
         if sync:
             self.durable = self._last
 
     def flush(self) -> None:
         """Sync the lines that were written without `sync`. Raises DiskError."""
-        if self._unsynced and not self.failure:
+        if self.durable < self._last and not self.failure:
             try:
                 self._disk.fsync(self._handle)
             except OSError as error:
                 self._fail(error)
-            self.durable, self._unsynced = self._last, False
+            self.durable = self._last
 
     def _check_place(self) -> None:
         """Raises OSError when somebody has moved or removed the file: a start would not find it."""
@@ -4011,8 +3983,8 @@ class Journal:
             start = len(data)
             while start > 0:  # backwards: few lines came while the snapshot was written
                 before = data.rfind(b"\n", 0, start - 1) + 1
-                parsed = _JOURNAL_LINE.match(data, before)
-                if parsed is None or int(parsed[2]) <= number:
+                line = _JOURNAL_LINE.match(data, before)
+                if line is None or int(line[2]) <= number:
                     break
                 start = before
             header = journal_header(number, self._seal)
@@ -4090,23 +4062,18 @@ def decode_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
 
 
 def _open_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
-    header, _, body = data.partition(b"\n")
-    match = re.fullmatch(
-        rb"([0-9a-f]{32} [0-9a-f]{16}) ([0-9a-f]{8})", header[len(SNAPSHOT_MAGIC) :]
-    )
-    if match is None or b"%08x" % zlib.crc32(header[:-9]) != match[2]:
+    head = re.match(rb"(wggw-snapshot 1 ([0-9a-f]{32} [0-9a-f]{16})) ([0-9a-f]{8})\n", data)
+    if head is None or zlib.crc32(head[1]) != int(head[3], 16):
         raise _damaged(name, 0, "the header is damaged")
-    seal = Seal.read(vault, b"snapshot", match[1], name)
-    size = SNAPSHOT_CHUNK + 16
+    seal = Seal.read(vault, b"snapshot", head[2], name)
     parts: list[bytes] = []
-    for index, start in enumerate(range(0, len(body), size)):
-        last = start + size >= len(body)
+    size = SNAPSHOT_CHUNK + SEAL_BYTES
+    for index, start in enumerate(range(head.end(), len(data), size)):
+        place = b"last" if start + size >= len(data) else b"more"
         try:
-            chunk = body[start : start + size]
-            parts.append(seal.open(index, b"last" if last else b"more", chunk))
+            parts.append(seal.open(index, place, data[start : start + size]))
         except ValueError:
-            offset = len(header) + 1 + start
-            raise _damaged(name, offset, f"chunk {index} does not decrypt") from None
+            raise _damaged(name, start, f"chunk {index} does not decrypt") from None
     return b"".join(parts)
 
 
@@ -6641,7 +6608,10 @@ def encode_segment(after: int, records: Sequence[Written], totals: Sequence[Traf
         for before, row in zip(ids, totals, strict=False)
     ]
     line = json.dumps([[latest], *zip(*rows, strict=True)], separators=(",", ":")).encode("ascii")
-    return line + b"\n" + encode_journal(after, records, None)
+    journal = journal_header(after)
+    if records:
+        journal += encode_landing(after + 1, after, [record.content for record in records], None)
+    return line + b"\n" + journal
 
 
 def decode_segment(payload: bytes) -> tuple[bytes, list[TrafficRow]]:

@@ -485,8 +485,9 @@ def test_a_record_that_is_not_understood_is_refused(world: World, content: bytes
     file = wggw.read_journal(str(path), vault)
     assert file is not None
     records = [*(json.dumps(r).encode() for lan in file.landings for r in lan.records), content]
-    written = [wggw.Written(n, record) for n, record in enumerate(records, file.after + 1)]
-    path.write_bytes(wggw.encode_journal(file.after, written, vault))
+    seal = Seal.new(vault, b"journal") if vault else None
+    line = encode_landing(file.after + 1, file.after, records, seal)
+    path.write_bytes(journal_header(file.after, seal) + line)
     assert "wireguard.db.journal" in refused(world)
 
 
