@@ -86,7 +86,7 @@ The files on disk
                        JSON; SHA256 covers everything after it. The payload is a snapshot, or a line
                        of traffic totals and a journal, in the formats above. It is compressed
                        (zlib), and encrypted if SNAPSHOT_KEY is set.
-    The snapshot's checksum is its SQLite application id (see encode_snapshot).
+    The snapshot's checksum is its SQLite application id (see snapshot_parts).
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ from datetime import datetime, timedelta, timezone
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, NewType, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 __version__ = "1.0.0"
 PYTHON_VERSION = ".".join(map(str, sys.version_info[:3]))
@@ -2644,14 +2644,8 @@ class NonceGuard:
     the start neither lets a used signature in nor makes a new one wait.
     """
 
-    def __init__(
-        self,
-        window: int,
-        limit: int = MAX_NONCES,
-        steady: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, window: int, steady: Callable[[], float] = time.monotonic) -> None:
         self._window = window
-        self._limit = limit
         self._steady = steady
         self._lock = threading.Lock()
         self._live: set[bytes] = set()
@@ -2733,7 +2727,7 @@ class NonceGuard:
                     "have been used before: sign again later",
                     headers=[("Retry-After", str(unknown + 1 - created))],
                 )
-            if len(self._live) >= self._limit:
+            if len(self._live) >= MAX_NONCES:
                 raise TooManyRequests(
                     "too many signatures at once: try again", headers=[("Retry-After", "1")]
                 )
@@ -3122,13 +3116,7 @@ class PayloadBox:
             ) from None
 
 
-class Vault:
-    """The secret of encryption at rest, from which each file's Seal is derived."""
-
-    def __init__(self, secret: str) -> None:
-        self.secret = secret
-
-
+Vault = NewType("Vault", str)  # the secret of encryption at rest, from which each Seal is derived
 SEAL_BYTES = 16  # that Seal.seal() adds: the tag of AES-GCM
 
 
@@ -3139,16 +3127,13 @@ class Seal:
     has a random salt and so a key of its own.
     """
 
-    def __init__(self, vault: Vault, purpose: bytes, salt: bytes) -> None:
+    def __init__(self, vault: Vault, purpose: bytes, salt: bytes | None = None) -> None:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-        check = derive_key(vault.secret, b"wggw check", salt, 8)
+        salt = salt or secrets.token_bytes(16)
+        check = derive_key(vault, b"wggw check", salt, 8)
         self.header = f"{salt.hex()} {check.hex()}".encode("ascii")
-        self._aead = AESGCM(derive_key(vault.secret, b"wggw " + purpose, salt))
-
-    @classmethod
-    def new(cls, vault: Vault, purpose: bytes) -> Seal:
-        return cls(vault, purpose, secrets.token_bytes(16))
+        self._aead = AESGCM(derive_key(vault, b"wggw " + purpose, salt))
 
     @classmethod
     def read(cls, vault: Vault | None, purpose: bytes, header: bytes, name: str) -> Seal:
@@ -3336,12 +3321,11 @@ def own_certificate_names(path: str) -> set[str] | None:
 
 def read_certificate(path: str) -> bytes:
     """The first certificate of a PEM file, in DER. Raises OSError, ValueError."""
-    text = Path(path).read_text("ascii")
-    start = text.find(ssl.PEM_HEADER)
-    end = text.find(ssl.PEM_FOOTER, start)
-    if start < 0 or end < 0:
+    _, header, text = Path(path).read_text("ascii").partition(ssl.PEM_HEADER)
+    body, footer, _ = text.partition(ssl.PEM_FOOTER)
+    if not footer:
         raise ValueError("no certificate in the file")
-    return ssl.PEM_cert_to_DER_cert(text[start : end + len(ssl.PEM_FOOTER)])
+    return ssl.PEM_cert_to_DER_cert(header + body + footer)
 
 
 def certificate_expiry(certificate: bytes) -> int:
@@ -3855,13 +3839,11 @@ class Histogram:
 
     def render(self, name: str, labels: str = "") -> Iterator[str]:
         """Lines of a Prometheus histogram; `labels` are a="b" pairs with commas between them."""
-        counts, total = list(self._counts), self._sum
-        running = 0
-        for edge, within in zip((*BUCKETS, "+Inf"), counts, strict=True):
-            running += within
-            yield f'{name}_bucket{{{labels}{"," if labels else ""}le="{edge}"}} {running}\n'
+        sums, total = list(itertools.accumulate(self._counts)), self._sum
+        for edge, within in zip((*BUCKETS, "+Inf"), sums, strict=True):
+            yield f'{name}_bucket{{{labels}{"," if labels else ""}le="{edge}"}} {within}\n'
         closed = f"{{{labels}}}" if labels else ""
-        yield f"{name}_sum{closed} {total:.6f}\n{name}_count{closed} {running}\n"
+        yield f"{name}_sum{closed} {total:.6f}\n{name}_count{closed} {sums[-1]}\n"
 
 
 class Journal:
@@ -3895,15 +3877,14 @@ class Journal:
 
     def start(self, after: int) -> None:
         """Replace the file by an empty one for numbers above `after`. Raises OSError."""
-        self._seal = Seal.new(self._vault, b"journal") if self._vault else None
+        self._seal = Seal(self._vault, b"journal") if self._vault else None
         header = journal_header(after, self._seal)
         self._disk.replace(self.path, [header])
         self._open(len(header), after)
 
     def _open(self, size: int, number: int) -> None:
         handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-        if self._handle >= 0:
-            os.close(self._handle)
+        self.close()
         self._handle = handle
         self.size = size
         self._last = self.durable = number
@@ -4019,18 +4000,13 @@ def snapshot_parts(image: bytes, vault: Vault | None) -> Iterator[bytes | memory
         yield first
         yield view[SNAPSHOT_CHUNK:]
         return
-    seal = Seal.new(vault, b"snapshot")
+    seal = Seal(vault, b"snapshot")
     head = SNAPSHOT_MAGIC + seal.header
     yield b"%b %08x\n" % (head, zlib.crc32(head))
     for index, start in enumerate(range(0, len(view), SNAPSHOT_CHUNK)):
         chunk = bytes(view[start : start + SNAPSHOT_CHUNK]) if start else first
         last = start + SNAPSHOT_CHUNK >= len(view)
         yield seal.seal(index, b"last" if last else b"more", chunk)
-
-
-def encode_snapshot(image: bytes, vault: Vault | None) -> bytes:
-    """An image as a snapshot file, for decode_snapshot()."""
-    return b"".join(snapshot_parts(image, vault))
 
 
 def _image_checksum(image: bytes) -> bytes:
@@ -6011,7 +5987,7 @@ def pack(about: Mapping[str, Any], payload: bytes, vault: Vault | None) -> bytes
     ABOUT is JSON, with the `size` of what is behind the newline. A vault seals the payload, so that
     it opens only together with the same ABOUT. Raises CopyError when unpack() would refuse it.
     """
-    seal = Seal.new(vault, b"copy") if vault else None
+    seal = Seal(vault, b"copy") if vault else None
     body = zlib.compress(payload, 3)
     given = {**about, "size": len(body) + (SEAL_BYTES if seal else 0)}
     if seal:
@@ -12901,7 +12877,7 @@ class Gateway(Core):
         image = self.lander.between_landings(
             lambda: self.files.image(self.store, self.store.number, journaled=False)
         )
-        return encode_snapshot(image, self.files.vault)
+        return b"".join(snapshot_parts(image, self.files.vault))
 
     def import_(
         self, data: bytes, replace_key: bool | None = None, dry_run: bool = False
@@ -12979,13 +12955,9 @@ class HostMetrics:
 
     def disk(self) -> dict[str, Any]:
         """Bytes and percent of the file system that holds the database."""
-        total, used, free = shutil.disk_usage(self._directory)
-        return {
-            "total": total,
-            "used": used,
-            "free": free,
-            "percent": round(100 * used / total, 1) if total else 0.0,
-        }
+        usage = shutil.disk_usage(self._directory)
+        percent = round(100 * usage.used / usage.total, 1) if usage.total else 0.0
+        return {**usage._asdict(), "percent": percent}
 
 
 class RequestMetrics:
@@ -13083,24 +13055,20 @@ def render_gateway(gateway: Gateway) -> Iterator[str]:
         ("wggw_journal_sync_duration_seconds", "histogram", "A write to the journal and its fsync.",
             gateway.files.journal.syncs),
     )  # fmt: skip
-    if figures.classes:
-        yield from _render_classes(figures.classes)
-
-
-def _render_classes(figures: Sequence[ClassFigures]) -> Iterator[str]:
-    classes = [(_labels(service_class=row.name), row) for row in figures]
-    return _metrics(
-        ("wggw_class_peers", "gauge", "Peers by service class.",
-            [(labels, row.peers) for labels, row in classes]),
-        ("wggw_class_addresses", "gauge", "Their addresses in the kernel, by class.",
-            [(labels, row.addresses) for labels, row in classes]),
-        ("wggw_class_expected_addresses", "gauge", "What it should have, by class.",
-            [(labels, row.expected) for labels, row in classes]),
-        ("wggw_class_dropped_bytes_total", "counter",
-            "Bytes dropped for a service class: above its rates, or for their destination.",
-            [(f"{labels},{_labels(reason=reason)}", number)
-             for labels, row in classes for reason, number in row.dropped.items()]),
-    )  # fmt: skip
+    classes = [(_labels(service_class=row.name), row) for row in figures.classes]
+    if classes:
+        yield from _metrics(
+            ("wggw_class_peers", "gauge", "Peers by service class.",
+                [(labels, row.peers) for labels, row in classes]),
+            ("wggw_class_addresses", "gauge", "Their addresses in the kernel, by class.",
+                [(labels, row.addresses) for labels, row in classes]),
+            ("wggw_class_expected_addresses", "gauge", "What it should have, by class.",
+                [(labels, row.expected) for labels, row in classes]),
+            ("wggw_class_dropped_bytes_total", "counter",
+                "Bytes dropped for a service class: above its rates, or for their destination.",
+                [(f"{labels},{_labels(reason=reason)}", number)
+                 for labels, row in classes for reason, number in row.dropped.items()]),
+        )  # fmt: skip
 
 
 def render_copy(state: CopyState, replaced: bool = False) -> Iterator[str]:
@@ -13140,7 +13108,8 @@ def render_process(started: float) -> Iterator[str]:
     pages = Path("/proc/self/statm").read_text("ascii").split()[:2]
     virtual, resident = (int(number) * os.sysconf("SC_PAGE_SIZE") for number in pages)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield from _metrics(
+    versions = _labels(version=__version__, python_version=PYTHON_VERSION)
+    return _metrics(
         ("process_start_time_seconds", "gauge", "Unix time of the start.", started),
         ("process_cpu_seconds_total", "counter", "User and system.", time.process_time()),
         ("process_resident_memory_bytes", "gauge", "Memory in RAM.", resident),
@@ -13148,9 +13117,8 @@ def render_process(started: float) -> Iterator[str]:
         ("process_open_fds", "gauge", "Open files.", len(os.listdir("/proc/self/fd")) - 1),
         ("process_max_fds", "gauge", "Open files that are allowed.", limit),
         ("process_threads", "gauge", "Threads.", threading.active_count()),
+        ("wggw_build_info", "gauge", "Versions.", [(versions, 1)]),
     )
-    labels = _labels(version=__version__, python_version=PYTHON_VERSION)
-    yield from _metrics(("wggw_build_info", "gauge", "Versions.", [(labels, 1)]))
 
 
 # ==================================================================================================
@@ -18897,7 +18865,7 @@ def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: C
     claim = epochs.propose(top, newest, store.lineage)
     epochs.take(claim)
     epochs.read(claim.previous, claim.lineage, close=True)
-    image = encode_snapshot(files.image(store, store.number), None)
+    image = b"".join(snapshot_parts(files.image(store, store.number), None))
     epochs.append(Entry("snapshot", store.number, image))
     epochs.announce()
     print(f"epoch {claim.epoch} holds record {store.number}: the next boot begins with it")

@@ -212,7 +212,7 @@ def test_flipped_bits_are_refused(victim: GatewayProcess, good: bytes) -> None:
 def test_sealed_snapshot_needs_the_same_key(
     tmp_path: Path, victim: GatewayProcess, good: bytes
 ) -> None:
-    sealed = wggw.encode_snapshot(good, wggw.Vault("another key than that one"))
+    sealed = b"".join(wggw.snapshot_parts(good, wggw.Vault("another key than that one")))
     assert "SNAPSHOT_KEY" in check_refused(victim, sealed).json["detail"]
     with running(tmp_path, SNAPSHOT_KEY=SECRET) as gateway:
         assert "SNAPSHOT_KEY" in check_refused(gateway, sealed).json["detail"]
@@ -247,7 +247,7 @@ def edited(image: bytes, tmp_path: Path, *statements: str) -> bytes:
         database.execute("PRAGMA ignore_check_constraints = ON")
         for statement in statements:
             database.execute(statement)
-    return wggw.encode_snapshot(path.read_bytes(), None)
+    return b"".join(wggw.snapshot_parts(path.read_bytes(), None))
 
 
 ONE = "WHERE id = (SELECT min(id) FROM peers WHERE status = 'active')"

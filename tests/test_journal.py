@@ -41,7 +41,7 @@ class Sample:
 
     def __init__(self, vault: Vault | None) -> None:
         self.vault = vault
-        seal = Seal.new(vault, b"journal") if vault else None
+        seal = Seal(vault, b"journal") if vault else None
         self.data = journal_header(AFTER, seal)
         self.header = len(self.data)
         self.ends = [self.header]
@@ -147,7 +147,7 @@ def test_a_sealed_line_opens_in_its_place_and_its_file_alone() -> None:
 
 @pytest.mark.parametrize("vault", [None, Vault("another key than that one")])
 def test_a_sealed_journal_without_records_is_read_with_its_key_only(vault: Vault | None) -> None:
-    header = journal_header(7, Seal.new(VAULT, b"journal"))
+    header = journal_header(7, Seal(VAULT, b"journal"))
     assert wggw.parse_journal(header, "name", VAULT).after == 7
     with pytest.raises(wggw.ConfigError, match="SNAPSHOT_KEY"):
         wggw.parse_journal(header, "name", vault)
@@ -305,9 +305,9 @@ def chunks(data: bytes) -> tuple[bytes, list[bytes]]:
 
 @pytest.mark.parametrize("length", [wggw.SNAPSHOT_CHUNK, 2 * wggw.SNAPSHOT_CHUNK, len(LARGE)])
 def test_every_moved_cut_or_foreign_chunk_is_noticed(length: int) -> None:
-    data = wggw.encode_snapshot(LARGE[:length], VAULT)
+    data = b"".join(wggw.snapshot_parts(LARGE[:length], VAULT))
     head, parts = chunks(data)
-    other = chunks(wggw.encode_snapshot(LARGE[:length], VAULT))[1]
+    other = chunks(b"".join(wggw.snapshot_parts(LARGE[:length], VAULT)))[1]
     assert wggw.decode_snapshot(data, VAULT, "name")[100:] == LARGE[100:length]
     moved = [parts[:n] for n in range(len(parts))]
     moved += [parts[:n] + parts[n + 1 :] for n in range(len(parts))]
@@ -331,7 +331,7 @@ def test_the_cipher_is_given_bytes_only(monkeypatch: pytest.MonkeyPatch) -> None
         return genuine(self, number, bound, plaintext)
 
     monkeypatch.setattr(Seal, "seal", seal)
-    wggw.encode_snapshot(LARGE, VAULT)
+    list(wggw.snapshot_parts(LARGE, VAULT))
     assert given == [bytes] * 4
 
 
@@ -485,7 +485,7 @@ def test_a_record_that_is_not_understood_is_refused(world: World, content: bytes
     file = wggw.read_journal(str(path), vault)
     assert file is not None
     records = [*(json.dumps(r).encode() for lan in file.landings for r in lan.records), content]
-    seal = Seal.new(vault, b"journal") if vault else None
+    seal = Seal(vault, b"journal") if vault else None
     line = encode_landing(file.after + 1, file.after, records, seal)
     path.write_bytes(journal_header(file.after, seal) + line)
     assert "wireguard.db.journal" in refused(world)

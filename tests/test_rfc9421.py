@@ -448,8 +448,11 @@ def test_100_000_nonces_cost_the_same_each_and_none_is_accepted_twice() -> None:
     assert len(guard._live) == 1 and len(guard._by_created) == 1
 
 
-def test_full_nonce_table_refuses_and_never_forgets_a_live_one() -> None:
-    guard = wggw.NonceGuard(50, limit=3)
+def test_full_nonce_table_refuses_and_never_forgets_a_live_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wggw, "MAX_NONCES", 3)
+    guard = wggw.NonceGuard(50)
     assert all(guard.first_use("k", str(i), 50, 50) for i in range(3))
     with pytest.raises(wggw.TooManyRequests):
         guard.first_use("k", "one too many", 50, 50)
