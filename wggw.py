@@ -6239,20 +6239,16 @@ class Epochs:
         """
         while prefix:
             head = claim, manifest = self._head(prefix)
-            if claim.lineage == lineage:
-                entries = self._entries(prefix, manifest, have, close)
-                is_used = bool(entries)
-            else:  # nobody needs its content, so it may be damaged
-                entries = []
-                is_used = self._finish(prefix, manifest, close) or manifest is not None
+            is_ours = claim.lineage == lineage
+            entries = self._entries(prefix, manifest, is_ours, have, close)
             if head != self._head(prefix):
                 continue  # its writer is at work, and may have deleted the entry that was missing
             if manifest is not None:
                 self._note(claim, manifest, lineage, close)
+            if not is_ours and (entries or manifest):
+                return "", []
             if entries:
                 return prefix, entries
-            if is_used:
-                return "", []
             if manifest is not None:
                 names = " and ".join(_manifest_names(prefix))
                 raise CopyDamaged(f"{names} do not lead to a snapshot")
@@ -6269,37 +6265,6 @@ class Epochs:
                 "that gateway if it still runs: it does not learn that it was replaced",
                 claim.node,
             )
-
-    def _finish(self, prefix: str, manifest: Manifest | None, close: bool) -> bool:
-        """With `close`, put the fence at the end of an epoch. Whether the epoch has entries.
-
-        There is no fence if the snapshot that the manifest names is missing: then nobody knows
-        where the writer puts its next entry.
-        """
-        begin, position, kind = self._scan(prefix, manifest)
-        is_known = manifest is None or position > begin
-        while close and self.fences and kind != "fence" and is_known:
-            if self._close(_entry_names(prefix, position, 1)[0]):
-                break
-            position += 1
-        return position > begin
-
-    def _scan(self, prefix: str, manifest: Manifest | None) -> tuple[int, int, str]:
-        """Where an epoch's entries begin, where they end, and the kind of what is at their end."""
-        begin = end = manifest.position if manifest else 1
-        while (kind := self._kind(_entry_names(prefix, end, 1)[0])) not in ("", "fence"):
-            end += 1
-        return begin, end, kind
-
-    def _kind(self, name: str) -> str:
-        """What kind of entry an object is: "" if there is none, "damaged" if it cannot be read."""
-        data = self.objects.get(name, MAX_SNAPSHOT)
-        if data is None:
-            return ""
-        try:
-            return self._decode(name, data).kind
-        except CopyDamaged:
-            return "damaged"
 
     def _head(self, prefix: str) -> tuple[Claim, Manifest | None]:
         """The claim of an epoch, and its manifest that names the newest snapshot, if any.
@@ -6325,11 +6290,21 @@ class Epochs:
         return self._claim_of(epoch, claim), max(found, default=missing)
 
     def _entries(
-        self, prefix: str, manifest: Manifest | None, have: int, close: bool
+        self,
+        prefix: str,
+        manifest: Manifest | None,
+        wanted: bool,
+        have: int = -1,
+        close: bool = False,
     ) -> list[Entry]:
+        """An epoch's newest snapshot and the segments behind it; see read().
+
+        Entries that are not `wanted` may be damaged, and have no payload. Without the snapshot that
+        the manifest names, nobody knows where the writer puts its next entry: there is no fence.
+        """
         position, number, *_ = manifest or Manifest(1, -1)
         found: list[Entry] = []
-        if manifest and number <= have:
+        if wanted and manifest and number <= have:
             found.append(Entry("snapshot", number))
             position += 1
         while True:
@@ -6344,13 +6319,16 @@ class Epochs:
                 try:
                     entry = self._decode(name, data)
                 except CopyDamaged as error:
-                    behind = _entry_names(prefix, position + 1, COPY_SEGMENTS + 2)
-                    is_torn = error.cut and not self.objects.checks
-                    if not is_torn or any(self.objects.get_all(behind, MAX_SNAPSHOT)):
-                        raise
-                    return found  # its writer did not count it as copied
+                    entry = Entry("damaged", 0, name=name)
+                    if wanted:
+                        behind = _entry_names(prefix, position + 1, COPY_SEGMENTS + 2)
+                        is_torn = error.cut and not self.objects.checks
+                        if not is_torn or any(self.objects.get_all(behind, MAX_SNAPSHOT)):
+                            raise
+                        return found  # its writer did not count it as copied
                 if entry.kind == "fence":
                     return found
+                entry = entry if wanted else entry._replace(payload=b"")
                 found = [entry] if entry.kind == "snapshot" else [*found, entry]
                 position += 1
 
@@ -6501,8 +6479,10 @@ class Epochs:
         return True
 
     def _sweep_epoch(self, prefix: str, manifest: Manifest | None) -> None:
-        begin, end, _ = self._scan(prefix, manifest)
-        if manifest or end > begin:
+        found = self._entries(prefix, manifest, wanted=False)
+        if manifest or found:
+            begin = manifest.position if manifest else 1
+            end = int(found[-1].name[-8:]) + 1 if found else begin
             # Its writer may have ended before it deleted what was older. The last ones go first, so
             # that what a crash leaves is found again.
             start = max(1, begin - 3 * (COPY_SEGMENTS + 2))
