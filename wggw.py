@@ -5671,9 +5671,8 @@ class Files:
 # ==================================================================================================
 # object store: GET, PUT and DELETE below an https URL or in an S3 bucket
 #
-# The store keeps connections open, and a new connection resumes the TLS session of the last one.
-# Every request has a deadline and may be repeated, because a second PUT of the same bytes changes
-# nothing. Several threads may use it.
+# The store keeps connections open. Every request has a deadline and may be repeated, because a
+# second PUT of the same bytes changes nothing. Several threads may use it.
 # Never here: what the objects mean.
 # ==================================================================================================
 
@@ -5700,15 +5699,16 @@ class ObjectStore:
         self, url: str, authorize: Callable[[str, str, bytes], dict[str, str]], checks: bool
     ) -> None:
         parts = urllib.parse.urlsplit(url)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._host = cast(str, parts.hostname)
-        self._port = parts.port or (443 if self._tls else 80)
+        self._connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        if parts.scheme == "https":
+            tls = ssl.create_default_context()
+            self._connect = functools.partial(http.client.HTTPSConnection, context=tls)
+        self._host, self._port = parts.hostname, parts.port
         self._path = parts.path.rstrip("/") + "/"
         self._authorize = authorize
         self.checks = checks
         self.requests = self.bytes_sent = self.bytes_received = 0
         self._idle: list[http.client.HTTPConnection] = []
-        self._session: ssl.SSLSession | None = None
         self._lock = threading.Lock()
 
     def get(self, name: str, limit: int) -> bytes | None:
@@ -5794,19 +5794,11 @@ class ObjectStore:
                         idle, self._idle = self._idle, []
                     for connection in idle:
                         connection.close()
-            return self._ask(self._connect(), request, limit)
+            connection = self._connect(self._host, self._port, timeout=COPY_TIMEOUT)
+            connection.connect()
+            return self._ask(connection, request, limit)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise CopyError(f"{method} {name}: {_reason(error)}") from None
-
-    def _connect(self) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=COPY_TIMEOUT)
-        connection.connect()
-        connection.auto_open = 0  # a connection that http.client opens again would lack TLS
-        if self._tls:
-            connection.sock = self._tls.wrap_socket(
-                connection.sock, server_hostname=self._host, session=self._session
-            )
-        return connection
 
     def _ask(
         self,
@@ -5822,7 +5814,6 @@ class ObjectStore:
         try:
             connection.request(*request)
             response = connection.getresponse()
-            self._session = getattr(connected, "session", None)
             good = response.status == HTTPStatus.OK
             endless = response.length is None and not response.chunked
             body = response.read(limit if good else MAX_HEAD)
@@ -5850,37 +5841,28 @@ def _cut(connected: socket.socket) -> None:
         connected.shutdown(socket.SHUT_RDWR)
 
 
-class AwsKeys(NamedTuple):
-    """The credentials that sign requests to S3, and the region."""
-
-    access_key: str
-    secret_key: str
-    session_token: str | None
-    region: str
-
-    def __repr__(self) -> str:
-        return f"AwsKeys({self.access_key})"
-
-
-def sign_v4(keys: AwsKeys, method: str, path: str, headers: Mapping[str, str]) -> str:
+def sign_v4(
+    keys: tuple[str, str], region: str, method: str, path: str, headers: Mapping[str, str]
+) -> str:
     """The Authorization header of AWS Signature Version 4 for service s3 and an empty query.
 
-    `path` is percent-encoded. The signature covers all of `headers`, whose names are in lower case
-    and include `host`, `x-amz-date` and `x-amz-content-sha256`. (AWS General Reference, "Create a
-    signed AWS API request".)
+    `keys` are the access key and the secret key, `path` is percent-encoded. The signature covers
+    all of `headers`, whose names are in lower case and include `host`, `x-amz-date` and
+    `x-amz-content-sha256`. (AWS General Reference, "Create a signed AWS API request".)
     """
+    access_key, secret_key = keys
     names = ";".join(sorted(headers))
     lines = [method, path, "", *(f"{name}:{headers[name]}" for name in sorted(headers))]
     canonical = "\n".join([*lines, "", names, headers["x-amz-content-sha256"]])
     stamp = headers["x-amz-date"]
-    scope = f"{stamp[:8]}/{keys.region}/s3/aws4_request"
+    scope = f"{stamp[:8]}/{region}/s3/aws4_request"
     digest = hashlib.sha256(canonical.encode("utf-8")).hexdigest()
-    key = b"AWS4" + keys.secret_key.encode("utf-8")
+    key = b"AWS4" + secret_key.encode("utf-8")
     for part in scope.split("/"):
         key = hmac.digest(key, part.encode("utf-8"), "sha256")
     text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{digest}"
     mac = hmac.digest(key, text.encode("utf-8"), "sha256").hex()
-    credential = f"{keys.access_key}/{scope}"
+    credential = f"{access_key}/{scope}"
     return f"AWS4-HMAC-SHA256 Credential={credential},SignedHeaders={names},Signature={mac}"
 
 
@@ -5903,8 +5885,7 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
         url = f"https://s3.{region}.amazonaws.com/{bucket}"
     else:
         url = f"https://{bucket}.s3.{region}.amazonaws.com"
-    access, secret = config.aws_access_key_id or "", config.aws_secret_access_key or ""
-    keys = AwsKeys(access, secret, config.aws_session_token, region)
+    keys = config.aws_access_key_id or "", config.aws_secret_access_key or ""
 
     def authorize(method: str, path: str, content: bytes) -> dict[str, str]:
         headers = {
@@ -5912,9 +5893,9 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
             "x-amz-content-sha256": hashlib.sha256(content).hexdigest(),
             "x-amz-date": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(clock())),
         }
-        if keys.session_token:
-            headers["x-amz-security-token"] = keys.session_token
-        return {**headers, "Authorization": sign_v4(keys, method, path, headers)}
+        if config.aws_session_token:
+            headers["x-amz-security-token"] = config.aws_session_token
+        return {**headers, "Authorization": sign_v4(keys, region, method, path, headers)}
 
     return ObjectStore(url + parts.path, authorize, checks=True)
 

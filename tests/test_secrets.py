@@ -150,7 +150,6 @@ SECRETS: dict[str, dict[str, Any]] = {
     "NetlinkMessage": {"payload": MARK.encode()},
     "Head": {"headers": {MARK: MARK}, "query": MARK, "target": MARK},
     "Obfuscation": {"header_protection_key": MARK.encode()},
-    "AwsKeys": {"secret_key": MARK, "session_token": MARK},
     "Request": {"body": MARK.encode(), "query": {MARK: MARK}},
     "Response": {"body": MARK.encode(), "headers": ((MARK, MARK),)},
 }
@@ -160,7 +159,6 @@ HARMLESS = {
     *(
         "Config.tls_key",
         "Config.aws_access_key_id",
-        "AwsKeys.access_key",
         "InterfaceSettings.private_key_file",
         "Config.wg_private_key_file",
         "Config.awg_private_key_file",
