@@ -5528,7 +5528,7 @@ class Files:
         self.torn = 0  # bytes of a torn line that load() found
         self.vault = vault
         self.writing = threading.Lock()  # held while a thread replaces or reads the snapshot
-        self.disk = disk
+        self._disk = disk
         self._found: JournalFile | None = None  # what load() read, for begin()
         self._lineage = ""  # of the snapshot
 
@@ -5617,7 +5617,7 @@ class Files:
                     line = file.readline(1024)
                 head = _parse_header(line)
                 if not line.startswith(SNAPSHOT_MAGIC) and not (head and head.sealed):
-                    self.disk.unlink(name)
+                    self._disk.unlink(name)
 
     # --- while running ---------------------------------------------------------------------------
 
@@ -5629,8 +5629,8 @@ class Files:
     def write_snapshot(self, number: int, image: bytes) -> None:
         """Replace the snapshot, and keep the old one as DB_PATH.previous. Raises OSError."""
         if os.path.exists(self.path):
-            self.disk.link_over(self.path, self.path + ".previous")
-        self.disk.replace(self.path, snapshot_parts(image, self.vault))
+            self._disk.link_over(self.path, self.path + ".previous")
+        self._disk.replace(self.path, snapshot_parts(image, self.vault))
         self._note_snapshot(number, time.time())
 
     def _note_snapshot(self, number: int, written: float) -> None:
@@ -5659,13 +5659,33 @@ class Files:
         else:
             for path in (self.journal.previous, self.journal.path):
                 with contextlib.suppress(FileNotFoundError):
-                    self.disk.unlink(path)
+                    self._disk.unlink(path)
         self.journal.failure = None
 
     def write_copy(self, store: Store, path: str) -> None:
         """Write a state as a separate snapshot file. Raises OSError."""
         image = self.image(store, store.number, journaled=False)
-        self.disk.replace(path, snapshot_parts(image, self.vault))
+        self._disk.replace(path, snapshot_parts(image, self.vault))
+
+    # --- the writers of the remote copy whose entries these files contain ------------------------
+    #
+    # The file holds words: NAME or NAME:NUMBER. After the NUMBER the files have other records than
+    # the writer's entries, because they lost some and went on without the copy.
+
+    def read_writers(self) -> dict[str, int]:
+        """By name: the last record of its entries that the files may contain."""
+        try:
+            words = Path(self.path + ".writers").read_text("ascii").split()
+            parts = [word.partition(":") for word in words]
+            return {name: int(number or MAX_INTEGER) for name, _, number in parts}
+        except (OSError, ValueError):
+            return {}
+
+    def keep_writers(self, writers: Mapping[str, int]) -> None:
+        """Keep the newest of these. Raises OSError."""
+        words = [n if last == MAX_INTEGER else f"{n}:{last}" for n, last in writers.items()]
+        content = " ".join(words[-COPY_WRITERS:]).encode("ascii") + b"\n"
+        self._disk.replace(self.path + ".writers", [content])
 
 
 # ==================================================================================================
@@ -6111,9 +6131,8 @@ class Epochs:
         vault: Vault | None,
         node: str,
         clock: Callable[[], float],
-        random_name: Callable[[], str] = lambda: secrets.token_hex(8),
     ) -> None:
-        self.writer = random_name()
+        self.writer = secrets.token_hex(8)
         self.claim: Claim | None = None
         self.fences = False
         self.pending: Entry | None = None  # sent, but the store has not confirmed it
@@ -6633,13 +6652,13 @@ def _outline(prefix: str, entries: Iterable[Entry]) -> tuple[str, list[tuple[str
 NO_LINEAGE = "none"  # of a state that began while the copy did not answer
 
 
-def choose_lineage(here: str, there: str, wanted: str, url: str) -> str:
+def choose_lineage(here: str, there: str, config: Config) -> str:
     """The lineage that the gateway continues: that of the files and of the copy.
 
-    `here` is "" without files, `there` without a copy, `wanted` without SNAPSHOT_LINEAGE. If files
-    and copy differ, SNAPSHOT_LINEAGE must name one of them, else this raises ConfigError. If it
-    names the files' lineage, the copy begins anew.
+    `here` is "" without files, `there` without a copy. If the two differ, SNAPSHOT_LINEAGE must
+    name one of them, else this raises ConfigError. If it names the files', the copy begins anew.
     """
+    wanted, url = config.snapshot_lineage, config.snapshot_url
     known = {here, there} - {""}
     if wanted in known:
         return wanted
@@ -6653,32 +6672,6 @@ def choose_lineage(here: str, there: str, wanted: str, url: str) -> str:
             f"SNAPSHOT_LINEAGE={here} to replace it by a copy of these files"
         )
     return next(iter(known), wanted) or secrets.token_hex(16)
-
-
-class Writers:
-    """The file with the writers of the remote copy whose entries the local files contain.
-
-    Words are NAME or NAME:NUMBER. After the NUMBER the files have other records than the writer's
-    entries, because they lost some and went on without the copy.
-    """
-
-    def __init__(self, files: Files) -> None:
-        self._path, self._disk = files.path + ".writers", files.disk
-
-    def read(self) -> dict[str, int]:
-        """By name: the last record of its entries that the files may contain."""
-        try:
-            words = Path(self._path).read_text("ascii").split()
-            parts = [word.partition(":") for word in words]
-            return {name: int(number or MAX_INTEGER) for name, _, number in parts}
-        except (OSError, ValueError):
-            return {}
-
-    def keep(self, writers: Mapping[str, int]) -> None:
-        """Keep the newest of these. Raises OSError."""
-        words = [n if last == MAX_INTEGER else f"{n}:{last}" for n, last in writers.items()]
-        content = " ".join(words[-COPY_WRITERS:]).encode("ascii") + b"\n"
-        self._disk.replace(self._path, [content])
 
 
 class CopyState(NamedTuple):
@@ -6695,15 +6688,6 @@ class CopyState(NamedTuple):
     failure: str | None
 
 
-class CopySettings(NamedTuple):
-    """SNAPSHOT_URL, SNAPSHOT_LINEAGE, seconds between two uploads, and between two of totals."""
-
-    url: str
-    interval: float
-    lineage: str
-    totals_interval: float
-
-
 class Copier:
     """Keeps the copy close behind the store. A timer calls tick() once a second."""
 
@@ -6713,19 +6697,18 @@ class Copier:
         store: Store,
         files: Files,
         snapshot: Callable[[], None],
-        config: CopySettings,
+        config: Config,
     ) -> None:
         self.epochs = epochs
         self._store = store
         self._files = files
-        self._writers = Writers(files)
         self._clock = epochs.clock
         self._snapshot = snapshot  # writes a local one if something changed
         self._config = config
         self.on_taken: Callable[[str], None] = LOG.error
         self._taken: CopyTaken | None = None
         self._backlog = Backlog(COPY_BACKLOG, now=self._clock())
-        self._contained = {epochs.writer: MAX_INTEGER}  # see Writers
+        self._contained = {epochs.writer: MAX_INTEGER}  # see Files.keep_writers()
         self._attached = False  # whether boot() is done: we have an epoch
         self.found_nothing = False  # no gateway ever wrote a copy
         self._number = -1  # the last record in this epoch; -1: its first snapshot is due
@@ -6778,7 +6761,7 @@ class Copier:
 
     def _boot(self, check: Callable[[Store], None], late: bool) -> None:
         """`late`: the copy did not answer at the start, so the rows are in use already."""
-        own = self._writers.read()
+        own = self._files.read_writers()
         top, newest = self.epochs.find()
         mine = newest is not None and newest.writer in {*own, self.epochs.writer}
         if late and newest and not mine:
@@ -6791,13 +6774,13 @@ class Copier:
             here = there  # no local snapshot holds the lineage yet
         elif newest and not here and self._store.number:
             here = "unknown, of an older version"
-        lineage = choose_lineage(here, there, self._config.lineage, self._config.url)
+        lineage = choose_lineage(here, there, self._config)
         claim = self.epochs.propose(top, newest, lineage)
         choose = functools.partial(self._choose, own, lineage, check)
         looked = self.epochs.read(claim.previous, lineage, self._store.number)
         state = choose(*looked)
         if not late:
-            self._writers.keep({**own, self.epochs.writer: MAX_INTEGER})
+            self._files.keep_writers({**own, self.epochs.writer: MAX_INTEGER})
         self.epochs.take(claim)
         last = self.epochs.read(claim.previous, lineage, state.number, close=True)
         self.epochs.check_newest()
@@ -6813,7 +6796,7 @@ class Copier:
             self._contained[writer] = MAX_INTEGER
         self.found_nothing = not top
         if late:
-            self._writers.keep(self._contained)
+            self._files.keep_writers(self._contained)
         self._attached = True
 
     def _choose(
@@ -6865,11 +6848,11 @@ class Copier:
         If the files have lost records that the copy has, new records get the same numbers.
         """
         self._store.lineage = self._store.lineage or NO_LINEAGE
-        own, last = self._writers.read(), self._store.number
+        own, last = self._files.read_writers(), self._store.number
         contained = {name: min(number, last) for name, number in own.items()}
         if contained != own:
             with self._disk_needed():
-                self._writers.keep(contained)
+                self._files.keep_writers(contained)
 
     def begin(self) -> Callable[[Sequence[Written]], None]:
         """Begin to follow the store, which is recovered, on disk, and has not changed yet.
@@ -6877,9 +6860,10 @@ class Copier:
         Returns the function that gets all new records. Raises OSError.
         """
         if self._attached:
-            self._writers.keep(self._contained)
+            self._files.keep_writers(self._contained)
         self._backlog = Backlog(COPY_BACKLOG, self._store.number, self._clock())
-        self._next_try = time.monotonic() + self._random.uniform(0, self._config.interval)
+        pause = self._random.uniform(0, self._config.snapshot_copy_interval)
+        self._next_try = time.monotonic() + pause
         return lambda records: self._backlog.add(records, self._clock())
 
     # --- while running ---------------------------------------------------------------------------
@@ -6913,13 +6897,13 @@ class Copier:
                 LOG.error("remote copy: %s", text)
             self._failure = text
             # Many gateways must not retry in the same second.
-            pause = self._config.interval * self._random.uniform(0.5, 1.5)
+            pause = self._config.snapshot_copy_interval * self._random.uniform(0.5, 1.5)
             self._next_try = time.monotonic() + pause
         else:
             if self._failure:
                 LOG.info("remote copy: it works again")
             self._failure = None
-            self._next_try = time.monotonic() + self._config.interval
+            self._next_try = time.monotonic() + self._config.snapshot_copy_interval
         finally:
             self._turn.release()
 
@@ -6951,7 +6935,7 @@ class Copier:
         if fresh:
             since = int(self._snapshot_time) - 2 * ONLINE_SECONDS
             written, number, totals = totals_since(self._files, since)
-            self._next_totals = time.monotonic() + self._config.totals_interval
+            self._next_totals = time.monotonic() + self._config.snapshot_interval
             if any(r.number > number and b'"traffic":' in r.content for r in records):
                 written, totals = self._snapshot_time, []  # a record has later ones
         if records or totals:
@@ -6965,7 +6949,7 @@ class Copier:
         if number >= self._number:  # else the rows lag behind the records: wait for the next tick
             self._done(self.epochs.append(Entry("snapshot", number, image)))
             self._snapshot_time = written
-            self._next_totals = time.monotonic() + self._config.totals_interval
+            self._next_totals = time.monotonic() + self._config.snapshot_interval
             self.epochs.announce()
 
     def _done(self, entry: Entry) -> None:
@@ -16370,14 +16354,8 @@ class Start:
         if remote is None:
             self._check(store)
             return True
-        settings = CopySettings(
-            config.snapshot_url or "",
-            config.snapshot_copy_interval,
-            config.snapshot_lineage,
-            config.snapshot_interval,
-        )
         epochs = Epochs(remote, files.vault, socket.gethostname(), time.time)
-        copier = Copier(epochs, store, files, gateway.lander.snapshot, settings)
+        copier = Copier(epochs, store, files, gateway.lander.snapshot, config)
         copier.on_taken = self._taken
         self._app.copier = copier
         is_read = wait_for(lambda: self._read_copy(copier))
@@ -18815,14 +18793,13 @@ def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: C
             f"{config.db_path}: there is no database of a gateway that has run, so the copy stays "
             "as it is"
         )
-    there, url = newest.lineage if newest else "", config.snapshot_url or ""
-    if choose_lineage(store.lineage, there, config.snapshot_lineage, url) != store.lineage:
+    there = newest.lineage if newest else ""
+    if choose_lineage(store.lineage, there, config) != store.lineage:
         raise StartError(
             "SNAPSHOT_LINEAGE names the copy's lineage, and the files here have another: set it to "
             f"{store.lineage} to replace the copy"
         )
-    writers = Writers(files)
-    writers.keep({**writers.read(), epochs.writer: MAX_INTEGER})
+    files.keep_writers({**files.read_writers(), epochs.writer: MAX_INTEGER})
     claim = epochs.propose(top, newest, store.lineage)
     epochs.take(claim)
     epochs.read(claim.previous, claim.lineage, close=True)

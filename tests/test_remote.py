@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import random
@@ -22,12 +23,12 @@ from test_store import a_peer
 import wggw
 from wggw import (
     Backlog,
+    Config,
     ConfigError,
     Copier,
     CopyContested,
     CopyDamaged,
     CopyError,
-    CopySettings,
     Epochs,
     Files,
     ObjectStore,
@@ -103,7 +104,12 @@ def state_of(store: Store) -> State:
     return frozenset(store.peers_after(0, 10_000))
 
 
-SETTINGS = CopySettings("the store", 0.0, "", 0.0)
+BASE = {"GATEWAY_API_KEY": "0123456789abcdef"}
+CONFIG = dataclasses.replace(
+    load_config({**BASE, "SNAPSHOT_URL": "https://store.example"}),
+    snapshot_copy_interval=0.0,
+    snapshot_interval=0.0,
+)
 
 
 class Node:
@@ -122,7 +128,7 @@ class Node:
         boot: bool = True,
         private_key: str = "",
         now: float = 0.0,
-        copy: CopySettings = SETTINGS,
+        config: Config = CONFIG,
         check: Callable[[Store], None] = lambda state: None,
     ) -> None:
         path.mkdir(exist_ok=True)
@@ -131,7 +137,7 @@ class Node:
         self.store = Store()
         self.store.take(self.files.load())
         epochs = Epochs(objects, vault, path.name, self.clock)
-        self.copier = Copier(epochs, self.store, self.files, self.save, copy)
+        self.copier = Copier(epochs, self.store, self.files, self.save, config)
         self.copier.on_taken = lambda text: None
         if objects is not None and boot:
             self.copier.boot(check)
@@ -357,7 +363,8 @@ def test_totals_wait_for_their_interval_however_often_local_snapshots_are_writte
     """A journal that 60,000 active peers make long is folded into a snapshot every minute."""
     now, objects = 1000.0, MemoryObjects()
     monkeypatch.setattr(wggw.time, "monotonic", lambda: now)
-    with Node(tmp_path, objects, copy=SETTINGS._replace(totals_interval=300.0)) as node:
+    config = dataclasses.replace(CONFIG, snapshot_interval=300.0)
+    with Node(tmp_path, objects, config=config) as node:
         node.put(a_peer(1))
         node.tick()
         objects.asked.clear()
@@ -555,8 +562,7 @@ def test_what_a_gateway_refused_healed_or_imported_is_in_the_copy_as_it_is_there
     world, objects = build(tmp_path, backends={"wg0": other.backend}), MemoryObjects()
     snapshot = world.gateway.lander.snapshot
     epochs = Epochs(objects, None, "node", time.time)
-    settings = CopySettings("the store", 0.0, "", 0.0)
-    copier = Copier(epochs, world.store, world.files, snapshot, settings)
+    copier = Copier(epochs, world.store, world.files, snapshot, CONFIG)
     copier.boot(lambda state: None)
     world.gateway.lander.on_written = copier.begin()
 
@@ -885,13 +891,14 @@ def test_another_lineage_is_refused_unless_it_is_asked_for_by_name(tmp_path: Pat
     before = dict(objects.objects)
     with pytest.raises(ConfigError, match=f"SNAPSHOT_LINEAGE={there}"):
         Node(tmp_path / "a", objects)
-    wanted = CopySettings("the store", 0.0, "ab" * 16, 0.0)
+    wanted = dataclasses.replace(CONFIG, snapshot_lineage="ab" * 16)
     with pytest.raises(ConfigError, match="neither"):
-        Node(tmp_path / "a", objects, copy=wanted)
+        Node(tmp_path / "a", objects, config=wanted)
     with pytest.raises(ConfigError, match="neither"):
-        Node(tmp_path / "new", objects, copy=wanted)
+        Node(tmp_path / "new", objects, config=wanted)
     assert objects.objects == before
-    with Node(tmp_path / "a", objects, copy=wanted._replace(lineage=there)) as node:
+    wanted = dataclasses.replace(CONFIG, snapshot_lineage=there)
+    with Node(tmp_path / "a", objects, config=wanted) as node:
         assert node.state == {a_peer(1)}
         assert node.store.lineage == there
     assert superseded(tmp_path / "a") == {a_peer(2)}
@@ -901,8 +908,8 @@ def test_another_lineage_is_refused_unless_it_is_asked_for_by_name(tmp_path: Pat
 
 def test_the_own_lineage_is_put_over_another_when_asked_for_by_name(tmp_path: Path) -> None:
     objects, here, _ = two_lineages(tmp_path)
-    wanted = CopySettings("the store", 0.0, here, 0.0)
-    with Node(tmp_path / "a", objects, copy=wanted) as node:
+    wanted = dataclasses.replace(CONFIG, snapshot_lineage=here)
+    with Node(tmp_path / "a", objects, config=wanted) as node:
         assert node.state == {a_peer(2)}
         node.tick()
         assert copied(objects, tmp_path) == node.state
@@ -1008,15 +1015,15 @@ def test_a_gateway_of_another_lineage_that_was_replaced_learns_it(
     with Node(tmp_path / "b") as node:
         node.put(a_peer(5))
         node.save()
-        ours = SETTINGS._replace(lineage=node.store.lineage)
+        ours = dataclasses.replace(CONFIG, snapshot_lineage=node.store.lineage)
     with Node(tmp_path / "a", objects) as old:
         old.put(a_peer(1))
         old.tick()
         if crash:
             ending = mock.patch.object(Epochs, "take", side_effect=take_and_end, autospec=True)
             with ending, pytest.raises(Ended):
-                Node(tmp_path / "b", objects, copy=ours)
-        with Node(tmp_path / "b", objects, copy=ours) as new:
+                Node(tmp_path / "b", objects, config=ours)
+        with Node(tmp_path / "b", objects, config=ours) as new:
             new.tick()
             old.put(a_peer(2))
             old.tick()
@@ -1093,7 +1100,7 @@ def test_a_claim_that_arrives_late_is_no_other_gateways(tmp_path: Path) -> None:
     objects.put = lose_the_first  # type: ignore[method-assign]
     files, store = Files(str(tmp_path / "db"), "commit", FakeDisk(), VAULT), Store()
     epochs = Epochs(objects, VAULT, "a", lambda: next(now))  # type: ignore[arg-type]
-    copier = Copier(epochs, store, files, lambda: None, SETTINGS)
+    copier = Copier(epochs, store, files, lambda: None, CONFIG)
     with pytest.raises(CopyError):
         copier.boot(lambda state: None)
     copier.boot(lambda state: None)
@@ -1219,7 +1226,7 @@ def test_a_damaged_copy_of_another_lineage_can_be_replaced(
     with Node(tmp_path / "b") as node:
         node.put(a_peer(5))
         node.save()
-        ours = SETTINGS._replace(lineage=node.store.lineage)
+        ours = dataclasses.replace(CONFIG, snapshot_lineage=node.store.lineage)
     objects = MemoryObjects(checks)
     with Node(tmp_path / "a", objects) as old:
         for number in (1, 2, 3):
@@ -1230,7 +1237,7 @@ def test_a_damaged_copy_of_another_lineage_can_be_replaced(
             del objects.objects[name]
         else:
             objects.objects[name] = b"rotten" + objects.objects[name]
-        with Node(tmp_path / "b", objects, copy=ours) as new:
+        with Node(tmp_path / "b", objects, config=ours) as new:
             new.tick()
             assert copied(objects, tmp_path) == new.state
             old.put(a_peer(4))
@@ -1455,7 +1462,6 @@ def test_with_a_key_nothing_unsealed_is_believed(tmp_path: Path) -> None:
 
 # --- settings and signatures ----------------------------------------------------------------------
 
-BASE = {"GATEWAY_API_KEY": "0123456789abcdef"}
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
 
 

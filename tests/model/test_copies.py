@@ -10,6 +10,7 @@ one to begin.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -22,10 +23,15 @@ import pytest
 from harness import LONG
 
 import wggw
-from wggw import Copier, CopyError, CopySettings, Epochs, Written
+from wggw import Copier, CopyError, Epochs, Written, load_config
 
 SCHEDULES = int(os.environ.get("WGGW_SCHEDULES") or (600 if LONG else 60))
 SEED = int(os.environ.get("WGGW_SEED", "1"))
+CONFIG = dataclasses.replace(
+    load_config({"GATEWAY_API_KEY": "0123456789abcdef", "SNAPSHOT_URL": "https://store.example"}),
+    snapshot_copy_interval=0.0,
+    snapshot_interval=0.0,
+)
 
 
 class Killed(BaseException):
@@ -161,17 +167,10 @@ class ModelFiles:
         image = json.dumps([self.rows.number, sorted(self.rows.peers)]).encode()
         return self.snapshot_time, self.rows.number, image
 
-
-class ModelWriters:
-    """In the place of wggw.Writers."""
-
-    def __init__(self, disk: Disk) -> None:
-        self.disk = disk
-
-    def read(self) -> dict[str, int]:
+    def read_writers(self) -> dict[str, int]:
         return dict(self.disk.writers)
 
-    def keep(self, writers: Mapping[str, int]) -> None:
+    def keep_writers(self, writers: Mapping[str, int]) -> None:
         self.disk.writers = dict(writers)
 
 
@@ -192,7 +191,6 @@ def open_state(data: bytes, segments: Any, name: str) -> Rows:
 
 @pytest.fixture(autouse=True)
 def _of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wggw, "Writers", lambda files: ModelWriters(files.disk))
     monkeypatch.setattr(wggw, "open_state", open_state)
     monkeypatch.setattr(wggw, "totals_since", lambda files, since: (files.snapshot_time, 0, []))
     for name in ("COPY_FIRST_SWEEP", "COPY_SWEEP_SECONDS"):  # old epochs go at once
@@ -263,15 +261,14 @@ class Gateway:
         files = ModelFiles(disk, self.rows)
         writer = f"{world.chance.getrandbits(64):016x}"
         clock = world.chance.choice([0.0, 1e9, 1e9 + 3600])  # clocks differ, and nobody cares
-        epochs = Epochs(
-            Remote(world, self), None, self.name, lambda: clock, random_name=lambda: writer
-        )
+        epochs = Epochs(Remote(world, self), None, self.name, lambda: clock)
+        epochs.writer = writer
         copier = Copier(
             epochs,
             self.rows,  # type: ignore[arg-type]
             files,  # type: ignore[arg-type]
             lambda: None,
-            CopySettings("model", 0.0, "", 0.0),
+            CONFIG,
         )
         copier.on_taken = lambda text: None
         added, deleted = set(world.added), set(world.deleted)
