@@ -1207,22 +1207,6 @@ class Peer(NamedTuple):
         return f"Peer({short_key(self.public_key)}, {self.interface}, {self.status})"
 
 
-class Traffic(NamedTuple):
-    """A peer's accumulated bytes, and the time of its last handshake in Unix seconds, 0 for never.
-
-    `sequence` is the sequence of the peer's latest change.
-    """
-
-    rx_bytes: int = 0
-    tx_bytes: int = 0
-    last_handshake: int = 0
-    sequence: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.rx_bytes + self.tx_bytes
-
-
 class WirePeer(NamedTuple):
     """A peer as an interface holds it: raw keys, and allowed IPs as packed address + prefix byte.
 
@@ -4149,10 +4133,6 @@ _SELECT = f"SELECT {_COLUMNS} FROM peers"  # noqa: S608  names of this file
 _INSERT = (
     f"INSERT INTO peers ({_COLUMNS}, sequence, changed_at) VALUES (?, ?{', ?' * len(Peer._fields)})"  # noqa: S608  names of this file
 )
-_TOTALS = (
-    "coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), coalesce(t.last_handshake, 0), p.sequence "
-    "FROM peers p LEFT JOIN traffic t ON t.id = p.id"
-)
 _TRAFFIC = "SELECT id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake FROM traffic"
 _PUT_TRAFFIC = """
     INSERT INTO traffic (id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake, sequence)
@@ -4161,10 +4141,11 @@ _PUT_TRAFFIC = """
         rx_seen = excluded.rx_seen, tx_seen = excluded.tx_seen,
         last_handshake = excluded.last_handshake, sequence = excluded.sequence
 """
+_TRAFFIC_OF_PEER = """p.id, coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0),
+    coalesce(t.rx_seen, 0), coalesce(t.tx_seen, 0), coalesce(t.last_handshake, 0)"""
 # The columns after the key: the other arguments of encode_wire(), then the row of `traffic`.
-_WIRE_AND_TRAFFIC = """p.preshared_key, p.service_class, p.assigned_ip, p.assigned_ipv6, p.id,
-    coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0), coalesce(t.rx_seen, 0),
-    coalesce(t.tx_seen, 0), coalesce(t.last_handshake, 0)"""
+_WIRE_AND_TRAFFIC = f"""p.preshared_key, p.service_class, p.assigned_ip, p.assigned_ipv6,
+    {_TRAFFIC_OF_PEER}"""
 _COUNTED = f"""
     SELECT p.public_key, {_WIRE_AND_TRAFFIC}
     FROM peers p LEFT JOIN traffic t ON t.id = p.id
@@ -4375,11 +4356,15 @@ class TrafficRow(NamedTuple):
     """A row of the table `traffic`: totals, and the interface's counters at the last sample."""
 
     id: int
-    rx_bytes: int
-    tx_bytes: int
-    rx_seen: int
-    tx_seen: int
-    last_handshake: int
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    rx_seen: int = 0
+    tx_seen: int = 0
+    last_handshake: int = 0  # Unix seconds, 0 for never
+
+    @property
+    def total(self) -> int:
+        return self.rx_bytes + self.tx_bytes
 
     def counted(self, rx: int, tx: int, handshake: int) -> TrafficRow:
         """The row after a sample with these counters.
@@ -5021,11 +5006,10 @@ class Queries:
 
     # --- lists and figures -----------------------------------------------------------------------
 
-    def totals_after(self, after: int, limit: int) -> list[tuple[int, str, str, Traffic]]:
-        """(id, interface, key, totals) of peers with an id above `after`."""
-        named = f"SELECT p.id, p.interface, p.public_key, {_TOTALS}"
-        rows = self._db.execute(f"{named} WHERE p.id > ? ORDER BY p.id LIMIT ?", (after, limit))
-        return [(*row[:3], Traffic._make(row[3:])) for row in rows]
+    def totals_after(self, after: int, limit: int) -> list[tuple[int, str, str, TrafficRow]]:
+        """(id, interface, key, totals)."""
+        rows = self._scan(f"p.interface, p.public_key, {_TRAFFIC_OF_PEER}", "", (after, limit))
+        return [(*row[:3], TrafficRow._make(row[3:])) for row in rows]
 
     def online(self, since: int) -> int:
         """How many active peers had a handshake after `since` (Unix seconds)."""
@@ -5396,13 +5380,9 @@ class Store:
         rows = self._db.execute(f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
         return [Peer._make(row) for row in rows]
 
-    def traffic(self, peer_id: int) -> Traffic:
-        row = self._db.execute(f"SELECT {_TOTALS} WHERE p.id = ?", (peer_id,)).fetchone()
-        return Traffic._make(row) if row else Traffic()
-
-    def traffic_row(self, peer_id: int) -> TrafficRow:
+    def traffic(self, peer_id: int) -> TrafficRow:
         row = self._db.execute(f"{_TRAFFIC} WHERE id = ?", (peer_id,)).fetchone()
-        return TrafficRow._make(row) if row else TrafficRow(peer_id, 0, 0, 0, 0, 0)
+        return TrafficRow._make(row) if row else TrafficRow(peer_id)
 
     def meta(self, name: str) -> Any:
         """The parsed value of a row of META_PARSERS, None without one. Raises ValueError."""
@@ -5459,7 +5439,7 @@ def replay_version_1(
         for _, record in decode_landings([landing], (), path):
             if landing.first in parts:
                 changed = dict.fromkeys(record.delete) | {peer.id: peer for peer in record.put}
-                undo += [(store.by_id(i), p, store.traffic_row(i)) for i, p in changed.items()]
+                undo += [(store.by_id(i), p, store.traffic(i)) for i, p in changed.items()]
         store.replay(JournalFile(after, (), [landing], 0, 0, b""), path)
     try:
         for before, put, traffic in reversed(undo):
@@ -11855,10 +11835,10 @@ class Import:
                 bulk.flight.steps.append(step)
             if wanted is None:
                 return
-            seen = TrafficRow(wanted.id, 0, 0, 0, 0, 0)
+            seen = TrafficRow(wanted.id)
             if before and _counted_by(before) == _counted_by(wanted):  # its counters go on
-                seen = store.traffic_row(wanted.id)
-            row = other.traffic_row(wanted.id)
+                seen = store.traffic(wanted.id)
+            row = other.traffic(wanted.id)
             traffic.append(row._replace(rx_seen=seen.rx_seen, tx_seen=seen.tx_seen))
 
         bulk.each(pairs, compare)

@@ -469,7 +469,7 @@ class World:
     def clock(self) -> float:
         return self.now
 
-    def rows(self) -> list[tuple[wggw.Peer, wggw.Traffic]]:
+    def rows(self) -> list[tuple[wggw.Peer, wggw.TrafficRow]]:
         """All peers with their totals."""
         store = self.store
         return self.gateway.run(
@@ -559,7 +559,7 @@ def peer_of(gateway: wggw.Gateway, public_key: str) -> wggw.Peer:
     return peer
 
 
-def traffic_of(gateway: wggw.Gateway, public_key: str) -> wggw.Traffic:
+def traffic_of(gateway: wggw.Gateway, public_key: str) -> wggw.TrafficRow:
     return gateway.store.traffic(peer_of(gateway, public_key).id)
 
 

@@ -49,7 +49,7 @@ def held(world: World, name: str) -> set[str]:
     return set(world.backends[name].peers)
 
 
-def rows(world: World, name: str) -> list[tuple[wggw.Peer, wggw.Traffic]]:
+def rows(world: World, name: str) -> list[tuple[wggw.Peer, wggw.TrafficRow]]:
     return [row for row in world.rows() if row[0].interface == name]
 
 

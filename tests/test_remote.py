@@ -353,7 +353,7 @@ def test_traffic_totals_alone_are_no_reason_to_upload(tmp_path: Path) -> None:
         _, newest = node.copier.epochs.find()
         assert newest
         copy = read_state(node.copier.epochs.read(newest.prefix, newest.lineage)[1])
-        assert copy.traffic_row(1) == node.store.traffic_row(1)
+        assert copy.traffic(1) == node.store.traffic(1)
         assert copy.number == node.store.number
 
 
@@ -378,7 +378,7 @@ def test_totals_wait_for_their_interval_however_often_local_snapshots_are_writte
         _, newest = node.copier.epochs.find()
         assert newest
         copy = read_state(node.copier.epochs.read(newest.prefix, newest.lineage)[1])
-        assert copy.traffic_row(1) == node.store.traffic_row(1)
+        assert copy.traffic(1) == node.store.traffic(1)
 
 
 def puts_an_hour(u: float, t: float) -> float:
@@ -1285,7 +1285,7 @@ def test_totals_never_go_back_behind_a_record(tmp_path: Path) -> None:
         _, newest = node.copier.epochs.find()
         assert newest is not None
         copy = read_state(node.copier.epochs.read(newest.prefix, newest.lineage)[1])
-        assert copy.traffic_row(1) == node.store.traffic_row(1)
+        assert copy.traffic(1) == node.store.traffic(1)
 
 
 def test_what_no_boot_would_read_is_not_copied(
