@@ -4221,6 +4221,8 @@ _SHOWN_FROM = """
     LEFT JOIN view_endpoints e ON e.interface = p.interface AND e.port = coalesce(p.port, i.port)
     LEFT JOIN view_choices c ON c.name = coalesce(p.dns, i.dns)
 """
+# No other process can open the database, and no disk has it.
+_UNLOCKED = "PRAGMA locking_mode = EXCLUSIVE; PRAGMA synchronous = OFF;"
 # What the view adds to the rows. Only the connection has these tables; no snapshot does.
 _VIEW_SCHEMA = """
     PRAGMA temp_store = MEMORY;
@@ -4459,7 +4461,7 @@ def decode_record(parts: Any, columns: tuple[str, ...]) -> Record:
     return Record(
         _decode_rows(parts.get("put", ()), columns),
         [int(number) for number in parts.get("del", ())],
-        [TrafficRow(*map(int, row)) for row in parts.get("traffic", ())],
+        [TrafficRow._make(map(int, row)) for row in parts.get("traffic", ())],
         restart,
         settings,
         None if released is None else [str(address) for address in released],
@@ -4531,16 +4533,6 @@ class View(NamedTuple):
     interfaces: tuple[Served, ...]
 
 
-class Page(NamedTuple):
-    """Some peers of a list: their ids and their configurations as JSON.
-
-    The next page begins behind the id `after`; the last page has None.
-    """
-
-    rows: list[tuple[int, str]]
-    after: int | None
-
-
 _without_collector = 0  # how many threads need it off
 _collector_lock = threading.Lock()  # around that number and the switch
 
@@ -4574,16 +4566,9 @@ def open_memory() -> sqlite3.Connection:
     db = sqlite3.connect(
         "file:wggw?vfs=memdb", uri=True, check_same_thread=False, isolation_level=None
     )
-    configure_memory(db)
-    db.executescript(_VIEW_SCHEMA)
+    db.executescript(_UNLOCKED + _VIEW_SCHEMA)
     db.create_function("shown_obfuscation", 2, shown_obfuscation, deterministic=True)
     return db
-
-
-def configure_memory(db: sqlite3.Connection) -> None:
-    """Switch off locks and syncs: no other process can open this database, and no disk has it."""
-    db.execute("PRAGMA locking_mode = EXCLUSIVE")
-    db.execute("PRAGMA synchronous = OFF")
 
 
 def warm_up(size: int) -> None:
@@ -4683,7 +4668,7 @@ def open_image(image: bytes) -> sqlite3.Connection:
     db = open_memory()
     try:
         db.deserialize(image)
-        configure_memory(db)
+        db.executescript(_UNLOCKED)
         if is_ancestor(db):
             raise Ancestor("it is the database of the gateway before wggw")
         if image[APPLICATION_ID] == bytes(4):  # another program wrote it
@@ -4784,28 +4769,18 @@ class Configurations:
         """Write the view into its tables if it has changed. Returns the parameter of _ONLINE."""
         if view[1:] != self._viewed:
             default = next(iter(view.choices))
-            for table, rows in (
-                ("view_choices", [(name, json.dumps(of)) for name, of in view.choices.items()]),
-                (
-                    "view_interfaces",
-                    [
-                        (of.name, key, mtu, state and encode_state(state), of.ports[0], default)
-                        for of, key, mtu, state in view.interfaces
-                    ],
-                ),
-                (
-                    "view_endpoints",
-                    [
-                        (of.name, port, of.endpoint(port))
-                        for of, *_ in view.interfaces
-                        for port in of.ports
-                    ],
-                ),
-            ):
+            choices = [(name, json.dumps(servers)) for name, servers in view.choices.items()]
+            interfaces, endpoints = [], []
+            for of, key, mtu, state in view.interfaces:
+                encoded = state and encode_state(state)
+                interfaces.append((of.name, key, mtu, encoded, of.ports[0], default))
+                endpoints += [(of.name, port, of.endpoint(port)) for port in of.ports]
+            for table in ("view_choices", "view_interfaces", "view_endpoints"):
                 self._db.execute(f"DELETE FROM {table}")  # noqa: S608  names of this file
-                for row in rows:
-                    marks = ", ".join("?" * len(row))
-                    self._db.execute(f"INSERT INTO {table} VALUES ({marks})", row)  # noqa: S608  as above
+            self._db.executemany("INSERT INTO view_choices VALUES (?, ?)", choices)
+            query = "INSERT INTO view_interfaces VALUES (?, ?, ?, ?, ?, ?)"
+            self._db.executemany(query, interfaces)
+            self._db.executemany("INSERT INTO view_endpoints VALUES (?, ?, ?)", endpoints)
             self._viewed = view[1:]
         return {"online_since": view.online_since}
 
@@ -4823,11 +4798,12 @@ class Configurations:
         chosen: Filter,
         view: View,
         names: tuple[str, ...] = ALL_MEMBERS,
-    ) -> Page:
-        """Up to `limit` peers with an id above `after`, in order of creation.
+    ) -> tuple[list[tuple[int, str]], int | None]:
+        """Up to `limit` peers with an id above `after`, in order of creation: (id, JSON) of each.
 
-        No index knows which peers are online. With this filter a page reads at most PAGE_SCAN peers
-        and may therefore be shorter than `limit`.
+        It also returns the `after` of the next page, None for the last one. No index knows which
+        peers are online. With this filter a page reads at most PAGE_SCAN peers and may therefore be
+        shorter than `limit`.
         """
         values: dict[str, Any] = {**self.prepare(view), "after": after, "limit": limit + 1}
         conditions = ["p.id > :after"]
@@ -4858,8 +4834,8 @@ class Configurations:
             rows += self._db.execute(query, values | kind)
         rows.sort()
         if len(rows) > limit:
-            return Page(rows[:limit], rows[limit - 1][0])
-        return Page(rows, last if last < self._counts.next_id - 1 else None)
+            return rows[:limit], rows[limit - 1][0]
+        return rows, last if last < self._counts.next_id - 1 else None
 
     def _scan_end(self, after: int) -> int:
         row = self._db.execute(
@@ -5108,7 +5084,7 @@ class _Change:
 
     def __init__(self, record: Record, store: Store, db: sqlite3.Connection) -> None:
         self._record = record
-        self._db = db
+        self._db, self._by_id = db, store.by_id
         self._counts, self._released, self._feeds = store.counts, store.released, store.feeds
         first = store.feeds.sequence + 1
         self._sequences = {peer.id: n for n, peer in enumerate(record.put, first)}
@@ -5148,7 +5124,7 @@ class _Change:
 
     def _delete(self, numbers: Sequence[int]) -> None:
         for number in numbers:
-            row = _peer(self._db, number)
+            row = self._by_id(number)
             if row is None:
                 raise sqlite3.IntegrityError(f"there is no peer with id {number}")
             self._before[number] = row
@@ -5163,7 +5139,7 @@ class _Change:
 
     def _find_former(self, peers: Sequence[Peer]) -> None:
         for peer in peers:
-            if peer.id < self._counts.next_id and (row := _peer(self._db, peer.id)) is not None:
+            if peer.id < self._counts.next_id and (row := self._by_id(peer.id)) is not None:
                 self._before[peer.id] = row
                 kept = _addresses_of(peer)
                 addresses = [address for address in _addresses_of(row) if address not in kept]
@@ -5209,11 +5185,6 @@ class _Change:
         numbered = [(*row, n) for n, row in enumerate(rows, self._last + 1)]
         self._db.executemany(_PUT_TRAFFIC, numbered)
         self._last += len(rows)
-
-
-def _peer(db: sqlite3.Connection, number: int) -> Peer | None:
-    row = db.execute(f"{_SELECT} WHERE id = ?", (number,)).fetchone()
-    return Peer._make(row) if row else None
 
 
 def _addresses_of(peer: Peer) -> list[str]:
@@ -5311,10 +5282,9 @@ class Store:
 
         Between two slices no peer is missing. Raises sqlite3.Error halfway when it does not fit.
         """
-        change = _Change(record, self, self._db)
-        for items, step in change.steps():
-            for start in range(0, len(items), APPLY_SLICE):
-                step(items[start : start + APPLY_SLICE])
+        for items, step in _Change(record, self, self._db).steps():
+            for some in _slices(items):
+                step(some)
                 yield
         self.changed = True
 
@@ -5374,7 +5344,8 @@ class Store:
         return Peer._make(row) if row else None
 
     def by_id(self, peer_id: int) -> Peer | None:
-        return _peer(self._db, peer_id)
+        row = self._db.execute(f"{_SELECT} WHERE id = ?", (peer_id,)).fetchone()
+        return Peer._make(row) if row else None
 
     def peers_after(self, after: int, limit: int) -> list[Peer]:
         rows = self._db.execute(f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?", (after, limit))
@@ -6080,7 +6051,7 @@ def _rival_name(prefix: str) -> str:
 
 
 def _claim_in(name: str, data: bytes | None, vault: Vault | None) -> Claim:
-    """The claim in an object, which is a claim or a fence. Raises CopyDamaged."""
+    """The claim in an object, which is a claim, a fence or a note. Raises CopyDamaged."""
     about, _ = unpack(name, data, vault)
     with contextlib.suppress(TypeError, KeyError):
         claim = Claim(**about["claim"])
@@ -6090,6 +6061,7 @@ def _claim_in(name: str, data: bytes | None, vault: Vault | None) -> Claim:
             and all(isinstance(number, int) for number in (claim.epoch, claim.time))
             and re.fullmatch("([0-9]{8}-.+)?", claim.previous)
             and int(claim.previous[:8] or 0) < claim.epoch
+            and (not name.startswith("claim-") or name == _claim_name(claim.epoch))
         ):
             return claim
     raise CopyDamaged(f"{name} does not contain a claim")
@@ -6153,15 +6125,7 @@ class Epochs:
     def read_claim(self, epoch: int) -> Claim:
         """Raises CopyError."""
         name = _claim_name(epoch)
-        return self._claim_of(epoch, self.objects.get(name, MAX_MANIFEST))
-
-    def _claim_of(self, epoch: int, data: bytes | None) -> Claim:
-        """The claim of an epoch, from its object. Raises CopyDamaged."""
-        name = _claim_name(epoch)
-        claim = _claim_in(name, data, self._vault)
-        if claim.epoch != epoch:
-            raise CopyDamaged(f"{name} is not what was put there")
-        return claim
+        return _claim_in(name, self.objects.get(name, MAX_MANIFEST), self._vault)
 
     def propose(self, top: int, newest: Claim | None, lineage: str) -> Claim:
         """The claim that take() would put: for the epoch above `top`. The store stays as it is.
@@ -6252,8 +6216,8 @@ class Epochs:
         A manifest may be a torn upload. If none can be read, the snapshot must be at position 1,
         where the first one is until its writer deletes it. Raises CopyError.
         """
-        epoch, names = int(prefix[:8]), _manifest_names(prefix)
-        claim, *batch = self.objects.get_all([_claim_name(epoch), *names], MAX_MANIFEST)
+        own, names = _claim_name(int(prefix[:8])), _manifest_names(prefix)
+        claim, *batch = self.objects.get_all([own, *names], MAX_MANIFEST)
         found: list[Manifest] = []
         for name, data in zip(names, batch, strict=True):
             with contextlib.suppress(CopyDamaged):
@@ -6267,7 +6231,7 @@ class Epochs:
                 if all(isinstance(value, int) for value in given) and given.position > 0:
                     found.append(given)
         missing = None if batch == [None, None] else Manifest(1, MAX_INTEGER)
-        return self._claim_of(epoch, claim), max(found, default=missing)
+        return _claim_in(own, claim, self._vault), max(found, default=missing)
 
     def _entries(
         self,
@@ -13936,10 +13900,9 @@ class PeerHandlers:
             while after is not None:
                 wanted = min(limit - len(texts), APPLY_SLICE)
                 store, view = self._gateway.store, self._gateway.view()
-                page = store.configurations.page(after, wanted, chosen, view, names)
-                texts += (text for _, text in page.rows)
-                after = page.after
-                if len(page.rows) < wanted or len(texts) == limit:
+                rows, after = store.configurations.page(after, wanted, chosen, view, names)
+                texts += (text for _, text in rows)
+                if len(rows) < wanted or len(texts) == limit:
                     break
                 yield
             cursor = "null" if after is None else f'"{_encode_cursor(after)}"'

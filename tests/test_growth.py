@@ -60,7 +60,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, World]:
 
 def page(world: World, after: int, **chosen: Any) -> int:
     view = world.gateway.view()
-    return len(world.store.configurations.page(after, 10, wggw.Filter(**chosen), view).rows)
+    return len(world.store.configurations.page(after, 10, wggw.Filter(**chosen), view)[0])
 
 
 def decide(rule: str, **fields: Any) -> Callable[[World, int], Any]:
@@ -137,12 +137,11 @@ def test_a_page_of_who_is_online_looks_at_so_many_peers_and_no_more(
     world = worlds[1]
     chosen, view = wggw.Filter(online=True), world.gateway.view()
     with world.lock, Work(world.store) as work:
-        found = world.store.configurations.page(0, 10, chosen, view)
-    assert found.rows == [] and found.after is not None
+        rows, after = world.store.configurations.page(0, 10, chosen, view)
+    assert rows == [] and after is not None
     assert work.steps < 12 * wggw.PAGE_SCAN
     pages = 1
-    after: int | None = found.after
     while after is not None:
-        after = world.store.configurations.page(after, 10, chosen, view).after
+        _, after = world.store.configurations.page(after, 10, chosen, view)
         pages += 1
     assert pages == MANY // wggw.PAGE_SCAN

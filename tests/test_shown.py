@@ -168,7 +168,7 @@ def test_sqlite_writes_what_the_row_says(
     # The same bytes as Python's: no escapes but those that JSON demands.
     encoded = json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
     assert text == encoded
-    assert store.configurations.page(0, 9, wggw.Filter(), VIEW).rows == [(peer.id, text)]
+    assert store.configurations.page(0, 9, wggw.Filter(), VIEW)[0] == [(peer.id, text)]
     [(_, change)] = store.feeds.changes(0, 9, VIEW)
     assert json.loads(change) == {
         "sequence": sequence,
@@ -178,7 +178,7 @@ def test_sqlite_writes_what_the_row_says(
         "configuration": right,
     }
     names = ("sequence", "label", "online")
-    [(_, some)] = store.configurations.page(0, 9, wggw.Filter(), VIEW, names).rows
+    [(_, some)] = store.configurations.page(0, 9, wggw.Filter(), VIEW, names)[0]
     assert list(json.loads(some).items()) == [(name, right[name]) for name in names]
 
 

@@ -368,11 +368,12 @@ def listed(store: Store, chosen: Filter) -> list[int]:
     found: list[int] = []
     after: int | None = 0
     while after is not None:
-        page = store.configurations.page(after, 5, chosen, wggw.View(1010, {"d1": ()}, ()))
-        assert len(page.rows) <= 5
-        found += [number for number, _ in page.rows]
-        assert page.after is None or page.after > after
-        after = page.after
+        view = wggw.View(1010, {"d1": ()}, ())
+        rows, following = store.configurations.page(after, 5, chosen, view)
+        assert len(rows) <= 5
+        found += [number for number, _ in rows]
+        assert following is None or following > after
+        after = following
     return found
 
 
