@@ -4041,27 +4041,24 @@ def _open_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
 # store: the rows. Schema, records, the one apply(), replay, the snapshot's image
 #
 # The rows say what is on disk and on the interfaces. They live in a SQLite database in memory.
-# Every change of them is a Record, and only apply_in_slices() puts records into rows; apply() does
-# all slices at once. Requests that landed, the replay of a journal, imports and the boot from a
-# copy all use it. Only the owner of the rows calls it. remember(), at a start, needs no record.
+# Every change of them is a Record, and only apply_in_slices() puts records into rows, for requests
+# that landed, the replay of a journal, imports and the boot from a copy. Only the owner of the rows
+# calls it. remember(), at a start, needs no record.
 #
 # A Store has parts that share its database: Counts and Released, which every change keeps up to
-# date, and Configurations, Feeds and Queries, which read. _Change is one record on its way into the
-# rows. Files brings a Store from the disk and writes it there.
+# date, and Configurations, Feeds and Queries, which read. Files brings a Store from the disk and
+# writes it there.
 #
-# What the API shows of a peer is an SQL expression: CONFIGURATION_SQL has it member by member.
-# SQLite makes the JSON of a page, a feed or a single peer with it. What does not come from the
-# rows, such as the gateway's key, comes as a View, which Configurations keeps in temporary tables.
+# SQLite makes the JSON of a page, a feed or a single peer with CONFIGURATION_SQL. What does not
+# come from the rows, such as the gateway's key, comes as a View, which Configurations keeps in
+# temporary tables.
 # Never here: interfaces and HTTP.
 # ==================================================================================================
 
 # The newest schema and its number, which a database holds as `PRAGMA user_version`. Every change of
 # SCHEMA takes the next number. upgraded() copies the rows of a database with a lower number into a
-# new one, so that no schema needs its own migration. Number 1 stands for eight schemas, which
-# differ in indexes, triggers and the column peers.online. Number 2 stands for the last two of these
-# without the trigger address_taken. Number 3 drops that column and the triggers, adds label,
-# service_class, quota_period, quota_base, sequences and the table gone, and lets dns and port be
-# NULL.
+# new one, so that no schema needs its own migration. Number 1 stands for eight schemas, number 2
+# for two: they lack columns and the table gone, and some have triggers and the column peers.online.
 SCHEMA_VERSION = 3
 SCHEMA = """
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -4122,9 +4119,9 @@ SCHEMA = """
         at INTEGER NOT NULL
     );
 """
-# Columns (table, column) and tables (table, "") that only older schemas have. upgraded() drops
-# these, and refuses all others that it does not know.
-RETIRED = frozenset({("sqlite_sequence", ""), ("peers", "online")})
+# Tables and columns that only older schemas have. upgraded() drops these, and refuses all others
+# that it does not know.
+RETIRED = frozenset({"sqlite_sequence", "peers.online"})
 # Tables that every schema had. A newer table starts empty where it is missing.
 FIRST_TABLES = frozenset({"meta", "peers", "released", "traffic"})
 
@@ -4179,8 +4176,7 @@ _OF_FAMILIES = (
     "ELSE '[{0},{1}]' END)"
 )
 # The members of a configuration, in their order, each as SQL with the tables of _SHOWN_FROM.
-# json() marks a text that is JSON already. A page takes a quarter of the time that it took when
-# Python made the same members.
+# json() marks a text that is JSON already. Python would need four times as long for a page.
 # fmt: off
 CONFIGURATION_SQL: Mapping[str, str] = {
     "public_key": "p.public_key",
@@ -4274,9 +4270,9 @@ def shown_obfuscation(state: str, own: str | None) -> str:
     """What a client of an obfuscated interface must know, as JSON. SQL calls it.
 
     `state` is what encode_state() made of the interface's state, `own` the client's own values.
-    These are the parameters that both sides share, the client's own values, and for values that the
-    client did not choose the interface's, as a suggestion. A client with a ContentPaddingAddition
-    of its own sends packets of other sizes: `warnings` says when some of them get lost.
+    For values that the client did not choose, the interface's are a suggestion. A client with a
+    ContentPaddingAddition of its own sends packets of other sizes: `warnings` says when some of
+    them get lost.
     """
     decoded = decode_state(state)
     values = decode_own_values(own or "{}")
@@ -4313,8 +4309,8 @@ def decode_gateways(text: str) -> dict[str, tuple[str, ...]]:
 class Gaps(NamedTuple):
     """The gaps in the sequences, and the `floor`, below which no gap is remembered.
 
-    A gap (from, to) means that changes with sequences between the two may be lost, because of a
-    crash or a restored older state. A client that has seen one of them must list all peers again.
+    Changes with sequences between the two ends of a gap may be lost, because of a crash or a
+    restored older state. A client that has seen one of them must list all peers again.
     """
 
     gaps: tuple[tuple[int, int], ...] = ()
@@ -4371,8 +4367,7 @@ class TrafficRow(NamedTuple):
     def counted(self, rx: int, tx: int, handshake: int) -> TrafficRow:
         """The row after a sample with these counters.
 
-        Both counters restart at 0 when the interface or the peer is made anew. If one of them is
-        lower than before, both have restarted.
+        Both restart at 0 when the interface or the peer is made anew, so if one fell, both did.
         """
         again = rx < self.rx_seen or tx < self.tx_seen
         rx_before, tx_before = (0, 0) if again else (self.rx_seen, self.tx_seen)
@@ -4392,23 +4387,18 @@ Seen = tuple[int, int, int]  # a peer's id, and its counters of the interface at
 class Record(NamedTuple):
     """One change of the rows, as the journal holds it.
 
-    `delete` holds ids of deleted peers; `put` holds new or changed peers as they are afterwards.
-    `traffic` holds totals, so that applying them twice changes nothing. `restart` holds (id,
-    received, sent): with this record the peer's counters on the interface restart at 0, and until
-    then, after a crash, the interface may still show these numbers. `settings` holds rows of
-    `meta`. `released` replaces the list of released addresses. `void` holds the numbers of records
-    that do not count because the interface refused them. `at` is the time of writing in Unix
-    seconds; 0 in older journals.
+    `restart` holds (id, received, sent): with this record the peer's counters on the interface
+    restart at 0, and until then, after a crash, the interface may still show these numbers.
     """
 
-    put: Sequence[Peer] = ()
-    delete: Sequence[int] = ()
-    traffic: Sequence[TrafficRow] = ()
+    put: Sequence[Peer] = ()  # new or changed peers as they are afterwards
+    delete: Sequence[int] = ()  # ids
+    traffic: Sequence[TrafficRow] = ()  # totals: applying them twice changes nothing
     restart: Sequence[tuple[int, int, int]] = ()
-    settings: Mapping[str, str] = {}
-    released: Sequence[str] | None = None
-    void: Sequence[int] = ()
-    at: int = 0
+    settings: Mapping[str, str] = {}  # rows of `meta`
+    released: Sequence[str] | None = None  # replaces the list of released addresses
+    void: Sequence[int] = ()  # numbers of records that the interface refused
+    at: int = 0  # the time of writing in Unix seconds; 0 in older journals
 
     def is_empty(self) -> bool:
         return not any(self[:-1]) and self.released is None
@@ -4522,14 +4512,10 @@ class Served(NamedTuple):
 
 
 class View(NamedTuple):
-    """What configurations show besides the rows.
+    """What configurations show besides the rows."""
 
-    A peer is online when its last handshake came after `online_since` (Unix seconds). `choices` are
-    the DNS servers by choice; the first choice is that of peers that have none of their own.
-    """
-
-    online_since: int
-    choices: Mapping[str, Sequence[str]]
+    online_since: int  # a peer with a handshake after this time (Unix seconds) is online
+    choices: Mapping[str, Sequence[str]]  # DNS servers; the first choice is the default
     interfaces: tuple[Served, ...]
 
 
@@ -4541,8 +4527,7 @@ _collector_lock = threading.Lock()  # around that number and the switch
 def collector_off() -> Iterator[None]:
     """Switch the cyclic garbage collector off while 60,000 peers exist as objects.
 
-    They form no cycles, and scanning them takes 0.2 s in whatever thread triggers it. The last of
-    several threads switches it on again.
+    They form no cycles, and scanning them takes 0.2 s in whatever thread triggers it.
     """
     global _without_collector
     with _collector_lock:
@@ -4610,18 +4595,16 @@ def upgraded(db: sqlite3.Connection) -> sqlite3.Connection:
     try:
         new.execute("BEGIN")
         old_tables, new_tables = _tables(db), _tables(new)
-        for table in old_tables.keys() - new_tables.keys():
-            if (table, "") not in RETIRED:
-                raise ValueError(f"its table {table!r} is not known")
+        if unknown := old_tables.keys() - new_tables.keys() - RETIRED:
+            raise ValueError(f"its table {min(unknown)!r} is not known")
+        if missing := FIRST_TABLES - old_tables.keys():
+            raise ValueError(f"its table {min(missing)!r} is missing")
         for table, columns in new_tables.items():
-            given = old_tables.get(table, [])
-            if not given and table in FIRST_TABLES:
-                raise ValueError(f"its table {table!r} is missing")
-            for column in given:
-                if column not in columns and (table, column) not in RETIRED:
-                    raise ValueError(f"its column {table}.{column} is not known")
-            if shared := [column for column in columns if column in given]:
-                names, marks = ", ".join(shared), ", ".join("?" * len(shared))
+            given = [c for c in old_tables.get(table, ()) if f"{table}.{c}" not in RETIRED]
+            if unknown := set(given) - set(columns):
+                raise ValueError(f"its column {table}.{min(unknown)} is not known")
+            if given:
+                names, marks = ", ".join(given), ", ".join("?" * len(given))
                 rows = db.execute(f"SELECT {names} FROM {table}")  # noqa: S608  names of this file
                 new.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", rows)  # noqa: S608  as above
         for table in ("peers", "traffic"):  # an older schema has no sequences
@@ -4866,13 +4849,18 @@ class Feeds:
         self._gaps = Gaps.parse(meta["feed"]) if "feed" in meta else Gaps()
         self.forgotten = int(meta.get("forgotten", 0))
         self.diverged: int | None = None
-        self._gone, *newest = db.execute(  # how many rows `gone` has
-            "SELECT (SELECT count(*) FROM gone), (SELECT max(sequence) FROM gone), "
-            "(SELECT max(sequence) FROM peers), (SELECT max(sequence) FROM traffic)"
-        ).fetchone()
-        gone, changed, counted = (sequence or 0 for sequence in newest)
-        self.last_change = max(gone, changed)
-        self.sequence = max(int(meta.get("sequence", 0)), self.last_change, counted)
+        self._gone: int = db.execute("SELECT count(*) FROM gone").fetchone()[0]
+        self.sequence, self.last_change = int(meta.get("sequence", 0)), 0
+        self._find_last()
+
+    def _find_last(self) -> None:
+        """Raise `sequence` and `last_change` to what the rows have."""
+        for table in ("peers", "gone", "traffic"):
+            query = f"SELECT coalesce(max(sequence), 0) FROM {table}"  # noqa: S608  names of this file
+            last = self._db.execute(query).fetchone()[0]
+            self.sequence = max(self.sequence, last)
+            if table != "traffic":
+                self.last_change = max(self.last_change, last)
 
     # --- for clients -----------------------------------------------------------------------------
 
@@ -4936,15 +4924,11 @@ class Feeds:
         begin, end = self._gaps.gaps[-1]
         self.sequence = max(self.sequence, end)
         for table in ("peers", "gone", "traffic"):
-            moved = self._db.execute(
-                f"UPDATE {table} SET sequence = sequence + ? WHERE sequence > ? AND sequence < ? "  # noqa: S608  names of this file
-                "RETURNING sequence",
+            self._db.execute(
+                f"UPDATE {table} SET sequence = sequence + ? WHERE sequence > ? AND sequence < ?",  # noqa: S608  names of this file
                 (end - begin, begin, end),
-            ).fetchall()
-            newest = max((row[0] for row in moved), default=0)
-            self.sequence = max(self.sequence, newest)
-            if table != "traffic":
-                self.last_change = max(self.last_change, newest)
+            )
+        self._find_last()
 
     def note_gone(self, keys: Sequence[tuple[int, str]], at: int) -> None:
         """Remember the (sequence, key) of deleted keys, unless another peer has them now."""
@@ -6528,23 +6512,24 @@ def decode_segment(payload: bytes) -> tuple[bytes, list[TrafficRow]]:
 
 def open_state(
     data: bytes,
-    segments: Iterable[tuple[str, int, bytes, Sequence[TrafficRow]]] = (),
+    segments: Sequence[Entry] = (),
     vault: Vault | None = None,
     name: str = "the snapshot",
 ) -> Store:
-    """The verified state of a snapshot file that came from outside; `vault` may be its key.
+    """The verified state of a snapshot file that came from outside, and of segments behind it.
 
-    `segments` are (name, last number, journal file, totals) to replay on it. Raises DamagedError,
-    which names what is damaged, or ConfigError.
+    `vault` may be the file's key. Raises DamagedError, which names what is damaged, or ConfigError.
     """
     place = name
     try:
         store = Store(decode_snapshot(data, vault, name))
         store.feeds.diverged = store.feeds.sequence  # the segments have totals in another order
-        for place, number, segment, totals in segments:
-            file = parse_journal(segment, place)
-            if file.torn or file.last != number:
-                raise _damaged(place, file.size, f"it does not end with record {number}")
+        for segment in segments:
+            place = segment.name
+            journal, totals = decode_segment(segment.payload)
+            file = parse_journal(journal, place)
+            if file.torn or file.last != segment.number:
+                raise _damaged(place, file.size, f"it does not end with record {segment.number}")
             store.replay(file, place)
             store.apply(Record(traffic=totals))
         place = name
@@ -6555,24 +6540,12 @@ def open_state(
     return store
 
 
-def _segments(entries: Iterable[Entry]) -> Iterator[tuple[str, int, bytes, list[TrafficRow]]]:
-    for entry in entries:
-        try:
-            segment = decode_segment(entry.payload)
-        except (ValueError, TypeError) as error:
-            raise CopyDamaged(f"{entry.name} is damaged: {error}") from None
-        yield entry.name, entry.number, *segment
-
-
 def read_state(entries: Sequence[Entry]) -> Store:
-    """The state that a snapshot and its segments make, verified like an import.
-
-    Raises CopyDamaged.
-    """
+    """The state that a snapshot and its segments make. Raises CopyDamaged."""
     try:
-        snapshot, *behind = entries
-        return open_state(snapshot.payload, _segments(behind), name=snapshot.name)
-    except (DamagedError, ValueError, TypeError) as error:
+        snapshot, *segments = entries
+        return open_state(snapshot.payload, segments, name=snapshot.name)
+    except (DamagedError, ValueError) as error:
         raise CopyDamaged(str(error).split(". ")[0]) from None  # `wggw check` is for files
 
 
@@ -6734,7 +6707,16 @@ class Copier:
             LOG.info("remote copy: epoch %d begins, from the files here", claim.epoch)
         else:
             LOG.info("remote copy: epoch %d begins, with record %d", claim.epoch, state.number)
-            self._take(state)
+            if self._store.number:
+                LOG.warning(
+                    "remote copy: another gateway has continued it, or it has more than the files: "
+                    "this gateway boots from it and keeps the files' state, up to record %d, in "
+                    "%s.superseded",
+                    self._store.number,
+                    self._files.path,
+                )
+            state.number = max(state.number, self._store.number + 1)  # numbers never go back
+            self._store.take(state)
         self._store.lineage = lineage
         if writer := last[0].partition("-")[2]:
             self._contained[writer] = MAX_INTEGER
@@ -6764,19 +6746,6 @@ class Copier:
         if self._store.number:
             self._files.write_copy(self._store, self._files.path + ".superseded")
         return copy
-
-    def _take(self, copy: Store) -> None:
-        """Replace the state of the local files by the copy's."""
-        if self._store.number:
-            LOG.warning(
-                "remote copy: another gateway has continued it, or it has more than the files: "
-                "this gateway boots from it and keeps the files' state, up to record %d, in "
-                "%s.superseded",
-                self._store.number,
-                self._files.path,
-            )
-        copy.number = max(copy.number, self._store.number + 1)  # numbers never go back
-        self._store.take(copy)
 
     def _refuse_newer(self, state: Store) -> None:
         """The check of a late boot. Raises CopyError."""

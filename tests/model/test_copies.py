@@ -178,7 +178,8 @@ def open_state(data: bytes, segments: Any, name: str) -> Rows:
     """In the place of wggw.open_state()."""
     number, given = json.loads(data)
     peers = set(given)
-    for _, last, journal, _ in segments:
+    for segment in segments:
+        last, (journal, _) = segment.number, wggw.decode_segment(segment.payload)
         file = wggw.parse_journal(journal, "a segment")
         assert file.last == last and file.after <= number
         for landing in file.landings:
