@@ -4250,13 +4250,11 @@ _CHANGES = f"""
     SELECT p.sequence, json_object('sequence', p.sequence, 'time', {_TIME.format("p.changed_at")},
         'deleted', json('false'), 'public_key', p.public_key, 'configuration', {_SHOWN})
     {_SHOWN_FROM} WHERE p.sequence > :after AND p.sequence <= :until
-    ORDER BY p.sequence LIMIT :limit
-"""
-_DELETIONS = f"""
-    SELECT sequence, json_object('sequence', sequence, 'time', {_TIME.format("at")},
+    UNION ALL SELECT sequence, json_object('sequence', sequence, 'time', {_TIME.format("at")},
         'deleted', json('true'), 'public_key', public_key, 'configuration', NULL)
-    FROM gone WHERE sequence > :after AND sequence <= :until ORDER BY sequence LIMIT :limit
-"""  # noqa: S608  names of this file
+    FROM gone WHERE sequence > :after AND sequence <= :until AND :after > 0
+    ORDER BY 1 LIMIT :limit
+"""  # noqa: S608  names of this file; `:after > 0`: a new client knows no deleted key
 _USAGE = f"""
     SELECT t.sequence, json_object('public_key', p.public_key, 'rx_bytes', t.rx_bytes,
         'tx_bytes', t.tx_bytes, 'last_handshake', {_TIME.format("nullif(t.last_handshake, 0)")})
@@ -4893,15 +4891,8 @@ class Feeds:
 
         A deleted key has no configuration.
         """
-        until = min(until, self.sequence)
-        values = {**self._configurations.prepare(view), "after": abs(after), "until": until}
-        rows: list[tuple[int, str]] = self._db.execute(
-            _CHANGES, values | {"limit": limit}
-        ).fetchall()
-        if after:  # a new client knows no deleted key
-            rows += self._db.execute(_DELETIONS, values | {"limit": limit})
-            rows.sort()
-        return rows[:limit]
+        values = {"after": abs(after), "limit": limit, "until": min(until, self.sequence)}
+        return self._db.execute(_CHANGES, values | self._configurations.prepare(view)).fetchall()
 
     def usage(self, after: int, limit: int, until: int = MAX_INTEGER) -> list[tuple[int, str]]:
         """(sequence, JSON) of the totals of peers whose totals changed, ordered by sequence."""
@@ -5253,11 +5244,8 @@ class Store:
             raise ValueError("an id is out of range")
         for name in META_PARSERS:
             self.meta(name)
-        after = 0
-        while peers := self.peers_after(after, READ_CHUNK):
-            for peer in peers:
-                verify_peer(peer)
-            after = peers[-1].id
+        for row in self._db.execute(_SELECT):
+            verify_peer(Peer._make(row))
 
     # --- how rows change -------------------------------------------------------------------------
 
@@ -6666,7 +6654,7 @@ class Copier:
         contain it. Raises CopyError, StartError, and what `check` raises.
         """
         with self._disk_needed():
-            self._boot(check, late=False)
+            self._boot(check)
 
     @contextlib.contextmanager
     def _disk_needed(self) -> Iterator[None]:
@@ -6676,8 +6664,9 @@ class Copier:
             path = self._files.path
             raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
 
-    def _boot(self, check: Callable[[Store], None], late: bool) -> None:
-        """`late`: the copy did not answer at the start, so the rows are in use already."""
+    def _boot(self, check: Callable[[Store], None] | None) -> None:
+        """Without `check` the copy did not answer at the start, so the rows are in use already."""
+        late = check is None
         own = self._files.read_writers()
         top, newest = self.epochs.find()
         mine = newest is not None and newest.writer in {*own, self.epochs.writer}
@@ -6729,15 +6718,21 @@ class Copier:
         self,
         own: Mapping[str, int],
         lineage: str,
-        check: Callable[[Store], None],
+        check: Callable[[Store], None] | None,
         prefix: str,
         entries: Sequence[Entry],
     ) -> Store:
         """The store if the local files have all that was read, else the copy's state; checked."""
         here = min(own.get(prefix.partition("-")[2], -1), self._store.number)
         if not entries or entries[-1].number <= here:
-            check(self._store)
+            if check:
+                check(self._store)
             return self._store
+        if check is None:
+            raise CopyError(
+                f"the copy's record {entries[-1].number} is not in the files here. Restart the "
+                "gateway to boot from the copy"
+            )
         if not entries[0].payload:
             _, entries = self.epochs.read(prefix, lineage)
         copy = read_state(entries)
@@ -6746,14 +6741,6 @@ class Copier:
         if self._store.number:
             self._files.write_copy(self._store, self._files.path + ".superseded")
         return copy
-
-    def _refuse_newer(self, state: Store) -> None:
-        """The check of a late boot. Raises CopyError."""
-        if state is not self._store:
-            raise CopyError(
-                f"the copy's record {state.number} is not in the files here. Restart the gateway "
-                "to boot from the copy"
-            )
 
     def go_without(self) -> None:
         """Start without the copy, which does not answer. Raises StartError.
@@ -6823,7 +6810,7 @@ class Copier:
     def _step(self, snapshots: bool) -> None:
         """Do one upload, if the copy lacks something."""
         if not self._attached:
-            self._boot(self._refuse_newer, late=True)
+            self._boot(check=None)
         if self.epochs.pending:
             self._done(self.epochs.flush())
         self.epochs.announce()
