@@ -4670,17 +4670,12 @@ _Item = TypeVar("_Item")
 
 
 class Counts:
-    """How many peers there are. Every change of the rows keeps these numbers up to date.
-
-    `peers` has the peers by (interface, status), `reasons` those that the gateway suspended by
-    (interface, reason), `classes` the peers by service class, and `class_addresses` the number of
-    addresses that the active ones of a class have. `next_id` is above every id that peers had.
-    """
+    """How many peers there are. Every change of the rows keeps these numbers up to date."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         kinds = db.execute("SELECT interface, status, count(*) FROM peers GROUP BY 1, 2")
         self.peers = collections.Counter({(name, status): n for name, status, n in kinds})
-        kinds = db.execute(
+        kinds = db.execute(  # of peers that the gateway suspended
             "SELECT interface, status_reason, count(*) FROM peers "
             "WHERE status_reason IS NOT NULL GROUP BY 1, 2"
         )
@@ -4691,7 +4686,9 @@ class Counts:
             "FROM peers WHERE service_class IS NOT NULL GROUP BY 1"
         ).fetchall()
         self.classes = collections.Counter({name: n for name, n, _ in classes})
+        # How many addresses the active peers of a class have.
         self.class_addresses = collections.Counter({name: n for name, _, n in classes})
+        # Above every id that peers had.
         self.next_id: int = db.execute("SELECT coalesce(max(id), 0) + 1 FROM peers").fetchone()[0]
 
     def total(self) -> int:
@@ -4829,26 +4826,22 @@ class Configurations:
 class Feeds:
     """What the followers of changes and usage read.
 
-    `sequence` is the last sequence that was assigned. Every changed row and every deleted key gets
-    the next one, and replay assigns the same ones. Rows of a landing that is only partly applied
-    have higher ones, and no feed shows them. `last_change` is the last sequence of a peer or of a
-    deleted key. `diverged`: clients may have seen other changes after this sequence. `forgotten` is
-    the sequence of the latest deletion that the table `gone` lost to MAX_GONE.
+    Every changed row and every deleted key gets the next sequence, and replay assigns the same
+    ones. Rows of a landing that is only partly applied have sequences above `sequence`, and no feed
+    shows them.
     """
 
     def __init__(
-        self,
-        db: sqlite3.Connection,
-        meta: Mapping[str, str],
-        configurations: Configurations,
+        self, db: sqlite3.Connection, meta: Mapping[str, str], configurations: Configurations
     ) -> None:
         self._db = db
         self._configurations = configurations
         self._gaps = Gaps.parse(meta["feed"]) if "feed" in meta else Gaps()
-        self.forgotten = int(meta.get("forgotten", 0))
-        self.diverged: int | None = None
+        self.forgotten = int(meta.get("forgotten", 0))  # the last that `gone` lost to MAX_GONE
+        self.diverged: int | None = None  # clients may have seen other changes after this one
         self._gone: int = db.execute("SELECT count(*) FROM gone").fetchone()[0]
-        self.sequence, self.last_change = int(meta.get("sequence", 0)), 0
+        self.sequence = int(meta.get("sequence", 0))  # the last one that was assigned
+        self.last_change = 0  # the last one of a peer or of a deleted key
         self._find_last()
 
     def _find_last(self) -> None:
@@ -5064,7 +5057,7 @@ class _Change:
         first = store.feeds.sequence + 1
         self._sequences = {peer.id: n for n, peer in enumerate(record.put, first)}
         self._last = store.feeds.sequence + len(record.put)  # the last assigned sequence
-        self._before: dict[int, Peer] = {}  # the former rows of deleted and changed peers, by id
+        self._before: dict[int, Peer] = {}  # the former rows of changed peers, by id
         self._given_up: dict[str, int] = {}  # keys and addresses that changed peers had
         self._givers: set[int] = set()  # the peers whose former keys or addresses others get
         self._freed: list[str] = []  # addresses that peers had
@@ -5102,7 +5095,6 @@ class _Change:
             row = self._by_id(number)
             if row is None:
                 raise sqlite3.IntegrityError(f"there is no peer with id {number}")
-            self._before[number] = row
             self._freed += _addresses_of(row)
             self._gone.append(row.public_key)
             self._take_out(row)
@@ -5167,34 +5159,28 @@ def _addresses_of(peer: Peer) -> list[str]:
 
 
 class Store:
-    """The rows, and the one way in which they change.
-
-    `number` is the last record that they contain; it never decreases. `loaded`: the rows come from
-    a snapshot. `journaled`: a journal belongs to this snapshot. `changed`: the rows have changed
-    since the last snapshot. `restarted`: see replay().
-    """
+    """The rows, and the one way in which they change."""
 
     def __init__(self, image: bytes | None = None) -> None:
         """Without an image the rows are empty. Raises sqlite3.Error, ValueError, TypeError."""
         self._db = open_image(image) if image is not None else empty_database()
         rows = dict(self._db.execute("SELECT name, value FROM meta"))
-        self.loaded = image is not None
+        self.loaded = image is not None  # the rows come from a snapshot
+        # The last record that the rows contain; it never decreases.
         self.number = int(rows["number"]) if self.loaded else 0
         self.lineage = rows.get("lineage", "")  # a random id; the first start chooses it
-        self.journaled = rows.get("journaled") == "1"
-        # By interface; only encrypted snapshots hold them.
+        self.journaled = rows.get("journaled") == "1"  # a journal belongs to the snapshot
+        prefix = "private_key "  # before an interface's name; only encrypted snapshots hold keys
         self.private_keys = {
-            name.partition(" ")[2]: key
-            for name, key in rows.items()
-            if name.startswith("private_key ")
+            name.removeprefix(prefix): key for name, key in rows.items() if name.startswith(prefix)
         }
         self.counts = Counts(self._db)
         self.released = Released(self._db)
         self.configurations = Configurations(self._db, self.counts)
         self.feeds = Feeds(self._db, rows, self.configurations)
         self.queries = Queries(self._db)
-        self.changed = False
-        self.restarted: dict[int, tuple[int, int]] = {}
+        self.changed = False  # since the last snapshot
+        self.restarted: dict[int, tuple[int, int]] = {}  # see replay()
 
     def take(self, other: Store) -> None:
         """Become another store, which must not be used afterwards."""
@@ -5729,14 +5715,13 @@ class ObjectStore:
         request = (method, self._path + name, content or None, headers)
         try:
             if kept is not None:
-                try:
+                with contextlib.suppress(OSError, http.client.BadStatusLine):
                     return self._ask(kept, request, limit)
-                except (OSError, http.client.BadStatusLine):
-                    # The store has closed it, or a firewall has forgotten it and all the others.
-                    with self._lock:
-                        idle, self._idle = self._idle, []
-                    for connection in idle:
-                        connection.close()
+                # The store has closed it, or a firewall has forgotten it and all the others.
+                with self._lock:
+                    idle, self._idle = self._idle, []
+                for connection in idle:
+                    connection.close()
             connection = self._connect(self._host, self._port, timeout=COPY_TIMEOUT)
             connection.connect()
             return self._ask(connection, request, limit)
@@ -5883,15 +5868,11 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
 
 
 class CopyDamaged(CopyError):
-    """An object is not what a gateway put there. Trying again helps only if the store was wrong.
+    """An object is not what a gateway put there. Trying again helps only if the store was wrong."""
 
-    `cut`: it is only the beginning of such an object. A store that tears uploads leaves this, and
-    no writer counts it as stored.
-    """
 
-    def __init__(self, text: str, cut: bool = False) -> None:
-        super().__init__(text)
-        self.cut = cut
+class CopyCut(CopyDamaged):
+    """An object is only the beginning of what was put there, so no writer counts it as stored."""
 
 
 class CopyTaken(CopyError):
@@ -5926,13 +5907,12 @@ def pack(about: Mapping[str, Any], payload: bytes, vault: Vault | None) -> bytes
 
 
 def unpack(name: str, data: bytes | None, vault: Vault | None) -> tuple[dict[str, Any], bytes]:
-    """Reverse pack(). Raises CopyDamaged, which names the object, and ConfigError when SNAPSHOT_KEY
-    is not the object's key.
-    """
+    """Reverse pack(). Raises CopyDamaged, and ConfigError when SNAPSHOT_KEY does not fit."""
     data = data or b""
     digest = hashlib.sha256(data[77:]).hexdigest().encode("ascii")
     if data[:77] != b"wggw-copy 2 %b " % digest:
-        raise CopyDamaged(f"{name} is not what was put there", _is_cut(data))
+        kind = CopyCut if _is_cut(data) else CopyDamaged
+        raise kind(f"{name} is not what was put there")
     head, _, body = data[77:].partition(b"\n")
     try:
         about = load_json(head.decode("ascii"))
@@ -5985,13 +5965,12 @@ class CopyContested(CopyError):
 
 
 class Manifest(NamedTuple):
-    """The position and number of a snapshot, whether the epoch's writer relies on fences, and up to
-    which epoch writers have removed what replaced epochs held."""
+    """Where an epoch's newest snapshot is."""
 
     position: int
     number: int
-    fenced: bool = False
-    swept: int = 0
+    fenced: bool = False  # whether the epoch's writer relies on fences
+    swept: int = 0  # what replaced epochs up to this one held is deleted
 
 
 class Entry(NamedTuple):
@@ -6018,10 +5997,6 @@ def _manifest_names(prefix: str) -> list[str]:
     return [f"{prefix}-manifest-{i}" for i in (0, 1)]
 
 
-def _rival_name(prefix: str) -> str:
-    return f"{prefix}-rival"
-
-
 def _claim_in(name: str, data: bytes | None, vault: Vault | None) -> Claim:
     """The claim in an object, which is a claim, a fence or a note. Raises CopyDamaged."""
     about, _ = unpack(name, data, vault)
@@ -6040,25 +6015,17 @@ def _claim_in(name: str, data: bytes | None, vault: Vault | None) -> Claim:
 
 
 _NOT_STORED = "a read returns other bytes than were put there"
-NO_DELETE = (403, 405, 501)  # statuses of a store that never deletes
 
 
 class Epochs:
-    """The protocol: claims, entries, fences. One thread at a time uses it.
-
-    `writer` is this start's random name. `fences` says whether the store has conditional PUTs.
-    """
+    """The protocol: claims, entries, fences. One thread at a time uses it."""
 
     def __init__(
-        self,
-        objects: ObjectStore,
-        vault: Vault | None,
-        node: str,
-        clock: Callable[[], float],
+        self, objects: ObjectStore, vault: Vault | None, node: str, clock: Callable[[], float]
     ) -> None:
-        self.writer = secrets.token_hex(8)
+        self.writer = secrets.token_hex(8)  # this start's name
         self.claim: Claim | None = None
-        self.fences = False
+        self.fences = False  # whether the store has conditional PUTs
         self.pending: Entry | None = None  # sent, but the store has not confirmed it
         self.objects = objects
         self._vault = vault
@@ -6089,8 +6056,8 @@ class Epochs:
         for epoch in range(low, 0, -1):
             try:
                 return low, self.read_claim(epoch)
-            except CopyDamaged as error:  # nobody held an epoch whose claim's upload was torn
-                if self.objects.checks or not error.cut or epoch == 1:
+            except CopyCut:  # nobody held an epoch whose claim's upload was torn
+                if self.objects.checks or epoch == 1:
                     raise
         return 0, None
 
@@ -6194,12 +6161,7 @@ class Epochs:
         for name, data in zip(names, batch, strict=True):
             with contextlib.suppress(CopyDamaged):
                 about, _ = unpack(name, data, self._vault)
-                given = Manifest(
-                    about.get("position", 0),
-                    about.get("number", 0),
-                    bool(about.get("fenced")),
-                    about.get("swept", 0),
-                )
+                given = Manifest(*(about.get(field, 0) for field in Manifest._fields))
                 if all(isinstance(value, int) for value in given) and given.position > 0:
                     found.append(given)
         missing = None if batch == [None, None] else Manifest(1, MAX_INTEGER)
@@ -6238,7 +6200,7 @@ class Epochs:
                     entry = Entry("damaged", 0, name=name)
                     if wanted:
                         behind = _entry_names(prefix, position + 1, COPY_SEGMENTS + 2)
-                        is_torn = error.cut and not self.objects.checks
+                        is_torn = isinstance(error, CopyCut) and not self.objects.checks
                         if not is_torn or any(self.objects.get_all(behind, MAX_SNAPSHOT)):
                             raise
                         return found  # its writer did not count it as copied
@@ -6297,7 +6259,7 @@ class Epochs:
     def _look(self, claim: Claim, name: str) -> None:
         """Without conditional PUTs: check that the entry is there and our claim is the newest."""
         own, next_one = map(_claim_name, (claim.epoch, claim.epoch + 1))
-        note = _rival_name(claim.prefix)
+        note = f"{claim.prefix}-rival"
         limit = max(MAX_MANIFEST, len(self._content))
         there, ours, higher, rival = self.objects.get_all([name, own, next_one, note], limit)
         if higher is not None and (found := self._claimed_above(claim)):
@@ -6306,7 +6268,7 @@ class Epochs:
             holder = _claim_in(own, ours, self._vault)
             if holder.writer != claim.writer:  # both claimed it at the same moment: leave a note
                 content = pack({"claim": claim._asdict()}, b"", self._vault)
-                self.objects.put(_rival_name(holder.prefix), content)
+                self.objects.put(f"{holder.prefix}-rival", content)
                 raise self._taken_by(own, ours)
         if rival is not None and not self._has_rival:
             self._has_rival = True
@@ -6335,9 +6297,10 @@ class Epochs:
                 return None
             try:
                 unpack(name, data, self._vault)
-            except CopyDamaged as error:
-                if error.cut:
-                    continue
+            except CopyCut:
+                continue
+            except CopyDamaged:
+                pass
             return name, data
         return None
 
@@ -6371,8 +6334,8 @@ class Epochs:
                 self.objects.delete(self._garbage[0])
                 self._garbage.popleft()
         except CopyError as error:
-            if error.status in NO_DELETE:
-                self._garbage = collections.deque(maxlen=0)  # nothing is kept for another try
+            if error.status in (403, 405, 501):  # the store never deletes, so no other try helps
+                self._garbage = collections.deque(maxlen=0)
                 LOG.info("remote copy: old objects stay in the store, delete them there: %s", error)
 
     def sweep(self) -> bool:
@@ -6403,7 +6366,7 @@ class Epochs:
             # that what a crash leaves is found again.
             start = max(1, begin - 3 * (COPY_SEGMENTS + 2))
             old = _entry_names(prefix, start, end - start)[::-1]
-            self._delete([*old, *_manifest_names(prefix), _rival_name(prefix)])
+            self._delete([*old, *_manifest_names(prefix), f"{prefix}-rival"])
 
 
 # --- what a gateway puts there, and when ----------------------------------------------------------
@@ -6628,44 +6591,30 @@ class Copier:
 
     def state(self) -> CopyState:
         claim, remote = self.epochs.claim, self.epochs.objects
+        number, records = max(0, self._number), 0
+        seconds: float = 0
         since = self._backlog.lacking_since(self._number)
-        return CopyState(
-            claim.epoch if claim else 0,
-            self._taken.holder if self._taken else claim.node if claim else "",
-            max(0, self._number),
-            0 if since is None else max(0, self._store.number - max(0, self._number)),
-            0 if since is None else round(max(0.0, self._clock() - since), 3),
-            remote.requests,
-            remote.bytes_sent,
-            remote.bytes_received,
-            self._failure,
-        )
+        if since is not None:
+            records = max(0, self._store.number - number)
+            seconds = round(max(0.0, self._clock() - since), 3)
+        epoch, holder = (claim.epoch, claim.node) if claim else (0, "")
+        holder = self._taken.holder if self._taken else holder
+        traffic = remote.requests, remote.bytes_sent, remote.bytes_received
+        return CopyState(epoch, holder, number, records, seconds, *traffic, self._failure)
 
     # --- at the start ----------------------------------------------------------------------------
 
-    def boot(self, check: Callable[[Store], None]) -> None:
+    def boot(self, check: Callable[[Store], None] | None) -> None:
         """Claim an epoch, and fill the store from the copy if that is newer than the files.
 
         The order is: look, check, claim, read on. `check` gets the state that would be served, and
         may refuse it while the gateway that holds the copy still goes on. What that gateway
-        uploads between look and claim is read after the claim, and then checked, too.
+        uploads between look and claim is read after the claim, and then checked, too. Without
+        `check` the copy did not answer at the start, so the rows are in use already.
 
-        The store is loaded and does not write yet. The newest epoch wins over files that do not
-        contain it. Raises CopyError, StartError, and what `check` raises.
+        The newest epoch wins over files that do not contain it. Raises CopyError, ConfigError,
+        OSError, and what `check` raises.
         """
-        with self._disk_needed():
-            self._boot(check)
-
-    @contextlib.contextmanager
-    def _disk_needed(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            path = self._files.path
-            raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
-
-    def _boot(self, check: Callable[[Store], None] | None) -> None:
-        """Without `check` the copy did not answer at the start, so the rows are in use already."""
         late = check is None
         own = self._files.read_writers()
         top, newest = self.epochs.find()
@@ -6743,7 +6692,7 @@ class Copier:
         return copy
 
     def go_without(self) -> None:
-        """Start without the copy, which does not answer. Raises StartError.
+        """Start without the copy, which does not answer. Raises OSError.
 
         If the files have lost records that the copy has, new records get the same numbers.
         """
@@ -6751,8 +6700,7 @@ class Copier:
         own, last = self._files.read_writers(), self._store.number
         contained = {name: min(number, last) for name, number in own.items()}
         if contained != own:
-            with self._disk_needed():
-                self._files.keep_writers(contained)
+            self._files.keep_writers(contained)
 
     def begin(self) -> Callable[[Sequence[Written]], None]:
         """Begin to follow the store, which is recovered, on disk, and has not changed yet.
@@ -6810,7 +6758,7 @@ class Copier:
     def _step(self, snapshots: bool) -> None:
         """Do one upload, if the copy lacks something."""
         if not self._attached:
-            self._boot(check=None)
+            self.boot(check=None)
         if self.epochs.pending:
             self._done(self.epochs.flush())
         self.epochs.announce()
@@ -16257,7 +16205,11 @@ class Start:
         copier = Copier(epochs, store, files, gateway.lander.snapshot, config)
         copier.on_taken = self._taken
         self._app.copier = copier
-        is_read = wait_for(lambda: self._read_copy(copier))
+        try:
+            is_read = wait_for(lambda: self._read_copy(copier))
+        except OSError as error:
+            path = files.path
+            raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
         self._is_first = self._is_first and copier.found_nothing
         return is_read
 
