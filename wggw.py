@@ -4490,12 +4490,12 @@ _BAD_RECORD = (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError, O
 
 
 class Filter(NamedTuple):
-    """Which peers a list shows. `reason` is a status_reason."""
+    """Which peers a list shows."""
 
     status: str | None = None
     interface: str | None = None
     online: bool | None = None
-    reason: str | None = None
+    status_reason: str | None = None
     label: str | None = None
     request_id: str | None = None
 
@@ -4783,16 +4783,14 @@ class Configurations:
         peers are online. With this filter a page reads at most PAGE_SCAN peers and may therefore be
         shorter than `limit`.
         """
-        values: dict[str, Any] = {**self.prepare(view), "after": after, "limit": limit + 1}
-        conditions = ["p.id > :after"]
-        exact = (chosen.label, chosen.request_id, chosen.reason)
-        for name, value in zip(("label", "request_id", "status_reason"), exact, strict=True):
-            if value is not None:
-                conditions.append(f"p.{name} = :{name}")
-                values[name] = value
+        values = {**self.prepare(view), **chosen._asdict(), "after": after, "limit": limit + 1}
+        exact = [n for n in ("label", "request_id", "status_reason") if values[n] is not None]
+        conditions = ["p.id > :after", *(f"p.{name} = :{name}" for name in exact)]
         last = MAX_INTEGER
         if chosen.online is not None:
-            last = values["last"] = self._scan_end(after)
+            query = "SELECT max(id) FROM (SELECT id FROM peers WHERE id > ? ORDER BY id LIMIT ?)"
+            row = self._db.execute(query, (after, PAGE_SCAN)).fetchone()
+            last = values["last"] = row[0] or MAX_INTEGER
             conditions += ["p.id <= :last", _ONLINE if chosen.online else f"NOT {_ONLINE}"]
         kinds: list[dict[str, Any]] = [{}]
         if chosen.status is not None or chosen.interface is not None:
@@ -4814,13 +4812,6 @@ class Configurations:
         if len(rows) > limit:
             return rows[:limit], rows[limit - 1][0]
         return rows, last if last < self._counts.next_id - 1 else None
-
-    def _scan_end(self, after: int) -> int:
-        row = self._db.execute(
-            "SELECT max(id) FROM (SELECT id FROM peers WHERE id > ? ORDER BY id LIMIT ?)",
-            (after, PAGE_SCAN),
-        ).fetchone()
-        return row[0] or MAX_INTEGER
 
 
 class Feeds:
@@ -5833,10 +5824,10 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
 #
 # Every start of a gateway that writes claims an epoch: it puts the object claim-N, where N is one
 # more than the newest claim's number. The claim names the writer (a random name), the lineage of
-# the state, and the epoch before it. All other objects of a writer have names that begin
-# with N-WRITER: numbered entries, each put once, and two manifests in turn, which name the position
-# of the newest snapshot. An entry is a snapshot, a segment (the records that follow the entry
-# before it), or a fence.
+# the state, and the epoch before it. A writer's other objects have names that begin with N-WRITER:
+# entries, numbered and each put once, and two manifests in turn, which name the position of the
+# newest snapshot. An entry is a snapshot, a segment (the records behind the entry before it), or a
+# fence.
 #
 # A writer continues the epoch before its own if that has the same lineage, and ends it in any case.
 # If it has no entries, the writer goes back to the first epoch that has some: whoever put them had
@@ -13787,14 +13778,8 @@ class PeerHandlers:
 
     def list_peers(self, request: Request) -> Later[Response]:
         query = request.query
-        chosen = Filter(
-            query.get("status"),
-            named_interface(self._gateway, query),
-            query.get("online"),
-            query.get("status_reason"),
-            query.get("label"),
-            query.get("request_id"),
-        )
+        chosen = Filter(*map(query.get, Filter._fields))
+        chosen = chosen._replace(interface=named_interface(self._gateway, query))
         limit, names = query.get("limit", DEFAULT_PAGE), query.get("fields", ALL_MEMBERS)
         later = Later[Response]()
 
