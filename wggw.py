@@ -5212,10 +5212,15 @@ class Store:
 
         Between two slices no peer is missing. Raises sqlite3.Error halfway when it does not fit.
         """
+        rows = 0
         for items, step in _Change(record, self, self._db).steps():
             for start in range(0, len(items), APPLY_SLICE):  # a generator would cost 2 µs a change
-                step(items[start : start + APPLY_SLICE])
-                yield
+                part = items[start : start + APPLY_SLICE]
+                step(part)
+                rows += len(part)
+                if rows >= APPLY_SLICE:
+                    yield
+                    rows = 0
         self.changed = True
 
     def apply(self, record: Record) -> None:
@@ -9969,8 +9974,9 @@ class Flight(Later["GatewayError | None"]):
     def __init__(self, record: Record | None = None) -> None:
         super().__init__()
         self.record = record or Record()
-        self.changes: dict[str, list[Change]] = {}  # by interface
-        self.setup: dict[str, Link | None] = {}  # interfaces to set up; None: as they are now
+        # By interface; an interface to set up is among them, too.
+        self.changes = collections.defaultdict[str, list[Change]](list)
+        self.links: dict[str, Link | None] = {}  # interfaces to set up; None: as they are now
         self.steps: list[Step] = []
         self.keys: list[str] = []
         # What claim() returned; None: an address that another peer of this flight gives up.
@@ -9984,29 +9990,31 @@ class Flight(Later["GatewayError | None"]):
         self.submitted = False
         self.number = 0
 
-    @property
-    def interfaces(self) -> Collection[str]:
-        """The interfaces that it changes."""
-        return {**self.setup, **self.changes} if self.setup else self.changes
+    def set_up(self, interface: str, link: Link | None) -> None:
+        self.links[interface] = link
+        self.changes.setdefault(interface, [])
 
     def complete(self) -> None:
         """Take the rows and the changes of the interfaces from the steps.
 
         Removals come first: another peer may get the address of a removed one.
         """
-        put = [after for _, after in self.steps if after]
-        delete = [before.id for before, after in self.steps if before and not after]
-        self.record = self.record._replace(put=put, delete=delete)
-        gone: list[tuple[str, Change]] = []
+        put: list[Peer] = []
+        delete: list[int] = []
         come: list[tuple[str, Change]] = []
         for before, after in self.steps:
             was, now = _projection(before), _projection(after)
             if before and was and (now is None or was.public_key != now.public_key):
-                gone.append((before.interface, Change(was.public_key, None)))
+                self.changes[before.interface].append(Change(was.public_key, None))
             if after and now and was != now:
                 come.append((after.interface, Change(now.public_key, now)))
-        for name, change in gone + come:
-            self.changes.setdefault(name, []).append(change)
+            if after:
+                put.append(after)
+            elif before:
+                delete.append(before.id)
+        for name, change in come:
+            self.changes[name].append(change)
+        self.record = self.record._replace(put=put, delete=delete)
 
     def spare(self, interface: str, family: str) -> str | None:
         """The first address that it frees there and that none of its peers has taken again."""
@@ -10087,17 +10095,25 @@ class Tunnel:
         self.is_read = False  # landings on it wait: see Lander
         self.is_silent = False  # it did not answer the last reading, so a landing need not ask
 
-    def project(self, flights: Sequence[Flight]) -> None:
-        """Set the interface up as flights demand, then do their changes. Raises BackendError."""
-        links = [flight.setup[self.name] for flight in flights if self.name in flight.setup]
-        changes = [c for flight in flights for c in flight.changes.get(self.name, ())]
+    def project(self, flights: Sequence[Flight]) -> BackendError | None:
+        """Set the interface up as flights demand, then do their changes. Returns what failed."""
+        links: list[Link | None] = []
+        changes: list[Change] = []
+        for flight in flights:
+            changes += flight.changes[self.name]
+            if self.name in flight.links:
+                links.append(flight.links[self.name])
         if self.is_silent and not links:
-            raise NoAnswer(f"{self.name}: the interface does not answer")
-        if links:
-            wanted = next(filter(None, reversed(links)), None)
-            self.backend.setup(wanted or self.link, make=wanted is None)
-        if changes:
-            self.backend.apply(changes)
+            return NoAnswer(f"{self.name}: the interface does not answer")
+        try:
+            if links:
+                wanted = next(filter(None, reversed(links)), None)
+                self.backend.setup(wanted or self.link, make=wanted is None)
+            if changes:
+                self.backend.apply(changes)
+        except BackendError as error:
+            return error
+        return None
 
     def fail(self, reason: str) -> None:
         """Note that the interface may differ from the rows: it must be reconciled."""
@@ -10173,15 +10189,14 @@ class Tunnel:
 class Ledger:
     """The table of what is in flight. Owner; land() is for workers.
 
-    `in_flight` holds flights by public key, `addresses` by each address that they take or free.
-    `airborne` holds every opened flight that has not landed, the oldest first. While there is an
+    `in_flight` holds flights by public key. `airborne` holds every opened flight that has not
+    landed: the latest submitted one is behind all that were submitted earlier. While there is an
     `exclusive` flight, nothing else is decided. The lander takes what is in `waiting`.
     """
 
     def __init__(self, run: Run, files: Files, tunnels: Mapping[str, Tunnel]) -> None:
         self.run, self.files, self.tunnels = run, files, tunnels
         self.in_flight: dict[str, Flight] = {}
-        self.addresses: dict[HeldAddress, Flight] = {}
         self.airborne: dict[Flight, None] = {}
         self.exclusive: Flight | None = None
         self.waiting: queue.SimpleQueue[list[Flight]] = queue.SimpleQueue()
@@ -10214,14 +10229,15 @@ class Ledger:
         Raises Busy when another flight may free it, otherwise Conflict, or Invalid when `mine` has
         claimed it already.
         """
-        flight, name = self.addresses.get(address), ADDRESS_FIELD[address[1]]
         if self._pool(address).is_free(address[2]) or (mine and address in mine.freed):
             return
+        name = ADDRESS_FIELD[address[1]]
         if mine and address in mine.claimed:
             raise Invalid(name, "another element has the same: name each address once")
-        if flight is not None:
-            self.check_disk()
-            raise Busy(flight)
+        for flight in self.airborne:
+            if address in flight.claimed or (flight.submitted and address in flight.freed):
+                self.check_disk()
+                raise Busy(flight)
         raise Conflict(f"{name}: {self._why_taken(address)}: name another, or omit the field")
 
     def _why_taken(self, address: HeldAddress) -> str:
@@ -10246,17 +10262,15 @@ class Ledger:
             found = mine.spare(interface, family)
         if found is not None:
             return found
-
-        def may_free(flight: Flight) -> bool:
-            addresses = itertools.chain(flight.freed, flight.claimed)
-            return flight is not mine and any(a[:2] == (interface, family) for a in addresses)
-
         # The last one: when it has landed, all addresses that others of its landing free are free.
         # But a bulk change that is not submitted yet may take long.
-        submitted = (flight for flight in reversed(self.airborne) if flight.submitted)
-        for chosen in filter(may_free, itertools.chain(submitted, reversed(self.airborne))):
-            self.check_disk()
-            raise Busy(chosen)
+        for submitted in (True, False):
+            for flight in reversed(self.airborne):
+                if flight.submitted is submitted and flight is not mine:
+                    held = itertools.chain(flight.freed, flight.claimed)
+                    if any(address[:2] == (interface, family) for address in held):
+                        self.check_disk()
+                        raise Busy(flight)
         raise Unavailable(
             f"the {family} addresses of {interface} are exhausted: delete peers, or set a larger "
             "subnet"
@@ -10287,9 +10301,9 @@ class Ledger:
             del flight.freed[address]
             flight.claimed[address] = None
         else:
-            flight.claimed[address] = self._pool(address).claim(address[2])
-            self._pool(address).in_flight += 1
-        self.addresses[address] = flight
+            pool = self._pool(address)
+            flight.claimed[address] = pool.claim(address[2])
+            pool.in_flight += 1
 
     def add(self, flight: Flight, step: Step) -> None:
         """Add a step to a flight: mark its keys, claim and free its addresses."""
@@ -10299,7 +10313,9 @@ class Ledger:
         for address in come:
             if address not in gone:
                 self.claim(flight, address)
-        flight.freed.update((address, None) for address in gone if address not in come)
+        for address in gone:
+            if address not in come:
+                flight.freed[address] = None
         flight.steps.append(step)
 
     def _pool(self, address: HeldAddress) -> AddressPool:
@@ -10309,7 +10325,6 @@ class Ledger:
         self.airborne.pop(flight, None)
         self.airborne[flight] = None  # the last one now
         flight.submitted = True
-        self.addresses.update(dict.fromkeys(flight.freed, flight))
         self._gathered.append(flight)
         if not self.gathers:
             self.dispatch()
@@ -10322,32 +10337,31 @@ class Ledger:
 
     def release(self, flight: Flight, refused: bool) -> Iterator[None]:
         """Release what a flight holds, and call the functions that wait for it. In slices."""
-        self._suspect(flight)  # before a request about one of its keys is decided
-        for address, turn in reversed(flight.claimed.items()):
+        for name, reason in flight.suspects.items():  # before its keys are decided again
+            self.tunnels[name].suspect(reason)
+        for number, (address, turn) in enumerate(reversed(flight.claimed.items()), 1):
             if turn is not None:
-                self._pool(address).in_flight -= 1
+                pool = self._pool(address)
+                pool.in_flight -= 1
                 if refused:
-                    self._pool(address).put_back(address[2], turn)
-            self.addresses.pop(address, None)
-            yield
-        for address in flight.freed:
-            if not refused:
-                self._pool(address).release(address[2])
-            self.addresses.pop(address, None)
-            yield
-        for key in flight.keys:
-            if self.in_flight.get(key) is flight:
-                del self.in_flight[key]
-            yield
+                    pool.put_back(address[2], turn)
+            if number % APPLY_SLICE == 0:
+                yield
+        for number, address in enumerate(() if refused else flight.freed, 1):
+            self._pool(address).release(address[2])
+            if number % APPLY_SLICE == 0:
+                yield
+        for number, key in enumerate(flight.keys, 1):
+            self.in_flight.pop(key, None)
+            if number % APPLY_SLICE == 0:
+                yield
         if self.exclusive is flight:
             self.exclusive = None
         self.airborne.pop(flight, None)
-        self._suspect(flight)  # once more: a reconcile() that skipped its keys has cleared it
-        yield from flight.give_in_slices(flight.error)
-
-    def _suspect(self, flight: Flight) -> None:
         for name, reason in flight.suspects.items():
+            # Once more: a reconcile() that skipped its keys has cleared it.
             self.tunnels[name].suspect(reason)
+        yield from flight.give_in_slices(flight.error)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[set[str]]:
@@ -10391,8 +10405,6 @@ class Lander:
         self._ledger, self._store, self._clock = ledger, store, clock
         self._run, self._files, self._tunnels = ledger.run, ledger.files, ledger.tunnels
         self._number = store.number  # of the last record that was numbered
-        self._landed = threading.Event()  # the owner has ended its part of the last landing
-        self._landed.set()
         self._thread = threading.Thread(target=self._take_flights, name="lander", daemon=True)
 
     def start(self) -> None:
@@ -10409,24 +10421,31 @@ class Lander:
     # --- landings --------------------------------------------------------------------------------
 
     def _take_flights(self) -> None:
-        held: list[Flight] = []
         ledger = self._ledger
+        held: list[Flight] = []
         while held or not ledger.stopping or not ledger.waiting.empty():
             flights = held + ledger.waiting.get()
-            self._landed.wait()  # the landing before may begin the reading of an interface
+            with self.turn:  # the landing before has ended, and may have begun a reading
+                pass
             while not ledger.waiting.empty():
                 flights += ledger.waiting.get()
             read = {name for name, tunnel in self._tunnels.items() if tunnel.is_read}
-            if ledger.stopping:  # a stop waits for no reading
-                read.clear()
-            held = [flight for flight in flights if not read.isdisjoint(flight.interfaces)]
-            flights = [flight for flight in flights if read.isdisjoint(flight.interfaces)]
+            if read and not ledger.stopping:  # a stop waits for no reading
+                held = [flight for flight in flights if not read.isdisjoint(flight.changes)]
+                flights = [flight for flight in flights if read.isdisjoint(flight.changes)]
+            else:
+                held = []
+            if not flights:
+                continue
+            landing = self._land(flights)
             try:
-                if flights:
-                    self._land(flights)
+                next(landing)
+                self._begin(landing)  # nobody waits for it here
             except Exception as error:
+                landing.close()
                 self._run(functools.partial(self._break, error, flights))
-        self._landed.wait()
+        with self.turn:  # the last landing has ended
+            pass
 
     def _break(self, error: Exception, flights: Sequence[Flight]) -> None:
         """After a defect in a landing nobody knows what is on disk: change nothing any more.
@@ -10448,37 +10467,29 @@ class Lander:
                 for _ in self._ledger.release(flight, refused=True):
                     pass
 
-    def _land(self, flights: Sequence[Flight]) -> None:
-        """Do the lander's part of a landing; the owner does the rest, and nobody waits for it."""
-        steps = self._steps(flights)
-        next(steps)
-        try:
-            self._begin(steps)
-        except BaseException:
-            steps.close()
-            raise
-
-    def _steps(self, flights: Sequence[Flight]) -> Generator[None, None, None]:
+    def _land(self, flights: Sequence[Flight]) -> Generator[None, None, None]:
         """A landing: the lander's part up to the first yield, then the owner's, in slices."""
         with self.turn:
             written = self._write(flights)
-            for name in {name: None for flight in flights for name in flight.interfaces}:
-                concerned = [f for f in flights if f.error is None and name in f.interfaces]
-                self._project(self._tunnels[name], concerned)
-            self._void(flights, written)
-            if self.on_written and written:
-                self.on_written(written)
-            self._landed.clear()
+            for name, tunnel in self._tunnels.items():
+                concerned = [f for f in flights if f.error is None and name in f.changes]
+                if concerned:
+                    self._project(tunnel, concerned)
+            if written:
+                self._void(flights, written)
+                if self.on_written:
+                    self.on_written(written)
+            yield
             try:
-                yield
                 yield from self._hand_back(flights)
             except Exception as error:
                 self._break(error, flights)
-            finally:
-                self._landed.set()
 
     def _write(self, flights: Sequence[Flight]) -> list[Written]:
-        """Number the records and write them to disk, or refuse the flights that need the disk."""
+        """Number the records and write them to disk, or refuse the flights that need the disk.
+
+        Returns what is on disk: all records or none.
+        """
         broken = self._ledger.failure is not None  # then _append() writes nothing
         written: list[Written] = []
         now = int(self._clock())
@@ -10489,7 +10500,8 @@ class Lander:
                 flight.record = flight.record._replace(at=now)
                 written.append(flight.record.written(self._number))
         try:
-            self._append(written)
+            if written:
+                self._append(written)
         except DiskError as error:
             LOG.error("%s", error)
             refusal: GatewayError = Unavailable("the disk refused the change: repeat it later")
@@ -10503,11 +10515,11 @@ class Lander:
         return written
 
     def _append(self, written: Sequence[Written]) -> None:
-        if written and self._ledger.broken:
+        if self._ledger.broken:
             raise DiskError(self._ledger.broken)
-        if written and self._files.journaled:
-            sync = self._files.durability == "commit"
+        if self._files.journaled:
             contents = [record.content for record in written]
+            sync = self._files.durability == "commit"
             self._files.journal.write(written[0].number, contents, sync)
 
     @staticmethod
@@ -10516,29 +10528,21 @@ class Lander:
 
         After a missing answer nothing else is tried, because each try may take as long.
         """
-        failed: BackendError | None = None
-        tries = [flights] if flights else []
-        while tries:
-            tried = tries.pop(0)
-            if not isinstance(failed, NoAnswer):
-                try:
-                    tunnel.project(tried)
-                    continue
-                except BackendError as error:
-                    failed = error
-            if len(tried) > 1 and not isinstance(failed, NoAnswer):
-                tries = [[flight] for flight in tried]
-                continue
-            for flight in tried:
+        failure = tunnel.project(flights)
+        if failure is None:
+            return
+        for flight in flights:
+            if len(flights) > 1 and not isinstance(failure, NoAnswer):
+                failure = tunnel.project([flight])
+            if failure is not None:
                 flight.error = Unavailable("the interface is not usable: server/status says why")
-                if isinstance(failed, ParametersRefused):
-                    flight.error = Invalid("parameters", str(failed))
-                flight.suspects = dict.fromkeys(flight.interfaces, str(failed))
+                if isinstance(failure, ParametersRefused):
+                    flight.error = Invalid("parameters", str(failure))
+                flight.suspects = dict.fromkeys(flight.changes, str(failure))
 
     def _void(self, flights: Sequence[Flight], written: list[Written]) -> None:
         """Declare the records void that are on disk and that an interface refused."""
-        on_disk = {record.number for record in written}
-        refused = [flight for flight in flights if flight.error and flight.number in on_disk]
+        refused = [flight for flight in flights if flight.error and flight.number]
         if not refused:
             return
         self._number += 1
@@ -10563,7 +10567,6 @@ class Lander:
                 for call in flight.on_landed:
                     call()
             yield from self._ledger.release(flight, refused=flight.error is not None)
-            yield
         self._store.number = max(self._store.number, self._number)
         self.applying = False
         self.on_changed()
@@ -10848,7 +10851,7 @@ def set_link(
 ) -> None:
     """Have a flight give an interface this key and these parameters. Raises ValueError."""
     link = make_link(tunnel.settings, private_key, state.parameters if state else None)
-    flight.setup[tunnel.name] = link
+    flight.set_up(tunnel.name, link)
     flight.on_landed.append(lambda: tunnel.note_link(link, state))
     if state is not None:
         settings = {**flight.record.settings, "obfuscation": encode_state(state)}
@@ -11311,7 +11314,7 @@ class Bulk:
     def land(self) -> None:
         """Land the steps and everything else that the flight has. Raises GatewayError."""
         self.flight.complete()
-        if self.flight.interfaces or not self.flight.record.is_empty():
+        if self.flight.changes or not self.flight.record.is_empty():
             self._core.ledger.land(self.flight)
 
 
@@ -11725,7 +11728,7 @@ class Comparison:
         with Bulk(core) as bulk:
             bulk.flight.needs_disk = False
             if self._tunnel.must_set_up or reading.device_differs(self._tunnel.link):
-                bulk.flight.setup[name] = None
+                bulk.flight.set_up(name, None)
             # Peers that cannot be read may be among those that seem to be missing.
             done = self._change(bulk, plan, seen, anew=bool(reading.unreadable))
             if present and len(plan) <= MAX_REPAIRS_LOGGED:  # filling an empty one is no repair
@@ -11793,7 +11796,7 @@ class Comparison:
             self._core.ledger.mark(flight, key)
             self._touched.discard(key)
             done[key] = what
-            changes = flight.changes.setdefault(self._tunnel.name, [])
+            changes = flight.changes[self._tunnel.name]
             if row := seen.get(key):
                 restart.append(row if anew else (row[0], 0, 0))
             if what == "added" and anew:
@@ -12045,7 +12048,7 @@ class Projection:
                 self._read(tunnel, ())  # if it hangs, this waits and not the lander
         if tunnel.failure is not None:
             flight = Flight()
-            flight.setup[tunnel.name] = None
+            flight.set_up(tunnel.name, None)
             _land(tunnel, lambda: self._core.ledger.land(flight))
             tunnel.must_set_up = False
             LOG.info("%s: %s", tunnel.name, self._reconcile(tunnel))

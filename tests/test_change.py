@@ -444,6 +444,7 @@ def test_a_key_of_a_failed_landing_is_decided_when_the_interface_is_suspected(
                     world.gateway.change("set_status", fields, answers.append)
             yield
 
+    monkeypatch.setattr(wggw, "APPLY_SLICE", 1)
     monkeypatch.setattr(wggw.Ledger, "release", ask)
     suspended = {
         a_key(n): wggw.Desired("", {"public_key": a_key(n), "status": "suspended"})

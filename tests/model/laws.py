@@ -38,7 +38,7 @@ def check_at_rest(world: World) -> list[wggw.Peer]:
     ledger = gateway.ledger
     wait_for(lambda: not gateway.lander.applying)  # who waited is told before the last of it
     peers = store.peers_after(0, wggw.MAX_INTEGER)
-    left = (ledger.in_flight, ledger.airborne, ledger.addresses, ledger.exclusive, ledger._gathered)
+    left = (ledger.in_flight, ledger.airborne, ledger.exclusive, ledger._gathered)
     assert not any(left), left
     left = (ledger.watchers, gateway.lander.applying, ledger.broken)
     assert not any(left), left
