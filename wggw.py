@@ -10147,9 +10147,6 @@ class Tunnel:
                 ) from None
         return pools
 
-    def served(self) -> Served:
-        return Served(self.settings, self.public_key, self.link.mtu, self.obfuscation)
-
     def with_defaults(self, peer: Peer, config: Config) -> Peer:
         """The peer with the DNS choice and the port that it follows by default."""
         if peer.dns is not None and peer.port is not None:
@@ -10223,12 +10220,21 @@ class Ledger:
             if flight is not None:
                 raise Busy(flight)
 
-    def check_address(self, address: HeldAddress, mine: Flight | None = None) -> None:
-        """Check that `mine`, or any new flight, can claim this address.
+    def check_addresses(
+        self, before: Peer | None, after: Peer, mine: Flight | None = None
+    ) -> list[HeldAddress]:
+        """The addresses that a peer gets. `mine`, or any new flight, can claim them.
 
-        Raises Busy when another flight may free it, otherwise Conflict, or Invalid when `mine` has
-        claimed it already.
+        Raises Busy when another flight may free one, otherwise Conflict, or Invalid when `mine` has
+        claimed one already.
         """
+        held = _addresses(before)
+        new = [address for address in _addresses(after) if address not in held]
+        for address in new:
+            self._check_address(address, mine)
+        return new
+
+    def _check_address(self, address: HeldAddress, mine: Flight | None) -> None:
         if self._pool(address).is_free(address[2]) or (mine and address in mine.freed):
             return
         name = ADDRESS_FIELD[address[1]]
@@ -10907,24 +10913,14 @@ class Rules:
         if known is not None:
             return Step(known, known)
         peer, missing = self.new_peer(fields)
-        tunnel = self._core.tunnels[peer.interface]
-        wanted = {name: fields[name] for name in ADDRESS_FIELD.values() if name in fields}
-        peer = peer._replace(id=self.new_id(), **self._find_addresses(tunnel, wanted, missing))
-        return Step(None, peer)
+        self._core.ledger.check_addresses(None, peer)
+        return Step(None, self._with_addresses(peer._replace(id=self.new_id()), missing))
 
-    def _find_addresses(
-        self, tunnel: Tunnel, wanted: dict[str, Any], missing: Iterable[str]
-    ) -> dict[str, Any]:
-        """The wanted addresses, by field, and a free one for each missing family.
-
-        Raises Conflict when a wanted one is not free, Unavailable when a pool is exhausted.
-        """
-        for family, name in ADDRESS_FIELD.items():
-            if name in wanted:
-                self._core.ledger.check_address((tunnel.name, family, wanted[name]))
-        for family in missing:
-            wanted[ADDRESS_FIELD[family]] = self._core.ledger.find_address(tunnel.name, family)
-        return wanted
+    def _with_addresses(self, peer: Peer, missing: Iterable[str]) -> Peer:
+        """The peer with a free address in each missing family. Raises Unavailable."""
+        find = self._core.ledger.find_address
+        found: dict[str, Any] = {ADDRESS_FIELD[f]: find(peer.interface, f) for f in missing}
+        return peer._replace(**found) if found else peer
 
     def set_status(self, fields: Mapping[str, Any]) -> Step:
         """Suspend or activate a peer; it may have that status already."""
@@ -10965,18 +10961,19 @@ class Rules:
         """The peer with an address in each family that `fields` name and it has none in."""
         tunnel = self._core.tunnels[peer.interface]
         asked = {name: fields[name] for name in ADDRESS_FIELD.values() if name in fields}
-        for name, address in asked.items():
-            if address != AUTO and getattr(peer, name) not in (None, address):
+        given = {name: address for name, address in asked.items() if address != AUTO}
+        for name, address in given.items():
+            if getattr(peer, name) not in (None, address):
                 raise Conflict(
                     f"{name}: the peer has another address, which never changes: omit the field, "
                     "or delete the peer and create it again"
                 )
-        named = [f for f in FAMILIES if ADDRESS_FIELD[f] in asked]
+        named = [family for family in FAMILIES if ADDRESS_FIELD[family] in asked]
         named += _PROTOCOLS[fields.get("protocol")]
-        lacking = [f for f in _checked_families(named, fields, tunnel) if f not in _assigned(peer)]
-        wanted = {n: a for n, a in asked.items() if a != AUTO and getattr(peer, n) is None}
-        missing = [family for family in lacking if ADDRESS_FIELD[family] not in wanted]
-        return peer._replace(**self._find_addresses(tunnel, wanted, missing))
+        families = _checked_families(named, fields, tunnel)
+        after = peer._replace(**given)
+        self._core.ledger.check_addresses(peer, after)
+        return self._with_addresses(after, _lacking(after, families))
 
     def reset_quota(self, fields: Mapping[str, Any]) -> Step:
         """Set the used quota to 0, which may end a suspension."""
@@ -11045,7 +11042,9 @@ class Rules:
         self.check_usable(tunnel.name)
         self._check_own_key(fields["public_key"], tunnel)
         own_values = self._own_values(fields, tunnel)
-        families = _families_for(fields, tunnel)
+        named = {*fields.get("tunnel_traffic", ()), *_PROTOCOLS[fields.get("protocol")]} or {"ipv4"}
+        named |= {family for family in FAMILIES if ADDRESS_FIELD[family] in fields}
+        families = _checked_families(named, fields, tunnel)
         self._check_choices(fields, tunnel)
         values: dict[str, Any] = {
             "id": 0,
@@ -11058,7 +11057,7 @@ class Rules:
             "obfuscation": own_values,
         }
         peer = Peer(**{**_NO_VALUES, **values, **_as_columns(fields)})
-        return peer, [family for family in families if ADDRESS_FIELD[family] not in fields]
+        return peer, _lacking(peer, families)
 
     @staticmethod
     def _check_own_key(public_key: str, tunnel: Tunnel) -> None:
@@ -11159,14 +11158,14 @@ class Rules:
             chosen = tunnel.with_defaults(known, self._core.config)
         changed = {name: v for name, v in values.items() if v != getattr(chosen, name)}
         named = [*fields.get("tunnel_traffic", ()), *_PROTOCOLS[fields.get("protocol")]]
-        if not changed and all(getattr(known, ADDRESS_FIELD[family]) for family in named):
+        if not changed and not _lacking(known, named):
             return self._with_status(known, fields.get("status")), ()  # the usual case
         named_in_settings = ("dns", "port", "service_class")
         self._check_choices({n: changed[n] for n in named_in_settings if n in changed}, tunnel)
         named += [family for family in FAMILIES if ADDRESS_FIELD[family] in changed]
-        _checked_families(named, fields, tunnel)
+        named = _checked_families(named, fields, tunnel)
         after = known._replace(**changed) if changed else known
-        missing = [f for f in FAMILIES if f in named and getattr(after, ADDRESS_FIELD[f]) is None]
+        missing = _lacking(after, named)
         if not fields.get("tunnel_traffic"):
             after = _widened(known, after, missing)
         return self._with_status(after, fields.get("status")), missing
@@ -11204,6 +11203,10 @@ def _assigned(peer: Peer) -> list[str]:
     return [family for family in FAMILIES if getattr(peer, ADDRESS_FIELD[family])]
 
 
+def _lacking(peer: Peer, families: Iterable[str]) -> list[str]:
+    return [family for family in families if getattr(peer, ADDRESS_FIELD[family]) is None]
+
+
 def _widened(before: Peer, after: Peer, missing: Sequence[str] = ()) -> Peer:
     """The peer with its new families, `missing` ones too, in the tunnel if all former ones were."""
     if before.tunnel_traffic != ",".join(_assigned(before)):
@@ -11226,7 +11229,7 @@ def _as_columns(fields: Mapping[str, Any]) -> dict[str, Any]:
 def differing(peer: Peer, fields: Mapping[str, Any]) -> list[str]:
     """The fields of a create that differ from the existing peer."""
     found = [name for name, value in _as_columns(fields).items() if value != getattr(peer, name)]
-    if any(getattr(peer, ADDRESS_FIELD[f]) is None for f in _PROTOCOLS[fields.get("protocol")]):
+    if _lacking(peer, _PROTOCOLS[fields.get("protocol")]):
         found.append("protocol")
     asked: ObfuscationRequest | None = fields.get("obfuscation")
     own = decode_own_values(peer.obfuscation or "{}")
@@ -11236,15 +11239,6 @@ def differing(peer: Peer, fields: Mapping[str, Any]) -> list[str]:
     ):
         found.append("obfuscation")
     return sorted(found)
-
-
-def _families_for(fields: Mapping[str, Any], tunnel: Tunnel) -> list[str]:
-    protocol, traffic = fields.get("protocol"), fields.get("tunnel_traffic")
-    named = {*(traffic or ()), *_PROTOCOLS[protocol]}
-    if not named:
-        named.add("ipv4")
-    named.update(family for family in FAMILIES if ADDRESS_FIELD[family] in fields)
-    return _checked_families(named, fields, tunnel)
 
 
 def _checked_families(
@@ -11446,11 +11440,9 @@ class DesiredState:
 
     def _take_named(self, wish: Wish) -> None:
         """Take the addresses that an element names."""
-        held, ledger, flight = _addresses(wish.before), self._core.ledger, self._bulk.flight
-        named = [address for address in _addresses(wish.after) if address not in held]
+        ledger, flight = self._core.ledger, self._bulk.flight
         with _placed(wish.place):
-            for address in named:
-                ledger.check_address(address, flight)
+            named = ledger.check_addresses(wish.before, wish.after, flight)
         for address in named:
             ledger.claim(flight, address)
 
@@ -11677,17 +11669,7 @@ class Import:
 # --- the interfaces and limits --------------------------------------------------------------------
 
 
-class Counted(NamedTuple):
-    """A peer whose counters were read.
-
-    `is_right`: the interface has it as the rows do. `after` is its new row of `traffic`, None if
-    that is the same; it counts what came since `before`.
-    """
-
-    public_key: bytes
-    is_right: bool
-    after: TrafficRow | None
-    before: TrafficRow
+Totals = tuple[TrafficRow, TrafficRow]  # a peer's row of `traffic` before a reading and after it
 
 
 def note_seen(seen: dict[str, Seen], row: Sequence[Any]) -> None:
@@ -11707,11 +11689,9 @@ class Comparison:
     def __init__(self, core: Core, tunnel: Tunnel, reading: Reading, touched: set[str]) -> None:
         self._core, self._tunnel, self._touched = core, tunnel, touched
         self.reading = reading
-        self._states = [state for _, state in reading.changed]
-        self._right: set[bytes] = set()  # keys of peers that account() found to be as in the rows
-
-    def end(self) -> None:
-        free(self._states, self.reading.changed)
+        # What account() finds: the fingerprints of peers that are as in the rows, and other keys.
+        self._right: set[int] = set()
+        self._others: set[str] = set()
 
     def repair(self) -> SyncResult:
         """Make the interface equal to the rows, then add its counters to the totals.
@@ -11719,10 +11699,10 @@ class Comparison:
         Raises BackendError.
         """
         core, name, reading = self._core, self._tunnel.name, self.reading
-        actual = {state.peer.public_key: state.peer for state in self._states}
+        actual = {state.peer.public_key: state.peer for _, state in reading.changed}
         present = len(actual)
         seen: dict[str, Seen] = {}
-        totals: list[dict[str, Counted]] = []
+        totals: list[dict[str, Totals]] = []
         plan = list(diff(self._desired(seen, totals), actual))
         plan.sort(key=lambda entry: entry[1].peer is not None)  # removals first: see diff()
         with Bulk(core) as bulk:
@@ -11737,13 +11717,13 @@ class Comparison:
             _land(self._tunnel, bulk.land)
         flights: list[Flight] = []
         for counted in totals:
-            flights += core.run(functools.partial(self._submit, counted))
+            flights += core.run(functools.partial(self._submit, counted, {}))
         self._wait(flights)
         added, updated, removed = map(list(done.values()).count, ("added", "updated", "removed"))
         return SyncResult(added, updated, removed, present - updated - removed)
 
     def _desired(
-        self, seen: dict[str, Seen], totals: list[dict[str, Counted]]
+        self, seen: dict[str, Seen], totals: list[dict[str, Totals]]
     ) -> Iterator[WirePeer]:
         """The peers of the rows.
 
@@ -11751,20 +11731,18 @@ class Comparison:
         its old counters. One scan does all of this in half the time that account() takes.
         """
         core, name = self._core, self._tunnel.name
-        states = {state.peer.public_key: state for state in self._states}
+        states = {state.peer.public_key: state for _, state in self.reading.changed}
         after: int | None = 0
         while after is not None:
             rows = core.run(
                 functools.partial(core.store.queries.wire_rows, name, after, READ_CHUNK)
             )
-            counted: dict[str, Counted] = {}
+            counted: dict[str, Totals] = {}
             for row in rows:
                 if row[1]:
                     peer = encode_wire(*row[1:6])
                     if state := states.get(peer.public_key):
-                        result = self._count(state, row[1:], compare=False)
-                        if result.after:
-                            counted[row[1]] = result
+                        self._count(counted, state, row[1:])
                     else:
                         note_seen(seen, row[1:])
                     yield peer
@@ -11812,10 +11790,9 @@ class Comparison:
         reading, touched = self.reading, self._touched
         if reading.device_differs(self._tunnel.link):
             return "its key, port or parameters are not ours"
-        others = {state.peer.public_key for state in self._states} - self._right
-        stale = sum(encode_key(key) in touched for key in others)
-        if len(others) > stale:
-            return f"somebody changed {show_peers(len(others) - stale)}"
+        stale = len(self._others & touched)
+        if len(self._others) > stale:
+            return f"somebody changed {show_peers(len(self._others) - stale)}"
         if len(touched) > READ_CHUNK:
             return ""  # the next sample can count them
         store, name = self._core.store, self._tunnel.name
@@ -11829,24 +11806,28 @@ class Comparison:
             return f"it has {show_peers(reading.peers - stale)} instead of {expected}"
         return ""
 
-    def account(self) -> bool:
-        """Add the counters to the totals. Whether all were added: then they need not be again.
+    def account(self) -> set[int] | None:
+        """Add the counters to the totals.
 
-        It also finds the peers that are as in the rows: see known().
+        Returns the fingerprints of the peers that are as in the rows. If something could not be
+        added it returns None: the next sample must read all peers again.
         """
-        core, flights = self._core, list[Flight]()
-        for start in range(0, len(self._states), READ_CHUNK):
-            some = self._states[start : start + READ_CHUNK]
-            states = {encode_key(state.peer.public_key): state for state in some}
-            query = core.store.queries.counted
+        core, flights, changed = self._core, list[Flight](), self.reading.changed
+        query = core.store.queries.counted
+        for start in range(0, len(changed), READ_CHUNK):
+            some = changed[start : start + READ_CHUNK]
+            states = {encode_key(state.peer.public_key): (mark, state) for mark, state in some}
             rows = core.run(functools.partial(query, self._tunnel.name, list(states)))
-            counted = {
-                key: self._count(state, rows[key], compare=True)
-                for key, state in states.items()
-                if key in rows
-            }
-            flights += core.run(functools.partial(self._submit, counted))
-        return self._wait(flights)
+            counted: dict[str, Totals] = {}
+            right: dict[str, int] = {}
+            for key, (mark, state) in states.items():
+                if row := rows.get(key):
+                    self._count(counted, state, row)
+                    if encode_wire(*row[:5]) == state.peer:
+                        right[key] = mark
+            self._others |= states.keys() - right.keys()
+            flights += core.run(functools.partial(self._submit, counted, right))
+        return self.reading.same | self._right if self._wait(flights) else None
 
     def _wait(self, flights: list[Flight]) -> bool:
         """Wait for these flights. Whether all have landed."""
@@ -11855,21 +11836,24 @@ class Comparison:
             all_landed = wait_for(self._core.run, flights.pop()) is None and all_landed
         return all_landed
 
-    def _count(self, state: PeerState, row: Sequence[Any], compare: bool) -> Counted:
-        """What a peer's counters come to, given its row of Queries.counted()."""
+    def _count(self, counted: dict[str, Totals], state: PeerState, row: Sequence[Any]) -> None:
+        """Note a peer's new totals, given its row of Queries.counted(), if they have changed."""
         shown = before = TrafficRow._make(row[5:])
         seen = self._core.store.restarted.get(before.id)
         if seen and state.rx_bytes >= seen[0] and state.tx_bytes >= seen[1]:
             before = before._replace(rx_seen=seen[0], tx_seen=seen[1])
         after = before.counted(state.rx_bytes, state.tx_bytes, state.last_handshake)
-        is_right = compare and encode_wire(*row[:5]) == state.peer
-        return Counted(state.peer.public_key, is_right, None if after == shown else after, before)
+        if after != shown:
+            counted[row[0]] = before, after
 
-    def _submit(self, counted: Mapping[str, Counted]) -> list[Flight]:
-        """Land the totals that changed, except those of touched peers. Owner."""
-        valid = [row for key, row in counted.items() if key not in self._touched]
-        self._right.update(row.public_key for row in valid if row.is_right)
-        changed = [(row.before, row.after) for row in valid if row.after]
+    def _submit(self, counted: Mapping[str, Totals], right: Mapping[str, int]) -> list[Flight]:
+        """Land the totals and note who is right, except for touched peers. Owner."""
+        for key, mark in right.items():
+            if key in self._touched:
+                self._others.add(key)
+            else:
+                self._right.add(mark)
+        changed = [totals for key, totals in counted.items() if key not in self._touched]
         if not changed:
             return []
         flight, ledger, tunnel = Flight(), self._core.ledger, self._tunnel
@@ -11883,12 +11867,6 @@ class Comparison:
             ledger.submit(flight)
         return [flight]
 
-    def known(self) -> set[int]:
-        """The fingerprints of peers that account() found to be as in the rows."""
-        changed = self.reading.changed
-        right = {mark for mark, state in changed if state.peer.public_key in self._right}
-        return self.reading.same | right
-
     def scrub(self) -> None:
         """Make the interface forget the endpoints of peers without a handshake for PRIVACY_SCRUB s.
 
@@ -11899,7 +11877,7 @@ class Comparison:
         limit = int(self._core.clock()) - self._core.config.privacy_scrub
         before, tunnel.newborn = tunnel.newborn, set()
         plan: list[tuple[str, Change]] = []
-        for peer, last_handshake, *_, located in self._states:
+        for _, (peer, last_handshake, *_, located) in self.reading.changed:
             if not located or last_handshake > limit:
                 continue
             if not last_handshake and peer.public_key not in before:
@@ -11939,7 +11917,7 @@ class Projection:
             reading = self._read(tunnel, () if everything else known)
             compared = Comparison(self._core, tunnel, reading, touched)
             yield compared
-            compared.end()
+            free(reading.changed)
 
     def _read(self, tunnel: Tunnel, known: Container[int]) -> Reading:
         """Read an interface. Landings on it wait if it would make them wait: see Lander."""
@@ -12001,11 +11979,10 @@ class Projection:
     def _sample(self, tunnel: Tunnel) -> None:
         scrubbing = bool(self._core.config.privacy_scrub)
         with self._compared(tunnel, everything=scrubbing) as compared:
-            all_counted = compared.account()
-            if all_counted:
-                tunnel.known = compared.known()
+            known = compared.account()
+            tunnel.known = known or set()
             wrong = compared.difference()
-            if scrubbing and all_counted and not wrong:
+            if scrubbing and known is not None and not wrong:
                 compared.scrub()
         tunnel.rate()
         if wrong and tunnel.failure is None:
@@ -12025,17 +12002,13 @@ class Projection:
             # What fails here makes alive() fail, too.
             with contextlib.suppress(BackendError, OSError), contextlib.closing(Route()) as route:
                 own = [str(address.ip) for address in route.addresses(None)]
-                self._core.run(lambda: self._exclude(own))
+                for pool in [p for t in self._core.tunnels.values() for p in t.pools.values()]:
+                    self._core.run(functools.partial(pool.exclude, own))
         for tunnel in self._core.tunnels.values():
             try:
                 self._supervise(tunnel)
             except BackendError as error:
                 self._core.run(functools.partial(tunnel.suspect, str(error)))
-
-    def _exclude(self, addresses: Sequence[str]) -> None:
-        for tunnel in self._core.tunnels.values():
-            for pool in tunnel.pools.values():
-                pool.exclude(addresses)
 
     def _supervise(self, tunnel: Tunnel) -> None:
         if not tunnel.backend.alive():
@@ -12489,7 +12462,12 @@ class Gateway(Core):
 
     def view(self) -> View:
         """What configurations show besides the rows. Owner."""
-        served = tuple([tunnel.served() for tunnel in self.tunnels.values()])
+        served = tuple(
+            [
+                Served(t.settings, t.public_key, t.link.mtu, t.obfuscation)
+                for t in self.tunnels.values()
+            ]
+        )
         return View(online_since(self.clock()), self.config.dns_servers, served)
 
     def figures(self) -> Figures:

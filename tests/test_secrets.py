@@ -155,7 +155,7 @@ SECRETS: dict[str, dict[str, Any]] = {
 }
 HARMLESS = {
     *("Caller.key_id", "MessageSignature.key_id", "Change.public_key", "Interface.public_key"),
-    *("ChangeRow.public_key", "Counted.public_key"),
+    "ChangeRow.public_key",
     *(
         "Config.tls_key",
         "Config.aws_access_key_id",
