@@ -4424,7 +4424,7 @@ def encode_record(record: Record) -> bytes:
 
 def _encode_part(part: Any) -> str:
     """Encode long lists in pieces: a single call of the encoder would stall all threads."""
-    if isinstance(part, (Mapping, int)) or len(part) <= READ_CHUNK:
+    if isinstance(part, (dict, int)) or len(part) <= READ_CHUNK:
         return _RECORD_ENCODER.encode(part)
     starts = range(0, len(part), READ_CHUNK)
     pieces = (_RECORD_ENCODER.encode(part[at : at + READ_CHUNK])[1:-1] for at in starts)
@@ -10027,13 +10027,14 @@ class Flight(Later["GatewayError | None"]):
         return spares[-1][2] if spares else None
 
 
-def _addresses(peer: Peer | None) -> list[HeldAddress]:
-    held: list[HeldAddress] = []
-    if peer and peer.assigned_ip:
-        held.append((peer.interface, "ipv4", peer.assigned_ip))
-    if peer and peer.assigned_ipv6:
-        held.append((peer.interface, "ipv6", peer.assigned_ipv6))
-    return held
+def _gained(before: Peer | None, after: Peer | None) -> list[HeldAddress]:
+    """The addresses that `after` has and `before` has not."""
+    gained: list[HeldAddress] = []
+    for family, name in ADDRESS_FIELD.items():
+        address = getattr(after, name, None)
+        if after and address and address != getattr(before, name, None):
+            gained.append((after.interface, family, address))
+    return gained
 
 
 def _projection(peer: Peer | None) -> WirePeer | None:
@@ -10047,27 +10048,13 @@ class Busy(Exception):
         self.flight = flight
 
 
-class InterfaceTraffic(NamedTuple):
-    """The traffic of an interface's peers at the last sample.
-
-    `rx_bytes` and `tx_bytes` count since the gateway's start. The rates are in bytes a second,
-    between the last two samples. `time` is the last sample's on the monotonic clock (0.0: none).
-    """
-
-    rx_bytes: int = 0
-    tx_bytes: int = 0
-    rx_rate: float = 0.0
-    tx_rate: float = 0.0
-    time: float = 0.0
-
-
 class Tunnel:
     """An interface for peers, and the gateway's knowledge of it.
 
     Only the lander changes the interface, by project(), and workers read it. What they find
-    (`known`, `newborn`, `is_silent`, `must_set_up`, `traffic`) is theirs; everything else here
-    belongs to the owner of the rows. `failure` is None, or says why the interface may differ from
-    the rows. `clients_key` is the public key that the configurations of its peers name.
+    (`known`, `newborn`, `is_silent`, `must_set_up`, rates) is theirs; everything else here belongs
+    to the owner of the rows. `failure` is None, or says why the interface may differ from the rows.
+    `clients_key` is the public key that the configurations of its peers name.
     """
 
     def __init__(
@@ -10087,10 +10074,11 @@ class Tunnel:
         self.failure: str | None = None
         self.failures = 0  # how often it failed
         self.must_set_up = False  # the interface itself failed, not only its peers
-        self.traffic = InterfaceTraffic()
         self.known: set[int] = set()  # fingerprints of peers that a sample found to be right
         self.newborn: set[bytes] = set()  # see Comparison.scrub()
-        self.rx_bytes = self.tx_bytes = 0  # counted since the start
+        self.rx_bytes = self.tx_bytes = 0  # of its peers since the gateway's start
+        self.sampled = (0.0, 0, 0)  # the last sample: monotonic time (0.0: none), these numbers
+        self.rx_rate = self.tx_rate = 0.0  # bytes a second, between the last two samples
         self.reading = threading.Lock()  # one reader at a time
         self.is_read = False  # landings on it wait: see Lander
         self.is_silent = False  # it did not answer the last reading, so a landing need not ask
@@ -10175,12 +10163,11 @@ class Tunnel:
 
     def rate(self) -> None:
         """Compute the rates between the last two samples."""
-        last, now = self.traffic, time.monotonic()
-        rx_rate = tx_rate = 0.0
-        if last.time and now > last.time:
-            rx_rate = (self.rx_bytes - last.rx_bytes) / (now - last.time)
-            tx_rate = (self.tx_bytes - last.tx_bytes) / (now - last.time)
-        self.traffic = InterfaceTraffic(self.rx_bytes, self.tx_bytes, rx_rate, tx_rate, now)
+        (then, received, sent), now = self.sampled, time.monotonic()
+        if then and now > then:
+            self.rx_rate = (self.rx_bytes - received) / (now - then)
+            self.tx_rate = (self.tx_bytes - sent) / (now - then)
+        self.sampled = (now, self.rx_bytes, self.tx_bytes)
 
 
 class Ledger:
@@ -10228,11 +10215,10 @@ class Ledger:
         Raises Busy when another flight may free one, otherwise Conflict, or Invalid when `mine` has
         claimed one already.
         """
-        held = _addresses(before)
-        new = [address for address in _addresses(after) if address not in held]
-        for address in new:
+        gained = _gained(before, after)
+        for address in gained:
             self._check_address(address, mine)
-        return new
+        return gained
 
     def _check_address(self, address: HeldAddress, mine: Flight | None) -> None:
         if self._pool(address).is_free(address[2]) or (mine and address in mine.freed):
@@ -10312,16 +10298,12 @@ class Ledger:
             pool.in_flight += 1
 
     def add(self, flight: Flight, step: Step) -> None:
-        """Add a step to a flight: mark its keys, claim and free its addresses."""
+        """Add a step about keys that are not in flight: mark them, claim and free addresses."""
         for key in {peer.public_key for peer in step if peer}:
             self.mark(flight, key)
-        gone, come = _addresses(step.before), _addresses(step.after)
-        for address in come:
-            if address not in gone:
-                self.claim(flight, address)
-        for address in gone:
-            if address not in come:
-                flight.freed[address] = None
+        for address in _gained(step.before, step.after):
+            self.claim(flight, address)
+        flight.freed.update(dict.fromkeys(_gained(step.after, step.before)))
         flight.steps.append(step)
 
     def _pool(self, address: HeldAddress) -> AddressPool:
@@ -10482,7 +10464,8 @@ class Lander:
                 if concerned:
                     self._project(tunnel, concerned)
             if written:
-                self._void(flights, written)
+                if refused := [f for f in flights if f.error and f.number]:
+                    self._void(refused, written)
                 if self.on_written:
                     self.on_written(written)
             yield
@@ -10546,11 +10529,8 @@ class Lander:
                     flight.error = Invalid("parameters", str(failure))
                 flight.suspects = dict.fromkeys(flight.changes, str(failure))
 
-    def _void(self, flights: Sequence[Flight], written: list[Written]) -> None:
+    def _void(self, refused: Sequence[Flight], written: list[Written]) -> None:
         """Declare the records void that are on disk and that an interface refused."""
-        refused = [flight for flight in flights if flight.error and flight.number]
-        if not refused:
-            return
         self._number += 1
         void = Record(void=[flight.number for flight in refused]).written(self._number)
         written.append(void)
@@ -10738,18 +10718,10 @@ def make_link(
             f"S4: WG_MTU {settings.mtu} minus S4 is below 1280, the least that IPv6 needs"
         )
     subnets = settings.subnets.values()
-    return Link(
-        settings.name,
-        (
-            *(f"{subnet.network_address + 1}/{subnet.prefixlen}" for subnet in subnets),
-            *(f"{address}/{128 if ':' in address else 32}" for address in settings.kept),
-        ),
-        mtu,
-        settings.ports[0],
-        private_key,
-        parameters,
-        settings.mark,
-    )
+    addresses = [f"{subnet.network_address + 1}/{subnet.prefixlen}" for subnet in subnets]
+    addresses += [f"{address}/{128 if ':' in address else 32}" for address in settings.kept]
+    name, port, mark = settings.name, settings.ports[0], settings.mark
+    return Link(name, tuple(addresses), mtu, port, private_key, parameters, mark)
 
 
 def read_parameters(given: str) -> ObfuscationState:
@@ -10801,20 +10773,14 @@ def initial_obfuscation(
     return chosen, kept is None
 
 
-class _placed:  # in lower case because it is used like a function
-    """Adds to errors the place in the body. A generator would cost a desired state more time."""
-
-    __slots__ = ("_place",)
-
-    def __init__(self, place: str) -> None:
-        self._place = place
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, GatewayError):
-            error.detail = f"{self._place}: {error.detail}"
+@contextlib.contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """Add the place in the body to errors."""
+    try:
+        yield
+    except GatewayError as error:
+        error.detail = f"{place}: {error.detail}"
+        raise
 
 
 def _counted_by(peer: Peer) -> tuple[str, str, str]:
@@ -10914,7 +10880,7 @@ class Rules:
             return Step(known, known)
         peer, missing = self.new_peer(fields)
         self._core.ledger.check_addresses(None, peer)
-        return Step(None, self._with_addresses(peer._replace(id=self.new_id()), missing))
+        return Step(None, self._with_addresses(peer, missing))
 
     def _with_addresses(self, peer: Peer, missing: Iterable[str]) -> Peer:
         """The peer with a free address in each missing family. Raises Unavailable."""
@@ -10940,8 +10906,7 @@ class Rules:
         return Step(peer, peer._replace(status=fields["status"], status_reason=None))
 
     def delete(self, fields: Mapping[str, Any]) -> Step:
-        peer = self._known(fields["public_key"])
-        return Step(peer, None)
+        return Step(self._known(fields["public_key"]), None)
 
     def update(self, fields: Mapping[str, Any]) -> Step:
         """Change what a PATCH may change. New limits may end a suspension by the gateway."""
@@ -10992,7 +10957,7 @@ class Rules:
 
     # --- parts of rules --------------------------------------------------------------------------
 
-    def new_id(self) -> int:
+    def _new_id(self) -> int:
         """The id of the next new peer. Ids only grow while the process lives."""
         chosen = max(self._next_id, self._core.store.counts.next_id)
         self._next_id = chosen + 1
@@ -11037,7 +11002,7 @@ class Rules:
         )
 
     def new_peer(self, fields: Mapping[str, Any]) -> tuple[Peer, list[str]]:
-        """A new peer without its id, and the families in which it still needs an address."""
+        """A new peer, and the families in which it still needs an address."""
         tunnel = self._tunnel_for(fields)
         self.check_usable(tunnel.name)
         self._check_own_key(fields["public_key"], tunnel)
@@ -11047,7 +11012,7 @@ class Rules:
         families = _checked_families(named, fields, tunnel)
         self._check_choices(fields, tunnel)
         values: dict[str, Any] = {
-            "id": 0,
+            "id": self._new_id(),
             "public_key": fields["public_key"],
             "interface": tunnel.name,
             "status": "active",
@@ -11301,10 +11266,6 @@ class Bulk:
             items = [item for item, _ in busy_items]
             busy_items.clear()
 
-    def add(self, step: Step) -> None:
-        """Owner; the keys are not in flight."""
-        self._core.ledger.add(self.flight, step)
-
     def land(self) -> None:
         """Land the steps and everything else that the flight has. Raises GatewayError."""
         self.flight.complete()
@@ -11414,7 +11375,7 @@ class DesiredState:
             return
         self._core.ledger.check(peer.public_key)
         self._core.rules.check_usable(peer.interface)
-        self._bulk.add(Step(peer, None))
+        self._core.ledger.add(self._bulk.flight, Step(peer, None))
         self._deleted += 1
 
     def _wish(self, item: tuple[int, str, Desired]) -> None:
@@ -11435,8 +11396,7 @@ class DesiredState:
                 self._core.rules.check_usable(known.interface)
         self._core.ledger.mark(self._bulk.flight, key)
         self._wishes.append(Wish(known, after, missing, wanted.place))
-        kept = _addresses(after)
-        self._bulk.flight.freed.update((a, None) for a in _addresses(known) if a not in kept)
+        self._bulk.flight.freed.update(dict.fromkeys(_gained(after, known)))
 
     def _take_named(self, wish: Wish) -> None:
         """Take the addresses that an element names."""
@@ -11456,8 +11416,6 @@ class DesiredState:
         for family, text in found.items():
             ledger.claim(flight, (after.interface, family, text))
         after = after._replace(**{ADDRESS_FIELD[family]: text for family, text in found.items()})
-        if wish.before is None:
-            after = after._replace(id=self._core.rules.new_id())
         flight.steps.append(Step(wish.before, after))
 
 
@@ -12136,7 +12094,7 @@ class Limits:
                     core.ledger.check(peer.public_key)
                     after = rule(peer)
                     if after != peer:
-                        bulk.add(Step(peer, after))
+                        core.ledger.add(bulk.flight, Step(peer, after))
 
         core.run(core.ledger.check_disk)
         with Bulk(core) as bulk:
@@ -12193,7 +12151,12 @@ class Figures(NamedTuple):
 
 
 class Batch(Generic[_T]):
-    """The operations of one request: see Gateway.batch(). Owner."""
+    """Does the operations of one request: each is atomic, and those on one key keep their order.
+
+    An error that decoding put among the operations becomes the result in its place. `show` gets
+    each result while the rows are as the operation left them; `reply` gets what it returned. `work`
+    advances a generator to its end, in slices. Owner.
+    """
 
     def __init__(
         self,
@@ -12296,7 +12259,14 @@ class Gateway(Core):
             self._move_peers([settings for settings, _, _ in opened])
         for settings, link, backend in opened:
             state = None if link.obfuscation is None else obfuscation
-            self._add_tunnel(Tunnel(settings, link, backend, state))
+            tunnel = Tunnel(settings, link, backend, state)
+            try:
+                tunnel.pools = tunnel.make_pools(self.store)
+            except Conflict as error:
+                names = f"{settings.prefix}_IPV4_SUBNET, {settings.prefix}_IPV6_SUBNET"
+                raise ConfigError(f"{names}: {error.detail}") from None
+            tunnel.clients_key = self.store.public_keys().get(tunnel.name, tunnel.public_key)
+            self.tunnels[tunnel.name] = tunnel
         news: dict[str, str] = {}
         if is_new and obfuscation is not None:
             news["obfuscation"] = encode_state(obfuscation)
@@ -12331,17 +12301,6 @@ class Gateway(Core):
                 "MOVE_PEERS: moved %s to the present settings; now remove MOVE_PEERS", count
             )
 
-    def _add_tunnel(self, tunnel: Tunnel) -> None:
-        try:
-            tunnel.pools = tunnel.make_pools(self.store)
-        except Conflict as error:
-            prefix = tunnel.settings.prefix
-            raise ConfigError(
-                f"{prefix}_IPV4_SUBNET, {prefix}_IPV6_SUBNET: {error.detail}"
-            ) from None
-        tunnel.clients_key = self.store.public_keys().get(tunnel.name, tunnel.public_key)
-        self.tunnels[tunnel.name] = tunnel
-
     def change_classes(self, classes: Mapping[str, ServiceClass]) -> None:
         """Enforce other classes. For workers. Raises ConfigError, with nothing changed."""
         if classes == self.classes:
@@ -12374,7 +12333,14 @@ class Gateway(Core):
 
     def close(self) -> None:
         """Land the waiting changes, and write the last snapshot. For workers."""
-        sample = threading.Thread(target=self._last_sample, daemon=True)
+
+        def count() -> None:
+            try:
+                self.projection.sample()
+            except BackendError as error:
+                LOG.error("the traffic since the sample before is not counted: %s", error)
+
+        sample = threading.Thread(target=count, daemon=True)
         sample.start()
         sample.join(LAST_SAMPLE_SECONDS)
         if self.lander.stop(STOP_SECONDS):
@@ -12383,12 +12349,6 @@ class Gateway(Core):
             LOG.warning(
                 "stopped during a change; its caller gets no answer: disk or interface was too slow"
             )
-
-    def _last_sample(self) -> None:
-        try:
-            self.projection.sample()
-        except BackendError as error:
-            LOG.error("the traffic since the sample before is not counted: %s", error)
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -12423,21 +12383,6 @@ class Gateway(Core):
             flight.then(lambda error: reply(error or Outcome(True, peer)))
         else:
             reply(Outcome(False, peer))
-
-    def batch(
-        self,
-        operations: Sequence[BatchOperation],
-        show: Callable[[BatchOperation, Outcome | GatewayError], _T],
-        reply: Callable[[list[_T]], None],
-        work: Callable[[Iterator[None]], None],
-    ) -> Iterator[None]:
-        """Do operations: each is atomic, and those on one key keep their order. For the owner.
-
-        An error that decoding put among `operations` becomes the result in its place. `show` gets
-        each result while the rows are as the operation left them; `reply` gets what it returned.
-        `work` advances a generator to its end, in slices.
-        """
-        return Batch(self, operations, show, reply, work).steps()
 
     def usage(self, interface: str | None = None) -> dict[str, dict[str, Any]]:
         """The pools of each family, of one interface or all: totals and all held addresses.
@@ -12767,9 +12712,9 @@ def render_gateway(gateway: Gateway) -> Iterator[str]:
         ("wggw_pool_total_addresses", "gauge", "Addresses that peers can have.",
             [(labels, use["total"]) for labels, use in pools]),
         ("wggw_interface_receive_bytes_total", "counter", "Bytes received from peers.",
-            [(labels, t.traffic.rx_bytes) for labels, t in tunnels]),
+            [(labels, t.rx_bytes) for labels, t in tunnels]),
         ("wggw_interface_transmit_bytes_total", "counter", "Bytes sent to peers.",
-            [(labels, t.traffic.tx_bytes) for labels, t in tunnels]),
+            [(labels, t.tx_bytes) for labels, t in tunnels]),
         ("wggw_interface_failures_total", "counter", "Times it was unusable or changed by others.",
             [(labels, t.failures) for labels, t in tunnels]),
         ("wggw_peers_online", "gauge", "Peers with a handshake in 180 s.", figures.online),
@@ -13635,7 +13580,7 @@ class PeerHandlers:
             self._give(later, lambda: self._batch_answer(operations, results))
 
         work = functools.partial(self._work_on, later)
-        work(self._gateway.batch(operations, self._batch_result, reply, work))
+        work(Batch(self._gateway, operations, self._batch_result, reply, work).steps())
         return later
 
     @staticmethod
@@ -13981,7 +13926,7 @@ class GatewayHandlers:
 
     @staticmethod
     def _interface(tunnel: Tunnel, figures: Figures) -> dict[str, Any]:
-        traffic, name = tunnel.traffic, tunnel.name
+        name = tunnel.name
         return {
             "name": name,
             "backend": tunnel.backend.kind,
@@ -13992,11 +13937,11 @@ class GatewayHandlers:
             "total_peers": figures.peers(None, name),
             "parameters_version": tunnel.obfuscation and tunnel.obfuscation.version,
             "pools": {f: usage for (of, f), usage in figures.pools.items() if of == name},
-            "rx_bytes": traffic.rx_bytes,
-            "tx_bytes": traffic.tx_bytes,
-            "rx_bytes_per_second": round(traffic.rx_rate),
-            "tx_bytes_per_second": round(traffic.tx_rate),
-            "sample_age_seconds": round(max(time.monotonic() - traffic.time, 0.0), 1),
+            "rx_bytes": tunnel.rx_bytes,
+            "tx_bytes": tunnel.tx_bytes,
+            "rx_bytes_per_second": round(tunnel.rx_rate),
+            "tx_bytes_per_second": round(tunnel.tx_rate),
+            "sample_age_seconds": round(max(time.monotonic() - tunnel.sampled[0], 0.0), 1),
         }
 
     def get_server_metrics(self, request: Request) -> Response:

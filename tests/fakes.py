@@ -601,7 +601,7 @@ def batch(
 
     def one_round() -> None:
         gateway.ledger.gathers = True
-        exhaust(gateway.batch(operations, lambda operation, result: result, reply, exhaust))
+        exhaust(wggw.Batch(gateway, operations, lambda _, result: result, reply, exhaust).steps())
         gateway.ledger.gathers = False
         gateway.ledger.dispatch()
 

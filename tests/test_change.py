@@ -230,7 +230,7 @@ def test_operations_of_a_batch_reach_disk_and_interface_together(tmp_path: Path)
         ]
         answered: list[Any] = []
         replies = (lambda _, result: result, answered.extend)
-        exhaust(world.gateway.batch(operations, *replies, exhaust))
+        exhaust(wggw.Batch(world.gateway, operations, *replies, exhaust).steps())
     wait_for(lambda: len(answered) == 95)
     assert all(isinstance(result, wggw.Outcome) and result.changed for result in answered)
     assert world.disk.faults.calls["fsync"] <= 2
@@ -255,7 +255,7 @@ def test_any_number_of_operations_on_one_key_is_answered_a_slice_a_round(tmp_pat
         return result
 
     with world.lock:
-        exhaust(world.gateway.batch(operations, show, answered.extend, work.append))
+        exhaust(wggw.Batch(world.gateway, operations, show, answered.extend, work.append).steps())
         exhaust(work.pop())
     wait_for(lambda: bool(work))  # the create has landed
     with world.lock:
