@@ -1388,24 +1388,6 @@ def period_starts(now: float) -> dict[str, int]:
     return {period: int(day.timestamp()) for period, day in zip(PERIODS, starts, strict=True)}
 
 
-def diff(
-    desired: Iterable[WirePeer], actual: dict[bytes, WirePeer]
-) -> Iterator[tuple[str, Change]]:
-    """The changes that turn `actual` into `desired`: ("added" | "updated" | "removed", change).
-
-    diff() empties `actual`, and leaves out peers that are equal. It yields removals last, but
-    callers must apply them first: an address may have moved from a removed peer to another one.
-    """
-    for peer in desired:
-        present = actual.pop(peer.public_key, None)
-        if present is None:
-            yield "added", Change(peer.public_key, peer)
-        elif present != peer:
-            yield "updated", Change(peer.public_key, peer)
-    for public_key in actual:
-        yield "removed", Change(public_key, None)
-
-
 # --- AmneziaWG: what an obfuscated interface and its clients agree on (docs/AMNEZIAVPN.md) --------
 
 GENERATIONS = ("1.0", "1.5", "2.0", "3.0", "3.1")
@@ -10198,14 +10180,11 @@ class Ledger:
         """Why changes are refused, or None."""
         return self.broken or self.files.journal.failure
 
-    def check(self, *keys: str) -> None:
-        """Raises Busy when one of the keys, or an exclusive flight, is in flight."""
-        if self.exclusive is not None:
-            raise Busy(self.exclusive)
-        for key in keys:
-            flight = self.in_flight.get(key)
-            if flight is not None:
-                raise Busy(flight)
+    def check(self, key: str = "") -> None:
+        """Raises Busy when this key, or an exclusive flight, is in flight."""
+        flight = self.exclusive or self.in_flight.get(key)
+        if flight is not None:
+            raise Busy(flight)
 
     def check_addresses(
         self, before: Peer | None, after: Peer, mine: Flight | None = None
@@ -10217,20 +10196,17 @@ class Ledger:
         """
         gained = _gained(before, after)
         for address in gained:
-            self._check_address(address, mine)
+            if self._pool(address).is_free(address[2]) or (mine and address in mine.freed):
+                continue
+            name = ADDRESS_FIELD[address[1]]
+            if mine and address in mine.claimed:
+                raise Invalid(name, "another element has the same: name each address once")
+            for flight in self.airborne:
+                if address in flight.claimed or (flight.submitted and address in flight.freed):
+                    self.check_disk()
+                    raise Busy(flight)
+            raise Conflict(f"{name}: {self._why_taken(address)}: name another, or omit the field")
         return gained
-
-    def _check_address(self, address: HeldAddress, mine: Flight | None) -> None:
-        if self._pool(address).is_free(address[2]) or (mine and address in mine.freed):
-            return
-        name = ADDRESS_FIELD[address[1]]
-        if mine and address in mine.claimed:
-            raise Invalid(name, "another element has the same: name each address once")
-        for flight in self.airborne:
-            if address in flight.claimed or (flight.submitted and address in flight.freed):
-                self.check_disk()
-                raise Busy(flight)
-        raise Conflict(f"{name}: {self._why_taken(address)}: name another, or omit the field")
 
     def _why_taken(self, address: HeldAddress) -> str:
         """Why no peer can get an address. The log has the text, and never a client's address."""
@@ -10574,8 +10550,6 @@ class Lander:
         """
         with self._files.writing:
             try:
-                if self._ledger.broken:
-                    raise DiskError(self._ledger.broken)
                 failed = self._ledger.failure is not None
                 if failed or self._store.changed:
                     (self._renew if failed else self._write_snapshot)()
@@ -10616,7 +10590,7 @@ class Lander:
                 self._store.number = number
                 return self._files.image(self._store, number)
 
-            if self._ledger.broken:  # by the landing that this waited for
+            if self._ledger.broken:
                 raise DiskError(self._ledger.broken)
             self._files.renew(number, self._run(make))
             self._ledger.uncertain = False
@@ -10658,8 +10632,8 @@ def run_in_slices(run: Run, work: Iterator[Any]) -> None:
 # gateway: rules, desired states and imports, interfaces as projections of the rows, limits, and the
 # facade that http uses
 #
-# A rule reads rows and fields and returns a Step, or raises a refusal; it changes nothing. The step
-# becomes a flight of the ledger. Rules run as the owner of the rows. Workers do the long work (the
+# A rule reads rows and fields and returns a peer as it should be, or raises a refusal; it changes
+# nothing. A flight of the ledger does. Rules run as the owner of the rows. Workers do the rest (the
 # reading of an interface, a desired state, an import, a snapshot), and use the rows by `run`, a few
 # milliseconds at a time.
 # Never here: SQL and HTTP.
@@ -10861,9 +10835,9 @@ _PROTOCOLS: Mapping[str | None, tuple[str, ...]] = {
 class Rules:
     """Decide requests by rows and fields alone. Owner.
 
-    A rule returns a Step, of two equal peers if the request changes nothing. It raises Busy when
-    its key is in flight, or when it would refuse because of a flight; it raises GatewayError when
-    it refuses.
+    A rule gets the peer that has the request's key, which is not in flight, and returns the peer
+    after the request (None: deleted), or the same one if nothing changes. It raises Busy when it
+    would refuse because of a flight, and GatewayError when it refuses.
     """
 
     def __init__(self, core: Core) -> None:
@@ -10872,15 +10846,13 @@ class Rules:
 
     # --- one for each request --------------------------------------------------------------------
 
-    def create(self, fields: Mapping[str, Any]) -> Step:
-        """Make a peer, or find the one that has this key."""
-        self._core.ledger.check(fields["public_key"])
-        known = self._core.store.get(fields["public_key"])
+    def create(self, known: Peer | None, fields: Mapping[str, Any]) -> Peer:
+        """Make a peer unless there is one."""
         if known is not None:
-            return Step(known, known)
+            return known
         peer, missing = self.new_peer(fields)
         self._core.ledger.check_addresses(None, peer)
-        return Step(None, self._with_addresses(peer, missing))
+        return self._with_addresses(peer, missing)
 
     def _with_addresses(self, peer: Peer, missing: Iterable[str]) -> Peer:
         """The peer with a free address in each missing family. Raises Unavailable."""
@@ -10888,9 +10860,8 @@ class Rules:
         found: dict[str, Any] = {ADDRESS_FIELD[f]: find(peer.interface, f) for f in missing}
         return peer._replace(**found) if found else peer
 
-    def set_status(self, fields: Mapping[str, Any]) -> Step:
+    def set_status(self, peer: Peer, fields: Mapping[str, Any]) -> Peer:
         """Suspend or activate a peer; it may have that status already."""
-        peer = self._known(fields["public_key"])
         activates = fields["status"] == "active" and peer.status != "active"
         reason = self._over(peer) if activates else None
         if reason == "expired":
@@ -10903,14 +10874,13 @@ class Rules:
                 f"quota_bytes: the peer has used up its {peer.quota_bytes} bytes: reset its quota, "
                 "or set a larger one or null"
             )
-        return Step(peer, peer._replace(status=fields["status"], status_reason=None))
+        return peer._replace(status=fields["status"], status_reason=None)
 
-    def delete(self, fields: Mapping[str, Any]) -> Step:
-        return Step(self._known(fields["public_key"]), None)
+    def delete(self, peer: Peer, fields: Mapping[str, Any]) -> None:
+        """Leave no peer."""
 
-    def update(self, fields: Mapping[str, Any]) -> Step:
+    def update(self, peer: Peer, fields: Mapping[str, Any]) -> Peer:
         """Change what a PATCH may change. New limits may end a suspension by the gateway."""
-        peer = self._known(fields["public_key"])
         self._check_choices(fields, self._core.tunnels[peer.interface])
         after = self._with_families(peer, fields)
         if fields.get("tunnel_traffic", ()) is None:
@@ -10920,7 +10890,7 @@ class Rules:
             raise Invalid("tunnel_traffic", "must name families that the peer has addresses in")
         after = _widened(peer, after)
         values = {n: v for n, v in _as_columns(fields).items() if n not in ADDRESS_FIELD.values()}
-        return Step(peer, self.enforce_limits(after._replace(**values)))
+        return self.enforce_limits(after._replace(**values))
 
     def _with_families(self, peer: Peer, fields: Mapping[str, Any]) -> Peer:
         """The peer with an address in each family that `fields` name and it has none in."""
@@ -10940,20 +10910,18 @@ class Rules:
         self._core.ledger.check_addresses(peer, after)
         return self._with_addresses(after, _lacking(after, families))
 
-    def reset_quota(self, fields: Mapping[str, Any]) -> Step:
+    def reset_quota(self, peer: Peer, fields: Mapping[str, Any]) -> Peer:
         """Set the used quota to 0, which may end a suspension."""
-        peer = self._known(fields["public_key"])
-        return Step(peer, self.enforce_limits(self.begin_quota(peer)))
+        return self.enforce_limits(self.begin_quota(peer))
 
-    def rotate(self, fields: Mapping[str, Any]) -> Step:
+    def rotate(self, peer: Peer, fields: Mapping[str, Any]) -> Peer:
         """Give a peer a new key and keep everything else."""
-        peer = self._known(fields["public_key"])
         new = fields["new_public_key"]
         self._core.ledger.check(new)
         self._check_own_key(new, self._core.tunnels[peer.interface])
         if new != peer.public_key and self._core.store.get(new):
             raise Conflict("new_public_key: another peer has it: make a new key pair")
-        return Step(peer, peer._replace(public_key=new))
+        return peer._replace(public_key=new)
 
     # --- parts of rules --------------------------------------------------------------------------
 
@@ -10967,13 +10935,6 @@ class Rules:
         """Raises Unavailable while the interface is known to differ from the rows."""
         if self._core.tunnels[interface].failure is not None:
             raise Unavailable(f"the interface {interface} is not usable: server/status says why")
-
-    def _known(self, public_key: str) -> Peer:
-        self._core.ledger.check(public_key)
-        peer = self._core.store.get(public_key)
-        if peer is None:
-            raise NotFound(NO_PEER)
-        return peer
 
     def _over(self, peer: Peer) -> str | None:
         """Why the peer may not be active: "expired", "quota", or None."""
@@ -11280,10 +11241,16 @@ def free(*lists: Any) -> None:
             items.pop()
 
 
-def chunks(run: Run, read: Callable[[Any], Sequence[_Row]], after: Any = 0) -> Iterator[_Row]:
-    """All rows of read(first column of the last row), a slice at a time. For workers."""
+def chunks(
+    run: Run,
+    read: Callable[..., Sequence[_Row]],
+    *arguments: Any,
+    after: Any = 0,
+    limit: int = READ_CHUNK,
+) -> Iterator[_Row]:
+    """All rows of read(*arguments, first column of the last row, limit), in turns. For workers."""
     while True:
-        rows = run(functools.partial(read, after))
+        rows = run(functools.partial(read, *arguments, after, limit))
         yield from rows
         if not rows:
             return
@@ -11347,13 +11314,13 @@ class DesiredState:
     def _compare(self) -> None:
         """Find the peers that differ. Peers that are made after the comparison began stay."""
         newest = self._core.run(lambda: self._core.store.counts.next_id)
-        for _ in chunks(self._core.run, functools.partial(self._compare_some, newest)):
+        for _ in chunks(self._core.run, self._compare_some, newest, limit=APPLY_SLICE):
             pass
         self._differing += [(0, key, wanted) for key, wanted in self._desired.items()]
         self._desired.clear()
 
-    def _compare_some(self, newest: int, after: int) -> Sequence[Peer]:
-        peers = self._core.store.peers_after(after, APPLY_SLICE)
+    def _compare_some(self, newest: int, after: int, limit: int) -> Sequence[Peer]:
+        peers = self._core.store.peers_after(after, limit)
         for known in peers:
             wanted = self._desired.pop(known.public_key, None)
             if wanted is None:
@@ -11513,7 +11480,7 @@ class Import:
             return peer.interface, peer.assigned_ip, peer.assigned_ipv6, peer.preshared_key
 
         cut = sum(other.counts.on(name) for name in kept)
-        for peer in chunks(core.run, lambda after: core.store.peers_after(after, READ_CHUNK)):
+        for peer in chunks(core.run, core.store.peers_after):
             same = other.get(peer.public_key)
             if same is None or same.interface not in kept:  # otherwise it is counted above
                 cut += same is None or peer.interface in changed or place(peer) != place(same)
@@ -11597,7 +11564,7 @@ class Import:
         """Add the steps that make the peers those of the other state. Returns the new totals."""
         store, other = self._core.store, self._other
         theirs = {peer.id: peer for peer in other.peers_after(0, MAX_INTEGER)}
-        mine = chunks(self._core.run, lambda after: store.peers_after(after, READ_CHUNK))
+        mine = chunks(self._core.run, store.peers_after)
         pairs = [Step(peer, theirs.pop(peer.id, None)) for peer in mine]
         pairs += [Step(None, wanted) for wanted in theirs.values()]
         traffic: list[TrafficRow] = []
@@ -11627,7 +11594,7 @@ class Import:
 # --- the interfaces and limits --------------------------------------------------------------------
 
 
-Totals = tuple[TrafficRow, TrafficRow]  # a peer's row of `traffic` before a reading and after it
+Counted = tuple[str, TrafficRow, TrafficRow]  # a key, its row of `traffic` before and after
 
 
 def note_seen(seen: dict[str, Seen], row: Sequence[Any]) -> None:
@@ -11654,15 +11621,29 @@ class Comparison:
     def repair(self) -> SyncResult:
         """Make the interface equal to the rows, then add its counters to the totals.
 
-        Raises BackendError.
+        One scan of the rows finds the differences and the new totals, in half the time that
+        account() takes for the totals alone. Raises BackendError.
         """
         core, name, reading = self._core, self._tunnel.name, self.reading
-        actual = {state.peer.public_key: state.peer for _, state in reading.changed}
-        present = len(actual)
+        states = {state.peer.public_key: state for _, state in reading.changed}
+        present = len(states)
+        plan: list[tuple[str, Change]] = []
         seen: dict[str, Seen] = {}
-        totals: list[dict[str, Totals]] = []
-        plan = list(diff(self._desired(seen, totals), actual))
-        plan.sort(key=lambda entry: entry[1].peer is not None)  # removals first: see diff()
+        totals: list[Counted] = []
+        for row in chunks(core.run, core.store.queries.wire_rows, name):
+            if row[1] is None:  # it is not active, or not here
+                continue
+            peer = encode_wire(*row[1:6])
+            state = states.pop(peer.public_key, None)
+            if state is None:
+                note_seen(seen, row[1:])
+                plan.append(("added", Change(peer.public_key, peer)))
+            else:
+                self._count(totals, state, row[1:])
+                if state.peer != peer:
+                    plan.append(("updated", Change(peer.public_key, peer)))
+        # Removals come first: an address may have moved from a removed peer to another one.
+        plan[:0] = [("removed", Change(key, None)) for key in states]
         with Bulk(core) as bulk:
             bulk.flight.needs_disk = False
             if self._tunnel.must_set_up or reading.device_differs(self._tunnel.link):
@@ -11674,39 +11655,12 @@ class Comparison:
                     LOG.info("%s: repair: %s %s", name, short_key(key), what)
             _land(self._tunnel, bulk.land)
         flights: list[Flight] = []
-        for counted in totals:
-            flights += core.run(functools.partial(self._submit, counted, {}))
+        for start in range(0, len(totals), READ_CHUNK):
+            some = totals[start : start + READ_CHUNK]
+            flights += core.run(functools.partial(self._submit, some, {}))
         self._wait(flights)
         added, updated, removed = map(list(done.values()).count, ("added", "updated", "removed"))
         return SyncResult(added, updated, removed, present - updated - removed)
-
-    def _desired(
-        self, seen: dict[str, Seen], totals: list[dict[str, Totals]]
-    ) -> Iterator[WirePeer]:
-        """The peers of the rows.
-
-        For a peer that the interface has, `totals` gets its new totals; for any other, `seen` gets
-        its old counters. One scan does all of this in half the time that account() takes.
-        """
-        core, name = self._core, self._tunnel.name
-        states = {state.peer.public_key: state for _, state in self.reading.changed}
-        after: int | None = 0
-        while after is not None:
-            rows = core.run(
-                functools.partial(core.store.queries.wire_rows, name, after, READ_CHUNK)
-            )
-            counted: dict[str, Totals] = {}
-            for row in rows:
-                if row[1]:
-                    peer = encode_wire(*row[1:6])
-                    if state := states.get(peer.public_key):
-                        self._count(counted, state, row[1:])
-                    else:
-                        note_seen(seen, row[1:])
-                    yield peer
-            if counted:
-                totals.append(counted)
-            after = rows[-1][0] if rows else None
 
     def _change(
         self,
@@ -11715,7 +11669,7 @@ class Comparison:
         seen: Mapping[str, Seen],
         anew: bool,
     ) -> dict[str, str]:
-        """Put the changes of diff() into a flight, by key, except those of touched peers.
+        """Put changes into a flight, except those of touched peers. Returns what was done, by key.
 
         Counters of added peers, which are in `seen`, restart at 0. With `anew` these peers are
         removed first, because the interface may have them.
@@ -11776,7 +11730,7 @@ class Comparison:
             some = changed[start : start + READ_CHUNK]
             states = {encode_key(state.peer.public_key): (mark, state) for mark, state in some}
             rows = core.run(functools.partial(query, self._tunnel.name, list(states)))
-            counted: dict[str, Totals] = {}
+            counted: list[Counted] = []
             right: dict[str, int] = {}
             for key, (mark, state) in states.items():
                 if row := rows.get(key):
@@ -11794,7 +11748,7 @@ class Comparison:
             all_landed = wait_for(self._core.run, flights.pop()) is None and all_landed
         return all_landed
 
-    def _count(self, counted: dict[str, Totals], state: PeerState, row: Sequence[Any]) -> None:
+    def _count(self, counted: list[Counted], state: PeerState, row: Sequence[Any]) -> None:
         """Note a peer's new totals, given its row of Queries.counted(), if they have changed."""
         shown = before = TrafficRow._make(row[5:])
         seen = self._core.store.restarted.get(before.id)
@@ -11802,22 +11756,22 @@ class Comparison:
             before = before._replace(rx_seen=seen[0], tx_seen=seen[1])
         after = before.counted(state.rx_bytes, state.tx_bytes, state.last_handshake)
         if after != shown:
-            counted[row[0]] = before, after
+            counted.append((row[0], before, after))
 
-    def _submit(self, counted: Mapping[str, Totals], right: Mapping[str, int]) -> list[Flight]:
+    def _submit(self, counted: Sequence[Counted], right: Mapping[str, int]) -> list[Flight]:
         """Land the totals and note who is right, except for touched peers. Owner."""
         for key, mark in right.items():
             if key in self._touched:
                 self._others.add(key)
             else:
                 self._right.add(mark)
-        changed = [totals for key, totals in counted.items() if key not in self._touched]
+        changed = [(old, new) for key, old, new in counted if key not in self._touched]
         if not changed:
             return []
         flight, ledger, tunnel = Flight(), self._core.ledger, self._tunnel
-        flight.record = Record(traffic=[after for _, after in changed])
-        received = sum(after.rx_bytes - before.rx_bytes for before, after in changed)
-        sent = sum(after.tx_bytes - before.tx_bytes for before, after in changed)
+        flight.record = Record(traffic=[new for _, new in changed])
+        received = sum(new.rx_bytes - old.rx_bytes for old, new in changed)
+        sent = sum(new.tx_bytes - old.tx_bytes for old, new in changed)
         flight.on_landed.append(lambda: tunnel.count(received, sent))
         if ledger.failure:
             flight.give(Unavailable("nothing can be counted now"))  # the next sample counts it
@@ -12023,8 +11977,7 @@ class Limits:
     def expire(self) -> None:
         """Suspend expired peers. If the clock was set back, activate those suspended too early."""
         core, now = self._core, self._core.clock()
-        expired = core.store.queries.expired
-        rows = chunks(core.run, lambda after: expired(int(now), after, READ_CHUNK), (0, 0))
+        rows = chunks(core.run, core.store.queries.expired, int(now), after=(0, 0))
         due = [number for _, number in rows]
         if core.run(lambda: core.store.meta("periods")) != (starts := period_starts(now)):
             self._begin_periods(starts)
@@ -12032,9 +11985,7 @@ class Limits:
 
     def enforce_quotas(self) -> None:
         """Suspend peers that have used up their quota, and activate those that have quota again."""
-        rows = chunks(
-            self._core.run, lambda after: self._core.store.queries.quotas(after, READ_CHUNK)
-        )
+        rows = chunks(self._core.run, self._core.store.queries.quotas)
         self._enforce([number for number, is_due in rows if is_due])
 
     def _begin_periods(self, now: Mapping[str, int]) -> None:
@@ -12050,9 +12001,7 @@ class Limits:
             core.run(core.ledger.check)
             known = core.run(lambda: core.store.meta("periods"))
             begun = [period for period in PERIODS if known and known[period] != now[period]]
-            rows = chunks(
-                core.run, lambda after: core.store.queries.periodic(begun, after, READ_CHUNK)
-            )
+            rows = chunks(core.run, core.store.queries.periodic, begun)
             due = [number for number, is_due in rows if is_due]
             for start in range(0, len(due), APPLY_SLICE):
                 steps += self._change(due[start : start + APPLY_SLICE], core.rules.begin_quota)
@@ -12353,18 +12302,22 @@ class Gateway(Core):
     # --- requests --------------------------------------------------------------------------------
 
     def change(self, name: str, fields: Mapping[str, Any], reply: Reply) -> None:
-        """Land the step that the rule of this name decides. `reply` gets the result. Owner."""
-        rule: Callable[[Mapping[str, Any]], Step] = getattr(self.rules, name)
+        """Land what the rule of this name decides. `reply` gets the result. Owner."""
+        rule: Callable[[Any, Mapping[str, Any]], Peer | None] = getattr(self.rules, name)
         flight = Flight()
         try:
             if self.ledger.uncertain:  # the rows may lack a change, so no rule can rely on them
                 self.ledger.check_disk()
-            step = rule(fields)
-            peer = cast(Peer, step.after or step.before)
+            self.ledger.check(fields["public_key"])
+            before = self.store.get(fields["public_key"])
+            if before is None and name != "create":
+                raise NotFound(NO_PEER)
+            after = rule(before, fields)
+            peer = cast(Peer, after or before)
             self.rules.check_usable(peer.interface)
-            if step.before != step.after:
+            if before != after:
                 self.ledger.check_disk()
-                self.ledger.add(flight, step)
+                self.ledger.add(flight, Step(before, after))
                 flight.complete()
                 self.ledger.submit(flight)
         except Busy as busy:
@@ -12399,10 +12352,8 @@ class Gateway(Core):
         }
 
     def _held(self, interface: str, family: str) -> Iterator[str]:
-        rows = chunks(
-            self.run,
-            lambda at: self.store.queries.held_rows(interface, family, at, READ_CHUNK * 10),
-        )
+        query, limit = self.store.queries.held_rows, READ_CHUNK * 10
+        rows = chunks(self.run, query, interface, family, limit=limit)
         return (address for _, address in rows if address)
 
     def view(self) -> View:
@@ -12759,10 +12710,9 @@ def render_copy(state: CopyState, replaced: bool = False) -> Iterator[str]:
 
 def render_peers(gateway: Gateway) -> Iterator[str]:
     """Prometheus text with every peer's traffic. The label has only the start of the key."""
-    read = functools.partial(gateway.store.queries.totals_after, limit=READ_CHUNK)
     rows = [
         (_labels(interface=interface, key=short_key(key)), traffic)
-        for _, interface, key, traffic in chunks(gateway.run, read)
+        for _, interface, key, traffic in chunks(gateway.run, gateway.store.queries.totals_after)
     ]
     return _metrics(
         ("wggw_peer_receive_bytes_total", "counter", "Bytes received from a peer.",

@@ -377,9 +377,9 @@ def test_those_who_wait_for_an_address_are_decided_once_and_a_slice_at_a_time(
     decided = [0]
     create, release = wggw.Rules.create, wggw.Ledger.release
 
-    def count(rules: wggw.Rules, fields: Any) -> Any:
+    def count(rules: wggw.Rules, known: Any, fields: Any) -> Any:
         decided[-1] += 1
-        return create(rules, fields)
+        return create(rules, known, fields)
 
     def begin_slice(ledger: wggw.Ledger, flight: wggw.Flight, refused: bool) -> Iterator[None]:
         for _ in release(ledger, flight, refused):

@@ -416,10 +416,10 @@ def test_quota_and_expiry_find_peers_whose_status_is_to_change() -> None:
 
 
 def expired(store: Store, now: int, limit: int = 9) -> list[int]:
-    def read(after: Any) -> Any:
-        return store.queries.expired(now, after, limit)
-
-    return [number for _, number in wggw.chunks(lambda function: function(), read, (0, 0))]
+    rows = wggw.chunks(
+        lambda function: function(), store.queries.expired, now, after=(0, 0), limit=limit
+    )
+    return [number for _, number in rows]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 9])
