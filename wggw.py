@@ -10852,13 +10852,7 @@ class Rules:
             return known
         peer, missing = self.new_peer(fields)
         self._core.ledger.check_addresses(None, peer)
-        return self._with_addresses(peer, missing)
-
-    def _with_addresses(self, peer: Peer, missing: Iterable[str]) -> Peer:
-        """The peer with a free address in each missing family. Raises Unavailable."""
-        find = self._core.ledger.find_address
-        found: dict[str, Any] = {ADDRESS_FIELD[f]: find(peer.interface, f) for f in missing}
-        return peer._replace(**found) if found else peer
+        return self.with_addresses(peer, missing)
 
     def set_status(self, peer: Peer, fields: Mapping[str, Any]) -> Peer:
         """Suspend or activate a peer; it may have that status already."""
@@ -10908,7 +10902,7 @@ class Rules:
         families = _checked_families(named, fields, tunnel)
         after = peer._replace(**given)
         self._core.ledger.check_addresses(peer, after)
-        return self._with_addresses(after, _lacking(after, families))
+        return self.with_addresses(after, _lacking(after, families))
 
     def reset_quota(self, peer: Peer, fields: Mapping[str, Any]) -> Peer:
         """Set the used quota to 0, which may end a suspension."""
@@ -10930,6 +10924,14 @@ class Rules:
         chosen = max(self._next_id, self._core.store.counts.next_id)
         self._next_id = chosen + 1
         return chosen
+
+    def with_addresses(
+        self, peer: Peer, missing: Iterable[str], mine: Flight | None = None
+    ) -> Peer:
+        """The peer with an address in each missing family: see Ledger.find_address()."""
+        find = functools.partial(self._core.ledger.find_address, peer.interface, mine=mine)
+        found: dict[str, Any] = {ADDRESS_FIELD[family]: find(family) for family in missing}
+        return peer._replace(**found) if found else peer
 
     def check_usable(self, interface: str) -> None:
         """Raises Unavailable while the interface is known to differ from the rows."""
@@ -10998,20 +11000,17 @@ class Rules:
         choices = self._core.config.dns_servers
         if "dns" in fields and fields["dns"] not in choices:
             raise Invalid("dns", f"must be one of {', '.join(choices)}")
-        if fields.get("service_class") is not None:
-            self._check_class(fields["service_class"])
+        classes, table = self._core.classes, self._core.class_table
+        if (name := fields.get("service_class")) is not None:
+            if not classes:
+                raise Invalid("service_class", "there are no classes: SERVICE_CLASSES defines them")
+            if name not in classes:
+                raise Invalid("service_class", f"must be one of {', '.join(classes)}")
+            if table is not None and table.failure:
+                raise Unavailable(f"service_class: it cannot be enforced: {table.failure}")
         now, expires_at = self._core.clock(), fields.get("expires_at")
         if expires_at is not None and expires_at <= now:
             raise Invalid("expires_at", f"is in the past; the server's time is {rfc3339(now)}")
-
-    def _check_class(self, name: str) -> None:
-        classes, table = self._core.classes, self._core.class_table
-        if name not in classes:
-            if not classes:
-                raise Invalid("service_class", "there are no classes: SERVICE_CLASSES defines them")
-            raise Invalid("service_class", f"must be one of {', '.join(classes)}")
-        if table is not None and table.failure:
-            raise Unavailable(f"service_class: it cannot be enforced: {table.failure}")
 
     def _tunnel_for(self, fields: Mapping[str, Any]) -> Tunnel:
         """The tunnel of the requested kind; without a request, the plain one or the only one."""
@@ -11375,14 +11374,11 @@ class DesiredState:
 
     def _take_any(self, wish: Wish) -> None:
         """Take an address in each missing family: a free one, or one that the flight frees."""
-        after, ledger, flight = wish.after, self._core.ledger, self._bulk.flight
-        found: dict[str, Any] = {}
+        flight = self._bulk.flight
         with _placed(wish.place):
-            for family in wish.missing:
-                found[family] = ledger.find_address(after.interface, family, flight)
-        for family, text in found.items():
-            ledger.claim(flight, (after.interface, family, text))
-        after = after._replace(**{ADDRESS_FIELD[family]: text for family, text in found.items()})
+            after = self._core.rules.with_addresses(wish.after, wish.missing, flight)
+        for address in _gained(wish.after, after):
+            self._core.ledger.claim(flight, address)
         flight.steps.append(Step(wish.before, after))
 
 
