@@ -179,7 +179,7 @@ from datetime import datetime, timedelta, timezone
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, NewType, NoReturn, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, NewType, NoReturn, Protocol, TypeVar, cast
 
 __version__ = "1.0.0"
 PYTHON_VERSION = ".".join(map(str, sys.version_info[:3]))
@@ -458,6 +458,14 @@ def log_defect(error: BaseException) -> None:
     LOG.error(
         "internal error: %s at line %d", type(error).__name__, trace.tb_lineno if trace else 0
     )
+
+
+def refusal_of(error: Exception) -> GatewayError:
+    """What the caller is told of an error. Any but a GatewayError is a defect, which is logged."""
+    if isinstance(error, GatewayError):
+        return error
+    log_defect(error)
+    return GatewayError(DEFECT)
 
 
 class DiskError(Exception):
@@ -13038,11 +13046,13 @@ def problem_details(error: GatewayError) -> dict[str, Any]:
     }
 
 
-def problem(error: GatewayError) -> Response:
-    if isinstance(error, OutcomeUnknown):
+def problem(error: Exception) -> Response:
+    """The answer to an error; one to a defect, too, so that no client waits on."""
+    told = refusal_of(error)
+    if isinstance(told, OutcomeUnknown):
         return NO_ANSWER
-    content = encode_json(problem_details(error))
-    return Response(error.status, content, "application/problem+json", error.headers, error.detail)
+    content = encode_json(problem_details(told))
+    return Response(told.status, content, "application/problem+json", told.headers, told.detail)
 
 
 TEXT: Schema = {"type": "string"}
@@ -13260,26 +13270,6 @@ class Admitted(NamedTuple):
     entry: LogEntry
 
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def answering_defects(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Log any other exception as a defect and answer it with a 500, so that no client waits on."""
-
-    @functools.wraps(function)
-    def call(*arguments: _P.args, **named: _P.kwargs) -> _R:
-        try:
-            return function(*arguments, **named)
-        except (GatewayError, EarlySignature):
-            raise
-        except Exception as error:  # the one place where every exception is caught
-            log_defect(error)
-            raise GatewayError(DEFECT) from None
-
-    return call
-
-
 def allows(networks: Sequence[IPv4or6Network], source: str) -> bool:
     """Whether an address is in one of the networks or on loopback. No networks allow every one."""
     if not networks:
@@ -13332,7 +13322,6 @@ class Admission:
         # With METRICS_ALLOWED, addresses that are no backend may connect, but only for the metrics.
         self._backends = config.allowed_backends if config.metrics_allowed else ()
 
-    @answering_defects
     def admit(self, head: Head, source: str, entry: LogEntry) -> Admitted:
         """Check signature, path and method, then length, in this order. Raises GatewayError.
 
@@ -13480,7 +13469,7 @@ class PeerHandlers:
         if box is None:
             raise Malformed("encrypted_payload: is not accepted: GATEWAY_PUBLIC_KEY is not set")
         opened = box.open(sealed)
-        later = Later[Response]()
+        later: Later[Response] = Later()
 
         def seal(response: Response) -> None:
             if response is not NO_ANSWER:
@@ -13491,11 +13480,10 @@ class PeerHandlers:
         try:
             fields = {**body, **decode_json(opened)}
             self._create(fields, request.entry).then(seal)
-        except GatewayError as error:
+        except Exception as error:
             seal(problem(error))
         return later
 
-    @answering_defects  # here, so that the answer about a defect in a sealed request is sealed
     def _create(self, body: Mapping[str, Any], entry: LogEntry) -> Later[Response]:
         fields = parse_create(body)
         entry.peer = short_key(fields["public_key"])
@@ -13520,10 +13508,10 @@ class PeerHandlers:
 
     def run_batch(self, request: Request) -> Later[Response]:
         operations = [_decode_operation(given) for given in body_fields(request)["operations"]]
-        later = Later[Response]()
+        later: Later[Response] = Later()
 
         def reply(results: list[dict[str, Any] | None]) -> None:
-            self._give(later, lambda: self._batch_answer(operations, results))
+            later.give(self._batch_answer(operations, results))
 
         work = functools.partial(self._work_on, later)
         work(Batch(self._gateway, operations, self._batch_result, reply, work).steps())
@@ -13552,10 +13540,9 @@ class PeerHandlers:
             if isinstance(result, GatewayError):
                 raise result
             return self._done(*cast(tuple[str, Mapping[str, Any]], operation), result)
-        except GatewayError as error:
-            return problem_details(error)
+        except Exception as error:
+            return problem_details(refusal_of(error))
 
-    @answering_defects
     def _done(self, name: str, fields: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
         said, peer = OPERATIONS[name].said, outcome.peer
         if name == "create":
@@ -13614,7 +13601,7 @@ class PeerHandlers:
         chosen = Filter(*map(query.get, Filter._fields))
         chosen = chosen._replace(interface=named_interface(self._gateway, query))
         limit, names = query.get("limit", DEFAULT_PAGE), query.get("fields", ALL_MEMBERS)
-        later = Later[Response]()
+        later: Later[Response] = Later()
 
         def steps() -> Iterator[None]:
             texts: list[str] = []
@@ -13641,7 +13628,7 @@ class PeerHandlers:
         wait = query.get("wait", 0)
         if not wait or self._stopping or store.feeds.changes(after, 1, self._gateway.view()):
             return self._changes(after, limit)
-        later = Later[Response]()
+        later: Later[Response] = Later()
         if not self._waiting:
             self._told = store.feeds.last_change  # new traffic totals alone must not wake it
         self._waiting[later] = after, limit
@@ -13671,7 +13658,8 @@ class PeerHandlers:
 
         What changes while this collects gets a sequence behind `until`, so no key comes twice.
         """
-        store, later = self._gateway.store, Later[Response]()
+        store = self._gateway.store
+        later: Later[Response] = Later()
         until = store.feeds.sequence
 
         def steps() -> Iterator[None]:
@@ -13731,25 +13719,19 @@ class PeerHandlers:
         self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], str]
     ) -> Later[Response]:
         """Let a rule decide; the answer comes when its decision has landed."""
-        later = Later[Response]()
+        later: Later[Response] = Later()
 
         def reply(outcome: Outcome | GatewayError) -> None:
-            if isinstance(outcome, GatewayError):
-                later.give(problem(outcome))
-            else:
-                self._give(later, lambda: Response(200, show(outcome).encode("utf-8")))
+            try:
+                if isinstance(outcome, GatewayError):
+                    raise outcome
+                response = Response(200, show(outcome).encode("utf-8"))
+            except Exception as error:
+                response = problem(error)
+            later.give(response)
 
         self._gateway.change(name, fields, reply)
         return later
-
-    @staticmethod
-    def _give(later: Later[Response], make: Callable[[], Response]) -> None:
-        """Answer with what `make` returns, or with the error that it raises."""
-        try:
-            response = answering_defects(make)()
-        except GatewayError as error:
-            response = problem(error)
-        later.give(response)
 
     def _work_on(self, later: Later[Response], steps: Iterator[None]) -> None:
         """Work in slices, which give `later` its answer; a defect in them is answered with 500."""
@@ -13758,8 +13740,7 @@ class PeerHandlers:
             try:
                 yield from steps
             except Exception as error:
-                log_defect(error)
-                later.give(problem(GatewayError(DEFECT)))
+                later.give(problem(error))
 
         self._work(guarded())
 
@@ -14003,52 +13984,45 @@ class App:
     def _copy_state(self) -> CopyState | None:
         return self.copier.state() if self.copier else None
 
-    def answer(self, admitted: Admitted, body: bytes | Iterator[bytes]) -> Response:
-        """Run the handler of a worker; the answer to a GatewayError is a problem."""
-        return cast(Response, self._answer(admitted, body))
-
     def answer_later(
         self, admitted: Admitted, body: bytes, reply: Callable[[Response], None]
     ) -> None:
         """Run a handler in the loop; it calls `reply` with the answer, now or later."""
-        response = self._answer(admitted, body)
+        response = self.answer(admitted, body)
         if isinstance(response, Later):
             response.then(reply)
         else:
             reply(response)
 
-    def _answer(
+    def answer(
         self, admitted: Admitted, body: bytes | Iterator[bytes]
     ) -> Response | Later[Response]:
+        """Run a handler. One that runs in a worker's thread returns a Response."""
         try:
-            headers = admitted.head.headers
-            signed = admitted.route.guard == "signed" and b"signature-input" in headers
+            headers, route = admitted.head.headers, admitted.route
             digest = headers.get(b"content-digest")  # an attacker may have cut the body away
             pieces = iter((body,)) if isinstance(body, bytes) else body
+            signed = route.guard == "signed" and b"signature-input" in headers
             if signed and (admitted.head.length or digest):
                 pieces = digested(digest or b"", pieces)
-            whole = b"" if admitted.route.streamed else b"".join(pieces)
+            whole = b"" if route.streamed else b"".join(pieces)
             query = parse_query(admitted.head.query) if admitted.head.query else {}
-            for name in query.keys() - admitted.route.query.keys():
+            for name in query.keys() - route.query.keys():
                 raise Malformed(f"{name[:64]}: is no query parameter of this path")
             request = Request(
-                admitted.route,
-                parse_fields(query, admitted.route.query),
+                route,
+                parse_fields(query, route.query) if query else {},
                 whole,
                 headers.get(b"content-type", b"").split(b";")[0].strip().lower(),
                 admitted.key,
                 admitted.entry,
                 pieces,
             )
-            return self._run(request)
-        except GatewayError as error:
+            return route.handler(self.handlers[route.tag], request)
+        except Exception as error:
             if isinstance(error, Unauthorized):  # the rest of the signature was right
                 self.metrics.refused(error.reason)
             return problem(error)
-
-    @answering_defects
-    def _run(self, request: Request) -> Response | Later[Response]:
-        return request.route.handler(self.handlers[request.route.tag], request)
 
 
 def _encode_cursor(peer_id: int) -> str:
@@ -15036,9 +15010,13 @@ class Connection:
             self._entry.request_id = given.decode("ascii")
         self._keep_alive = head.keep_alive
         self._unread = head.length > 0
-        admitted = self._admitted = self._server.app.admission.admit(
-            head, self._source, self._entry
-        )
+        try:
+            admitted = self._server.app.admission.admit(head, self._source, self._entry)
+        except EarlySignature:
+            raise
+        except Exception as error:
+            raise refusal_of(error) from None
+        self._admitted = admitted
         route = admitted.route
         self.trusted = self.trusted or route.guard in ("signed", "metrics")
         if route.place != "reader" and self._take_body():
@@ -15082,7 +15060,8 @@ class Connection:
 
     def _answer_in_worker(self, admitted: Admitted, body: bytes | Iterator[bytes]) -> None:
         def answer() -> Callable[[], None]:
-            return functools.partial(self._reply, self._server.app.answer(admitted, body))
+            response = cast(Response, self._server.app.answer(admitted, body))
+            return functools.partial(self._reply, response)
 
         self._start_worker(answer)
 
@@ -15092,13 +15071,8 @@ class Connection:
         def call() -> None:
             try:
                 then = work()
-            except GatewayError as error:
+            except Exception as error:
                 then = functools.partial(self._refuse, error)
-            except OSError:
-                then = self.close
-            except Exception as error:  # a defect must not leave the connection without an answer
-                log_defect(error)
-                then = functools.partial(self._refuse, GatewayError(DEFECT))
             self._loop.post(lambda: self._take_back(then))
 
         try:
@@ -15145,7 +15119,7 @@ class Connection:
 
     # --- answering -------------------------------------------------------------------------------
 
-    def _refuse(self, error: GatewayError) -> None:
+    def _refuse(self, error: Exception) -> None:
         """Answer with an error. Unread input must not be mistaken for the next request."""
         self._keep_alive = self._keep_alive and not self._unread
         self._unread = not self._keep_alive
