@@ -12798,23 +12798,23 @@ class Head(NamedTuple):
         return f"Head({self.method}, {self.path})"
 
 
-class Request(NamedTuple):
-    """A request that was admitted. `key` is the public key in its path, "" without one.
+class Request:
+    """A request that Admission lets in, with the public key in its path, "" without one.
 
-    `query` is decoded with the route's table. A route that is `streamed` gets the body as `pieces`,
-    which are read while they arrive; any other route gets all of it as `body`.
+    App.answer() adds the query, decoded with the route's table, and the body: as `pieces`, which
+    are read while they arrive, if the route is `streamed`.
     """
 
-    route: ApiRoute
-    query: Mapping[str, Any]
-    body: bytes
-    media_type: bytes  # lower-case, without parameters
-    key: str
-    entry: LogEntry
-    pieces: Iterable[bytes] = ()
+    def __init__(self, head: Head, route: ApiRoute, key: str, entry: LogEntry) -> None:
+        self.head, self.route, self.key, self.entry = head, route, key, entry
+        self.query: Mapping[str, Any] = {}
+        self.body = b""
+        self.pieces: Iterable[bytes] = ()
 
-    def __repr__(self) -> str:  # the body holds preshared keys
-        return f"Request({len(self.body)} bytes)"
+    @property
+    def media_type(self) -> bytes:
+        """In lower case, without parameters."""
+        return self.head.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
 
 
 class Response(NamedTuple):
@@ -13225,7 +13225,7 @@ Content = Mapping[str, Schema]  # media type -> schema
 class ApiRoute(NamedTuple):
     """A row of the route table: it says what a route accepts, and describes it in /openapi.json.
 
-    tag           a row of TAGS: the group of handlers to which the handler belongs
+    tag           a row of TAGS; App.handlers has the object that the handler belongs to
     fields        the fields of a JSON body
     media         schemas of other bodies, by media type
     answer        the schema of a 200 that is JSON
@@ -13261,15 +13261,6 @@ class ApiRoute(NamedTuple):
     rule: str = ""
 
 
-class Admitted(NamedTuple):
-    """A request whose body may be read: `key` is the public key in its path, "" without one."""
-
-    head: Head
-    route: ApiRoute
-    key: str
-    entry: LogEntry
-
-
 def allows(networks: Sequence[IPv4or6Network], source: str) -> bool:
     """Whether an address is in one of the networks or on loopback. No networks allow every one."""
     if not networks:
@@ -13287,25 +13278,17 @@ PROXY_HEADER = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip|via")
 class Admission:
     """Decides from a request's head alone whether the gateway reads its body."""
 
-    def __init__(
-        self,
-        config: Config,
-        gateway: Gateway,
-        clock: Callable[[], float],
-        metrics: RequestMetrics,
-    ) -> None:
+    def __init__(self, gateway: Gateway, metrics: RequestMetrics) -> None:
+        config = gateway.config
         self._gateway = gateway
         self._metrics = metrics
-        self._authenticator = Authenticator({}, config.max_timestamp_diff, clock)
+        self._authenticator = Authenticator({}, config.max_timestamp_diff, gateway.clock)
+        self.nonces = self._authenticator.nonces
         self._throttle = Throttle(config.max_auth_failures)
         self._routes: dict[str, dict[str, ApiRoute]] = {}  # by template and method
         for route in ROUTES:
             self._routes.setdefault(route.template, {})[route.method] = route
         self.reload(config)
-
-    @property
-    def nonces(self) -> NonceGuard:
-        return self._authenticator.nonces
 
     def keep_nonces(self, path: str, first: bool, elsewhere: bool) -> None:
         """Keep used nonces at `path`: see NonceGuard.keep(). Raises StartError."""
@@ -13322,7 +13305,7 @@ class Admission:
         # With METRICS_ALLOWED, addresses that are no backend may connect, but only for the metrics.
         self._backends = config.allowed_backends if config.metrics_allowed else ()
 
-    def admit(self, head: Head, source: str, entry: LogEntry) -> Admitted:
+    def admit(self, head: Head, source: str, entry: LogEntry) -> Request:
         """Check signature, path and method, then length, in this order. Raises GatewayError.
 
         `source` is the caller's address, or THIS_HOST when the kernel has said who the caller is.
@@ -13360,7 +13343,7 @@ class Admission:
             raise Unavailable(self._gateway.starting, headers=[("Retry-After", "1")])
         if key is None:
             raise NotFound("the path has no valid public key: write / as _ and + as -")
-        return Admitted(head, route, key, entry)
+        return Request(head, route, key, entry)
 
     def _authenticate(self, head: Head, source: str, entry: LogEntry) -> None:
         """Verify the signature; failures from the same address do not count against a right one."""
@@ -13435,6 +13418,15 @@ _DONE = tuple(name for name in ALL_MEMBERS if name != "status")
 _DONE_IPV4 = tuple(name for name in _DONE if name != "assigned_ipv6")
 
 
+def payload_box(config: Config) -> PayloadBox | None:
+    """What opens and seals payloads, None if nothing does. Raises ConfigError."""
+    secret = config.gateway_public_key
+    try:
+        return PayloadBox(secret) if secret else None
+    except ImportError:
+        raise ConfigError("GATEWAY_PUBLIC_KEY needs python3-cryptography") from None
+
+
 class PeerHandlers:
     """Handlers of routes about peers; `box` opens and seals payloads.
 
@@ -13444,13 +13436,11 @@ class PeerHandlers:
 
     def __init__(
         self,
-        config: Config,
         gateway: Gateway,
         work: Callable[[Iterator[Any]], None],
         call_at: Callable[[float, Callable[[], None]], None],
     ) -> None:
-        self.box: PayloadBox | None = None
-        self._config = config
+        self.box = payload_box(gateway.config)
         self._gateway = gateway
         self._work = work
         self._call_at = call_at
@@ -13494,7 +13484,7 @@ class PeerHandlers:
         peer, more = outcome.peer, {}
         if not outcome.changed:
             tunnel = self._gateway.tunnels[peer.interface]
-            more["differs"] = differing(tunnel.with_defaults(peer, self._config), fields)
+            more["differs"] = differing(tunnel.with_defaults(peer, self._gateway.config), fields)
         more["ignored"] = fields["ignored"]
         more = {name: names for name, names in more.items() if names}
         said = "created" if outcome.changed else "exists"
@@ -13746,22 +13736,19 @@ class PeerHandlers:
 
 
 class GatewayHandlers:
-    """Handlers of routes about the gateway itself."""
+    """Handlers of routes about the gateway itself, and of those that need no signature."""
 
     def __init__(
         self,
         gateway: Gateway,
-        clock: Callable[[], float],
         host: HostMetrics,
         metrics: RequestMetrics,
         copy_state: Callable[[], CopyState | None],
     ) -> None:
-        self._gateway = gateway
-        self._clock = clock
-        self._host = host
-        self._metrics = metrics
+        self._gateway, self._clock = gateway, gateway.clock
+        self._host, self._metrics = host, metrics
         self._copy_state = copy_state
-        self._started = clock()
+        self._started = self._clock()
 
     def get_ip_usage(self, request: Request) -> Response:
         return Response(
@@ -13894,31 +13881,13 @@ class GatewayHandlers:
         }
         return Response(200, encode_json(content))
 
-
-class MonitoringHandlers:
-    """Handlers of routes that need no signature."""
-
-    def __init__(
-        self,
-        config: Config,
-        gateway: Gateway,
-        clock: Callable[[], float],
-        metrics: RequestMetrics,
-        copy_state: Callable[[], CopyState | None],
-    ) -> None:
-        self._gateway = gateway
-        self._metrics = metrics
-        self._copy_state = copy_state
-        self._per_peer = config.per_peer_metrics
-        self._started = clock()
-
     def get_metrics(self, request: Request) -> Response:
         parts = [*render_gateway(self._gateway), *self._metrics.render()]
         parts += render_process(self._started)
         copy = self._copy_state()
         if copy is not None:
             parts += render_copy(copy, bool(self._gateway.ledger.replaced))
-        if self._per_peer:
+        if self._gateway.config.per_peer_metrics:
             parts += render_peers(self._gateway)
         text = "".join(parts)
         return Response(200, text.encode("ascii"), "text/plain; version=0.0.4; charset=utf-8")
@@ -13938,15 +13907,6 @@ class MonitoringHandlers:
         return Response(200, openapi_document())
 
 
-def payload_box(config: Config) -> PayloadBox | None:
-    """What opens and seals payloads, None if nothing does. Raises ConfigError."""
-    secret = config.gateway_public_key
-    try:
-        return PayloadBox(secret) if secret else None
-    except ImportError:
-        raise ConfigError("GATEWAY_PUBLIC_KEY needs python3-cryptography") from None
-
-
 class App:
     """Answers requests: `admission` sees the head alone, then answer() or answer_later() the body.
 
@@ -13955,26 +13915,18 @@ class App:
 
     def __init__(
         self,
-        config: Config,
         gateway: Gateway,
-        clock: Callable[[], float],
         host: HostMetrics,
         work: Callable[[Iterator[Any]], None],
-        *,
         call_at: Callable[[float, Callable[[], None]], None] = lambda when, function: None,
     ) -> None:
-        self.config = config
         self.gateway = gateway
-        self.metrics = metrics = RequestMetrics()
+        self.metrics = RequestMetrics()
         self.copier: Copier | None = None
-        self.admission = Admission(config, gateway, clock, metrics)
-        self.peers = PeerHandlers(config, gateway, work, call_at)
-        self.handlers: Mapping[str, Any] = {
-            "peers": self.peers,
-            "gateway": GatewayHandlers(gateway, clock, host, metrics, self._copy_state),
-            "monitoring": MonitoringHandlers(config, gateway, clock, metrics, self._copy_state),
-        }
-        self.peers.box = payload_box(config)
+        self.admission = Admission(gateway, self.metrics)
+        self.peers = PeerHandlers(gateway, work, call_at)
+        others = GatewayHandlers(gateway, host, self.metrics, self._copy_state)
+        self.handlers = {"peers": self.peers, "gateway": others, "monitoring": others}
 
     def reload(self, config: Config, box: PayloadBox | None) -> None:
         """Use the keys and tokens of a new configuration, and the box that payload_box() made."""
@@ -13985,39 +13937,33 @@ class App:
         return self.copier.state() if self.copier else None
 
     def answer_later(
-        self, admitted: Admitted, body: bytes, reply: Callable[[Response], None]
+        self, request: Request, body: bytes, reply: Callable[[Response], None]
     ) -> None:
         """Run a handler in the loop; it calls `reply` with the answer, now or later."""
-        response = self.answer(admitted, body)
+        response = self.answer(request, body)
         if isinstance(response, Later):
             response.then(reply)
         else:
             reply(response)
 
-    def answer(
-        self, admitted: Admitted, body: bytes | Iterator[bytes]
-    ) -> Response | Later[Response]:
+    def answer(self, request: Request, body: bytes | Iterator[bytes]) -> Response | Later[Response]:
         """Run a handler. One that runs in a worker's thread returns a Response."""
         try:
-            headers, route = admitted.head.headers, admitted.route
-            digest = headers.get(b"content-digest")  # an attacker may have cut the body away
+            head, route = request.head, request.route
+            digest = head.headers.get(b"content-digest")  # an attacker may have cut the body away
             pieces = iter((body,)) if isinstance(body, bytes) else body
-            signed = route.guard == "signed" and b"signature-input" in headers
-            if signed and (admitted.head.length or digest):
+            signed = route.guard == "signed" and b"signature-input" in head.headers
+            if signed and (head.length or digest):
                 pieces = digested(digest or b"", pieces)
-            whole = b"" if route.streamed else b"".join(pieces)
-            query = parse_query(admitted.head.query) if admitted.head.query else {}
-            for name in query.keys() - route.query.keys():
-                raise Malformed(f"{name[:64]}: is no query parameter of this path")
-            request = Request(
-                route,
-                parse_fields(query, route.query) if query else {},
-                whole,
-                headers.get(b"content-type", b"").split(b";")[0].strip().lower(),
-                admitted.key,
-                admitted.entry,
-                pieces,
-            )
+            if route.streamed:
+                request.pieces = pieces
+            else:
+                request.body = b"".join(pieces)
+            if head.query:
+                query = parse_query(head.query)
+                for name in query.keys() - route.query.keys():
+                    raise Malformed(f"{name[:64]}: is no query parameter of this path")
+                request.query = parse_fields(query, route.query)
             return route.handler(self.handlers[route.tag], request)
         except Exception as error:
             if isinstance(error, Unauthorized):  # the rest of the signature was right
@@ -14332,19 +14278,19 @@ ROUTES: tuple[ApiRoute, ...] = (
         media={"application/octet-stream": BINARY},
         errors=(409,), limit=MAX_SNAPSHOT, place="reader"),
     ApiRoute(
-        "GET", "/metrics", "monitoring", MonitoringHandlers.get_metrics,
+        "GET", "/metrics", "monitoring", GatewayHandlers.get_metrics,
         "Show figures as Prometheus text.",
         answer_media={"text/plain": TEXT}, guard="metrics", place="worker"),
     ApiRoute(
-        "GET", "/healthz", "monitoring", MonitoringHandlers.get_health,
+        "GET", "/healthz", "monitoring", GatewayHandlers.get_health,
         "Say that the process is alive.",
         said_schema("alive"), guard="open"),
     ApiRoute(
-        "GET", "/readyz", "monitoring", MonitoringHandlers.get_readiness,
+        "GET", "/readyz", "monitoring", GatewayHandlers.get_readiness,
         "Say that the gateway is ready, or answer 503 with the reason.",
         said_schema("ready"), errors=(503,), guard="open"),
     ApiRoute(
-        "GET", "/openapi.json", "monitoring", MonitoringHandlers.get_openapi,
+        "GET", "/openapi.json", "monitoring", GatewayHandlers.get_openapi,
         "Show this description.",
         FREE_OBJECT, guard="open", place="worker"),
 )
@@ -14464,7 +14410,7 @@ def _error_response(status: int, sealed: bool) -> Schema:
     return {"description": ERROR_TEXTS[status], "headers": headers, "content": content}
 
 
-# The groups of routes. Generated clients have a class for each.
+# Generated clients have a class for each.
 TAGS = {
     "peers": "Peers: what clients need to connect, what changed, what they used.",
     "gateway": "The gateway: its addresses, interfaces, state and snapshots.",
@@ -14851,7 +14797,7 @@ class Connection:
         self._unread = False  # there is input that will never be read
         self._events = select.EPOLLIN
         # The following belong to the present request.
-        self._admitted: Admitted | None = None
+        self._admitted: Request | None = None
         self._entry = LogEntry("-")
         self._answered: Response = NO_ANSWER
         self._head_only = self._keep_alive = False
@@ -15036,7 +14982,7 @@ class Connection:
 
     def _take_body(self) -> bool:
         """Answer the request if its body is complete. Whether it was."""
-        admitted = cast(Admitted, self._admitted)
+        admitted = cast(Request, self._admitted)
         length = admitted.head.length
         if len(self._buffer) < length:
             return False
@@ -15052,13 +14998,13 @@ class Connection:
 
     # --- a thread's turn -------------------------------------------------------------------------
 
-    def _hand_over(self, admitted: Admitted) -> None:
+    def _hand_over(self, admitted: Request) -> None:
         """Let a thread read the body, in pieces or whole, and make the answer."""
         self._loop.remove(self)
         self.phase, self.deadline = Phase.ANSWER, math.inf
         self._answer_in_worker(admitted, self.read_pieces(admitted.head))
 
-    def _answer_in_worker(self, admitted: Admitted, body: bytes | Iterator[bytes]) -> None:
+    def _answer_in_worker(self, admitted: Request, body: bytes | Iterator[bytes]) -> None:
         def answer() -> Callable[[], None]:
             response = cast(Response, self._server.app.answer(admitted, body))
             return functools.partial(self._reply, response)
@@ -16217,9 +16163,7 @@ class Service:
             config, Store(), open_files(config), time.time, loop.run, begin=loop.begin
         )
         self._host = HostMetrics(os.path.dirname(config.db_path) or ".")
-        self._app = app = App(
-            config, self._gateway, time.time, self._host, loop.work, call_at=loop.call_at
-        )
+        self._app = app = App(self._gateway, self._host, loop.work, loop.call_at)
         app.admission.nonces.close(time.time())  # until the nonces of the last run are loaded
         if config.awg_interface and config.awg_params:
             read_parameters(config.awg_params)  # a refusal makes no certificate

@@ -619,3 +619,12 @@ def exhaust(steps: Iterator[Any]) -> None:
 def do(gateway: wggw.Gateway, rule: str, **fields: Any) -> wggw.Outcome:
     """Do what a rule decides and wait until it has landed. Raises what it is refused for."""
     return submit(gateway, rule, **fields)()
+
+
+def a_request(route: wggw.ApiRoute = wggw.ROUTES[0], **given: Any) -> wggw.Request:
+    """A request for a handler that is called directly, with these attributes."""
+    head = wggw.parse_head(b"POST / HTTP/1.1\r\nHost: x")
+    request = wggw.Request(head, route, "", wggw.LogEntry("an-id"))
+    for name, value in given.items():
+        setattr(request, name, value)
+    return request

@@ -552,7 +552,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[wggw.Ser
     loop = wggw.Loop()
     files = wggw.Files(config.db_path, "none", wggw.Disk())
     gateway = wggw.Gateway(config, wggw.Store(), files, time.time, loop.run)
-    app = wggw.App(config, gateway, time.time, wggw.HostMetrics(str(tmp_path)), loop.work)
+    app = wggw.App(gateway, wggw.HostMetrics(str(tmp_path)), loop.work)
     server = wggw.Server(config, app, loop, wggw.LogWriter())
     server.begin(wggw.make_tls(config)[0])
     gateway.ready = True
@@ -563,7 +563,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[wggw.Ser
 
 
 def port_of(server: wggw.Server) -> int:
-    return server.app.config.api_port
+    return server.app.gateway.config.api_port
 
 
 def test_newcomers_whose_threads_have_not_begun_go_before_the_backend(
@@ -740,7 +740,7 @@ def test_an_answer_while_it_stops_says_that_it_is_the_last_one(
 ) -> None:
     admit = server.app.admission.admit
 
-    def stopping(*arguments: Any) -> wggw.Admitted:
+    def stopping(*arguments: Any) -> wggw.Request:
         server.closing = True
         return admit(*arguments)
 

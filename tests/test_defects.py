@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from fakes import NOON, World, build, do, traffic_of
+from fakes import NOON, World, a_request, build, do, traffic_of
 from harness import Client, GatewayProcess, a_key, wait_for
 
 import wggw
@@ -280,11 +280,7 @@ def test_what_a_failing_disk_kept_from_being_counted_is_counted_behind_it(tmp_pa
 
 def app_of(world: World, directory: Path) -> wggw.App:
     host = wggw.HostMetrics(str(directory))
-    return wggw.App(world.config, world.gateway, world.clock, host, lambda steps: [*steps] and None)
-
-
-def request(key: str = "") -> wggw.Request:
-    return wggw.Request(wggw.ROUTES[0], {}, b"", b"", key, wggw.LogEntry("an-id"))
+    return wggw.App(world.gateway, host, lambda steps: [*steps] and None)
 
 
 def test_a_defect_in_a_sealed_create_is_answered_sealed(
@@ -301,7 +297,7 @@ def test_a_defect_in_a_sealed_create_is_answered_sealed(
     sealed = box.seal(wggw.encode_json({"public_key": a_key(1)}))
     body = wggw.encode_json({"encrypted_payload": sealed})
     answers: list[wggw.Response] = []
-    app_of(world, tmp_path).peers.create_peer(request()._replace(body=body)).then(answers.append)
+    app_of(world, tmp_path).peers.create_peer(a_request(body=body)).then(answers.append)
     [answer] = answers
     content = json.loads(answer.body)
     assert answer.status == 500 and content.keys() == {"encrypted_response"}
@@ -320,9 +316,7 @@ def test_a_reload_during_a_sealed_create_changes_nothing_about_its_answer(
     sealed = box.seal(wggw.encode_json({"public_key": a_key(1)}))
     body = wggw.encode_json({"encrypted_payload": sealed})
     answers: list[wggw.Response] = []
-    world.gateway.run(
-        lambda: app.peers.create_peer(request()._replace(body=body)).then(answers.append)
-    )
+    world.gateway.run(lambda: app.peers.create_peer(a_request(body=body)).then(answers.append))
     wait_for(lambda: answers, what="an answer")
     assert json.loads(box.open(json.loads(answers[0].body)["encrypted_response"]))["public_key"]
     world.close()
@@ -347,7 +341,7 @@ def test_a_defect_in_showing_what_was_done_is_an_answer_and_breaks_nothing(
         "list_peers": {},
     }
     rows = [row for row in wggw.ROUTES if row.handler is getattr(wggw.PeerHandlers, handler)]
-    asked = request()._replace(route=rows[0], body=wggw.encode_json(bodies[handler]))
+    asked = a_request(rows[0], body=wggw.encode_json(bodies[handler]))
     answers: list[wggw.Response] = []
     later = getattr(app.peers, handler)(asked)
     world.gateway.run(lambda: later.then(answers.append))
@@ -369,7 +363,7 @@ def test_a_failing_interface_makes_sync_a_503(tmp_path: Path) -> None:
     world.backend.drop(a_key(1))
     world.backend.fail("apply")
     [route] = [route for route in wggw.ROUTES if route.template.endswith("/sync-ips")]
-    asked = request()._replace(route=route)
+    asked = a_request(route)
     with pytest.raises(wggw.Unavailable):
         app.handlers["gateway"].sync_ips(asked)
     assert app.handlers["gateway"].sync_ips(asked).status == 200
@@ -385,15 +379,17 @@ def test_last_handshakes_and_online_peers_are_those_of_the_interface(tmp_path: P
     world.backend.move(a_key("online"), 1000, 2000, now - 179)
     world.backend.move(a_key("offline"), 1000, 2000, now - 181)
     world.gateway.projection.sample()
-    wireguard = json.loads(app.handlers["gateway"].get_server_metrics(request()).body)["wireguard"]
+    wireguard = json.loads(app.handlers["gateway"].get_server_metrics(a_request()).body)[
+        "wireguard"
+    ]
     assert {
         key: datetime.fromisoformat(when).timestamp()
         for key, when in wireguard["last_handshakes"].items()
     } == {a_key("online"): now - 179, a_key("offline"): now - 181}
-    assert json.loads(app.handlers["gateway"].get_status(request()).body)["wireguard_peers"] == 1
-    shown = json.loads(app.peers.get_peer(request(a_key("online"))).body)
+    assert json.loads(app.handlers["gateway"].get_status(a_request()).body)["wireguard_peers"] == 1
+    shown = json.loads(app.peers.get_peer(a_request(key=a_key("online"))).body)
     assert (shown["online"], shown["rx_bytes"], shown["tx_bytes"]) == (True, 1000, 2000)
-    assert not json.loads(app.peers.get_peer(request(a_key("offline"))).body)["online"]
+    assert not json.loads(app.peers.get_peer(a_request(key=a_key("offline"))).body)["online"]
     world.close()
 
 

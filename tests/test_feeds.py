@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from fakes import build, do
+from fakes import a_request, build, do
 from harness import Client, a_key, ok, path_key, running, wait_for
 from test_store import a_peer
 
@@ -173,12 +173,12 @@ def test_what_changes_while_an_answer_is_collected_comes_once(
         do(world.gateway, "create", public_key=a_key(number))
         touch(number)
     work: list[Iterator[None]] = []
-    peers = wggw.PeerHandlers(world.config, world.gateway, work.append, lambda when, function: None)
+    peers = wggw.PeerHandlers(world.gateway, work.append, lambda when, function: None)
     route = next(row for row in wggw.ROUTES if row.template == f"/api/v1/{feed}")
 
     def collect(after: int, *touched: int) -> Any:
         """An answer, and what it shows; behind its first slice other peers change."""
-        request = wggw.Request(route, {"after": after}, b"", b"", "", wggw.LogEntry("an-id"))
+        request = a_request(route, query={"after": after})
         answers: list[wggw.Response] = []
         cast(wggw.Later[wggw.Response], route.handler(peers, request)).then(answers.append)
         steps = work.pop()

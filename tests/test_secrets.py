@@ -150,7 +150,6 @@ SECRETS: dict[str, dict[str, Any]] = {
     "NetlinkMessage": {"payload": MARK.encode()},
     "Head": {"headers": {MARK: MARK}, "query": MARK, "target": MARK},
     "Obfuscation": {"header_protection_key": MARK.encode()},
-    "Request": {"body": MARK.encode(), "query": {MARK: MARK}},
     "Response": {"body": MARK.encode(), "headers": ((MARK, MARK),)},
 }
 HARMLESS = {
@@ -164,8 +163,6 @@ HARMLESS = {
         "Config.awg_private_key_file",
         "Obfuscation.rekey_after_time",
         "Obfuscation.rekey_timeout",
-        "Request.key",
-        "Admitted.key",
     ),
     *("Setting.secret", "Peer.public_key", "WirePeer.public_key", "Served.public_key"),
 }

@@ -37,11 +37,7 @@ class Http:
         host = wggw.HostMetrics(str(world.directory))
         work = world.gateway.run
         self.app = wggw.App(
-            world.config,
-            world.gateway,
-            world.clock,
-            host,
-            lambda steps: work(lambda: [None for _ in steps] and None),
+            world.gateway, host, lambda steps: work(lambda: [None for _ in steps] and None)
         )
 
     def ask(self, method: str, target: str, body: Any = None) -> queue.SimpleQueue[wggw.Response]:
