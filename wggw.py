@@ -2546,8 +2546,8 @@ class Authenticator:
                 found = key_id
         if found is None:
             return None
-        whole = re.fullmatch(rb"[0-9]{1,12}", timestamp)
-        return found, int(timestamp) if whole else NO_TIME, None
+        is_time = timestamp.isdigit() and len(timestamp) <= 12
+        return found, int(timestamp) if is_time else NO_TIME, None
 
     def _find_rfc9421(self, message: SignedMessage) -> Signed | None:
         """RFC 9421 section 3.2; one right signature of several is enough."""
@@ -12888,7 +12888,6 @@ def _parse_headers(data: bytes, start: int) -> dict[bytes, bytes]:
     if not _HEADER_LINES.fullmatch(data, start):
         raise Malformed("a header is malformed")
     headers: dict[bytes, bytes] = {}
-    repeated: dict[bytes, list[bytes]] = {}
     for line in data.split(b"\r\n")[1:]:
         name, _, value = line.partition(b":")
         name, value = name.lower(), value.strip(b" \t")
@@ -12897,9 +12896,7 @@ def _parse_headers(data: bytes, start: int) -> dict[bytes, bytes]:
         elif name in _SINGLE_HEADERS:
             raise Malformed(f"the {name.decode('ascii')} header is repeated")
         else:
-            repeated.setdefault(name, [headers[name]]).append(value)
-    for name, values in repeated.items():
-        headers[name] = b", ".join(values)
+            headers[name] += b", " + value
     return headers
 
 
@@ -12911,7 +12908,7 @@ def _body_length(headers: Mapping[bytes, bytes]) -> int:
         raise LengthRequired("chunked bodies are not accepted: send Content-Length")
     if length is None:
         return 0
-    if not re.fullmatch(rb"[0-9]{1,15}", length):
+    if not length.isdigit() or len(length) > 15:
         raise Malformed("Content-Length is malformed")
     return int(length)
 
@@ -13310,14 +13307,18 @@ class Admission:
 
         `source` is the caller's address, or THIS_HOST when the kernel has said who the caller is.
         """
-        path = head.path[:-1] if head.path.endswith("/") and len(head.path) > 1 else head.path
-        routes, segment = self._find(path)
+        template = path = head.path.removesuffix("/") or "/"
+        segment = ""
+        if path.startswith(CONFIGURATIONS_PATH + "/") and path not in self._routes:
+            segment, slash, rest = path.removeprefix(CONFIGURATIONS_PATH + "/").partition("/")
+            template = PEER_PATH + slash + rest
         key = key_from_path(segment) if segment else ""
+        routes = self._routes.get(template) if segment or "{" not in template else None
         if routes:  # the log's line names them even if the request is refused
-            entry.route = next(iter(routes.values())).template
-            entry.peer = short_key(key or "")
+            entry.route, entry.peer = template, short_key(key or "")
         local = source == THIS_HOST
-        if path != "/metrics" and not local and not allows(self._backends, source):
+        outside = not local and self._backends and not allows(self._backends, source)
+        if outside and path != "/metrics":
             raise Forbidden(
                 "METRICS_ALLOWED lets this address read /metrics, and nothing else: a backend's "
                 "address must be in ALLOWED_BACKENDS"
@@ -13368,14 +13369,6 @@ class Admission:
                 "too many requests from this address were not authentic: check its key or token",
                 headers=[("Retry-After", str(math.ceil(wait)))],
             ) from None
-
-    def _find(self, path: str) -> tuple[dict[str, ApiRoute], str]:
-        """The routes of a path, by method, and the text of the key in it."""
-        key = ""
-        if path not in self._routes and path.startswith(CONFIGURATIONS_PATH + "/"):
-            key, slash, rest = path.removeprefix(CONFIGURATIONS_PATH + "/").partition("/")
-            path = PEER_PATH + slash + rest
-        return ({} if "{" in path and not key else self._routes.get(path, {})), key
 
     def _check_metrics(self, head: Head, source: str) -> None:
         if self._metrics_token is None:
@@ -14515,14 +14508,14 @@ def render_response(
     response: Response, keep_alive: bool, head_only: bool, date: str, request_id: str
 ) -> bytes:
     """Head and body in one piece, so that a short answer is one write and one packet."""
-    phrase = http.client.responses[response.status]
-    extra = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
-    connection = "" if keep_alive else "Connection: close\r\n"
-    head = (
-        f"HTTP/1.1 {response.status} {phrase}\r\nDate: {date}\r\n"
+    text = (
+        f"HTTP/1.1 {response.status} {http.client.responses[response.status]}\r\nDate: {date}\r\n"
         f"Content-Type: {response.content_type}\r\nContent-Length: {len(response.body)}\r\n"
-        f"Cache-Control: no-store\r\nX-Request-Id: {request_id}\r\n{extra}{connection}\r\n"
-    ).encode("ascii")
+        f"Cache-Control: no-store\r\nX-Request-Id: {request_id}\r\n"
+    )
+    for name, value in response.headers:
+        text += f"{name}: {value}\r\n"
+    head = (text + ("\r\n" if keep_alive else "Connection: close\r\n\r\n")).encode("ascii")
     return head if head_only else head + response.body
 
 
