@@ -13066,54 +13066,43 @@ def about(schema: Schema, text: str) -> Schema:
     return {**schema, "description": text}
 
 
-class Shown(NamedTuple):
-    """A member of a configuration: its schema, and what it means."""
-
-    schema: Schema
-    note: str = ""
-
-
 # fmt: off
-# Their values: see CONFIGURATION_SQL.
-CONFIGURATION: dict[str, Shown] = {
-    "public_key": Shown(KEY_SCHEMA),
-    "status": Shown(STATUS),
-    "status_reason": Shown(
+# The members of a configuration. Their values: see CONFIGURATION_SQL.
+CONFIGURATION: dict[str, Schema] = {
+    "public_key": KEY_SCHEMA,
+    "status": STATUS,
+    "status_reason": about(
         or_null(one_of(REASONS)), "why the gateway suspended it; null when it did not"),
-    "assigned_ip": Shown(or_null(IPV4)),
-    "assigned_ipv6": Shown(or_null(IPV6)),
-    "tunnel_traffic": Shown(FAMILIES_SCHEMA, "what the client sends through the tunnel"),
-    "allowed_ips": Shown(TEXTS, "the same as networks, for the client's AllowedIPs"),
-    "dns": Shown(TEXT, "a key of DNS_SERVERS"),
-    "dns_servers": Shown(TEXTS, "the addresses and search domains of that choice"),
-    "port": Shown({"type": "integer", "minimum": 1, "maximum": 65535}, "UDP"),
-    "interface": Shown(TEXT),
-    "server_public_key": Shown(KEY_SCHEMA),
-    "endpoint": Shown(or_null(TEXT), "WG_ENDPOINT with the port; null when that is not set"),
-    "mtu": Shown(COUNT),
-    "persistent_keepalive": Shown(COUNT, "seconds, for the client's configuration"),
-    "expires_at": Shown(or_null(TIME_SCHEMA)),
-    "quota_bytes": Shown(or_null(COUNT), "received and sent bytes together"),
-    "quota_period": Shown(
+    "assigned_ip": or_null(IPV4),
+    "assigned_ipv6": or_null(IPV6),
+    "tunnel_traffic": about(FAMILIES_SCHEMA, "what the client sends through the tunnel"),
+    "allowed_ips": about(TEXTS, "the same as networks, for the client's AllowedIPs"),
+    "dns": about(TEXT, "a key of DNS_SERVERS"),
+    "dns_servers": about(TEXTS, "the addresses and search domains of that choice"),
+    "port": about({"type": "integer", "minimum": 1, "maximum": 65535}, "UDP"),
+    "interface": TEXT,
+    "server_public_key": KEY_SCHEMA,
+    "endpoint": about(or_null(TEXT), "WG_ENDPOINT with the port; null when that is not set"),
+    "mtu": COUNT,
+    "persistent_keepalive": about(COUNT, "seconds, for the client's configuration"),
+    "expires_at": or_null(TIME_SCHEMA),
+    "quota_bytes": about(or_null(COUNT), "received and sent bytes together"),
+    "quota_period": about(
         or_null(one_of(PERIODS)), "the quota starts again with each; null: never"),
-    "quota_used": Shown(
+    "quota_used": about(
         COUNT, "bytes since the period began or reset-quota was called; also without a quota"),
-    "created_at": Shown(TIME_SCHEMA),
-    "request_id": Shown(or_null(TEXT)),
-    "label": Shown(or_null(TEXT)),
-    "service_class": Shown(or_null(TEXT), "a name of SERVICE_CLASSES; null: no limits"),
-    "obfuscation": Shown(or_null(FREE_OBJECT)),
-    "online": Shown(FLAG, f"the last handshake is less than {ONLINE_SECONDS} s ago"),
-    "last_handshake": Shown(or_null(TIME_SCHEMA)),
-    "rx_bytes": Shown(COUNT, "received from the client since the peer was created"),
-    "tx_bytes": Shown(COUNT, "sent to the client"),
-    "sequence": Shown(COUNT, "of its latest change: see /api/v1/changes"),
+    "created_at": TIME_SCHEMA,
+    "request_id": or_null(TEXT),
+    "label": or_null(TEXT),
+    "service_class": about(or_null(TEXT), "a name of SERVICE_CLASSES; null: no limits"),
+    "obfuscation": or_null(FREE_OBJECT),
+    "online": about(FLAG, f"the last handshake is less than {ONLINE_SECONDS} s ago"),
+    "last_handshake": or_null(TIME_SCHEMA),
+    "rx_bytes": about(COUNT, "received from the client since the peer was created"),
+    "tx_bytes": about(COUNT, "sent to the client"),
+    "sequence": about(COUNT, "of its latest change: see /api/v1/changes"),
 }
 # fmt: on
-CONFIGURATION_SCHEMA: dict[str, Schema] = {
-    name: about(row.schema, row.note) if row.note else row.schema
-    for name, row in CONFIGURATION.items()
-}
 
 
 def awg_quick(shown: Mapping[str, Any]) -> Iterator[str]:
@@ -14075,7 +14064,7 @@ POOL: dict[str, Schema] = {
 
 # What a create answers. A peer without an IPv6 address has no assigned_ipv6 in it.
 CREATED: dict[str, Schema] = {
-    **CONFIGURATION_SCHEMA,
+    **CONFIGURATION,
     "status": one_of(("created", "exists")),
     "assigned_ipv6": IPV6,
     "peer_status": STATUS,
@@ -14091,8 +14080,8 @@ REMOTE_COPY = answer_schema(
 )
 
 SCHEMAS: dict[str, Schema] = {
-    "PeerConfiguration": answer_schema(**CONFIGURATION_SCHEMA),
-    "ListedPeer": partial_schema(**CONFIGURATION_SCHEMA),
+    "PeerConfiguration": answer_schema(**CONFIGURATION),
+    "ListedPeer": partial_schema(**CONFIGURATION),
     "DesiredPeer": fields_schema(SYNC_FIELDS),
     "BatchOperation": fields_schema(BATCH_OPERATION),
     "BatchResult": partial_schema(
@@ -14131,7 +14120,7 @@ SCHEMAS: dict[str, Schema] = {
         time=TIME_SCHEMA,
         deleted=FLAG,
         public_key=KEY_SCHEMA,
-        configuration=or_null(answer_schema(**CONFIGURATION_SCHEMA)),
+        configuration=or_null(answer_schema(**CONFIGURATION)),
     ),
     "PeerUsage": answer_schema(
         public_key=KEY_SCHEMA, **counts("rx_bytes", "tx_bytes"), last_handshake=or_null(TIME_SCHEMA)

@@ -155,7 +155,7 @@ def rule(row: wggw.Field) -> str:
 
 def test_members_are_the_configuration_s() -> None:
     rows = [(row[0].strip("`"), row[1]) for row in table("member | type")]
-    assert rows == [(name, kind(row.schema)) for name, row in wggw.CONFIGURATION.items()]
+    assert rows == [(name, kind(schema)) for name, schema in wggw.CONFIGURATION.items()]
 
 
 @pytest.mark.parametrize(
