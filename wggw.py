@@ -12062,15 +12062,15 @@ class Limits:
 class ClassFigures(NamedTuple):
     """A service class and its number of peers.
 
-    `expected` counts the addresses that the kernel's sets should hold, `addresses` those that the
-    last sample found there. `dropped` holds bytes by reason.
+    `expected_addresses` counts those that the kernel's sets should hold, `addresses` those that the
+    last sample found there. `dropped_bytes` are by reason.
     """
 
     name: str
     peers: int
-    expected: int
+    expected_addresses: int
     addresses: int
-    dropped: Mapping[str, int]
+    dropped_bytes: Mapping[str, int]
 
 
 class Figures(NamedTuple):
@@ -12689,11 +12689,11 @@ def render_gateway(gateway: Gateway) -> Iterator[str]:
             ("wggw_class_addresses", "gauge", "Their addresses in the kernel, by class.",
                 [(labels, row.addresses) for labels, row in classes]),
             ("wggw_class_expected_addresses", "gauge", "What it should have, by class.",
-                [(labels, row.expected) for labels, row in classes]),
+                [(labels, row.expected_addresses) for labels, row in classes]),
             ("wggw_class_dropped_bytes_total", "counter",
                 "Bytes dropped for a service class: above its rates, or for their destination.",
                 [(f"{labels},{_labels(reason=reason)}", number)
-                 for labels, row in classes for reason, number in row.dropped.items()]),
+                 for labels, row in classes for reason, number in row.dropped_bytes.items()]),
         )  # fmt: skip
 
 
@@ -12801,8 +12801,8 @@ class Head(NamedTuple):
 class Request:
     """A request that Admission lets in, with the public key in its path, "" without one.
 
-    App.answer() adds the query, decoded with the route's table, and the body: as `pieces`, which
-    are read while they arrive, if the route is `streamed`.
+    App.answer() adds the query, decoded with the route's table, and the body; to a "reader" as
+    `pieces`, which arrive while it reads them.
     """
 
     def __init__(self, head: Head, route: ApiRoute, key: str, entry: LogEntry) -> None:
@@ -12869,16 +12869,9 @@ def parse_head(data: bytes) -> Head:
             target = target[origin.end() :]
             target = target if target.startswith("/") else "/" + target
     path, _, query = target.partition("?")
-    return Head(
-        match[1].decode("ascii"),
-        path or "/",
-        query,
-        target,
-        headers,
-        length,
-        keep_alive,
-        new and headers.get(b"expect", b"").lower() == b"100-continue",
-    )
+    method, expects = match[1].decode("ascii"), headers.get(b"expect", b"").lower()
+    waits = new and expects == b"100-continue"
+    return Head(method, path or "/", query, target, headers, length, keep_alive, waits)
 
 
 def _parse_headers(data: bytes, start: int) -> dict[bytes, bytes]:
@@ -13220,11 +13213,8 @@ class ApiRoute(NamedTuple):
     guard         who may call the route: a row of GUARDS
     limit         the most bytes that the body may have
     place         where the handler runs: "loop"; "worker", a thread that starts once the body is
-                  there; or "reader", a thread that also reads the body
-    streamed      the reader's handler gets the body piece by piece
+                  there; or "reader", a thread that also reads the body, piece by piece
     patience      seconds that the answer may wait for a change
-    operation     the operation's id, where it is not the handler's name
-    rule          the gateway's rule that decides, where several routes have the same handler
     """
 
     method: str
@@ -13241,10 +13231,7 @@ class ApiRoute(NamedTuple):
     guard: str = "signed"
     limit: int = MAX_BODY
     place: str = "loop"
-    streamed: bool = False
     patience: int = 0
-    operation: str = ""
-    rule: str = ""
 
 
 def allows(networks: Sequence[IPv4or6Network], source: str) -> bool:
@@ -13483,24 +13470,19 @@ class PeerHandlers:
         later: Later[Response] = Later()
 
         def reply(results: list[dict[str, Any] | None]) -> None:
-            later.give(self._batch_answer(operations, results))
+            if None in results:
+                later.give(NO_ANSWER)
+                return
+            note = ", ".join(
+                f"{operation[0]} {short_key(operation[1]['public_key'])} {result['status']}"
+                for operation, result in zip(operations, results, strict=True)
+                if result and not isinstance(operation, GatewayError)
+            )
+            later.give(Response(200, encode_json({"results": results}), note=note))
 
         work = functools.partial(self._work_on, later)
         work(Batch(self._gateway, operations, self._batch_result, reply, work).steps())
         return later
-
-    @staticmethod
-    def _batch_answer(
-        operations: Sequence[BatchOperation], results: Sequence[dict[str, Any] | None]
-    ) -> Response:
-        if None in results:
-            return NO_ANSWER
-        said = (
-            f"{operation[0]} {short_key(operation[1]['public_key'])} {result['status']}"
-            for operation, result in zip(operations, results, strict=True)
-            if result and not isinstance(operation, GatewayError)
-        )
-        return Response(200, encode_json({"results": results}), note=", ".join(said))
 
     def _batch_result(
         self, operation: BatchOperation, result: Outcome | GatewayError
@@ -13511,19 +13493,15 @@ class PeerHandlers:
         try:
             if isinstance(result, GatewayError):
                 raise result
-            return self._done(*cast(tuple[str, Mapping[str, Any]], operation), result)
+            name, fields = cast(tuple[str, Mapping[str, Any]], operation)
+            said, peer = OPERATIONS[name].said, result.peer
+            if name in ("delete", "suspend", "activate"):
+                return {"status": said, "public_key": peer.public_key}
+            is_create = name == "create"
+            text = self._created(result, fields) if is_create else self._show_done(said, peer)
+            return cast(dict[str, Any], json.loads(text))
         except Exception as error:
             return problem_details(refusal_of(error))
-
-    def _done(self, name: str, fields: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
-        said, peer = OPERATIONS[name].said, outcome.peer
-        if name == "create":
-            text = self._created(outcome, fields)
-        elif name in ("update", "rotate", "reset-quota"):
-            text = self._show_done(said, peer)
-        else:
-            return {"status": said, "public_key": peer.public_key}
-        return cast(dict[str, Any], json.loads(text))
 
     @collector_off()
     def sync_peers(self, request: Request) -> Response:
@@ -13545,10 +13523,19 @@ class PeerHandlers:
         content = {"status": "dry_run" if dry_run else "synced", **result._asdict()}
         return Response(200, encode_json(content), note=str(content))
 
-    def change_peer(self, request: Request) -> Later[Response]:
-        """Let the route's rule change the peer in the path, and show the peer."""
+    def update_peer(self, request: Request) -> Later[Response]:
+        return self._change_peer("update", request)
+
+    def rotate_peer(self, request: Request) -> Later[Response]:
+        return self._change_peer("rotate", request)
+
+    def reset_quota(self, request: Request) -> Later[Response]:
+        return self._change_peer("reset_quota", request)
+
+    def _change_peer(self, rule: str, request: Request) -> Later[Response]:
+        """Let a rule change the peer in the path, and show the peer."""
         fields = {**body_fields(request), "public_key": request.key}
-        return self._change(request.route.rule, fields, self._show_changed)
+        return self._change(rule, fields, lambda outcome: self._show(outcome.peer.public_key))
 
     def get_peer(self, request: Request) -> Response:
         text = self._show(request.key)
@@ -13684,9 +13671,6 @@ class PeerHandlers:
             raise NotFound(NO_PEER)
         return text
 
-    def _show_changed(self, outcome: Outcome) -> str:
-        return self._show(outcome.peer.public_key)
-
     def _change(
         self, name: str, fields: Mapping[str, Any], show: Callable[[Outcome], str]
     ) -> Later[Response]:
@@ -13770,7 +13754,8 @@ class GatewayHandlers:
 
     def import_snapshot(self, request: Request) -> Response:
         dry_run = request.query.get("dry_run", False)
-        total, cut = self._gateway.import_(request.body, request.query.get("replace_key"), dry_run)
+        data = b"".join(request.pieces)
+        total, cut = self._gateway.import_(data, request.query.get("replace_key"), dry_run)
         status = "dry_run" if dry_run else "imported"
         content = {"status": status, "total_peers": total, "cut_off_peers": cut}
         return Response(200, encode_json(content))
@@ -13807,16 +13792,7 @@ class GatewayHandlers:
             "snapshot": {"at": rfc3339(taken) if taken else None, "bytes": figures.snapshot_bytes},
             "journal": {"records": figures.number, "bytes": figures.journal_bytes},
             "interfaces": [self._interface(t, figures) for t in self._gateway.tunnels.values()],
-            "service_classes": [
-                {
-                    "name": row.name,
-                    "peers": row.peers,
-                    "expected_addresses": row.expected,
-                    "addresses": row.addresses,
-                    "dropped_bytes": row.dropped,
-                }
-                for row in figures.classes
-            ],
+            "service_classes": [row._asdict() for row in figures.classes],
         }
         return Response(200, encode_json(content))
 
@@ -13937,7 +13913,7 @@ class App:
             signed = route.guard == "signed" and b"signature-input" in head.headers
             if signed and (head.length or digest):
                 pieces = digested(digest or b"", pieces)
-            if route.streamed:
+            if route.place == "reader":
                 request.pieces = pieces
             else:
                 request.body = b"".join(pieces)
@@ -14167,7 +14143,7 @@ ROUTES: tuple[ApiRoute, ...] = (
             "application/x-ndjson": about(BINARY, "a DesiredPeer a line")},
         query=dict.fromkeys(
             ("dry_run", "allow_mass_delete"), FLAG_FIELD),
-        errors=(409, 415, 422), limit=MAX_LINES, streamed=True, place="reader"),
+        errors=(409, 415, 422), limit=MAX_LINES, place="reader"),
     ApiRoute(
         "POST", CONFIGURATIONS_PATH + "/batch", "peers", PeerHandlers.run_batch,
         "Do operations in order, each completely or not at all; the answer has a result for each.",
@@ -14178,17 +14154,17 @@ ROUTES: tuple[ApiRoute, ...] = (
         SHOWN, answer_media={"text/plain": TEXT},
         query={"format": choice_field(("json", "wg-quick"))}),
     ApiRoute(
-        "PATCH", PEER_PATH, "peers", PeerHandlers.change_peer,
+        "PATCH", PEER_PATH, "peers", PeerHandlers.update_peer,
         "Change a peer; null clears a field.",
-        SHOWN, PATCH_FIELDS, errors=(409,), operation="update_peer", rule="update"),
+        SHOWN, PATCH_FIELDS, errors=(409,)),
     ApiRoute(
-        "POST", PEER_PATH + "/rotate", "peers", PeerHandlers.change_peer,
+        "POST", PEER_PATH + "/rotate", "peers", PeerHandlers.rotate_peer,
         "Give a peer a new key; its addresses stay.",
-        SHOWN, ROTATE_FIELDS, errors=(409,), operation="rotate_peer", rule="rotate"),
+        SHOWN, ROTATE_FIELDS, errors=(409,)),
     ApiRoute(
-        "POST", PEER_PATH + "/reset-quota", "peers", PeerHandlers.change_peer,
+        "POST", PEER_PATH + "/reset-quota", "peers", PeerHandlers.reset_quota,
         "Set a peer's used quota to 0; a suspension by quota ends.",
-        SHOWN, operation="reset_quota", rule="reset_quota"),
+        SHOWN),
     ApiRoute(
         "DELETE", PEER_PATH, "peers", PeerHandlers.delete_peer,
         "Delete a peer; its addresses become free.",
@@ -14402,7 +14378,7 @@ TAGS = {
 
 def describe_route(route: ApiRoute, schemas: dict[str, Schema]) -> Schema:
     """A route as an Operation Object. Its schemas are put into `schemas`."""
-    name = route.operation or route.handler.__name__
+    name = route.handler.__name__
     type_name = name.title().replace("_", "")
     answer = {**({"application/json": route.answer} if route.answer else {}), **route.answer_media}
     body = {
@@ -14981,7 +14957,7 @@ class Connection:
     # --- a thread's turn -------------------------------------------------------------------------
 
     def _hand_over(self, admitted: Request) -> None:
-        """Let a thread read the body, in pieces or whole, and make the answer."""
+        """Let a thread read the body and make the answer."""
         self._loop.remove(self)
         self.phase, self.deadline = Phase.ANSWER, math.inf
         self._answer_in_worker(admitted, self.read_pieces(admitted.head))

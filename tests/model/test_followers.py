@@ -53,7 +53,7 @@ class Http:
         if admitted.route.place == "loop":
             run = self.world.gateway.run
             run(lambda: self.app.answer_later(admitted, data, answers.put))
-        elif admitted.route.streamed:
+        elif admitted.route.place == "reader":
             answers.put(self.app.answer(admitted, iter([data])))
         else:
             answers.put(self.app.answer(admitted, data))
