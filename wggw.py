@@ -12117,7 +12117,7 @@ class Batch(Generic[_T]):
         operations: Sequence[BatchOperation],
         show: Callable[[BatchOperation, Outcome | GatewayError], _T],
         reply: Callable[[list[_T]], None],
-        work: Callable[[Iterator[None]], None],
+        work: Callable[[Generator[None, None, None]], None],
     ) -> None:
         self._gateway, self._operations = gateway, operations
         self._show, self._reply, self._work = show, reply, work
@@ -12127,7 +12127,7 @@ class Batch(Generic[_T]):
         # The operations that wait for no earlier one; the first of them is being decided.
         self._ready = collections.deque[Callable[[], None]]()
 
-    def steps(self) -> Iterator[None]:
+    def steps(self) -> Generator[None, None, None]:
         """Begin all operations, in slices. They end later, when they have landed."""
         for place, operation in enumerate(self._operations):
             done = Later[None]()
@@ -12151,7 +12151,7 @@ class Batch(Generic[_T]):
         if len(self._ready) == 1:  # otherwise _decide() is at work, so that no operation nests
             self._work(self._decide())
 
-    def _decide(self) -> Iterator[None]:
+    def _decide(self) -> Generator[None, None, None]:
         while self._ready:
             self._ready[0]()
             self._ready.popleft()
@@ -13556,51 +13556,52 @@ class PeerHandlers:
         return self._change("delete", fields, lambda _: '{"status":"deleted"}')
 
     def list_peers(self, request: Request) -> Later[Response]:
-        query = request.query
+        later: Later[Response] = Later()
+        self._work_on(later, self._list(request.query))
+        return later
+
+    def _list(self, query: Mapping[str, Any]) -> Generator[None, None, Response]:
         chosen = Filter(*map(query.get, Filter._fields))
         chosen = chosen._replace(interface=named_interface(self._gateway, query))
         limit, names = query.get("limit", DEFAULT_PAGE), query.get("fields", ALL_MEMBERS)
-        later: Later[Response] = Later()
-
-        def steps() -> Iterator[None]:
-            texts: list[str] = []
-            after: int | None = query.get("cursor", 0)
-            while after is not None:
-                wanted = min(limit - len(texts), APPLY_SLICE)
-                store, view = self._gateway.store, self._gateway.view()
-                rows, after = store.configurations.page(after, wanted, chosen, view, names)
-                texts += (text for _, text in rows)
-                if len(rows) < wanted or len(texts) == limit:
-                    break
-                yield
-            cursor = "null" if after is None else f'"{_encode_cursor(after)}"'
-            text = f'{{"configurations":[{",".join(texts)}],"next_cursor":{cursor}}}'
-            later.give(Response(200, text.encode("utf-8")))
-
-        self._work_on(later, steps())
-        return later
+        texts: list[str] = []
+        after: int | None = query.get("cursor", 0)
+        while after is not None:
+            wanted = min(limit - len(texts), APPLY_SLICE)
+            store, view = self._gateway.store, self._gateway.view()
+            rows, after = store.configurations.page(after, wanted, chosen, view, names)
+            texts += (text for _, text in rows)
+            if len(rows) < wanted or len(texts) == limit:
+                break
+            yield
+        cursor = "null" if after is None else f'"{_encode_cursor(after)}"'
+        text = f'{{"configurations":[{",".join(texts)}],"next_cursor":{cursor}}}'
+        return Response(200, text.encode("utf-8"))
 
     def list_changes(self, request: Request) -> Later[Response]:
-        query, store = request.query, self._gateway.store
+        query, feeds = request.query, self._gateway.store.feeds
         after, limit = query.get("after", 0), query.get("limit", MAX_PAGE)
-        store.feeds.check(after)
-        wait = query.get("wait", 0)
-        if not wait or self._stopping or store.feeds.changes(after, 1, self._gateway.view()):
-            return self._changes(after, limit)
+        feeds.check(after)
         later: Later[Response] = Later()
+        wait = 0 if self._stopping else query.get("wait", 0)
+        if not wait or feeds.changes(after, 1, self._gateway.view()):
+            self._work_on(later, self._changes(after, limit))
+            return later
         if not self._waiting:
-            self._told = store.feeds.last_change  # new traffic totals alone must not wake it
+            self._told = feeds.last_change  # new traffic totals alone must not wake it
         self._waiting[later] = after, limit
         self._call_at(time.monotonic() + wait, lambda: self._answer_waiting(later))
         return later
 
     def list_usage(self, request: Request) -> Later[Response]:
-        store = self._gateway.store
+        feeds = self._gateway.store.feeds
         after, limit = request.query.get("after", 0), request.query.get("limit", MAX_USAGE)
-        store.feeds.check(after)
-        return self._feed("usage", after, limit, store.feeds.usage)
+        feeds.check(after)
+        later: Later[Response] = Later()
+        self._work_on(later, self._feed("usage", after, limit, feeds.usage))
+        return later
 
-    def _changes(self, after: int, limit: int) -> Later[Response]:
+    def _changes(self, after: int, limit: int) -> Generator[None, None, Response]:
         def read(position: int, wanted: int, until: int) -> list[tuple[int, str]]:
             return self._gateway.store.feeds.changes(position, wanted, self._gateway.view(), until)
 
@@ -13612,55 +13613,44 @@ class PeerHandlers:
         after: int,
         limit: int,
         read: Callable[[int, int, int], list[tuple[int, str]]],
-    ) -> Later[Response]:
+    ) -> Generator[None, None, Response]:
         """Answer with what is behind the sequence `after` now: read() returns (sequence, JSON).
 
         What changes while this collects gets a sequence behind `until`, so no key comes twice.
         """
-        store = self._gateway.store
-        later: Later[Response] = Later()
-        until = store.feeds.sequence
-
-        def steps() -> Iterator[None]:
-            rows: list[tuple[int, str]] = []
-            while True:
-                wanted = min(limit - len(rows), APPLY_SLICE)
-                found = read(rows[-1][0] if rows else after, wanted, until)
-                rows += found
-                if len(found) < wanted or len(rows) == limit:
-                    break
-                yield
-            last, full = rows[-1][0] if rows else 0, len(rows) == limit
-            following = store.feeds.next_after(after, last, until, full)
-            text = f'{{"{name}":[{",".join(text for _, text in rows)}],"next":{following}}}'
-            later.give(Response(200, text.encode("utf-8")))
-
-        self._work_on(later, steps())
-        return later
+        until = self._gateway.store.feeds.sequence
+        rows: list[tuple[int, str]] = []
+        while True:
+            wanted = min(limit - len(rows), APPLY_SLICE)
+            found = read(rows[-1][0] if rows else after, wanted, until)
+            rows += found
+            if len(found) < wanted or len(rows) == limit:
+                break
+            yield
+        last, full = rows[-1][0] if rows else 0, len(rows) == limit
+        following = self._gateway.store.feeds.next_after(after, last, until, full)
+        text = f'{{"{name}":[{",".join(text for _, text in rows)}],"next":{following}}}'
+        return Response(200, text.encode("utf-8"))
 
     def stop_waiting(self) -> None:
         """Answer all requests that wait for changes: the gateway stops. Owner."""
         self._stopping = True
-        self._answer_all_waiting()
+        self._work(self._answer_all_waiting())
 
     def _wake_waiting(self) -> None:
         """Answer the requests that wait for changes, if there are any. Owner."""
         if self._waiting and self._gateway.store.feeds.last_change > self._told:
             self._told = self._gateway.store.feeds.last_change
-            self._answer_all_waiting()
+            self._work(self._answer_all_waiting())
 
-    def _answer_all_waiting(self) -> None:
-        def steps() -> Iterator[None]:
-            for later in list(self._waiting):
-                self._answer_waiting(later)
-                yield
-
-        self._work(steps())
+    def _answer_all_waiting(self) -> Iterator[None]:
+        for later in list(self._waiting):
+            self._answer_waiting(later)
+            yield
 
     def _answer_waiting(self, later: Later[Response]) -> None:
-        asked = self._waiting.pop(later, None)
-        if asked is not None:
-            self._changes(*asked).then(later.give)
+        if later in self._waiting:
+            self._work_on(later, self._changes(*self._waiting.pop(later)))
 
     # --- what handlers share ---------------------------------------------------------------------
 
@@ -13689,16 +13679,20 @@ class PeerHandlers:
         self._gateway.change(name, fields, reply)
         return later
 
-    def _work_on(self, later: Later[Response], steps: Iterator[None]) -> None:
-        """Work in slices, which give `later` its answer; a defect in them is answered with 500."""
+    def _work_on(
+        self, later: Later[Response], steps: Generator[None, None, Response | None]
+    ) -> None:
+        """Work in slices, and answer with what they return, unless it is None."""
 
-        def guarded() -> Iterator[None]:
+        def work() -> Iterator[None]:
             try:
-                yield from steps
+                response = yield from steps
             except Exception as error:
-                later.give(problem(error))
+                response = problem(error)
+            if response is not None:
+                later.give(response)
 
-        self._work(guarded())
+        self._work(work())
 
 
 class GatewayHandlers:
@@ -13717,9 +13711,8 @@ class GatewayHandlers:
         self._started = self._clock()
 
     def get_ip_usage(self, request: Request) -> Response:
-        return Response(
-            200, encode_json(self._gateway.usage(named_interface(self._gateway, request.query)))
-        )
+        name = named_interface(self._gateway, request.query)
+        return Response(200, encode_json(self._gateway.usage(name)))
 
     def get_obfuscation(self, request: Request) -> Response:
         return Response(200, encode_json(self._obfuscation()))
@@ -14257,23 +14250,17 @@ ROUTES: tuple[ApiRoute, ...] = (
 # --- the API's description (OpenAPI 3.1), made from the tables above ------------------------------
 
 
-class Guard(NamedTuple):
-    """Who may call a route: security requirements, of which one is enough, and the refusals."""
-
-    security: Sequence[Mapping[str, Sequence[str]]]
-    errors: tuple[int, ...]
-
-
-GUARDS: dict[str, Guard] = {
-    "signed": Guard(
+# Who may call a route: security requirements, of which one is enough, and the refusals' statuses.
+GUARDS: dict[str, tuple[Sequence[Mapping[str, Sequence[str]]], Sequence[int]]] = {
+    "signed": (
         (
             {"legacySignature": (), "legacyTimestamp": ()},
             {"signatureInput": (), "messageSignature": ()},
         ),
         (401, 429, 503),
     ),
-    "metrics": Guard(({"metricsToken": ()}, {}), (401, 403, 429, 503)),
-    "open": Guard(({},), ()),
+    "metrics": (({"metricsToken": ()}, {}), (401, 403, 429, 503)),
+    "open": (({},), ()),
 }
 
 
@@ -14322,33 +14309,20 @@ ERROR_TEXTS: dict[int, str] = {
     431: "The head of the request is too large.",
     503: "No address is free, interface or disk is not usable, or the gateway is starting.",
 }
-# The headers of every answer, and of those that ask the caller to wait.
 ANSWER_HEADERS: Schema = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
-WAIT_HEADERS: Schema = {
-    **ANSWER_HEADERS,
-    "Retry-After": {"schema": COUNT, "description": "seconds"},
-}
 
 
 def _error_statuses(route: ApiRoute) -> list[int]:
     """The errors that a route can answer: those that its columns entail, and its `errors`."""
-    statuses = {400, 408, 411, 413, 431, *GUARDS[route.guard].errors, *route.errors}
+    statuses = {400, 408, 411, 413, 431, *GUARDS[route.guard][1], *route.errors}
     statuses |= {404} if "{" in route.template else set()
     statuses |= {415} if route.fields or route.method == "POST" else set()
     statuses |= {422} if route.fields or route.query or route.method == "POST" else set()
     return sorted(statuses)
 
 
-def _parameters(route: ApiRoute) -> Iterator[Schema]:
-    if "{" in route.template:
-        yield {"$ref": "#/components/parameters/public_key"}
-    for name, row in route.query.items():
-        text = row.description
-        yield {"name": name, "in": "query", "description": text, "schema": row.schema}
-
-
 def _content(name: str, content: Content, schemas: dict[str, Schema]) -> Schema:
-    """A Content Object. Objects and lists are put into `schemas` as `name`.
+    """A Content Object without empty schemas. Objects and lists are put into `schemas` as `name`.
 
     Generated clients name their classes after it.
     """
@@ -14356,7 +14330,8 @@ def _content(name: str, content: Content, schemas: dict[str, Schema]) -> Schema:
     for media, schema in content.items():
         if schema.keys() & {"properties", "items"}:
             schemas[name], schema = schema, component(name)
-        shown[media] = {"schema": schema}
+        if schema:
+            shown[media] = {"schema": schema}
     return shown
 
 
@@ -14364,7 +14339,9 @@ def _error_response(status: int, sealed: bool) -> Schema:
     content = {"application/problem+json": {"schema": component("Problem")}}
     if sealed:
         content |= {"application/json": {"schema": component("EncryptedResponse")}}
-    headers = WAIT_HEADERS if status in (429, 503) else ANSWER_HEADERS
+    headers = dict(ANSWER_HEADERS)
+    if status in (429, 503):
+        headers["Retry-After"] = {"schema": COUNT, "description": "seconds"}
     return {"description": ERROR_TEXTS[status], "headers": headers, "content": content}
 
 
@@ -14380,11 +14357,7 @@ def describe_route(route: ApiRoute, schemas: dict[str, Schema]) -> Schema:
     """A route as an Operation Object. Its schemas are put into `schemas`."""
     name = route.handler.__name__
     type_name = name.title().replace("_", "")
-    answer = {**({"application/json": route.answer} if route.answer else {}), **route.answer_media}
-    body = {
-        **({"application/json": fields_schema(route.fields)} if route.fields else {}),
-        **route.media,
-    }
+    answer = {"application/json": route.answer, **route.answer_media}
     content = _content(type_name + "Answer", answer, schemas)
     responses: dict[str, Schema] = {
         "200": {"description": "Done.", "headers": ANSWER_HEADERS, "content": content}
@@ -14393,17 +14366,24 @@ def describe_route(route: ApiRoute, schemas: dict[str, Schema]) -> Schema:
     for status in _error_statuses(route):
         shared = {"$ref": f"#/components/responses/Error{status}"}
         responses[str(status)] = _error_response(status, True) if sealed else shared
+    parameters: list[Schema] = [
+        {"name": field, "in": "query", "description": row.description, "schema": row.schema}
+        for field, row in route.query.items()
+    ]
+    if "{" in route.template:
+        parameters.insert(0, {"$ref": "#/components/parameters/public_key"})
     operation = {
         "operationId": name,
         "tags": [route.tag],
         "summary": re.split("[.;]", route.description)[0],
         "description": route.description,
-        "security": GUARDS[route.guard].security,
-        "parameters": list(_parameters(route)),
+        "security": GUARDS[route.guard][0],
+        "parameters": parameters,
         "responses": responses,
     }
-    if body:
-        content = _content(type_name + "Body", body, schemas)
+    fields = fields_schema(route.fields) if route.fields else {}
+    content = _content(type_name + "Body", {"application/json": fields, **route.media}, schemas)
+    if content:
         text = f"At most {route.limit} bytes."
         operation["requestBody"] = {"required": True, "description": text, "content": content}
     return operation
