@@ -12858,7 +12858,13 @@ def parse_head(data: bytes) -> Head:
     new = match[4] == b"1"
     if new and b"host" not in headers:
         raise Malformed("the Host header is missing")
-    length = _body_length(headers)
+    if b"transfer-encoding" in headers:
+        if b"content-length" in headers:
+            raise Malformed("Transfer-Encoding is not accepted: send Content-Length alone")
+        raise LengthRequired("chunked bodies are not accepted: send Content-Length")
+    length = headers.get(b"content-length", b"0")
+    if not length.isdigit() or len(length) > 15:
+        raise Malformed("Content-Length is malformed")
     connection = headers.get(b"connection", b"").lower()
     keep_alive = b"close" not in connection if new else b"keep-alive" in connection
     target = match[2].decode("ascii")
@@ -12871,7 +12877,7 @@ def parse_head(data: bytes) -> Head:
     path, _, query = target.partition("?")
     method, expects = match[1].decode("ascii"), headers.get(b"expect", b"").lower()
     waits = new and expects == b"100-continue"
-    return Head(method, path or "/", query, target, headers, length, keep_alive, waits)
+    return Head(method, path or "/", query, target, headers, int(length), keep_alive, waits)
 
 
 def _parse_headers(data: bytes, start: int) -> dict[bytes, bytes]:
@@ -12891,19 +12897,6 @@ def _parse_headers(data: bytes, start: int) -> dict[bytes, bytes]:
         else:
             headers[name] += b", " + value
     return headers
-
-
-def _body_length(headers: Mapping[bytes, bytes]) -> int:
-    length = headers.get(b"content-length")
-    if b"transfer-encoding" in headers:
-        if length is not None:
-            raise Malformed("Transfer-Encoding is not accepted: send Content-Length alone")
-        raise LengthRequired("chunked bodies are not accepted: send Content-Length")
-    if length is None:
-        return 0
-    if not length.isdigit() or len(length) > 15:
-        raise Malformed("Content-Length is malformed")
-    return int(length)
 
 
 def parse_query(query: str) -> dict[str, str]:
@@ -12991,7 +12984,15 @@ def decode_array(pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]
         number += 1
         place = f"element {number}"
         with _placed(place):
-            end = _end_of_element(body, position)
+            if not body.startswith(b"{", position):
+                raise Malformed("it is not a JSON object")
+            depth, end = json_extent(body, position, position + MAX_BODY)
+            if depth > MAX_JSON_DEPTH:
+                raise Malformed(f"it is nested deeper than {MAX_JSON_DEPTH} levels")
+            if end is None and len(body) > position + MAX_BODY:
+                raise TooLarge(f"it has more than {MAX_BODY} bytes")
+            if end is None:
+                raise Malformed("it is not valid JSON with unique keys")
             value = decode_json(bytes(body[position:end]))
         yield place, value
         found = _JSON_NEXT.match(body, end)
@@ -13000,20 +13001,6 @@ def decode_array(pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]
         position = found.end()
     if _JSON_SPACES.fullmatch(body, position) is None:
         raise Malformed("the body goes on behind the end of the array")
-
-
-def _end_of_element(body: bytearray, start: int) -> int:
-    """The position behind the object that begins at `start`. Raises Malformed, TooLarge."""
-    if body[start : start + 1] != b"{":
-        raise Malformed("it is not a JSON object")
-    depth, end = json_extent(body, start, start + MAX_BODY)
-    if depth > MAX_JSON_DEPTH:
-        raise Malformed(f"it is nested deeper than {MAX_JSON_DEPTH} levels")
-    if end is None and len(body) > start + MAX_BODY:
-        raise TooLarge(f"it has more than {MAX_BODY} bytes")
-    if end is None:
-        raise Malformed("it is not valid JSON with unique keys")
-    return end
 
 
 # These match what precedes the first element, or the next one: all of it, or the array's end.
@@ -13450,20 +13437,24 @@ class PeerHandlers:
 
     def _created(self, outcome: Outcome, fields: Mapping[str, Any]) -> str:
         """What a create answers. A peer without an IPv6 address has no assigned_ipv6 in it."""
-        peer, more = outcome.peer, {}
+        peer, differs = outcome.peer, []
         if not outcome.changed:
             tunnel = self._gateway.tunnels[peer.interface]
-            more["differs"] = differing(tunnel.with_defaults(peer, self._gateway.config), fields)
-        more["ignored"] = fields["ignored"]
-        more = {name: names for name, names in more.items() if names}
+            differs = differing(tunnel.with_defaults(peer, self._gateway.config), fields)
         said = "created" if outcome.changed else "exists"
-        return self._show_done(said, peer, _DONE if peer.assigned_ipv6 else _DONE_IPV4, **more)
+        names = _DONE if peer.assigned_ipv6 else _DONE_IPV4
+        return self._show_done(said, peer, names, differs=differs, ignored=fields["ignored"])
 
-    def _show_done(self, said: str, peer: Peer, names: tuple[str, ...] = _DONE, **more: Any) -> str:
-        """These members of a configuration as JSON, with a `status` that says what was done."""
+    def _show_done(
+        self, said: str, peer: Peer, names: tuple[str, ...] = _DONE, **lists: list[str]
+    ) -> str:
+        """These members as JSON, with what was done as `status`, and with lists that have items."""
         shown = self._show(peer.public_key, names)
-        done = {"status": said, "peer_status": peer.status, **more}
-        return f"{shown[:-1]},{_JSON_ENCODER.encode(done)[1:]}"
+        text = f'{shown[:-1]},"status":"{said}","peer_status":"{peer.status}"'
+        for name, items in lists.items():
+            if items:
+                text += f',"{name}":{_JSON_ENCODER.encode(items)}'
+        return text + "}"
 
     def run_batch(self, request: Request) -> Later[Response]:
         operations = [_decode_operation(given) for given in body_fields(request)["operations"]]
