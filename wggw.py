@@ -13192,6 +13192,7 @@ class ApiRoute(NamedTuple):
     """A row of the route table: it says what a route accepts, and describes it in /openapi.json.
 
     tag           a row of TAGS; App.handlers has the object that the handler belongs to
+    handler       returns the answer, now or later, or the JSON of a 200
     fields        the fields of a JSON body
     media         schemas of other bodies, by media type
     answer        the schema of a 200 that is JSON
@@ -13207,7 +13208,7 @@ class ApiRoute(NamedTuple):
     method: str
     template: str
     tag: str
-    handler: Callable[[Any, Request], Response | Later[Response]]
+    handler: Callable[[Any, Request], Response | dict[str, Any] | Later[Response]]
     description: str
     answer: Schema = {}
     fields: Mapping[str, Field] = {}
@@ -13701,14 +13702,10 @@ class GatewayHandlers:
         self._copy_state = copy_state
         self._started = self._clock()
 
-    def get_ip_usage(self, request: Request) -> Response:
-        name = named_interface(self._gateway, request.query)
-        return Response(200, encode_json(self._gateway.usage(name)))
+    def get_ip_usage(self, request: Request) -> dict[str, Any]:
+        return self._gateway.usage(named_interface(self._gateway, request.query))
 
-    def get_obfuscation(self, request: Request) -> Response:
-        return Response(200, encode_json(self._obfuscation()))
-
-    def _obfuscation(self) -> dict[str, Any]:
+    def get_obfuscation(self, request: Request) -> dict[str, Any]:
         tunnel = self._gateway.obfuscated()
         state = cast(ObfuscationState, tunnel.obfuscation)
         return {
@@ -13720,7 +13717,7 @@ class GatewayHandlers:
             "warnings": obfuscation_warnings(state),
         }
 
-    def rotate_obfuscation(self, request: Request) -> Response:
+    def rotate_obfuscation(self, request: Request) -> dict[str, Any]:
         fields = body_fields(request)
         wanted = fields.get("parameters")
         if wanted is None:
@@ -13730,21 +13727,19 @@ class GatewayHandlers:
             except ValueError as error:
                 raise Invalid("preset", str(error).removeprefix("preset: ")) from None
         cut = self._gateway.change_obfuscation(wanted, fields.get("confirm", False))
-        content = {"status": "rotated", "cut_off_peers": cut, **self._obfuscation()}
-        return Response(200, encode_json(content))
+        return {"status": "rotated", "cut_off_peers": cut, **self.get_obfuscation(request)}
 
     def export_snapshot(self, request: Request) -> Response:
         return Response(200, self._gateway.export(), "application/octet-stream")
 
-    def import_snapshot(self, request: Request) -> Response:
+    def import_snapshot(self, request: Request) -> dict[str, Any]:
         dry_run = request.query.get("dry_run", False)
         data = b"".join(request.pieces)
         total, cut = self._gateway.import_(data, request.query.get("replace_key"), dry_run)
         status = "dry_run" if dry_run else "imported"
-        content = {"status": status, "total_peers": total, "cut_off_peers": cut}
-        return Response(200, encode_json(content))
+        return {"status": status, "total_peers": total, "cut_off_peers": cut}
 
-    def sync_ips(self, request: Request) -> Response:
+    def sync_ips(self, request: Request) -> dict[str, Any]:
         body_fields(request)  # there are none: any field is refused
         name = named_interface(self._gateway, request.query)
         if request.query.get("accept_key"):
@@ -13754,13 +13749,13 @@ class GatewayHandlers:
         except BackendError as error:
             LOG.error("%s", error)
             raise Unavailable("the interface is not usable: server/status says why") from None
-        return Response(200, encode_json({"status": "synced", **result._asdict()}))
+        return {"status": "synced", **result._asdict()}
 
-    def get_status(self, request: Request) -> Response:
+    def get_status(self, request: Request) -> dict[str, Any]:
         now, figures = self._clock(), self._gateway.run(self._gateway.figures)
         copy = self._copy_state()
         taken = figures.snapshot_time
-        content = {
+        return {
             "status": "degraded" if figures.degraded else "healthy",
             "wireguard_peers": figures.online,
             "total_peers": figures.peers(),
@@ -13778,7 +13773,6 @@ class GatewayHandlers:
             "interfaces": [self._interface(t, figures) for t in self._gateway.tunnels.values()],
             "service_classes": [row._asdict() for row in figures.classes],
         }
-        return Response(200, encode_json(content))
 
     @staticmethod
     def _interface(tunnel: Tunnel, figures: Figures) -> dict[str, Any]:
@@ -13800,12 +13794,12 @@ class GatewayHandlers:
             "sample_age_seconds": round(max(time.monotonic() - tunnel.sampled[0], 0.0), 1),
         }
 
-    def get_server_metrics(self, request: Request) -> Response:
+    def get_server_metrics(self, request: Request) -> dict[str, Any]:
         figures = self._gateway.run(self._gateway.figures)
         queries = self._gateway.store.queries
         handshakes = self._gateway.run(lambda: queries.last_handshakes(MAX_PAGE))
         tunnels = self._gateway.tunnels.values()
-        content = {
+        return {
             "system": {
                 "cpu_percent": self._host.cpu_percent,
                 "memory": self._host.memory(),
@@ -13821,7 +13815,6 @@ class GatewayHandlers:
             },
             "timestamp": rfc3339(self._clock()),
         }
-        return Response(200, encode_json(content))
 
     def get_metrics(self, request: Request) -> Response:
         parts = [*render_gateway(self._gateway), *self._metrics.render()]
@@ -13834,16 +13827,16 @@ class GatewayHandlers:
         text = "".join(parts)
         return Response(200, text.encode("ascii"), "text/plain; version=0.0.4; charset=utf-8")
 
-    def get_health(self, request: Request) -> Response:
-        return Response(200, b'{"status":"alive"}')
+    def get_health(self, request: Request) -> dict[str, Any]:
+        return {"status": "alive"}
 
-    def get_readiness(self, request: Request) -> Response:
+    def get_readiness(self, request: Request) -> dict[str, Any]:
         if not self._gateway.ready:
             raise Unavailable(self._gateway.starting, headers=[("Retry-After", "1")])
         reasons = self._gateway.degraded()
         if reasons:
             raise Unavailable("degraded: " + "; ".join(reasons))
-        return Response(200, b'{"status":"ready"}')
+        return {"status": "ready"}
 
     def get_openapi(self, request: Request) -> Response:
         return Response(200, openapi_document())
@@ -13906,7 +13899,8 @@ class App:
                 for name in query.keys() - route.query.keys():
                     raise Malformed(f"{name[:64]}: is no query parameter of this path")
                 request.query = parse_fields(query, route.query)
-            return route.handler(self.handlers[route.tag], request)
+            answer = route.handler(self.handlers[route.tag], request)
+            return Response(200, encode_json(answer)) if isinstance(answer, dict) else answer
         except Exception as error:
             if isinstance(error, Unauthorized):  # the rest of the signature was right
                 self.metrics.refused(error.reason)
