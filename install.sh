@@ -395,7 +395,7 @@ check_settings() {
   with_wggw '
 import dataclasses
 config = dataclasses.replace(wggw.load_config({}, sys.argv[1]), env_file=sys.argv[2])
-wggw.claim_interfaces(config, lambda: wggw.load_whole(config)[0])' "$1" "$ENV_FILE"
+wggw.claim_interfaces(config, wggw.load_whole(config)[0])' "$1" "$ENV_FILE"
 }
 
 # Refuses unknown names after --set, and secrets: every user can read arguments.

@@ -15386,14 +15386,11 @@ def return_memory() -> None:
 
 def raise_file_limit(connections: int) -> int:
     """Raise the limit of open files. Returns how many connections there is room for."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * connections + RESERVED_FILES  # a lingering connection beside each new one
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # Linux always has a finite one
+    wanted = min(2 * connections + RESERVED_FILES, hard)  # each may linger beside a new one
+    if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return connections if soft == resource.RLIM_INFINITY else max(8, soft - RESERVED_FILES)
+    return max(8, soft - RESERVED_FILES, wanted - RESERVED_FILES)
 
 
 class Timer(threading.Thread):
@@ -15420,15 +15417,6 @@ class Timer(threading.Thread):
     def stop(self) -> None:
         """No further job begins."""
         self._stop_event.set()
-
-
-def stop_timers(timers: Sequence[Timer]) -> None:
-    """Stop all timers within STOP_SECONDS. A job that hangs is abandoned."""
-    for timer in timers:
-        timer.stop()
-    deadline = time.monotonic() + STOP_SECONDS
-    for timer in timers:
-        timer.join(max(0.0, deadline - time.monotonic()))
 
 
 # --- the certificate ----------------------------------------------------------------------------
@@ -15478,10 +15466,12 @@ def fit_certificate(config: Config) -> bool:
         if os.geteuid() == 0:
             os.chown(cert, owner.st_uid, owner.st_gid)
     except (ImportError, OSError, ValueError) as error:
-        text = (
-            "%s cannot be renewed, and backends may refuse it: %s; `wggw doctor` says what it lacks"
+        LOG.warning(
+            "%s cannot be renewed, and backends may refuse it: %s; `wggw doctor` says what it "
+            "lacks",
+            cert,
+            _reason(error),
         )
-        LOG.warning(text, cert, _reason(error))
         return False
     LOG.warning(
         "%s was renewed (%s): backends that pin its SHA-256 fingerprint need the new one; its key "
@@ -15508,12 +15498,19 @@ def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, in
             context.load_verify_locations(client_ca)
         fit_certificate(config)
         if make_pair and not os.path.exists(cert) and not os.path.exists(key):
-            _make_pair(config)
+            what = f"TLS_CERT {cert!r} cannot be made"
+            make_certificate(cert, key, certificate_names(config))
+            LOG.info("made a self-signed certificate: %s", cert)
         what = f"TLS_CERT {cert!r}, TLS_KEY {key!r}: not usable PEM files"
         check_private("TLS_KEY", key)
         context.load_cert_chain(cert, key, password="")  # never ask on a terminal
         certificate = read_certificate(cert)
         expires = certificate_expiry(certificate)
+    except ImportError:
+        raise ConfigError(
+            f"TLS_CERT {cert!r} does not exist: install python3-cryptography, with which the "
+            "gateway makes one, or put a certificate and its key there"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{what}: {_reason(error)}") from None
     fingerprint = hashlib.sha256(certificate).hexdigest()
@@ -15524,21 +15521,6 @@ def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, in
             rfc3339(expires),
         )
     return context, expires
-
-
-def _make_pair(config: Config) -> None:
-    """Make a self-signed certificate and its key. Raises ConfigError."""
-    cert = config.tls_cert
-    try:
-        make_certificate(cert, config.tls_key, certificate_names(config))
-    except ImportError:
-        raise ConfigError(
-            f"TLS_CERT {cert!r} does not exist: install python3-cryptography, with which the "
-            "gateway makes one, or put a certificate and its key there"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"TLS_CERT {cert!r} cannot be made: {_reason(error)}") from None
-    LOG.info("made a self-signed certificate: %s", cert)
 
 
 def keep_certificate(config: Config, store: Store, lacked: bool) -> bool:
@@ -15637,14 +15619,6 @@ class LogWriter(logging.Handler):
         self._writing = False
 
 
-def set_up_logging(level: str) -> LogWriter:
-    writer = LogWriter()
-    LOG.addHandler(writer)
-    LOG.setLevel(level.upper())
-    logging.logThreads = logging.logProcesses = False
-    return writer
-
-
 def open_files(config: Config) -> Files:
     vault = Vault(config.snapshot_key) if config.snapshot_key else None
     if vault and importlib.util.find_spec("cryptography") is None:
@@ -15695,18 +15669,18 @@ def with_kept(
     )
 
 
-def claim_interfaces(config: Config, load: Callable[[], Store]) -> None:
+def claim_interfaces(config: Config, store: Store) -> None:
     """Mark existing interfaces of ours, and refuse settings that do not fit this host or the rows.
 
-    For `load` see recognise_by(). Raises ConfigError, having changed nothing else; StartError.
+    Raises ConfigError, having changed nothing else; StartError.
     """
-    load = functools.cache(load)
     try:
         if config.wg_backend != "memory":
             rows = interface_settings(config)
             wanted = [(LINK_KINDS[row.prefix], make_link(row, b"")) for row in rows]
-            claim_links(wanted, recognise_by(rows, load))  # first: the checks go by the marks
-        refuse_misfits(look_at_fit(Host(config, load())))
+            recognise = recognise_by(rows, lambda: store)
+            claim_links(wanted, recognise)  # first: the checks go by the marks
+        refuse_misfits(look_at_fit(Host(config, store)))
     except ForeignError as error:
         raise ConfigError(str(error)) from None
     except BackendError as error:
@@ -15844,8 +15818,7 @@ class Start:
         self._had_key = [row for row in rows if os.path.exists(row.private_key_file)]
         self._is_first = False  # neither the files nor the copy had a state
         self._may_lack = False  # the state is the copy's, so it may lack what clients have seen
-        # What _check() found: the interfaces to set up, AmneziaWG's parameters, if they are new.
-        self._wanted: list[tuple[InterfaceSettings, Link]] = []
+        self._wanted: list[tuple[InterfaceSettings, Link]] = []  # these two are set by _check()
         self._obfuscation: tuple[ObfuscationState | None, bool] = None, False
 
     def read(self, wait_for: Callable[[Callable[[], None]], bool]) -> bool:
@@ -15886,21 +15859,28 @@ class Start:
     def open_interfaces(self) -> None:
         """Open the interfaces and make them equal to the rows."""
         config = self._config
-        backends = [self._open(link) for _, link in self._wanted]
         table = None
-        if config.wg_backend != "memory":
+        opened: list[tuple[InterfaceSettings, Link, Backend]] = []
+        if config.wg_backend == "memory":
+            LOG.warning(
+                "WG_BACKEND=memory: there is no interface, so no peer can send or receive packets"
+            )
+        else:
             table = ClassTable(config.service_classes, [row for row, _ in self._wanted])
+        for row, link in self._wanted:
+            try:
+                backend = open_backend(config.wg_backend, link)
+            except ForeignError as error:
+                raise ConfigError(str(error)) from None
+            except BackendError as error:
+                raise StartError(f"WG_BACKEND {config.wg_backend}: {error}") from None
+            if table:
+                backend = ClassedBackend(backend, table, list(row.subnets.values()))
+            opened.append((row, link, backend))
+        if table:
             table.set_up()
-            backends = [
-                ClassedBackend(backend, table, list(row.subnets.values()))
-                for (row, _), backend in zip(self._wanted, backends, strict=True)
-            ]
-        self._gateway.start(
-            [(*pair, backend) for pair, backend in zip(self._wanted, backends, strict=True)],
-            *self._obfuscation,
-            table,
-            self._may_lack or config.durability != "commit",
-        )
+        may_lack = self._may_lack or config.durability != "commit"
+        self._gateway.start(opened, *self._obfuscation, table, may_lack)
 
     # --- the remote copy -------------------------------------------------------------------------
 
@@ -15941,7 +15921,7 @@ class Start:
         """
         config = self._config
         self._may_lack = state is not self._store
-        claim_interfaces(config, lambda: state)  # before anything is made or changed
+        claim_interfaces(config, state)  # before anything is made or changed
         keys = self._load_keys(state)
         rows = with_kept(interface_settings(config), state, config)
         links, self._obfuscation = plan_links(config, state, rows, keys)
@@ -15951,40 +15931,34 @@ class Start:
         """The private keys, once compared with what peers know. Raises ConfigError."""
         rows = interface_settings(self._config)
         keys = [self._load_key(row, store) for row in rows]
-        own = {
-            row.name: encode_key(x25519_public(key)) for row, key in zip(rows, keys, strict=True)
-        }
-        self._keep_public_keys(store, own)
-        if self._may_lack and self._config.snapshot_lineage != store.lineage:
-            self._refuse_other_keys(own, store)
+        own = {r.name: encode_key(x25519_public(key)) for r, key in zip(rows, keys, strict=True)}
+        known = self._keep_public_keys(store, own)
+        is_foreign = self._may_lack and self._config.snapshot_lineage != store.lineage
         for row, key in zip(rows, keys, strict=True):
-            if store.public_keys()[row.name] == own[row.name]:  # otherwise keep a sealed key
-                store.private_keys[row.name] = encode_key(key)
+            name, file = row.name, row.private_key_file
+            if known[name] == own[name]:
+                store.private_keys[name] = encode_key(key)
+            elif is_foreign and row in self._had_key:
+                raise ConfigError(
+                    f"{row.prefix}_PRIVATE_KEY_FILE: the public key of {file!r} is {own[name]}, "
+                    "but the configurations of the copy's "
+                    f"{show_peers(store.counts.on(name))} name {known[name]}: put that key there "
+                    "(a sealed copy contains it: just move the file away), or, to cut these peers "
+                    f"off, set SNAPSHOT_LINEAGE={store.lineage}"
+                )
         return keys
 
-    def _refuse_other_keys(self, own: Mapping[str, str], store: Store) -> None:
-        """Refuse another node's state whose peers know other keys. Raises ConfigError."""
-        for row in self._had_key:
-            known, peers = store.public_keys()[row.name], store.counts.on(row.name)
-            if known != own[row.name] and peers:
-                raise ConfigError(
-                    f"{row.prefix}_PRIVATE_KEY_FILE: the public key of {row.private_key_file!r} is "
-                    f"{own[row.name]}, but the configurations of the copy's "
-                    f"{show_peers(peers)} name {known}: put that key there (a sealed copy "
-                    "contains it: just move the file away), or, to cut these peers off, set "
-                    f"SNAPSHOT_LINEAGE={store.lineage}"
-                )
-
     @staticmethod
-    def _keep_public_keys(store: Store, own: Mapping[str, str]) -> None:
-        """Remember the keys of interfaces that lack a remembered key, or peers."""
-        kept = store.public_keys()
+    def _keep_public_keys(store: Store, own: Mapping[str, str]) -> dict[str, str]:
+        """The keys that peers know by interface; remember ours where there is none, or no peer."""
+        known = store.public_keys()
         for name, key in store.private_keys.items():  # older encrypted states have only these
-            if name in own and name not in kept:
-                kept[name] = encode_key(x25519_public(decode_key(key)))
-        kept |= {n: key for n, key in own.items() if n not in kept or not store.counts.on(n)}
-        if kept != store.public_keys():
-            store.remember("public_keys", json.dumps(kept))
+            if name in own and name not in known:
+                known[name] = encode_key(x25519_public(decode_key(key)))
+        known |= {n: key for n, key in own.items() if n not in known or not store.counts.on(n)}
+        if known != store.public_keys():
+            store.remember("public_keys", json.dumps(known))
+        return known
 
     def _load_key(self, settings: InterfaceSettings, store: Store) -> bytes:
         """A private key: from its file, or the rows, or a new one. Raises ConfigError."""
@@ -16009,28 +15983,13 @@ class Start:
 
     def _keep_gateways(self) -> None:
         """Remember the gateway's addresses in the rows; the next snapshot contains them."""
-        config, store = self._config, self._store
-        gateways: dict[str, Sequence[str]] = {}
-        for row in with_kept(interface_settings(config), store, config):
-            gateways[row.name] = (*row.gateways, *row.kept)
+        gateways = {row.name: (*row.gateways, *row.kept) for row, _ in self._wanted}
+        for row, _ in self._wanted:
             if row.kept:
                 text = "%s also keeps %s, which clients may use; MOVE_PEERS=true removes it"
                 LOG.info(text, row.name, ", ".join(row.kept))
-        if gateways != store.meta("gateways"):
-            store.remember("gateways", json.dumps(gateways))
-
-    def _open(self, link: Link) -> Backend:
-        config = self._config
-        if config.wg_backend == "memory":
-            LOG.warning(
-                "WG_BACKEND=memory: there is no interface, so no peer can send or receive packets"
-            )
-        try:
-            return open_backend(config.wg_backend, link)
-        except ForeignError as error:
-            raise ConfigError(str(error)) from None
-        except BackendError as error:
-            raise StartError(f"WG_BACKEND {config.wg_backend}: {error}") from None
+        if gateways != self._store.meta("gateways"):
+            self._store.remember("gateways", json.dumps(gateways))
 
 
 class Service:
@@ -16046,31 +16005,24 @@ class Service:
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit code. Raises StartError."""
-        config = self._load()
-        log = set_up_logging(config.log_level)
+        config, log = self._load(), LogWriter()
+        LOG.addHandler(log)
+        LOG.setLevel(config.log_level.upper())
         try:
-            return self._run(config, log)
+            self._prepare_process()
+            self._build(config, log)
+            self._lock(config)
+            if self._start(config):
+                timers = self._start_timers(config, self._app, self._host)
+                self._announce(config)
+                self._wait()
+                self._stop(timers)
+            return 0
         finally:
             log.drain(LOG_END_SECONDS)
 
-    def _run(self, config: Config, log: LogWriter) -> int:
-        self._prepare_process()
-        self._build(config, log)
-        self._lock(config)
-        with collector_off():
-            start = Start(config, self._app, self._manager)
-            if not start.read(self._wait_for):
-                return 0
-            self._keep_certificate(config)
-            start.begin()
-            start.open_interfaces()
-        timers = self._start_timers(config, self._app, self._host)
-        self._announce(config)
-        self._wait()
-        self._stop(timers)
-        return 0
-
     def _prepare_process(self) -> None:
+        logging.logThreads = logging.logProcesses = False  # they cost time, and no line has them
         hide_memory()
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -16104,6 +16056,19 @@ class Service:
         if config.wg_backend != "memory":
             self._locks = [lock_interface(row.name) for row in interface_settings(config)]
 
+    def _start(self, config: Config) -> bool:
+        """Bring the state back. False when SIGTERM came first."""
+        with collector_off():
+            start = Start(config, self._app, self._manager)
+            if not start.read(self._wait_for):
+                return False
+            if keep_certificate(config, self._gateway.store, self._lacked_certificate):
+                renewed = make_tls(config, make_pair=False)
+                self._server.tls, self._app.metrics.certificate_expires = renewed
+            start.begin()
+            start.open_interfaces()
+            return True
+
     def _wait_for(self, work: Callable[[], None]) -> bool:
         """Do some work in a thread. False when SIGTERM came first. Raises what the work raises."""
         errors: list[BaseException] = []
@@ -16123,11 +16088,6 @@ class Service:
             raise error
         return number == 0
 
-    def _keep_certificate(self, config: Config) -> None:
-        if keep_certificate(config, self._gateway.store, self._lacked_certificate):
-            tls, self._app.metrics.certificate_expires = make_tls(config, make_pair=False)
-            self._server.tls = tls
-
     def _announce(self, config: Config) -> None:
         self._loop.after_round = self._end_of_round(self._gateway)
         return_memory()  # a start needs a third more memory than it keeps
@@ -16141,7 +16101,11 @@ class Service:
         self._manager.tell("STOPPING=1", "STATUS=stopping")
         ends = time.monotonic() + END_SECONDS
         self._server.drain()
-        stop_timers(timers)
+        for timer in timers:
+            timer.stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        for timer in timers:
+            timer.join(max(0.0, deadline - time.monotonic()))  # a job that hangs is abandoned
         app = self._app
         left = ["used signatures", "the last snapshot", *["the remote copy"] * bool(app.copier)]
         last = threading.Thread(target=self._write_the_rest, args=(app, left), daemon=True)
@@ -18197,7 +18161,7 @@ def bring_up(arguments: argparse.Namespace) -> Iterator[str]:
     """Make what the host needs around the interfaces. Raises BackendError."""
     config = config_of(arguments, key_needed=True)  # settings that only a gateway's host has
     host = Host(config, load_whole(config)[0])
-    claim_interfaces(config, lambda: host.store)
+    claim_interfaces(config, host.store)
     links = [make_link(row, b"") for row in with_kept(host.tunnels, host.store, config)]
     fit_certificate(config)  # here, because the service must not write to its directory
     yield from net_up(host, links)
