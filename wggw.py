@@ -1091,7 +1091,7 @@ class InterfaceSettings(NamedTuple):
     """The settings of one interface; their names begin with `prefix`.
 
     `ports` are the ports that peers may use, the listen port first. `mark`: see interface_mark().
-    `kept` are addresses of the gateway in former subnets: see with_kept().
+    `kept` are addresses of the gateway in former subnets: see settings_with_kept().
     """
 
     prefix: str
@@ -15367,17 +15367,12 @@ def hide_memory() -> None:
     import ctypes
 
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
-        LOG.warning(
-            "core dumps cannot be disabled, and would contain keys: %s",
-            os.strerror(ctypes.get_errno()),
-        )
+        reason = os.strerror(ctypes.get_errno())
+        LOG.warning("core dumps cannot be disabled, and would contain keys: %s", reason)
 
 
 def return_memory() -> None:
-    """Return freed memory to the kernel: glibc alone keeps all below the heap's end.
-
-    See malloc_trim(3).
-    """
+    """Return freed memory to the kernel: glibc keeps all below the heap's end (malloc_trim(3))."""
     import ctypes
 
     with contextlib.suppress(AttributeError):  # another C library
@@ -15485,7 +15480,7 @@ def fit_certificate(config: Config) -> bool:
 def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, int]:
     """The server's TLS context, and when its certificate expires (Unix seconds).
 
-    With `make_pair`, a missing pair is replaced by a self-signed one. Raises ConfigError.
+    With `make_pair`, a self-signed pair is made if there is none. Raises ConfigError.
     """
     cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -15516,10 +15511,8 @@ def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, in
     fingerprint = hashlib.sha256(certificate).hexdigest()
     LOG.info("certificate SHA-256 fingerprint %s, key pin %s", fingerprint, key_pin(certificate))
     if expires < time.time() + EXPIRY_WARNING:
-        LOG.warning(
-            "the certificate expires at %s, and backends will then refuse it: renew it",
-            rfc3339(expires),
-        )
+        text = "the certificate expires at %s, and backends will then refuse it: renew it"
+        LOG.warning(text, rfc3339(expires))
     return context, expires
 
 
@@ -15603,13 +15596,11 @@ class LogWriter(logging.Handler):
         """Write the queued lines. A log that cannot be written stops nothing."""
         self._writing = True
         lost, self._lost = self._lost, 0
-        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        text = "".join(self._lines.popleft() for _ in range(len(self._lines)))
         if lost:
-            when = rfc3339(int(time.time()))
-            lines.insert(
-                0, f"{when} WARNING {lost} lines were lost: the log's reader is too slow\n"
-            )
-        data = memoryview("".join(lines).encode("utf-8", "replace"))
+            reason = "lines were lost: the log's reader is too slow"
+            text = f"{rfc3339(int(time.time()))} WARNING {lost} {reason}\n{text}"
+        data = memoryview(text.encode("utf-8", "replace"))
         with contextlib.suppress(OSError):
             while data:  # not by sys.stderr: its lock would be held while nobody reads
                 try:
@@ -15648,9 +15639,7 @@ def load_whole(config: Config) -> tuple[Store, Files]:
     raise StartError(f"{config.db_path}: the gateway kept replacing its files: try again")
 
 
-def with_kept(
-    tunnels: Iterable[InterfaceSettings], store: Store, config: Config
-) -> tuple[InterfaceSettings, ...]:
+def settings_with_kept(config: Config, store: Store) -> tuple[InterfaceSettings, ...]:
     """The settings of interfaces, with the addresses that the gateway had in smaller subnets.
 
     Clients may use them as DNS server or for monitoring. MOVE_PEERS gives them up.
@@ -15665,7 +15654,7 @@ def with_kept(
 
     return tuple(
         tunnel._replace(kept=tuple(a for a in known.get(tunnel.name, ()) if fits(tunnel, a)))
-        for tunnel in tunnels
+        for tunnel in interface_settings(config)
     )
 
 
@@ -15923,7 +15912,7 @@ class Start:
         self._may_lack = state is not self._store
         claim_interfaces(config, state)  # before anything is made or changed
         keys = self._load_keys(state)
-        rows = with_kept(interface_settings(config), state, config)
+        rows = settings_with_kept(config, state)
         links, self._obfuscation = plan_links(config, state, rows, keys)
         self._wanted = list(zip(rows, links, strict=True))
 
@@ -16011,10 +16000,14 @@ class Service:
         try:
             self._prepare_process()
             self._build(config, log)
-            self._lock(config)
             if self._start(config):
                 timers = self._start_timers(config, self._app, self._host)
-                self._announce(config)
+                self._loop.after_round = self._end_of_round(self._gateway)
+                return_memory()  # a start needs a third more memory than it keeps
+                bytes(LARGEST_BLOCK)  # see warm_up()
+                gc.freeze()  # present objects stay: the collector need not scan them
+                LOG.info("ready on %s port %d", config.api_host, config.api_port)
+                self._manager.tell("READY=1", self._state(self._gateway))
                 self._wait()
                 self._stop(timers)
             return 0
@@ -16049,15 +16042,12 @@ class Service:
         log.start()  # not before: make_tls() may want to fork
         loop.start()
 
-    def _lock(self, config: Config) -> None:
-        """Keep other gateways off the files and interfaces. Raises StartError."""
+    def _start(self, config: Config) -> bool:
+        """Lock files and interfaces, and bring the state back. False when SIGTERM came first."""
         lock_database(config.db_path)
         self._server.listen_locally(config.db_path)
         if config.wg_backend != "memory":
             self._locks = [lock_interface(row.name) for row in interface_settings(config)]
-
-    def _start(self, config: Config) -> bool:
-        """Bring the state back. False when SIGTERM came first."""
         with collector_off():
             start = Start(config, self._app, self._manager)
             if not start.read(self._wait_for):
@@ -16087,14 +16077,6 @@ class Service:
         for error in errors:
             raise error
         return number == 0
-
-    def _announce(self, config: Config) -> None:
-        self._loop.after_round = self._end_of_round(self._gateway)
-        return_memory()  # a start needs a third more memory than it keeps
-        bytes(LARGEST_BLOCK)  # see warm_up()
-        gc.freeze()  # present objects stay: the collector need not scan them
-        LOG.info("ready on %s port %d", config.api_host, config.api_port)
-        self._manager.tell("READY=1", self._state(self._gateway))
 
     def _stop(self, timers: Sequence[Timer]) -> None:
         """Stop within END_SECONDS. What could not be written by then is named in the log."""
@@ -16137,27 +16119,25 @@ class Service:
     @staticmethod
     def _start_timers(config: Config, app: App, host: HostMetrics) -> list[Timer]:
         gateway = app.gateway
-        projection = [
-            (SUPERVISE_SECONDS, gateway.projection.supervise),
-            (config.sample_interval, gateway.projection.sample),
-            (SUPERVISE_SECONDS, host.tick),
-        ]
-        disk = [
-            (config.snapshot_interval, gateway.lander.snapshot),
-            (SUPERVISE_SECONDS, gateway.lander.heal),
-        ]
-        if config.durability == "interval":
-            disk.append((DURABILITY_INTERVAL, gateway.lander.flush))
-        timers = [
-            Timer("interface", projection),
-            Timer("disk", disk),
+        jobs: dict[str, list[tuple[float, Callable[[], None]]]] = {  # of each timer, by its name
+            "interface": [
+                (SUPERVISE_SECONDS, gateway.projection.supervise),
+                (config.sample_interval, gateway.projection.sample),
+                (SUPERVISE_SECONDS, host.tick),
+            ],
+            "disk": [
+                (config.snapshot_interval, gateway.lander.snapshot),
+                (SUPERVISE_SECONDS, gateway.lander.heal),
+            ],
             # Expiry has its own thread: reading 60,000 counters may take longer than a second.
-            Timer("expiry", [(SUPERVISE_SECONDS / 2, gateway.limits.expire)]),
-            Timer("nonces", [(NONCE_SECONDS, app.admission.nonces.save)]),
-        ]
+            "expiry": [(SUPERVISE_SECONDS / 2, gateway.limits.expire)],
+            "nonces": [(NONCE_SECONDS, app.admission.nonces.save)],
+        }
+        if config.durability == "interval":
+            jobs["disk"].append((DURABILITY_INTERVAL, gateway.lander.flush))
         if app.copier:
-            period = min(COPY_TICK, config.snapshot_copy_interval)
-            timers.append(Timer("remote copy", [(period, app.copier.tick)]))
+            jobs["remote copy"] = [(min(COPY_TICK, config.snapshot_copy_interval), app.copier.tick)]
+        timers = [Timer(*row) for row in jobs.items()]
         for timer in timers:
             timer.start()
         return timers
@@ -18162,7 +18142,7 @@ def bring_up(arguments: argparse.Namespace) -> Iterator[str]:
     config = config_of(arguments, key_needed=True)  # settings that only a gateway's host has
     host = Host(config, load_whole(config)[0])
     claim_interfaces(config, host.store)
-    links = [make_link(row, b"") for row in with_kept(host.tunnels, host.store, config)]
+    links = [make_link(row, b"") for row in settings_with_kept(config, host.store)]
     fit_certificate(config)  # here, because the service must not write to its directory
     yield from net_up(host, links)
     yield from (f"note: {found}" for found in _look_at_extra_ports(host))
