@@ -16207,12 +16207,10 @@ def look_at_all(config: Config, ask: Callable[[], tuple[int, bytes]]) -> Iterato
     yield found
     yield from look_at((look_at_fit, look_at_secrets), host)
     yield look_at_certificate(config, time.time())
-    told = [*look_at_answer(ask, host.start)]
-    yield from (found for found in told if found.subject != "status")
+    yield from look_at_answer(ask, host.start)
     yield from look_at(NETWORK if host.is_real else (), host)
     yield from look_at_openness(config)
     yield look_at_clock()
-    yield from (found for found in told if found.subject == "status")
 
 
 def look_at_programs(host: Host) -> Iterator[Finding]:
@@ -16334,14 +16332,16 @@ def _look_at_database(host: Host) -> tuple[Finding, Store]:
     def wrong(found: str, todo: str) -> tuple[Finding, Store]:
         return Finding("database", found, todo, True), Store()
 
+    def is_usable(name: str) -> bool:
+        found = os.stat(name)
+        return found.st_uid == os.stat(directory).st_uid and found.st_mode & 0o600 == 0o600
+
     path = host.config.db_path
     directory = os.path.dirname(path) or "."
     there = [name for name in (path, f"{path}.journal") if os.path.exists(name)]
     if closed := [name for name in there if not os.access(name, os.R_OK)]:
         return wrong(f"this user cannot read {', '.join(closed)}", "run this as root")
-    owner = os.stat(directory).st_uid if there else 0
-    found = {name: os.stat(name) for name in there}
-    strange = [n for n, s in found.items() if s.st_uid != owner or s.st_mode & 0o600 != 0o600]
+    strange = [name for name in there if not is_usable(name)]
     if strange and not host.is_served:
         words = shlex.join(strange)
         todo = f"chown --reference={shlex.quote(directory)} {words} && chmod 600 {words}"
@@ -16544,9 +16544,8 @@ def _peer_of_lines(place: str, lines: Mapping[str, Sequence[str]], name: str) ->
         return FoundPeer(place, fields, f"{min(unknown)[:40]} is not a known line of [Peer]")
     keys = lines.get("publickey", ())
     if len(keys) != 1:
-        return FoundPeer(
-            place, fields, f"it has {'several public keys' if keys else 'no public key'}"
-        )
+        count = "several public keys" if keys else "no public key"
+        return FoundPeer(place, fields, f"it has {count}")
     fields["public_key"] = keys[0]
     if any(lines.get("presharedkey", ())):
         fields["preshared_key"] = lines["presharedkey"][-1]
@@ -16555,9 +16554,8 @@ def _peer_of_lines(place: str, lines: Mapping[str, Sequence[str]], name: str) ->
 
 def _with_addresses(place: str, fields: dict[str, Any], networks: Iterable[str]) -> FoundPeer:
     """The peer with one address of each family, or with the reason why it cannot be served."""
-    count = 0
-    for text in filter(None, map(str.strip, networks)):
-        count += 1
+    given = [text for text in map(str.strip, networks) if text]
+    for text in given:
         try:
             network = ipaddress.ip_network(text, strict=False)
         except ValueError:
@@ -16569,7 +16567,7 @@ def _with_addresses(place: str, fields: dict[str, Any], networks: Iterable[str])
             reason = f"it has several IPv{network.version} addresses: the gateway serves one"
             return FoundPeer(place, fields, reason)
         fields[name] = str(network.network_address)
-    return FoundPeer(place, fields, "" if count else "it has no address")
+    return FoundPeer(place, fields, "" if given else "it has no address")
 
 
 def outside(fields: Json, subnets: Collection[IPv4or6Network]) -> str:
@@ -16606,17 +16604,14 @@ def read_json_peers(text: str) -> FoundState:
 def _json_lines(text: str, error: ValueError) -> Iterator[tuple[str, Any]]:
     """Place and value of each line. Raises `error`, which tells where the fault in one long
     document is, if the first line is no JSON."""
-    is_first = True
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for number, line in lines:
         try:
             yield f"line {number}", load_json(line)
         except json.JSONDecodeError as wrong:
-            if is_first:
+            if number == lines[0][0]:
                 raise error from None
             raise ValueError(f"line {number} column {wrong.colno}: {wrong.msg}") from None
-        is_first = False
 
 
 def _peers_of_json(
@@ -16833,20 +16828,21 @@ def other_managers(live: LiveInterface) -> Iterator[str]:
             f"{unit} manages {live.name}, too. Do not stop it: that deletes the link. This ends it "
             f"and keeps the link up: systemctl disable {unit}; mv {file} {file}.adopted"
         )
-    files = [
-        path
-        for directory in NETWORKD_DIRECTORIES
-        for path in sorted(Path(directory).glob("*.net*"))
-        if path.suffix in (".netdev", ".network") and _names_interface(path, live.name)
-    ]
-    netplan = [path for path in files if path.name.startswith("10-netplan-")]
-    if netplan:
+    is_netplan, steps = False, list[str]()
+    for path, words in _networkd_files(live.name):
+        if path.name.startswith("10-netplan-"):
+            is_netplan = True
+        elif live.name in words:
+            steps.append(f"mv {shlex.quote(str(path))} {shlex.quote(str(path))}.adopted")
+        else:  # it is for others, too: the first file that fits is used
+            own = f"{NETWORKD_DIRECTORIES[0]}/00-{live.name}.network"
+            steps.append(f"printf '[Match]\\nName={live.name}\\n[Link]\\nUnmanaged=yes\\n' >{own}")
+    if is_netplan:
         yield (
             f"netplan manages {live.name}, too. This ends it and keeps the link up: remove "
             f"{live.name} from the files in /etc/netplan, then netplan generate; systemctl restart "
             "systemd-networkd. Do not run netplan apply: that deletes the link"
         )
-    steps = [_networkd_step(path, live.name) for path in files if path not in netplan]
     if steps:
         yield (
             f"systemd-networkd manages {live.name}, too. This ends it and keeps the link up: "
@@ -16854,28 +16850,21 @@ def other_managers(live: LiveInterface) -> Iterator[str]:
         )
 
 
-def _networkd_step(path: Path, name: str) -> str:
-    """The command that makes systemd-networkd forget the interface, and nothing else."""
-    if name in _names_in(path):
-        return f"mv {shlex.quote(str(path))} {shlex.quote(str(path))}.adopted"
-    own = f"{NETWORKD_DIRECTORIES[0]}/00-{name}.network"  # the first file that fits is used
-    return f"printf '[Match]\\nName={name}\\n[Link]\\nUnmanaged=yes\\n' >{own}"
-
-
-def _names_interface(path: Path, name: str) -> bool:
-    """Whether a file of systemd-networkd has a pattern for this name, systemd.network(5)."""
-    patterns = _names_in(path)
-    fits = any(fnmatch.fnmatchcase(name, pattern.lstrip("!")) for pattern in patterns)
-    return bool(patterns) and fits != patterns[0].startswith("!")
-
-
-def _names_in(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, ValueError):
-        return []
-    pairs = (line.partition("=") for line in lines)
-    return [word for key, _, value in pairs if key.strip() == "Name" for word in value.split()]
+def _networkd_files(name: str) -> Iterator[tuple[Path, list[str]]]:
+    """Files of systemd-networkd for this interface, with their patterns (systemd.network(5))."""
+    for directory in NETWORKD_DIRECTORIES:
+        for path in sorted(Path(directory).glob("*.net*")):
+            try:
+                pairs = [line.partition("=") for line in path.read_text("utf-8").splitlines()]
+            except (OSError, ValueError):
+                continue
+            patterns = [
+                w for key, _, value in pairs if key.strip() == "Name" for w in value.split()
+            ]
+            fits = any(fnmatch.fnmatchcase(name, pattern.lstrip("!")) for pattern in patterns)
+            is_for_it = patterns and fits != patterns[0].startswith("!")
+            if is_for_it and path.suffix in (".netdev", ".network"):
+                yield path, patterns
 
 
 class Adoption:
@@ -18177,8 +18166,12 @@ def command_doctor(arguments: argparse.Namespace) -> int:
 
 def report(findings: Iterable[Finding]) -> int:
     """Print the findings, the worst first, and what to do; exit code 1 if something is wrong."""
+
+    def rank(found: Finding) -> tuple[bool, ...]:  # what the status names, others may explain
+        return not found.failed, not found.todo, found.subject == "status"
+
     failed = False
-    for finding in sorted(findings, key=lambda found: (not found.failed, not found.todo)):
+    for finding in sorted(findings, key=rank):
         failed |= finding.failed
         word = "WRONG" if finding.failed else "note" if finding.todo else "ok"
         print(f"{word:5}  {finding.subject}: {finding.found}", flush=True)
