@@ -17624,22 +17624,14 @@ def command_peer_add(arguments: argparse.Namespace) -> int:
         obfuscated = bool(fields.get("obfuscation"))
         likely = [i for i in interfaces if (i["parameters_version"] is not None) == obfuscated]
         fields["tunnel_traffic"] = list((likely or interfaces)[0]["pools"])
-
-    def delete(public_key: str) -> str:
-        answer_of(client, "DELETE", peer_path(public_key))
-        return ", so the peer is deleted"
-
     fields["label"] = arguments.name
-    print_new_file(client, CONFIGURATIONS_PATH, "public_key", fields, delete)
+    print_new_file(client, fields)
     return 0
 
 
 def command_peer_rotate(arguments: argparse.Namespace) -> int:
     client = client_of(arguments)
-    path = peer_path(find_peer(client, arguments.name)["public_key"]) + "/rotate"
-    print_new_file(
-        client, path, "new_public_key", {}, lambda key: f": run `wggw peer rotate {key}`"
-    )
+    print_new_file(client, former_key=find_peer(client, arguments.name)["public_key"])
     return 0
 
 
@@ -17657,14 +17649,18 @@ def parse_member(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def print_new_file(
-    client: ApiClient, path: str, key_field: str, fields: Json, lose: Callable[[str], str]
-) -> None:
-    """Make a key, POST its public half with the fields, and write the client's file to standard
-    output. If that fails, lose() does and says what becomes of the peer. Raises StartError."""
+def print_new_file(client: ApiClient, fields: Json | None = None, former_key: str = "") -> None:
+    """Make a key, create its peer with the fields, or give it to the peer that has the former key,
+    and write the client's file to standard output. Raises StartError."""
     private = make_private_key()
     public = encode_key(x25519_public(private))
-    answer_of(client, "POST", path, encode_json({**fields, key_field: public}))
+    if fields is not None:
+        answer_of(
+            client, "POST", CONFIGURATIONS_PATH, encode_json({**fields, "public_key": public})
+        )
+    else:
+        path = f"{peer_path(former_key)}/rotate"
+        answer_of(client, "POST", path, encode_json({"new_public_key": public}))
     try:
         content = content_of(client, "GET", peer_path(public) + "?format=wg-quick")
         text = content.decode("utf-8")
@@ -17680,7 +17676,11 @@ def print_new_file(
             while data:  # print() would keep what a full disk refuses, and retry at the exit
                 data = data[os.write(sys.stdout.fileno(), data) :]
     except StartError as error:
-        raise StartError(f"{error}. Without it nobody has the key{lose(public)}") from None
+        lost = f"{error}. Without it nobody has the key"
+        if fields is None:
+            raise StartError(f"{lost}: run `wggw peer rotate {public}`") from None
+        answer_of(client, "DELETE", peer_path(public))
+        raise StartError(f"{lost}, so the peer is deleted") from None
 
 
 def command_peer_show(arguments: argparse.Namespace) -> int:
@@ -17772,7 +17772,8 @@ class Top:
         for way, word in (("rx", "in"), ("tx", "out")):
             history = self.rates[way]
             now = show_rate(history[-1] if history else None)
-            lines.append(f"{word:>3} {now:>10} {sparkline(history, screen.width - 16, marks)}")
+            bars = sparkline(history, max(screen.width - 16, 1), marks)
+            lines.append(screen.paint(f"{word:>3} {now:>10} {bars}"))
         rows = [(peer, *self._peer_rates.get(peer["public_key"], (None, None))) for peer in peers]
         rows.sort(key=lambda row: -sum(rate or 0 for rate in row[1:]))
         table = show_table(top_columns(screen), rows[: max(screen.height - 6, 0)], screen)
@@ -17915,8 +17916,7 @@ def command_import(arguments: argparse.Namespace) -> int:
         raise StartError(
             f"the gateway has {show_peers(len(existing))}: --merge keeps them and adds the file's, "
             "--replace keeps only those that the file names"
-            + "; --dry-run shows what happens"
-            * (not arguments.dry_run)
+            + ("" if arguments.dry_run else "; --dry-run shows what happens")
         )
     if not arguments.replace and arguments.dry_run:
         return would_add(client, fitting, existing)

@@ -938,3 +938,5 @@ def test_top_ranks_peers_by_what_passed_between_two_samples() -> None:
     assert wide[4].split()[-3:] == ["LABEL", "IPV6", "ADDRESS"]
     assert "the laptop of busy" in wide[5] and "fd42:4242:1::2" in wide[5]
     assert wide[6].split()[1:3] == ["–", "–"]  # it has been there for no two samples
+    narrow = top.lines(STATUS, [peer("new", 5)], wggw.Screen(12, 24, False))
+    assert max(map(len, narrow)) <= 12
