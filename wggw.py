@@ -15560,7 +15560,7 @@ class LogWriter(logging.Handler):
         self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LOG_LINES)
         self._waiting, self._urgent = threading.Event(), threading.Event()
         self._writing, self._lost = False, 0
-        self._handle = sys.stderr.fileno() if sys.stderr else -1
+        self._handle = sys.stderr.fileno()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
 
     def start(self) -> None:
@@ -15661,7 +15661,7 @@ def settings_with_kept(config: Config, store: Store) -> tuple[InterfaceSettings,
 def claim_interfaces(config: Config, store: Store) -> None:
     """Mark existing interfaces of ours, and refuse settings that do not fit this host or the rows.
 
-    Raises ConfigError, having changed nothing else; StartError.
+    Raises ConfigError, having changed nothing else; StartError, BackendError.
     """
     try:
         if config.wg_backend != "memory":
@@ -15992,8 +15992,8 @@ class Service:
         self._signals, self._wake = socket.socketpair()
         self._wake.setblocking(False)
 
-    def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; returns the exit code. Raises StartError."""
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Raises StartError."""
         config, log = self._load(), LogWriter()
         LOG.addHandler(log)
         LOG.setLevel(config.log_level.upper())
@@ -16010,7 +16010,6 @@ class Service:
                 self._manager.tell("READY=1", self._state(self._gateway))
                 self._wait()
                 self._stop(timers)
-            return 0
         finally:
             log.drain(LOG_END_SECONDS)
 
@@ -17274,8 +17273,8 @@ def read_data(given: str | None) -> bytes:
         return sys.stdin.buffer.read() if given == "@-" else Path(given[1:]).read_bytes()
 
 
-def command_serve(arguments: argparse.Namespace) -> int:
-    return Service(lambda: load_config(os.environ, arguments.env_file)).run()
+def command_serve(arguments: argparse.Namespace) -> None:
+    Service(lambda: load_config(os.environ, arguments.env_file)).run()
 
 
 def command_call(arguments: argparse.Namespace) -> int:
@@ -17400,13 +17399,13 @@ def show_table(columns: Sequence[Column], rows: Sequence[Any], screen: Screen) -
 
 
 def print_answer(
-    arguments: argparse.Namespace, answer: Any, lines: Callable[[Screen], Sequence[str]]
+    arguments: argparse.Namespace, answer: Any, lines: Callable[[Any, Screen], Sequence[str]]
 ) -> None:
     """Print what the API said: for people, or with --json as it is."""
     if arguments.json:
         print(json.dumps(answer, indent=2))
     else:
-        print(*lines(Screen.of_output()), sep="\n")
+        print(*lines(answer, Screen.of_output()), sep="\n")
 
 
 def rate_of(status: Json, interfaces: Sequence[Json], way: str) -> float | None:
@@ -17511,7 +17510,7 @@ def show_copy(copy: Any) -> str:
 
 def command_status(arguments: argparse.Namespace) -> int:
     status = answer_of(client_of(arguments), "GET", STATUS_PATH)
-    print_answer(arguments, status, lambda screen: status_lines(status, screen))
+    print_answer(arguments, status, status_lines)
     return int(status["status"] != "healthy")
 
 
@@ -17580,7 +17579,7 @@ def peer_lines(peers: Sequence[Json], screen: Screen) -> list[str]:
 SEARCHED = ("public_key", "label", "request_id", "assigned_ip", "assigned_ipv6")
 
 
-def command_peers(arguments: argparse.Namespace) -> int:
+def command_peers(arguments: argparse.Namespace) -> None:
     client = client_of(arguments)
     key, descending = PEER_ORDERS[arguments.sort]
     # Only in the order of the API can the list end before all are read.
@@ -17591,8 +17590,7 @@ def command_peers(arguments: argparse.Namespace) -> int:
     peers = [p for p in peers if any(text in (p[name] or "").casefold() for name in SEARCHED)]
     peers.sort(key=key, reverse=descending)
     del peers[arguments.limit :]
-    print_answer(arguments, peers, lambda screen: peer_lines(peers, screen))
-    return 0
+    print_answer(arguments, peers, peer_lines)
 
 
 def find_peer(client: ApiClient, name: str) -> dict[str, Any]:
@@ -17613,7 +17611,7 @@ def peer_path(public_key: str) -> str:
     return PEER_PATH.replace("{public_key}", public_key.replace("/", "_").replace("+", "-"))
 
 
-def command_peer_add(arguments: argparse.Namespace) -> int:
+def command_peer_add(arguments: argparse.Namespace) -> None:
     client = client_of(arguments)
     fields = dict(map(parse_member, arguments.set))
     label = urllib.parse.urlencode({"label": arguments.name})
@@ -17626,13 +17624,11 @@ def command_peer_add(arguments: argparse.Namespace) -> int:
         fields["tunnel_traffic"] = list((likely or interfaces)[0]["pools"])
     fields["label"] = arguments.name
     print_new_file(client, fields)
-    return 0
 
 
-def command_peer_rotate(arguments: argparse.Namespace) -> int:
+def command_peer_rotate(arguments: argparse.Namespace) -> None:
     client = client_of(arguments)
     print_new_file(client, former_key=find_peer(client, arguments.name)["public_key"])
-    return 0
 
 
 def parse_member(text: str) -> tuple[str, Any]:
@@ -17683,10 +17679,8 @@ def print_new_file(client: ApiClient, fields: Json | None = None, former_key: st
         raise StartError(f"{lost}, so the peer is deleted") from None
 
 
-def command_peer_show(arguments: argparse.Namespace) -> int:
-    peer = find_peer(client_of(arguments), arguments.name)
-    print_answer(arguments, peer, lambda screen: field_lines(peer, screen))
-    return 0
+def command_peer_show(arguments: argparse.Namespace) -> None:
+    print_answer(arguments, find_peer(client_of(arguments), arguments.name), field_lines)
 
 
 def field_lines(peer: Json, screen: Screen) -> list[str]:
@@ -17708,13 +17702,12 @@ PEER_ACTIONS: Mapping[str, tuple[str, str, bytes, str]] = {
 }
 
 
-def command_peer_change(arguments: argparse.Namespace) -> int:
+def command_peer_change(arguments: argparse.Namespace) -> None:
     client = client_of(arguments)
     peer = find_peer(client, arguments.name)
     method, end, body, result = PEER_ACTIONS[arguments.action]
     answer_of(client, method, peer_path(peer["public_key"]) + end, body)
     print(f"{show_label(peer['label']) or peer['public_key']}: {result}")
-    return 0
 
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -17817,7 +17810,7 @@ def whole_terminal() -> Iterator[None]:
         sys.stdout.flush()
 
 
-def command_top(arguments: argparse.Namespace) -> int:
+def command_top(arguments: argparse.Namespace) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("`wggw top` needs a terminal; for programs use `wggw status --json`")
     client = client_of(arguments)
@@ -17849,7 +17842,6 @@ def command_top(arguments: argparse.Namespace) -> int:
                 draw([DISMISSAL, *Screen.of_output().wrap(trouble, 2)])
             elif shown and (asked == now or trouble):
                 draw(top.lines(*shown, Screen.of_output(), trouble))
-    return 0
 
 
 def draw(lines: Sequence[str]) -> None:
@@ -17865,7 +17857,7 @@ def key_pressed(seconds: float) -> str:
     return os.read(sys.stdin.fileno(), 1).decode("ascii", "replace") if ready else ""
 
 
-def command_snapshot(arguments: argparse.Namespace) -> int:
+def command_snapshot(arguments: argparse.Namespace) -> None:
     client = client_of(arguments)
     path, file = "/api/v1/snapshot", arguments.file
     if arguments.action == "export":
@@ -17876,7 +17868,7 @@ def command_snapshot(arguments: argparse.Namespace) -> int:
         with naming(f"cannot write {file}"):
             Disk().replace(file, [content])
         print(f"exported {len(content)} bytes to {file}")
-        return 0
+        return
     data = read_data("@" + file)
     given = {"dry_run": arguments.dry_run or None, "replace_key": arguments.replace_key}
     query = "&".join(f"{n}={json.dumps(value)}" for n, value in given.items() if value is not None)
@@ -17889,7 +17881,6 @@ def command_snapshot(arguments: argparse.Namespace) -> int:
             f"cut off: {show_peers(count)}, until the clients get new files, because the state "
             "lacks them, or has other keys, addresses or parameters than their files"
         )
-    return 0
 
 
 def command_import(arguments: argparse.Namespace) -> int:
@@ -17960,7 +17951,7 @@ def key_of(fields: Json) -> str:
     return short_key(key) if key and isinstance(key, str) else "without a key"
 
 
-def command_adopt(arguments: argparse.Namespace) -> int:
+def command_adopt(arguments: argparse.Namespace) -> None:
     path = arguments.env_file or ".env"
     live = read_live(arguments.interface)
     if is_marked(live.found.alias):
@@ -17982,7 +17973,7 @@ def command_adopt(arguments: argparse.Namespace) -> int:
         print(manager)
     if arguments.dry_run:
         print(f"would take over {live.name} with {show_peers(len(fitting))}")
-        return 0
+        return
     if not arguments.yes:
         print(f"Take over {live.name} with {show_peers(len(fitting))}? [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -17990,7 +17981,6 @@ def command_adopt(arguments: argparse.Namespace) -> int:
     with progress(f"adopt {live.name}"):
         result = adoption.perform(fitting)
     print(f"done: {result.created} created, {result.updated} updated, {result.unchanged} unchanged")
-    return 0
 
 
 def put_state(client: ApiClient, peers: Iterable[Json], dry_run: bool) -> dict[str, Any]:
@@ -18082,18 +18072,16 @@ def random_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     return shown
 
 
-def command_awg_generate(arguments: argparse.Namespace) -> int:
+def command_awg_generate(arguments: argparse.Namespace) -> None:
     print(json.dumps(random_parameters(arguments), indent=2))
-    return 0
 
 
-def command_awg_show(arguments: argparse.Namespace) -> int:
+def command_awg_show(arguments: argparse.Namespace) -> None:
     answer = answer_of(client_of(arguments), "GET", "/api/v1/obfuscation")
     print(json.dumps(answer, indent=2))
-    return 0
 
 
-def command_awg_rotate(arguments: argparse.Namespace) -> int:
+def command_awg_rotate(arguments: argparse.Namespace) -> None:
     client = client_of(arguments)
     if arguments.params:
         with naming("--params"):
@@ -18115,7 +18103,6 @@ def command_awg_rotate(arguments: argparse.Namespace) -> int:
     )
     for warning in answer["warnings"]:
         complain(f"warning: {warning}")
-    return 0
 
 
 def command_net(arguments: argparse.Namespace) -> int:
@@ -18180,10 +18167,11 @@ def report(findings: Iterable[Finding]) -> int:
     return int(failed)
 
 
-def command_check(arguments: argparse.Namespace) -> int:
+def command_check(arguments: argparse.Namespace) -> None:
     config = config_of(arguments)
     if arguments.repair:
-        return repair(open_files(config))
+        repair(open_files(config))
+        return
     with progress(f"checking {config.db_path}"):
         store, files = load_whole(config)
     if not files.snapshot_time:
@@ -18197,10 +18185,9 @@ def command_check(arguments: argparse.Namespace) -> int:
             f"{config.db_path}.journal: {files.torn} bytes of a torn record at its end, which the "
             "gateway never acknowledged: the next start drops them"
         )
-    return 0
 
 
-def command_copy(arguments: argparse.Namespace) -> int:
+def command_copy(arguments: argparse.Namespace) -> None:
     config = config_of(arguments)
     remote = open_object_store(config, time.time)
     if remote is None:
@@ -18210,7 +18197,8 @@ def command_copy(arguments: argparse.Namespace) -> int:
     try:
         top, newest = epochs.find()
         if arguments.action == "claim":
-            return claim_copy(config, files, epochs, top, newest)
+            claim_copy(config, files, epochs, top, newest)
+            return
         if newest is None:
             raise CopyError("no gateway has written a copy there yet")
         if arguments.action == "verify":
@@ -18221,17 +18209,18 @@ def command_copy(arguments: argparse.Namespace) -> int:
             peers = show_peers(store.counts.total())
             print(f"good: epoch {int(prefix[:8])}, record {store.number}, {peers}")
             print(f"read: {remote.requests} requests, {remote.bytes_received} bytes")
-            return 0
+            return
         claims = [epochs.read_claim(n) for n in range(newest.epoch, max(0, newest.epoch - 10), -1)]
     except CopyError as error:
         raise StartError(f"{config.snapshot_url}: {error}") from None
     print(f"lineage {newest.lineage}")
     for claim in claims:
         print(f"epoch {claim.epoch}  {rfc3339(claim.time)}  {claim.node}  {claim.writer}")
-    return 0
 
 
-def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: Claim | None) -> int:
+def claim_copy(
+    config: Config, files: Files, epochs: Epochs, top: int, newest: Claim | None
+) -> None:
     """Write the files here as the newest epoch, with which the next boot of any gateway begins."""
     lock_database(config.db_path)
     store = files.load()
@@ -18254,7 +18243,6 @@ def claim_copy(config: Config, files: Files, epochs: Epochs, top: int, newest: C
     epochs.append(Entry("snapshot", store.number, image))
     epochs.announce()
     print(f"epoch {claim.epoch} holds record {store.number}: the next boot begins with it")
-    return 0
 
 
 def salvage(files: Files) -> Store:
@@ -18284,7 +18272,7 @@ def salvage(files: Files) -> Store:
     return store
 
 
-def repair(files: Files) -> int:
+def repair(files: Files) -> None:
     """Write what is readable of damaged files to a new file, and say how to use it."""
     ends = ("", ".previous", ".journal", ".journal.previous")
     found = [name for end in ends if os.path.exists(name := files.path + end)]
@@ -18300,7 +18288,6 @@ def repair(files: Files) -> int:
     print(f"saved {show_peers(store.counts.total())}, record {store.number}, in {target}")
     print("No other file was changed. To use it, stop the gateway and move it to the old place:")
     print(f"  mkdir damaged && mv {old} damaged/ && mv {shlex.join([target, files.path])}")
-    return 0
 
 
 Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -18328,11 +18315,11 @@ def number(parse: Callable[[str], float], accepted: str) -> Callable[[str], floa
 
 
 class Command(NamedTuple):
-    """A row of the table: "peer add" is the action `add` of `peer`. The examples are lines that
-    follow "wggw" and the words; one may be empty."""
+    """A row of the table: "peer add" is the action `add` of `peer`. `run` returns the exit code, or
+    None for 0. The examples are lines that follow "wggw" and the words; one may be empty."""
 
     words: str
-    run: Callable[[argparse.Namespace], int]
+    run: Callable[[argparse.Namespace], int | None]
     text: str
     examples: str
     arguments: tuple[Argument, ...] = ()
@@ -18553,7 +18540,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
     try:
         if arguments.run is not command_serve:
             arguments.env_file = arguments.env_file or installed_settings()
-        return cast(int, arguments.run(arguments))
+        return arguments.run(arguments) or 0
     except UnicodeEncodeError:  # bytes of an argument, or \ud800 in a file
         failure = StartError(
             "an argument or a file has characters that cannot be sent: texts must be UTF-8, and a "

@@ -887,7 +887,7 @@ def test_a_rate_that_is_not_known_yet_is_no_zero() -> None:
     top = wggw.Top()
     top.look(status, [], 100.0)
     assert top.lines(status, [], wggw.Screen(80, 24, False), "late")[1:4] == [
-        " in          – ", "out          – ", "late",
+        " in          –", "out          –", "late",
     ]  # fmt: skip
 
 
