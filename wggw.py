@@ -18016,7 +18016,7 @@ def would_add(client: ApiClient, fitting: Sequence[Json], existing: Collection[s
             break
         except StartError as error:
             place = re.search(r"line ([0-9]+): (.*)", str(error))
-            if place is None:
+            if place is None or int(place[1]) > len(new):  # e.g. an existing peer is gone by now
                 raise
             refused += 1
             key = [*new][int(place[1]) - 1]

@@ -427,6 +427,16 @@ def test_a_file_does_not_control_the_terminal(gateway: GatewayProcess, line: byt
     assert "?" in done.stderr and "\x1b" not in done.stdout + done.stderr
 
 
+def test_a_dry_run_names_the_refusal_of_a_peer_that_the_file_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = wggw.ApiClient("wireguard.db")
+    refusal = json.dumps({"detail": "line 2: exhausted"}).encode()
+    monkeypatch.setattr(client, "call", lambda *_: (409, refusal))
+    with pytest.raises(wggw.StartError, match="line 2: exhausted"):
+        wggw.would_add(client, [{"public_key": KEYS[0]}], {KEYS[1]})
+
+
 def test_call_sends_lines_as_lines(gateway: GatewayProcess) -> None:
     lines = "".join(json.dumps({"public_key": key}) + "\n" for key in KEYS[:2])
     done = gateway.command("call", "PUT", PEERS, "--data", lines)
