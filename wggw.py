@@ -4548,7 +4548,7 @@ def warm_up(size: int) -> None:
     Page faults take four fifths of the time of copying an image, and stall all threads. During a
     read into the block the other threads run. glibc then keeps the block for the copy, as it keeps
     freed blocks up to the size of the largest one freed so far (mallopt(3), M_MMAP_THRESHOLD);
-    Service._announce() frees one of LARGEST_BLOCK.
+    Service.run() frees one of LARGEST_BLOCK.
     """
     block = bytearray(size)
     with contextlib.suppress(OSError), open("/dev/zero", "rb", buffering=0) as zeros:
@@ -15552,7 +15552,6 @@ class LogWriter(logging.Handler):
     So a reader that hangs, such as journald, delays nobody. Lines of requests come through add()
     and are collected for LOG_DELAY: a LogRecord costs more than all of a request's JSON, and a
     write in each request would release Python's lock to other threads. SIGKILL loses queued lines.
-    Before start(), the thread that logs a line writes it.
     """
 
     def __init__(self) -> None:
@@ -15561,10 +15560,7 @@ class LogWriter(logging.Handler):
         self._waiting, self._urgent = threading.Event(), threading.Event()
         self._writing, self._lost = False, 0
         self._handle = sys.stderr.fileno()
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def add(self, text: str, level: str = "INFO") -> None:
         self._lost += len(self._lines) == MAX_LOG_LINES
@@ -15575,8 +15571,6 @@ class LogWriter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.add(record.getMessage().replace("\n", " "), record.levelname)
         self._urgent.set()
-        if not self._thread.is_alive():
-            self._write()
 
     def drain(self, seconds: float) -> None:
         """Wait until all lines are written, for at most `seconds`."""
@@ -15661,7 +15655,7 @@ def settings_with_kept(config: Config, store: Store) -> tuple[InterfaceSettings,
 def claim_interfaces(config: Config, store: Store) -> None:
     """Mark existing interfaces of ours, and refuse settings that do not fit this host or the rows.
 
-    Raises ConfigError, having changed nothing else; StartError, BackendError.
+    Raises ConfigError, having changed nothing else; StartError.
     """
     try:
         if config.wg_backend != "memory":
@@ -16038,7 +16032,6 @@ class Service:
         self._lacked_certificate = not os.path.exists(config.tls_cert)
         tls, app.metrics.certificate_expires = make_tls(config)
         self._server.begin(tls)
-        log.start()  # not before: make_tls() may want to fork
         loop.start()
 
     def _start(self, config: Config) -> bool:

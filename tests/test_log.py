@@ -206,7 +206,6 @@ def test_lines_that_found_no_room_are_counted(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(log, "_handle", its_end.fileno())
         for number in range(5):
             log.add(f"line {number}")
-        log.start()
         log.drain(30)
         lines = ours.recv(65536).decode().splitlines()
     told = [line.split(" ", 1)[1] for line in lines]
