@@ -15461,12 +15461,10 @@ def fit_certificate(config: Config) -> bool:
         if os.geteuid() == 0:
             os.chown(cert, owner.st_uid, owner.st_gid)
     except (ImportError, OSError, ValueError) as error:
-        LOG.warning(
-            "%s cannot be renewed, and backends may refuse it: %s; `wggw doctor` says what it "
-            "lacks",
-            cert,
-            _reason(error),
+        text = (
+            "%s cannot be renewed, and backends may refuse it: %s; `wggw doctor` says what it lacks"
         )
+        LOG.warning(text, cert, _reason(error))
         return False
     LOG.warning(
         "%s was renewed (%s): backends that pin its SHA-256 fingerprint need the new one; its key "
@@ -15920,7 +15918,7 @@ class Start:
         for row, key in zip(rows, keys, strict=True):
             name, file = row.name, row.private_key_file
             if known[name] == own[name]:
-                store.private_keys[name] = encode_key(key)
+                store.private_keys[name] = encode_key(key)  # otherwise keep a sealed key
             elif is_foreign and row in self._had_key:
                 raise ConfigError(
                     f"{row.prefix}_PRIVATE_KEY_FILE: the public key of {file!r} is {own[name]}, "
@@ -17643,13 +17641,11 @@ def print_new_file(client: ApiClient, fields: Json | None = None, former_key: st
     and write the client's file to standard output. Raises StartError."""
     private = make_private_key()
     public = encode_key(x25519_public(private))
-    if fields is not None:
-        answer_of(
-            client, "POST", CONFIGURATIONS_PATH, encode_json({**fields, "public_key": public})
-        )
+    if fields is None:
+        path, body = f"{peer_path(former_key)}/rotate", {"new_public_key": public}
     else:
-        path = f"{peer_path(former_key)}/rotate"
-        answer_of(client, "POST", path, encode_json({"new_public_key": public}))
+        path, body = CONFIGURATIONS_PATH, {**fields, "public_key": public}
+    answer_of(client, "POST", path, encode_json(body))
     try:
         content = content_of(client, "GET", peer_path(public) + "?format=wg-quick")
         text = content.decode("utf-8")
