@@ -15439,23 +15439,21 @@ def certificate_names(config: Config) -> list[str]:
     return list(dict.fromkeys([*required_names(config), *filter(is_host_name, here)]))
 
 
-def fit_certificate(config: Config) -> bool:
+def fit_certificate(config: Config) -> None:
     """Renew a self-made certificate that lacks a name of the settings, or expires soon.
 
     Its key stays. A new address of the host alone does not renew it, because a renewal changes the
-    fingerprint, which backends may have pinned. Returns whether the certificate was renewed.
+    fingerprint, which backends may have pinned.
     """
     cert = config.tls_cert
-    if not os.path.exists(cert):
-        return False
     try:
         names = own_certificate_names(cert)
         if names is None:
-            return False
+            return
         lacking = sorted(set(required_names(config)) - names)
         expires = certificate_expiry(read_certificate(cert))
         if not lacking and expires > time.time() + RENEWAL_SECONDS:
-            return False
+            return
         owner = os.stat(cert)
         renew_certificate(cert, config.tls_key, certificate_names(config))
         if os.geteuid() == 0:
@@ -15465,14 +15463,13 @@ def fit_certificate(config: Config) -> bool:
             "%s cannot be renewed, and backends may refuse it: %s; `wggw doctor` says what it lacks"
         )
         LOG.warning(text, cert, _reason(error))
-        return False
-    LOG.warning(
-        "%s was renewed (%s): backends that pin its SHA-256 fingerprint need the new one; its key "
-        "and the certificate that signs it are the same",
-        cert,
-        f"for {', '.join(lacking)}" if lacking else "it expired soon",
-    )
-    return True
+    else:
+        LOG.warning(
+            "%s was renewed (%s): backends that pin its SHA-256 fingerprint need the new one; its "
+            "key and the certificate that signs it are the same",
+            cert,
+            f"for {', '.join(lacking)}" if lacking else "it expired soon",
+        )
 
 
 def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, int]:
