@@ -15976,6 +15976,7 @@ class Service:
     def __init__(self, load: Callable[[], Config]) -> None:
         self._load = load
         self._manager = Manager(os.environ)
+        self._next_word = 0.0  # monotonic seconds of the next WATCHDOG=1
         self._locks: list[socket.socket] = []  # see lock_interface()
         # The kernel may deliver a signal to any thread; a byte in a socket wakes this one.
         self._signals, self._wake = socket.socketpair()
@@ -15991,12 +15992,13 @@ class Service:
             self._build(config, log)
             if self._start(config):
                 timers = self._start_timers(config, self._app, self._host)
-                self._loop.after_round = self._end_of_round(self._gateway)
+                self._loop.after_round = self._end_round
+                self._gateway.ledger.gathers = True
                 return_memory()  # a start needs a third more memory than it keeps
                 bytes(LARGEST_BLOCK)  # see warm_up()
                 gc.freeze()  # present objects stay: the collector need not scan them
                 LOG.info("ready on %s port %d", config.api_host, config.api_port)
-                self._manager.tell("READY=1", self._state(self._gateway))
+                self._manager.tell("READY=1", self._state())
                 self._wait()
                 self._stop(timers)
         finally:
@@ -16129,29 +16131,22 @@ class Service:
             timer.start()
         return timers
 
-    def _state(self, gateway: Gateway) -> str:
+    def _state(self) -> str:
         """The line that `systemctl status` shows of a running service."""
-        interfaces = ", ".join(f"{t.name} ({t.backend.kind})" for t in gateway.tunnels.values())
-        wrong = "; ".join(gateway.degraded())
+        tunnels, wrong = self._gateway.tunnels.values(), "; ".join(self._gateway.degraded())
+        interfaces = ", ".join(f"{t.name} ({t.backend.kind})" for t in tunnels)
         return f"STATUS={f'degraded: {wrong}' if wrong else 'serving'}: {interfaces}"
 
-    def _end_of_round(self, gateway: Gateway) -> Callable[[], None]:
+    def _end_round(self) -> None:
         """The loop's work after each round: pass flights to the lander, and send WATCHDOG=1.
 
         A loop that hangs sends none, and systemd restarts the service.
         """
-        ledger, period = gateway.ledger, self._manager.watchdog
-        ledger.gathers = True
-        next_word = 0.0
-
-        def end() -> None:
-            nonlocal next_word
-            ledger.dispatch()
-            if period and time.monotonic() >= next_word:
-                next_word = time.monotonic() + period / 4
-                self._manager.tell("WATCHDOG=1", self._state(gateway), seconds=0)
-
-        return end
+        self._gateway.ledger.dispatch()
+        period = self._manager.watchdog
+        if period and time.monotonic() >= self._next_word:
+            self._next_word = time.monotonic() + period / 4
+            self._manager.tell("WATCHDOG=1", self._state(), seconds=0)
 
     def _wait(self) -> None:
         """Serve until a signal ends it; SIGHUP reloads what a running gateway can change."""

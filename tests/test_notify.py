@@ -123,7 +123,8 @@ def test_a_loop_that_hangs_tells_nothing_until_it_goes_on(
 
     try:
         service = wggw.Service(lambda: world.config)
-        loop.after_round = service._end_of_round(world.gateway)
+        service._gateway = world.gateway
+        loop.after_round = service._end_round
         loop.start()
         heard.hears("WATCHDOG=1", 2)
         loop.post(hang)
