@@ -15388,30 +15388,22 @@ def raise_file_limit(connections: int) -> int:
     return max(8, soft - RESERVED_FILES, wanted - RESERVED_FILES)
 
 
-class Timer(threading.Thread):
-    """Runs jobs one at a time, each at its interval in seconds, until stop()."""
+Jobs = Sequence[tuple[float, Callable[[], None]]]  # each with its interval in seconds
 
-    def __init__(self, name: str, jobs: Sequence[tuple[float, Callable[[], None]]]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._jobs = jobs
-        self._stop_event = threading.Event()
 
-    def run(self) -> None:
-        due = [time.monotonic() + interval for interval, _ in self._jobs]
-        while not self._stop_event.wait(max(0.0, min(due) - time.monotonic())):
-            for i, (interval, job) in enumerate(self._jobs):
-                if due[i] <= time.monotonic():
-                    due[i] = time.monotonic() + interval
-                    try:
-                        job()
-                    except (BackendError, DiskError, OSError) as error:
-                        LOG.error("%s: %s", self.name, error)
-                    except Exception as error:  # a defect must not end the timer
-                        log_defect(error)
-
-    def stop(self) -> None:
-        """No further job begins."""
-        self._stop_event.set()
+def repeat(name: str, jobs: Jobs, stopping: threading.Event) -> None:
+    """Do jobs one at a time, each at its interval, until `stopping` is set. In its own thread."""
+    due = [time.monotonic() + interval for interval, _ in jobs]
+    while not stopping.wait(max(0.0, min(due) - time.monotonic())):
+        for i, (interval, job) in enumerate(jobs):
+            if due[i] <= time.monotonic():
+                due[i] = time.monotonic() + interval
+                try:
+                    job()
+                except (BackendError, DiskError, OSError) as error:
+                    LOG.error("%s: %s", name, error)
+                except Exception as error:  # a defect must not end the thread
+                    log_defect(error)
 
 
 # --- the certificate ----------------------------------------------------------------------------
@@ -15977,6 +15969,7 @@ class Service:
         self._load = load
         self._manager = Manager(os.environ)
         self._next_word = 0.0  # monotonic seconds of the next WATCHDOG=1
+        self._stopping = threading.Event()  # ends the timers' threads
         self._locks: list[socket.socket] = []  # see lock_interface()
         # The kernel may deliver a signal to any thread; a byte in a socket wakes this one.
         self._signals, self._wake = socket.socketpair()
@@ -15991,7 +15984,7 @@ class Service:
             self._prepare_process()
             self._build(config, log)
             if self._start(config):
-                timers = self._start_timers(config, self._app, self._host)
+                timers = self._start_timers(config)
                 self._loop.after_round = self._end_round
                 self._gateway.ledger.gathers = True
                 return_memory()  # a start needs a third more memory than it keeps
@@ -16067,13 +16060,12 @@ class Service:
             raise error
         return number == 0
 
-    def _stop(self, timers: Sequence[Timer]) -> None:
+    def _stop(self, timers: Sequence[threading.Thread]) -> None:
         """Stop within END_SECONDS. What could not be written by then is named in the log."""
         self._manager.tell("STOPPING=1", "STATUS=stopping")
         ends = time.monotonic() + END_SECONDS
         self._server.drain()
-        for timer in timers:
-            timer.stop()
+        self._stopping.set()
         deadline = time.monotonic() + STOP_SECONDS
         for timer in timers:
             timer.join(max(0.0, deadline - time.monotonic()))  # a job that hangs is abandoned
@@ -16105,31 +16097,36 @@ class Service:
         if app.copier and app.copier.finish(STOP_SECONDS):
             left.pop(0)
 
-    @staticmethod
-    def _start_timers(config: Config, app: App, host: HostMetrics) -> list[Timer]:
-        gateway = app.gateway
-        jobs: dict[str, list[tuple[float, Callable[[], None]]]] = {  # of each timer, by its name
-            "interface": [
-                (SUPERVISE_SECONDS, gateway.projection.supervise),
-                (config.sample_interval, gateway.projection.sample),
-                (SUPERVISE_SECONDS, host.tick),
-            ],
-            "disk": [
-                (config.snapshot_interval, gateway.lander.snapshot),
-                (SUPERVISE_SECONDS, gateway.lander.heal),
-            ],
+    def _start_timers(self, config: Config) -> list[threading.Thread]:
+        gateway, app = self._app.gateway, self._app
+        projection = [
+            (SUPERVISE_SECONDS, gateway.projection.supervise),
+            (config.sample_interval, gateway.projection.sample),
+            (SUPERVISE_SECONDS, self._host.tick),
+        ]
+        disk = [
+            (config.snapshot_interval, gateway.lander.snapshot),
+            (SUPERVISE_SECONDS, gateway.lander.heal),
+        ]
+        if config.durability == "interval":
+            disk.append((DURABILITY_INTERVAL, gateway.lander.flush))
+        timers: dict[str, Jobs] = {
+            "interface": projection,
+            "disk": disk,
             # Expiry has its own thread: reading 60,000 counters may take longer than a second.
             "expiry": [(SUPERVISE_SECONDS / 2, gateway.limits.expire)],
             "nonces": [(NONCE_SECONDS, app.admission.nonces.save)],
         }
-        if config.durability == "interval":
-            jobs["disk"].append((DURABILITY_INTERVAL, gateway.lander.flush))
         if app.copier:
-            jobs["remote copy"] = [(min(COPY_TICK, config.snapshot_copy_interval), app.copier.tick)]
-        timers = [Timer(*row) for row in jobs.items()]
-        for timer in timers:
-            timer.start()
-        return timers
+            period = min(COPY_TICK, config.snapshot_copy_interval)
+            timers["remote copy"] = [(period, app.copier.tick)]
+        threads = [
+            threading.Thread(target=repeat, args=(*row, self._stopping), name=row[0], daemon=True)
+            for row in timers.items()
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
 
     def _state(self) -> str:
         """The line that `systemctl status` shows of a running service."""

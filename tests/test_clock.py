@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -62,35 +63,30 @@ def test_all_whose_second_has_come_are_one_record_and_one_message(world: World) 
     assert world.store.number == number + 1
 
 
-class Looks:
-    """Stands for the timers: what is done, and how often."""
-
-    every: dict[Callable[[], None], float]
-
-    def __init__(self, name: str, jobs: list[tuple[float, Callable[[], None]]]) -> None:
-        self.every.update((job, interval) for interval, job in jobs)
-
-    def start(self) -> None:
-        pass
-
-
 def test_expiry_and_what_is_not_on_disk_are_looked_at_every_second(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Looks, "every", {}, raising=False)
-    monkeypatch.setattr(wggw, "Timer", Looks)
+    every: dict[Callable[[], None], float] = {}
+
+    def look(_name: str, jobs: wggw.Jobs, _stopping: threading.Event) -> None:
+        every.update((job, interval) for interval, job in jobs)
+
+    monkeypatch.setattr(wggw, "repeat", look)
     config = dataclasses.replace(world.config, durability="interval")
     gateway = world.gateway
     admission = SimpleNamespace(nonces=wggw.NonceGuard(60))
     app: Any = SimpleNamespace(gateway=gateway, admission=admission, copier=None)
-    wggw.Service._start_timers(config, app, wggw.HostMetrics(str(tmp_path)))
+    service = wggw.Service(lambda: config)
+    service._app, service._host = app, wggw.HostMetrics(str(tmp_path))
+    for thread in service._start_timers(config):
+        thread.join()
     for job in (
         gateway.limits.expire,
         gateway.projection.supervise,
         gateway.lander.heal,
         gateway.lander.flush,
     ):
-        assert Looks.every[job] <= 1
+        assert every[job] <= 1
 
 
 def test_a_clock_that_jumps_ahead_and_is_set_back_takes_nothing_away(world: World) -> None:
