@@ -6872,6 +6872,7 @@ class GenericFamily(NamedTuple):
 
 
 WIREGUARD_FAMILY = GenericFamily(0, 1, False)
+_NO_KEY = bytes(KEY_BYTES)
 
 
 class NetlinkMessage(NamedTuple):
@@ -6950,49 +6951,34 @@ def nfgenmsg(family: int, resource: int = 0) -> bytes:
     return struct.pack("=BB", family, 0) + struct.pack(">H", resource)
 
 
+# Attributes of fixed sizes, each with its header (length, type) and padding.
+_FLAGGED_KEY = struct.Struct("=HH32sHHI")
+_PSK = struct.Struct("=HH32s")
+_ALLOWED_IP_HEADS = {  # all that precedes the address, by the length of a packed network
+    1 + size: struct.pack(
+        "=HHHHHxxHH",
+        *(24 + size, NLA_F_NESTED),
+        *(6, WGALLOWEDIP_A_FAMILY, family),
+        *(4 + size, WGALLOWEDIP_A_IPADDR),
+    )
+    for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16))
+}
+_MASK_HEAD = struct.pack("=HH", 5, WGALLOWEDIP_A_CIDR_MASK)
+
+
 def encode_wg_peer(change: Change) -> bytes:
     """The attributes of one peer in WG_CMD_SET_DEVICE (include/uapi/linux/wireguard.h).
 
     Endpoint and keepalive are never set: they are the client's.
     """
-    if change.peer is None:
-        return _KEY_HEAD + change.public_key + _REMOVE
-    networks = b"".join(map(_encode_allowed_ip, change.peer.allowed_ips))
-    return b"".join(
-        (
-            _KEY_HEAD,
-            change.public_key,
-            _REPLACE_NETWORKS,
-            _PSK_HEAD,
-            change.peer.preshared_key or bytes(KEY_BYTES),
-            nl_attribute(NLA_F_NESTED | WGPEER_A_ALLOWEDIPS, networks),
-        )
-    )
-
-
-def _nl_head(kind: int, length: int) -> bytes:
-    """The header of an attribute with a payload of `length` bytes."""
-    return struct.pack("=HH", 4 + length, kind)
-
-
-_KEY_HEAD = _nl_head(WGPEER_A_PUBLIC_KEY, KEY_BYTES)
-_PSK_HEAD = _nl_head(WGPEER_A_PRESHARED_KEY, KEY_BYTES)
-_REMOVE = nl_attribute(WGPEER_A_FLAGS, struct.pack("=I", WGPEER_F_REMOVE_ME))
-_REPLACE_NETWORKS = nl_attribute(WGPEER_A_FLAGS, struct.pack("=I", WGPEER_F_REPLACE_ALLOWEDIPS))
-_MASK_HEAD = _nl_head(WGALLOWEDIP_A_CIDR_MASK, 1)
-
-
-def _allowed_ip_head(family: int, size: int) -> bytes:
-    """Everything in an allowed IP that precedes its address of `size` bytes."""
-    head = nl_attribute(WGALLOWEDIP_A_FAMILY, struct.pack("=H", family))
-    head += _nl_head(WGALLOWEDIP_A_IPADDR, size)
-    return _nl_head(NLA_F_NESTED, len(head) + size + len(_MASK_HEAD) + 4) + head
-
-
-_ALLOWED_IP_HEADS = {  # by the length of a packed network
-    5: _allowed_ip_head(socket.AF_INET, 4),
-    17: _allowed_ip_head(socket.AF_INET6, 16),
-}
+    key, peer = change
+    flag = WGPEER_F_REPLACE_ALLOWEDIPS if peer else WGPEER_F_REMOVE_ME
+    head = _FLAGGED_KEY.pack(36, WGPEER_A_PUBLIC_KEY, key, 8, WGPEER_A_FLAGS, flag)
+    if peer is None:
+        return head
+    psk = _PSK.pack(36, WGPEER_A_PRESHARED_KEY, peer.preshared_key or _NO_KEY)
+    networks = b"".join(map(_encode_allowed_ip, peer.allowed_ips))
+    return head + psk + nl_attribute(NLA_F_NESTED | WGPEER_A_ALLOWEDIPS, networks)
 
 
 def _encode_allowed_ip(network: bytes) -> bytes:
@@ -7228,9 +7214,6 @@ def read_peers(
         except CodecError:
             unreadable += 1
     return Reading(device, peers, changed, same, unreadable)
-
-
-_NO_KEY = bytes(KEY_BYTES)
 
 
 def decode_wg_peer(data: bytes) -> PeerState:
