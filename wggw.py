@@ -6790,6 +6790,8 @@ class FoundLink(NamedTuple):
     name: str
     kind: str
     alias: str
+    mtu: int = 0
+    is_up: bool = False
 
 
 class Device(NamedTuple):
@@ -7280,9 +7282,13 @@ class NetlinkSocket:
     """Sends requests and receives answers over one netlink socket. Several threads may use it."""
 
     def __init__(self, protocol: int) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
-        )
+        try:
+            self._socket = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
+            )
+        except OSError as error:
+            what = "nftables" if protocol == NETLINK_NETFILTER else "netlink"
+            raise BackendError(f"{what}: {_reason(error)}") from None
         self._socket.settimeout(BACKEND_TIMEOUT)
         self._socket.bind((0, 0))
         for option in (10, 11):  # SOL_NETLINK: NETLINK_CAP_ACK, NETLINK_EXT_ACK
@@ -7303,22 +7309,42 @@ class NetlinkSocket:
         With `whole`, a dump that a change interrupted raises EINTR. After a request that reads at
         `most` so many payloads, the socket must be closed.
         """
-        with self._lock:
-            sequence = next(self._sequence) & 0xFFFFFFFF
-            flags |= NLM_F_REQUEST | NLM_F_ACK
-            message = nl_message(NetlinkMessage(kind, flags, sequence, payload))
-            return self._exchange(message, self._answer(sequence, whole), most)
+        return self._exchange([(kind, flags | NLM_F_ACK, payload)], whole, most)
+
+    def change_nftables(self, message: int, flags: int, payload: bytes) -> None:
+        """Send a change, which nfnetlink demands in a batch. Raises NetlinkError.
+
+        Only the change asks for an acknowledgement: the first answer is an error or that.
+        """
+        edge = nfgenmsg(0, NFNL_SUBSYS_NFTABLES)
+        self._exchange(
+            [
+                (NFNL_MSG_BATCH_BEGIN, 0, edge),
+                (NFNL_SUBSYS_NFTABLES << 8 | message, flags | NLM_F_ACK, payload),
+                (NFNL_MSG_BATCH_END, 0, edge),
+            ]
+        )
 
     def _exchange(
-        self, data: bytes, answer: Iterator[bytes], most: int | None = None
+        self,
+        messages: Sequence[tuple[int, int, bytes]],
+        whole: bool = True,
+        most: int | None = None,
     ) -> list[bytes]:
-        try:
-            self._socket.send(data)
-            return list(itertools.islice(answer, most))
-        except TimeoutError:
-            raise NoAnswer(f"netlink: no answer within {BACKEND_TIMEOUT:.0f} s") from None
-        except OSError as error:
-            raise NetlinkError(error.errno or errno.EIO, "") from None
+        """Send messages (type, flags, payload) under one sequence number; return the answer."""
+        with self._lock:
+            sequence = next(self._sequence) & 0xFFFFFFFF
+            data = b"".join(
+                nl_message(NetlinkMessage(kind, flags | NLM_F_REQUEST, sequence, payload))
+                for kind, flags, payload in messages
+            )
+            try:
+                self._socket.send(data)
+                return list(itertools.islice(self._answer(sequence, whole), most))
+            except TimeoutError:
+                raise NoAnswer(f"netlink: no answer within {BACKEND_TIMEOUT:.0f} s") from None
+            except OSError as error:
+                raise NetlinkError(error.errno or errno.EIO, "") from None
 
     def _answer(self, sequence: int, whole: bool) -> Iterator[bytes]:
         interrupted = False
@@ -7338,27 +7364,6 @@ class NetlinkSocket:
                     return
                 if message.type != NLMSG_NOOP:
                     yield message.payload
-
-    def transaction(self, messages: Sequence[tuple[int, int, bytes]]) -> None:
-        """Have nfnetlink do all messages (type, flags, payload) or none. Raises NetlinkError.
-
-        All messages have one sequence number, and only the last asks for an acknowledgement. So the
-        first answer is the first error or that acknowledgement.
-        """
-        with self._lock:
-            sequence = next(self._sequence) & 0xFFFFFFFF
-            *most, (kind, flags, payload) = messages
-            framed = [
-                (NFNL_MSG_BATCH_BEGIN, 0, nfgenmsg(0, NFNL_SUBSYS_NFTABLES)),
-                *most,
-                (kind, flags | NLM_F_ACK, payload),
-                (NFNL_MSG_BATCH_END, 0, nfgenmsg(0, NFNL_SUBSYS_NFTABLES)),
-            ]
-            data = b"".join(
-                nl_message(NetlinkMessage(kind, flags | NLM_F_REQUEST, sequence, payload))
-                for kind, flags, payload in framed
-            )
-            self._exchange(data, self._answer(sequence, whole=True))
 
     def dump(self, kind: int, payload: bytes, whole: bool) -> list[bytes]:
         """Request a dump; repeat it, if it must be `whole`, when a change interrupts it."""
@@ -7402,13 +7407,15 @@ def decode_link(payload: bytes) -> FoundLink:
     """struct ifinfomsg and its attributes, as RTM_GETLINK answers. Raises CodecError."""
     if len(payload) < 16:
         raise CodecError("netlink: a short link message")
+    index, flags = struct.unpack_from("=iI", payload, 4)
     found = dict(parse_nl_attributes(payload[16:]))
     info = dict(parse_nl_attributes(found.get(IFLA_LINKINFO, b"")))
     texts = (found.get(IFLA_IFNAME), info.get(IFLA_INFO_KIND), found.get(IFLA_IFALIAS))
-    return FoundLink(
-        struct.unpack_from("=i", payload, 4)[0],
-        *((text or b"").rstrip(b"\0").decode("utf-8", "surrogateescape") for text in texts),
+    name, kind, alias = (
+        (text or b"").rstrip(b"\0").decode("utf-8", "surrogateescape") for text in texts
     )
+    mtu = int.from_bytes(found.get(IFLA_MTU, b""), sys.byteorder)
+    return FoundLink(index, name, kind, alias, mtu, bool(flags & IFF_UP))
 
 
 class HostRoute(NamedTuple):
@@ -7475,30 +7482,24 @@ class Route:
         attributes += nl_attribute(NLA_F_NESTED | IFLA_LINKINFO, info)
         self._netlink.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, ifinfomsg() + attributes)
 
-    def mtu(self, index: int) -> int:
-        return int(struct.unpack("=I", self._look(index)[1].get(IFLA_MTU, bytes(4)))[0])
-
-    def set_up(self, index: int, mtu: int) -> None:
-        """Set the MTU and bring the link up."""
-        attribute = nl_attribute(IFLA_MTU, struct.pack("=I", mtu))
-        self._netlink.request(RTM_NEWLINK, 0, ifinfomsg(index, IFF_UP) + attribute)
-
-    def is_up(self, index: int, mtu: int | None) -> bool:
-        """Whether the link is up, with this MTU if one is given."""
-        flags, found = self._look(index)
-        fits = mtu is None or found.get(IFLA_MTU) == struct.pack("=I", mtu)
-        return bool(flags & IFF_UP) and fits
-
     def find(self, name: str) -> FoundLink | None:
         """The link of this name, None when there is none. Raises BackendError."""
-        index = self.index(name)
+        if (index := self.index(name)) == 0:
+            return None
         try:
-            payloads = self._ask(index) if index else []
+            payloads = self._netlink.request(RTM_GETLINK, 0, ifinfomsg(index))
         except NetlinkError as error:
             if error.errno == errno.ENODEV:
                 return None
             raise
-        return decode_link(payloads[0]) if payloads else None
+        return decode_link(payloads[0])
+
+    def get(self, name: str) -> FoundLink:
+        """The link of this name. Raises BackendError, also when there is none."""
+        found = self.find(name)
+        if found is None:
+            raise BackendError(f"{name}: the interface is gone")
+        return found
 
     def links(self) -> list[FoundLink]:
         """Every link of this network namespace. Raises BackendError."""
@@ -7506,40 +7507,22 @@ class Route:
 
     def mark(self, name: str, alias: str) -> None:
         """Give a link this alias, unless it has it already. Raises BackendError."""
-        found = self.find(name)
-        if found is None:
-            raise BackendError(f"{name}: the interface is gone")
+        found = self.get(name)
         if found.alias != alias:
             attribute = nl_attribute(IFLA_IFALIAS, os.fsencode(alias))
             self._netlink.request(RTM_NEWLINK, 0, ifinfomsg(found.ifindex) + attribute)
-
-    def _look(self, index: int) -> tuple[int, dict[int, bytes]]:
-        """A link's flags and attributes; empty when there is none."""
-        for payload in self._ask(index):
-            return struct.unpack_from("=I", payload, 8)[0], dict(parse_nl_attributes(payload[16:]))
-        return 0, {}
-
-    def _ask(self, index: int) -> list[bytes]:
-        answer = self._netlink.request(RTM_GETLINK, 0, ifinfomsg(index))
-        if any(len(payload) < 16 for payload in answer):
-            raise CodecError("netlink: a short link message")
-        return answer
 
     def is_right(self, link: Link, index: int) -> bool:
         """Whether the link with configure()'s index is there, up, and has its addresses.
 
         Raises BackendError.
         """
-        try:
-            return (
-                self.index(link.name) == index != 0
-                and self.is_up(index, link.mtu)
-                and self.addresses(index) == self.wanted(link)
-            )
-        except NetlinkError as error:
-            if error.errno == errno.ENODEV:
-                return False
-            raise
+        found = self.find(link.name)
+        return (
+            found is not None
+            and (found.ifindex, found.mtu, found.is_up) == (index, link.mtu, True)
+            and self.addresses(index) == self.wanted(link)
+        )
 
     def wanted(self, link: Link) -> set[IPv4or6Interface]:
         """The addresses that a link must have, without IPv6 where the host does not allow it."""
@@ -7593,12 +7576,15 @@ class Route:
         New IPv4 addresses come before the old ones go, so that no packet is lost while a subnet
         changes. In IPv6 the old ones go first, because an address cannot have two prefix lengths.
         """
-        index = self.index(link.name)
         step = "find it"
         try:
-            if not self.is_up(index, link.mtu):  # the MTU first: a small one drops IPv6 addresses
+            found = self.get(link.name)
+            index = found.ifindex
+            # The MTU first: a small one drops IPv6 addresses.
+            if (found.mtu, found.is_up) != (link.mtu, True):
                 step = f"set MTU {link.mtu} and bring it up"
-                self.set_up(index, link.mtu)
+                attribute = nl_attribute(IFLA_MTU, struct.pack("=I", link.mtu))
+                self._netlink.request(RTM_NEWLINK, 0, ifinfomsg(index, IFF_UP) + attribute)
             step = "read its addresses"
             present, wanted = self.addresses(index), self.wanted(link)
             new = [each for each in map(ipaddress.ip_interface, link.addresses) if each in wanted]
@@ -7764,11 +7750,7 @@ class NetlinkBackend:
 
     def _device(self) -> Device:
         """The interface without its peers: read the first message only, then close the socket."""
-        try:
-            netlink = NetlinkSocket(NETLINK_GENERIC)
-        except OSError as error:
-            raise BackendError(f"{self._link.name}: {_reason(error)}") from None
-        with contextlib.closing(netlink):
+        with contextlib.closing(NetlinkSocket(NETLINK_GENERIC)) as netlink:
             first = self._ask(
                 lambda command: netlink.request(self._family.id, NLM_F_DUMP, command, most=1)
             )
@@ -8901,13 +8883,13 @@ class ClassTable:
         if members and self.failure:
             raise BackendError(f"service classes are not in force: {self.failure}")
         for payload in encode_members(members):
-            self._do(NFT_MSG_NEWSETELEM, NLM_F_CREATE, payload)
+            self._socket().change_nftables(NFT_MSG_NEWSETELEM, NLM_F_CREATE, payload)
 
     def remove(self, members: Sequence[Member]) -> None:
         """Missing members are ignored. Raises BackendError; some may have been removed then."""
         for payload in encode_members(members):
             try:
-                self._do(NFT_MSG_DELSETELEM, 0, payload)
+                self._socket().change_nftables(NFT_MSG_DELSETELEM, 0, payload)
             except NetlinkError as error:
                 if error.errno != errno.ENOENT:
                     raise
@@ -8933,17 +8915,11 @@ class ClassTable:
 
     def _socket(self) -> NetlinkSocket:
         if self._netlink is None:
-            try:
-                self._netlink = NetlinkSocket(NETLINK_NETFILTER)
-            except OSError as error:
-                raise BackendError(f"nftables: {_reason(error)}") from None
+            self._netlink = NetlinkSocket(NETLINK_NETFILTER)
         return self._netlink
 
     def _dump(self, message: int, payload: bytes) -> list[bytes]:
         return self._socket().dump(NFNL_SUBSYS_NFTABLES << 8 | message, payload, whole=True)
-
-    def _do(self, message: int, flags: int, payload: bytes) -> None:
-        self._socket().transaction([(NFNL_SUBSYS_NFTABLES << 8 | message, flags, payload)])
 
     def close(self) -> None:
         if self._netlink is not None:
@@ -9352,7 +9328,8 @@ def make_interface(kind: str, link: Link) -> str:
             if not made and kind == AWG_GENL_NAME:
                 return ""  # its MTU depends on parameters that only the service knows
             take_link(route, kind, link, lambda: route.create(link.name, kind))
-            was_up = not made and route.is_up(route.index(link.name), link.mtu)
+            found = route.get(link.name)
+            was_up = not made and (found.mtu, found.is_up) == (link.mtu, True)
             route.configure(link)
             return "" if was_up else f"{link.name}: {'made' if made else 'set up'}"
     except NetlinkError as error:
@@ -9442,14 +9419,13 @@ def _look_at_interfaces(host: Host) -> Iterator[Finding]:
         mtu = tunnel.mtu if tunnel.prefix == PLAIN_PREFIX else None
         with contextlib.closing(Route()) as route:
             found = route.find(tunnel.name)
-            is_up = found is not None and route.is_up(found.ifindex, mtu)
         todo = host.start
         if found is None:
             text = "no such interface"
         elif found.alias != tunnel.mark:
             text = "this interface does not carry the gateway's mark"
             todo = "run `wggw net up`, which says more"
-        elif not is_up:
+        elif not found.is_up or mtu not in (None, found.mtu):
             text = f"it is down, or its MTU is not {mtu}" if mtu else "it is down"
         elif not held_ports("udp", tunnel.ports[0]):
             text = f"it does not listen on UDP {tunnel.ports[0]}"
@@ -16689,7 +16665,6 @@ class LiveInterface(NamedTuple):
 
     kind: str
     found: FoundLink
-    mtu: int
     addresses: list[ipaddress.IPv4Interface | ipaddress.IPv6Interface]
     device: Device
     peers: list[WirePeer]
@@ -16725,7 +16700,6 @@ def read_live(name: str) -> LiveInterface:
                     f"{name} is neither a WireGuard nor an AmneziaWG interface: name another one "
                     "with --interface"
                 )
-            mtu = route.mtu(found.ifindex)
             addresses = [a for a in route.addresses(found.ifindex) if not a.ip.is_link_local]
         reading = read_link(kind, found)
     device = cast(Device, reading.device)
@@ -16734,7 +16708,7 @@ def read_live(name: str) -> LiveInterface:
     if unreadable := reading.unreadable:
         raise StartError(f"cannot take over {name}: {unreadable} of its peers cannot be read")
     peers = sorted(state.peer for _, state in reading.changed)
-    return LiveInterface(kind, found, mtu, sorted(addresses, key=str), device, peers)
+    return LiveInterface(kind, found, sorted(addresses, key=str), device, peers)
 
 
 def peers_of_live(live: LiveInterface) -> FoundState:
@@ -16763,7 +16737,7 @@ def settings_of_live(live: LiveInterface) -> tuple[dict[str, str], dict[str, str
     defaults. Raises ValueError for parameters that are not valid."""
     prefix, parameters = live.prefix, live.device.obfuscation
     must = {f"{prefix}_INTERFACE": live.name, _PORT_SETTINGS[prefix]: str(live.device.listen_port)}
-    may = {"WG_MTU": str(max(live.mtu, 1280) + parameters.s4)}
+    may = {"WG_MTU": str(max(live.found.mtu, 1280) + parameters.s4)}
     for family, longest in (("ipv4", 30), ("ipv6", 126)):
         here = [a for a in live.addresses if f"ipv{a.version}" == family]
         subnets = [a.network for a in here if a.network.prefixlen <= longest]

@@ -282,8 +282,8 @@ def test_who_manages_an_interface_is_told_with_what_ends_it(
     monkeypatch.setattr(wggw, "NETWORKD_DIRECTORIES", (str(tmp_path),))
     monkeypatch.setattr(wggw, "OTHERS_FILES", {wggw.WG_GENL_NAME: str(tmp_path)})
     (tmp_path / name).write_text(f"[Match]\n{text}\n")
-    link = wggw.FoundLink(7, "wg0", "wireguard", "")
-    live = wggw.LiveInterface(wggw.WG_GENL_NAME, link, 1420, [], wggw.Device(b"", 51820), [])
+    link = wggw.FoundLink(7, "wg0", "wireguard", "", 1420)
+    live = wggw.LiveInterface(wggw.WG_GENL_NAME, link, [], wggw.Device(b"", 51820), [])
     told = list(wggw.other_managers(live))
     assert len(told) == (advice is not None)
     if advice:
