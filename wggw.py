@@ -1105,6 +1105,11 @@ class InterfaceSettings(NamedTuple):
     kept: tuple[str, ...] = ()
 
     @property
+    def kind(self) -> str:
+        """The kernel's name of this kind of interface."""
+        return WG_GENL_NAME if self.prefix == PLAIN_PREFIX else AWG_GENL_NAME
+
+    @property
     def gateways(self) -> tuple[str, ...]:
         """The gateway's own addresses in the subnets."""
         return tuple(str(subnet.network_address + 1) for subnet in self.subnets.values())
@@ -6762,8 +6767,7 @@ class Copier:
 class Link(NamedTuple):
     """The wanted setup of an interface. Addresses are written like "10.0.1.1/24".
 
-    With `obfuscation` it is an AmneziaWG interface, without it a WireGuard one. `mark` is the alias
-    by which the gateway recognises its interface.
+    `mark` is the alias by which the gateway recognises its interface; `kind` is the kernel's word.
     """
 
     name: str
@@ -6771,13 +6775,9 @@ class Link(NamedTuple):
     mtu: int
     listen_port: int
     private_key: bytes
-    obfuscation: Obfuscation | None = None
+    obfuscation: Obfuscation = PLAIN
     mark: str = MARK
-
-    @property
-    def kind(self) -> str:
-        """The kernel's name of this kind of interface."""
-        return WG_GENL_NAME if self.obfuscation is None else AWG_GENL_NAME
+    kind: str = WG_GENL_NAME
 
     def __repr__(self) -> str:
         return f"Link({self.name})"
@@ -6825,7 +6825,7 @@ class Reading(NamedTuple):
         return device is not None and (
             device.private_key != link.private_key
             or device.listen_port != link.listen_port
-            or link.obfuscation not in (None, device.obfuscation)
+            or device.obfuscation != link.obfuscation
         )
 
 
@@ -7274,21 +7274,24 @@ class NetlinkError(BackendError):
     """The kernel's answer was an errno."""
 
     def __init__(self, number: int, message: str) -> None:
-        super().__init__(message or os.strerror(number))
+        super().__init__(message)
         self.errno = number
 
 
 class NetlinkSocket:
-    """Sends requests and receives answers over one netlink socket. Several threads may use it."""
+    """Sends requests and receives answers over one netlink socket. Several threads may use it.
 
-    def __init__(self, protocol: int) -> None:
+    The texts of its errors begin with `prefix`.
+    """
+
+    def __init__(self, protocol: int, prefix: str = "") -> None:
+        self._prefix = prefix
         try:
             self._socket = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
             )
         except OSError as error:
-            what = "nftables" if protocol == NETLINK_NETFILTER else "netlink"
-            raise BackendError(f"{what}: {_reason(error)}") from None
+            raise BackendError(f"{prefix}{_reason(error)}") from None
         self._socket.settimeout(BACKEND_TIMEOUT)
         self._socket.bind((0, 0))
         for option in (10, 11):  # SOL_NETLINK: NETLINK_CAP_ACK, NETLINK_EXT_ACK
@@ -7342,9 +7345,13 @@ class NetlinkSocket:
                 self._socket.send(data)
                 return list(itertools.islice(self._answer(sequence, whole), most))
             except TimeoutError:
-                raise NoAnswer(f"netlink: no answer within {BACKEND_TIMEOUT:.0f} s") from None
+                words = f"no answer within {BACKEND_TIMEOUT:.0f} s"
+                raise NoAnswer(self._prefix + words) from None
             except OSError as error:
-                raise NetlinkError(error.errno or errno.EIO, "") from None
+                raise self._error(error.errno or errno.EIO, "") from None
+
+    def _error(self, number: int, words: str) -> NetlinkError:
+        return NetlinkError(number, self._prefix + (words or os.strerror(number)))
 
     def _answer(self, sequence: int, whole: bool) -> Iterator[bytes]:
         interrupted = False
@@ -7358,9 +7365,9 @@ class NetlinkSocket:
                         flags = message.flags if message.type == NLMSG_ERROR else 0
                         number, words = parse_nl_error(message.payload, flags)
                         if number:
-                            raise NetlinkError(number, words)
+                            raise self._error(number, words)
                     if interrupted and whole:
-                        raise NetlinkError(errno.EINTR, "the dump was interrupted by a change")
+                        raise self._error(errno.EINTR, "the dump was interrupted by a change")
                     return
                 if message.type != NLMSG_NOOP:
                     yield message.payload
@@ -7373,7 +7380,7 @@ class NetlinkSocket:
             except NetlinkError as error:
                 if error.errno != errno.EINTR:
                     raise
-        raise BackendError(f"netlink: the dump was interrupted {DUMP_TRIES} times")
+        raise BackendError(f"{self._prefix}the dump was interrupted {DUMP_TRIES} times")
 
     def close(self) -> None:
         self._socket.close()
@@ -7603,10 +7610,9 @@ class Route:
         self._netlink.close()
 
 
-def _refusal(name: str, error: BackendError, reasons: Sequence[str]) -> ParametersRefused:
+def _refusal(error: str, reasons: Sequence[str]) -> ParametersRefused:
     """An interface's refusal, with the parameters that may be the reason."""
-    text = "; ".join([f"{error}: the parameters are refused", *reasons])
-    return ParametersRefused(f"{name}: {text}")
+    return ParametersRefused("; ".join([f"{error}: the parameters are refused", *reasons]))
 
 
 def _no_module(name: str, kind: str) -> BackendError:
@@ -7621,9 +7627,9 @@ class NetlinkBackend:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._name = link.kind
-        self._control = NetlinkSocket(NETLINK_GENERIC)
-        self._reader = NetlinkSocket(NETLINK_GENERIC)
+        self._connect = functools.partial(NetlinkSocket, NETLINK_GENERIC, f"{link.name}: ")
+        self._control = self._connect()
+        self._reader = self._connect()
         self._route = Route()
         self._dialect = Dialect(link.name)
         self._family = WIREGUARD_FAMILY
@@ -7634,25 +7640,22 @@ class NetlinkBackend:
         if not make:
             check_same_link(self._route, name, self._index)
         self._link = link or self._link
-        made = not self._route.index(name)
-        if not is_same_link(self._route, name, self._index):
-            take_link(self._route, self._name, self._link, self._create)
-        family = genl_family(self._control, self._name)
+        # The kernel loads the module when it is asked for the family.
+        family = genl_family(self._control, self._link.kind)
         if family is None:
-            raise _no_module(name, self._name)
+            raise _no_module(name, self._link.kind)
         self._family = family
         wanted = self._link.obfuscation
-        if refused := kernel_refusals(wanted, family.version) if wanted is not None else []:
-            if made:
-                self._route.delete(self._route.index(name))
+        if refused := kernel_refusals(wanted, family.version):
             raise ParametersRefused(
                 f"{name}: the kernel's AmneziaWG (family version {family.version}) cannot speak "
                 f"the parameters: {'; '.join(refused)}"
             )
+        if not is_same_link(self._route, name, self._index):
+            take_link(self._route, self._link, self._create)
         device = self._dialect.understand(self._device())
-        if wanted is not None and needs_new_link(wanted, device.obfuscation):
-            with self._replaced_link():
-                self._configure(self._device())
+        if needs_new_link(wanted, device.obfuscation):
+            self._replace_link()
         else:
             self._configure(device)
 
@@ -7667,22 +7670,19 @@ class NetlinkBackend:
             attributes += nl_attribute(WGDEVICE_A_LISTEN_PORT, port)
         if attributes:
             self._set(_device_head(self._link.name) + attributes)
-        if wanted is not None and wanted != device.obfuscation:
+        if wanted != device.obfuscation:
             self._speak(wanted, device.obfuscation)
         self._index = self._route.configure(self._link)
 
     def _create(self) -> None:
         name = self._link.name
         try:
-            self._route.create(name, self._name)
+            self._route.create(name, self._link.kind)
         except NetlinkError as error:
-            if error.errno == errno.EOPNOTSUPP:
-                raise _no_module(name, self._name) from None
             raise BackendError(f"{name}: cannot be made: {error}") from None
 
-    @contextlib.contextmanager
-    def _replaced_link(self) -> Iterator[None]:
-        """Replace the link by a new one with the same peers; the body of `with` configures it.
+    def _replace_link(self) -> None:
+        """Replace the link by a new one with the same peers, and configure it.
 
         Counters restart at 0, and clients do a new handshake.
         """
@@ -7693,9 +7693,9 @@ class NetlinkBackend:
         try:
             if (found := self._route.find(name)) is not None:
                 remove_interface(found)
-            take_link(self._route, self._name, self._link, self._create)
+            take_link(self._route, self._link, self._create)
             self._index = self._route.index(name)
-            yield
+            self._configure(self._device())
         except BackendError:
             # The peers come back even if the kernel refuses the parameters, or if the old link was
             # emptied and could not be deleted. The caller gets the first failure.
@@ -7713,22 +7713,18 @@ class NetlinkBackend:
 
     def _speak(self, wanted: Obfuscation, actual: Obfuscation) -> None:
         """Set AmneziaWG's parameters, and check that the interface has them."""
-        version = self._family.version
-        attributes = encode_awg_attributes(wanted, actual, version)
-        command = genl(WG_CMD_SET_DEVICE, version, _device_head(self._link.name) + attributes)
         try:
-            self._control.request(self._family.id, 0, command)
+            attributes = encode_awg_attributes(wanted, actual, self._family.version)
+            self._set(_device_head(self._link.name) + attributes)
         except NetlinkError as error:
-            raise _refusal(self._link.name, error, newest_parameters(wanted)) from None
+            raise _refusal(str(error), newest_parameters(wanted)) from None
         self._dialect.learn(wanted, self._device().obfuscation)
 
     def alive(self) -> bool:
         return self._route.is_right(self._link, self._index)
 
     def read(self, known: Container[int]) -> Reading:
-        payloads = self._ask(
-            lambda command: self._reader.dump(self._family.id, command, whole=not known)
-        )
+        payloads = self._reader.dump(self._family.id, self._question(), whole=not known)
         reading = read_wg_device(payloads, self._family, known)
         return reading._replace(device=self._dialect.understand(cast(Device, reading.device)))
 
@@ -7742,26 +7738,17 @@ class NetlinkBackend:
             part.close()
 
     def _set(self, payload: bytes) -> None:
-        try:
-            command = genl(WG_CMD_SET_DEVICE, self._family.version, payload)
-            self._control.request(self._family.id, 0, command)
-        except NetlinkError as error:
-            raise BackendError(f"{self._link.name}: {error}") from None
+        command = genl(WG_CMD_SET_DEVICE, self._family.version, payload)
+        self._control.request(self._family.id, 0, command)
+
+    def _question(self) -> bytes:
+        return genl(WG_CMD_GET_DEVICE, self._family.version, _device_head(self._link.name))
 
     def _device(self) -> Device:
         """The interface without its peers: read the first message only, then close the socket."""
-        with contextlib.closing(NetlinkSocket(NETLINK_GENERIC)) as netlink:
-            first = self._ask(
-                lambda command: netlink.request(self._family.id, NLM_F_DUMP, command, most=1)
-            )
+        with contextlib.closing(self._connect()) as netlink:
+            first = netlink.request(self._family.id, NLM_F_DUMP, self._question(), most=1)
         return cast(Device, read_wg_device(first, self._family).device)
-
-    def _ask(self, send: Callable[[bytes], list[bytes]]) -> list[bytes]:
-        head = _device_head(self._link.name)
-        try:
-            return send(genl(WG_CMD_GET_DEVICE, self._family.version, head))
-        except NetlinkError as error:
-            raise BackendError(f"{self._link.name}: {error}") from None
 
 
 # --- UAPI: the cross-platform text protocol (wireguard.com/xplatform) -----------------------------
@@ -7822,22 +7809,15 @@ def uapi_device(parts: Iterable[bytes]) -> Device:
     return decode_uapi_head(head)
 
 
-def _uapi_lines(text: bytes) -> Iterator[tuple[str, str]]:
-    for line in text.decode("ascii", "replace").splitlines():
-        name, separator, value = line.partition("=")
-        if not separator:
-            raise CodecError("UAPI: a line without =")
-        if name == "errno":
-            raise CodecError("UAPI: a second errno")
-        yield name, value
-
-
 def decode_uapi_head(text: bytes) -> Device:
     """The interface's own lines. Raises CodecError."""
     private_key, port = b"", 0
     parameters: dict[str, Any] = {}
-    for name, value in _uapi_lines(text):
+    for line in text.decode("ascii", "replace").splitlines():
+        name, separator, value = line.partition("=")
         try:
+            if not separator or name == "errno":
+                raise ValueError
             if name == "private_key":
                 private_key = _uapi_key(value)
             elif name == "listen_port":
@@ -7977,19 +7957,18 @@ class UapiConnection:
         self._socket: socket.socket | None = None
         self.timeouts = 0  # in a row
 
-    def exchange(self, request: bytes, meanwhile: Callable[[], None] = lambda: None) -> list[bytes]:
+    def exchange(self, request: bytes) -> list[bytes]:
         """Send one operation; return the parts of its answer, without the empty line.
 
-        It calls `meanwhile` while the program works, and again if it repeats the operation. Raises
-        BackendError.
+        Raises BackendError.
         """
         with self._lock:
             try:
                 try:
-                    answer = self._exchange(request, meanwhile)
+                    answer = self._exchange(request)
                 except (BrokenPipeError, ConnectionResetError, EOFError):
                     self.close()  # the program has restarted; operations are idempotent
-                    answer = self._exchange(request, meanwhile)
+                    answer = self._exchange(request)
                 self.timeouts = 0
                 return answer
             except (TimeoutError, BlockingIOError):
@@ -8001,12 +7980,11 @@ class UapiConnection:
                 self.close()
                 raise BackendError(f"{self._path}: {_reason(error)}") from None
 
-    def _exchange(self, request: bytes, meanwhile: Callable[[], None]) -> list[bytes]:
+    def _exchange(self, request: bytes) -> list[bytes]:
         if self._socket is None:
             self._socket = connect_uapi(self._path)
         deadline = time.monotonic() + BACKEND_TIMEOUT
         self._socket.sendall(request)
-        meanwhile()
         parts: list[bytes] = []
         tail = b""
         while not tail.endswith(b"\n\n"):
@@ -8097,7 +8075,7 @@ class UapiBackend:
         if not make:
             check_same_link(self._route, name, self._index)
         elif not is_same_link(self._route, name, self._index):
-            take_link(self._route, self._link.kind, link or self._link, self._make)
+            take_link(self._route, link or self._link, self._make)
         if not uapi_answers(self._path):
             if not make:
                 raise BackendError(f"{name}: its program is gone, and the gateway starts it again")
@@ -8114,14 +8092,14 @@ class UapiBackend:
         if lines:
             self._set(lines.encode("ascii"))
         wanted = self._link.obfuscation
-        if wanted is not None and wanted != device.obfuscation:
+        if wanted != device.obfuscation:
             self._speak(wanted, device.obfuscation)
         self._index = self._route.configure(self._link)
 
     def _make(self) -> None:
         if uapi_answers(self._path):
             words = f"a program answers on {self._path} whose interface is not in this namespace"
-            raise _foreign(self._link.kind, self._link, words)
+            raise _foreign(self._link, words)
         self._start()
 
     def _speak(self, wanted: Obfuscation, actual: Obfuscation) -> None:
@@ -8139,7 +8117,7 @@ class UapiBackend:
                     for name in stuck
                 ]
                 reasons += newest_parameters(wanted)
-                raise _refusal(self._link.name, error, reasons) from None
+                raise _refusal(f"{self._link.name}: {error}", reasons) from None
             # Somebody else changed these: junk packets cut no client off, so they may stay.
             kept = wanted._replace(**stuck)
             self._set(encode_uapi_parameters(kept, actual).encode("ascii"))
@@ -8210,22 +8188,12 @@ class UapiBackend:
 
     def apply(self, changes: Sequence[Change]) -> None:
         check_same_link(self._route, self._link.name, self._index)
-        starts = iter(range(0, len(changes), READ_CHUNK))
-        lines: list[bytes] = []  # the next message, made while the program works on the last one
+        for start in range(0, len(changes), READ_CHUNK):
+            self._set(encode_uapi_changes(changes[start : start + READ_CHUNK]))
 
-        def prepare() -> None:
-            start = None if lines else next(starts, None)
-            if start is not None:
-                lines.append(encode_uapi_changes(changes[start : start + READ_CHUNK]))
-
-        prepare()
-        while lines:
-            self._set(lines.pop(), prepare)
-
-    def _set(self, lines: bytes, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def _set(self, lines: bytes) -> None:
         self._said = None
-        parts = self._control.exchange(b"set=1\n" + lines + b"\n", meanwhile)
-        check_uapi_status(b"".join(parts))
+        check_uapi_status(b"".join(self._control.exchange(b"set=1\n" + lines + b"\n")))
 
     def close(self) -> None:
         for part in (self._control, self._reader, self._route):
@@ -8260,9 +8228,9 @@ def check_same_link(route: Route, name: str, index: int) -> None:
         raise BackendError(f"{name}: the interface is gone, and the gateway sets it up again")
 
 
-def take_link(route: Route, kind: str, link: Link, make: Callable[[], None]) -> None:
+def take_link(route: Route, link: Link, make: Callable[[], None]) -> None:
     """Make an interface, or find ours, and mark it. Raises ForeignError, BackendError."""
-    if find_own_link(route, kind, link) is None:
+    if find_own_link(route, link) is None:
         make()
     route.mark(link.name, link.mark)
 
@@ -8289,20 +8257,20 @@ def remove_interface(found: FoundLink) -> str:
     return f"{found.name}: removed"
 
 
-def claim_links(wanted: Sequence[tuple[str, Link]], recognise: Recognise = recognise_none) -> None:
+def claim_links(links: Sequence[Link], recognise: Recognise) -> None:
     """Mark those of our interfaces that exist, before anything is changed.
 
     Raises ForeignError, having touched none, when one of them is not ours.
     """
     with contextlib.closing(Route()) as route:
-        found = [find_own_link(route, kind, link, recognise) for kind, link in wanted]
-        for (_, link), present in zip(wanted, found, strict=True):
+        found = [find_own_link(route, link, recognise) for link in links]
+        for link, present in zip(links, found, strict=True):
             if present is not None:
                 route.mark(link.name, link.mark)
 
 
 def find_own_link(
-    route: Route, kind: str, link: Link, recognise: Recognise = recognise_none
+    route: Route, link: Link, recognise: Recognise = recognise_none
 ) -> FoundLink | None:
     """The interface with the link's name, None when there is none. Nothing is changed.
 
@@ -8312,20 +8280,21 @@ def find_own_link(
     found = route.find(link.name)
     if found is None:
         return None
-    if found.kind not in (kind, USERSPACE_KIND):
+    product = PRODUCTS[link.kind]
+    if found.kind not in (link.kind, USERSPACE_KIND):
         what = f"a {found.kind} interface" if found.kind else "a network device"
         what = f"{PRODUCTS[found.kind]}'s" if found.kind in PRODUCTS else what
-        raise _foreign(kind, link, f"it is {what}, not {PRODUCTS[kind]}'s")
+        raise _foreign(link, f"it is {what}, not {product}'s")
     if found.alias == link.mark:
         return found
-    path = uapi_path(kind, link.name)
+    path = uapi_path(link.kind, link.name)
     if found.kind == USERSPACE_KIND and not uapi_answers(path):
-        words = f"it is a tun device, and no userspace {PRODUCTS[kind]} answers on {path}"
-        raise _foreign(kind, link, words)
+        words = f"it is a tun device, and no userspace {product} answers on {path}"
+        raise _foreign(link, words)
     try:
-        reading = read_link(kind, found)
+        reading = read_link(link.kind, found)
     except BackendError as error:
-        raise _foreign(kind, link, f"what it holds cannot be read ({error})") from None
+        raise _foreign(link, f"what it holds cannot be read ({error})") from None
     marked = is_marked(found.alias)
     device = cast(Device, reading.device)
     untouched = not (device.private_key or reading.peers or found.alias)
@@ -8336,18 +8305,18 @@ def find_own_link(
         key = f"public key {short_key(encode_key(x25519_public(device.private_key)))}"
     peers = show_peers(reading.peers)
     mark = f", and the mark {found.alias!r}" if marked else ""
-    words = f"it is {PRODUCTS[kind]}'s, with {peers}, {key}, listen port {device.listen_port}{mark}"
+    words = f"it is {product}'s, with {peers}, {key}, listen port {device.listen_port}{mark}"
     ways = (
         f", or take it over with its peers (wggw adopt --interface {link.name}: nobody's tunnel is "
         f"interrupted), or remove it yourself (ip link delete {link.name}), or, if it is this "
         f"gateway's own, give it the mark: ip link set dev {link.name} alias "
         f"{shlex.quote(link.mark)} (peers that the database does not have are then removed)"
     )
-    raise _foreign(kind, link, words, ways)
+    raise _foreign(link, words, ways)
 
 
-def _foreign(kind: str, link: Link, found: str, ways: str = "") -> ForeignError:
-    variable = "WG_INTERFACE" if kind == WG_GENL_NAME else "AWG_INTERFACE"
+def _foreign(link: Link, found: str, ways: str = "") -> ForeignError:
+    variable = "WG_INTERFACE" if link.kind == WG_GENL_NAME else "AWG_INTERFACE"
     return ForeignError(
         f"{variable} {link.name!r}: an interface of this name is there that this gateway did not "
         f"make, and it is left as it is: {found}. Choose another name in {variable}{ways}"
@@ -8503,7 +8472,6 @@ def open_backend(mode: str, link: Link) -> Backend:
 # Never here: policy. The gateway decides which peers there should be.
 # ==================================================================================================
 
-LINK_KINDS = {PLAIN_PREFIX: WG_GENL_NAME, AWG_PREFIX: AWG_GENL_NAME}  # by InterfaceSettings.prefix
 TABLE = "inet wggw"
 CLASS_TABLE = "inet wggw_classes"
 UFW_MARK = "wggw"  # the comment on our rules in ufw
@@ -8915,7 +8883,7 @@ class ClassTable:
 
     def _socket(self) -> NetlinkSocket:
         if self._netlink is None:
-            self._netlink = NetlinkSocket(NETLINK_NETFILTER)
+            self._netlink = NetlinkSocket(NETLINK_NETFILTER, "nftables: ")
         return self._netlink
 
     def _dump(self, message: int, payload: bytes) -> list[bytes]:
@@ -9317,7 +9285,7 @@ def legacy_chains(chain: str) -> Iterator[ForeignChain]:
 # --- up and down ----------------------------------------------------------------------------------
 
 
-def make_interface(kind: str, link: Link) -> str:
+def make_interface(link: Link) -> str:
     """Make the kernel's interface with addresses and MTU; the service sets its key and port.
 
     Returns what it did, "" if nothing. Raises BackendError.
@@ -9325,16 +9293,16 @@ def make_interface(kind: str, link: Link) -> str:
     try:
         with contextlib.closing(Route()) as route:
             made = not route.index(link.name)
-            if not made and kind == AWG_GENL_NAME:
+            if not made and link.kind == AWG_GENL_NAME:
                 return ""  # its MTU depends on parameters that only the service knows
-            take_link(route, kind, link, lambda: route.create(link.name, kind))
+            take_link(route, link, lambda: route.create(link.name, link.kind))
             found = route.get(link.name)
             was_up = not made and (found.mtu, found.is_up) == (link.mtu, True)
             route.configure(link)
             return "" if was_up else f"{link.name}: {'made' if made else 'set up'}"
     except NetlinkError as error:
         if error.errno == errno.EOPNOTSUPP:
-            return f"{link.name}: the kernel has no {kind}; `serve` starts a userspace one"
+            return f"{link.name}: the kernel has no {link.kind}; `serve` starts a userspace one"
         raise BackendError(f"{link.name}: cannot be made: {error}") from None
 
 
@@ -9355,9 +9323,7 @@ def net_up(host: Host, links: Sequence[Link]) -> Iterator[str]:
         yield from align_ufw(host.ufw, ufw_rules(config, tunnels))
     yield from turn_on_forwarding(tunnels)
     if config.wg_backend in ("auto", "netlink"):
-        for tunnel, link in zip(tunnels, links, strict=True):
-            if done := make_interface(LINK_KINDS[tunnel.prefix], link):
-                yield done
+        yield from filter(None, map(make_interface, links))
 
 
 def net_down(
@@ -9546,7 +9512,7 @@ def _look_at_rights(host: Host) -> Iterator[Finding]:
 
 
 def _look_at_kind(mode: str, tunnel: InterfaceSettings) -> Iterator[Finding]:
-    kind = LINK_KINDS[tunnel.prefix]
+    kind = tunnel.kind
     program, subject = PROGRAMS[kind], f"WG_BACKEND {mode}"
     lacking = f"the kernel has no {kind}"
     if mode != "uapi":
@@ -9627,7 +9593,7 @@ def _look_at_ports(host: Host) -> Iterator[Finding]:
         for held in held_ports("udp", port)[:1]:
             pid, who = held.holder()
             # A port without a visible process is the kernel's, or that of another user's program.
-            path = uapi_path(LINK_KINDS[tunnel.prefix], tunnel.name)
+            path = uapi_path(tunnel.kind, tunnel.name)
             if tunnel.name in names and (
                 # uapi_port() comes last, because the program lists all its peers to answer it.
                 not pid or pid == uapi_listener(path) or uapi_port(path) == port
@@ -10650,10 +10616,10 @@ class SyncResult(NamedTuple):
 
 
 def make_link(
-    settings: InterfaceSettings, private_key: bytes, parameters: Obfuscation | None = None
+    settings: InterfaceSettings, private_key: bytes, parameters: Obfuscation = PLAIN
 ) -> Link:
     """The wanted setup of an interface. Raises ValueError when S4 makes the MTU too small."""
-    mtu = settings.mtu - (parameters.s4 if parameters else 0)
+    mtu = settings.mtu - parameters.s4
     if mtu < 1280:
         raise ValueError(
             f"S4: WG_MTU {settings.mtu} minus S4 is below 1280, the least that IPv6 needs"
@@ -10662,7 +10628,7 @@ def make_link(
     addresses = [f"{subnet.network_address + 1}/{subnet.prefixlen}" for subnet in subnets]
     addresses += [f"{address}/{128 if ':' in address else 32}" for address in settings.kept]
     name, port, mark = settings.name, settings.ports[0], settings.mark
-    return Link(name, tuple(addresses), mtu, port, private_key, parameters, mark)
+    return Link(name, tuple(addresses), mtu, port, private_key, parameters, mark, settings.kind)
 
 
 def read_parameters(given: str) -> ObfuscationState:
@@ -10763,7 +10729,7 @@ def set_link(
     flight: Flight, tunnel: Tunnel, private_key: bytes, state: ObfuscationState | None
 ) -> None:
     """Have a flight give an interface this key and these parameters. Raises ValueError."""
-    link = make_link(tunnel.settings, private_key, state.parameters if state else None)
+    link = make_link(tunnel.settings, private_key, state.parameters if state else PLAIN)
     flight.set_up(tunnel.name, link)
     flight.on_landed.append(lambda: tunnel.note_link(link, state))
     if state is not None:
@@ -12170,7 +12136,7 @@ class Gateway(Core):
         if self.config.move_peers:
             self._move_peers([settings for settings, _, _ in opened])
         for settings, link, backend in opened:
-            state = None if link.obfuscation is None else obfuscation
+            state = obfuscation if link.kind == AWG_GENL_NAME else None
             tunnel = Tunnel(settings, link, backend, state)
             try:
                 tunnel.pools = tunnel.make_pools(self.store)
@@ -15606,9 +15572,9 @@ def claim_interfaces(config: Config, store: Store) -> None:
     try:
         if config.wg_backend != "memory":
             rows = interface_settings(config)
-            wanted = [(LINK_KINDS[row.prefix], make_link(row, b"")) for row in rows]
+            links = [make_link(row, b"") for row in rows]
             recognise = recognise_by(rows, lambda: store)
-            claim_links(wanted, recognise)  # first: the checks go by the marks
+            claim_links(links, recognise)  # first: the checks go by the marks
         refuse_misfits(look_at_fit(Host(config, store)))
     except ForeignError as error:
         raise ConfigError(str(error)) from None
@@ -15721,10 +15687,10 @@ def plan_links(
     chosen: tuple[ObfuscationState | None, bool] = None, False
     if config.awg_interface is not None:
         chosen = initial_obfuscation(config.awg_params, store, config.awg_interface)
-    parameters = chosen[0].parameters if chosen[0] else None
+    parameters = chosen[0].parameters if chosen[0] else PLAIN
     try:
         links = [
-            make_link(row, key, parameters if row.prefix == AWG_PREFIX else None)
+            make_link(row, key, parameters if row.prefix == AWG_PREFIX else PLAIN)
             for row, key in zip(rows, keys, strict=True)
         ]
     except ValueError as error:
@@ -16153,7 +16119,7 @@ def look_at_all(config: Config, ask: Callable[[], tuple[int, bytes]]) -> Iterato
 
 def look_at_programs(host: Host) -> Iterator[Finding]:
     """Whether the userspace WireGuard runs, where the kernel has none."""
-    for kind in dict.fromkeys(LINK_KINDS[tunnel.prefix] for tunnel in host.tunnels):
+    for kind in dict.fromkeys(tunnel.kind for tunnel in host.tunnels):
         with contextlib.closing(NetlinkSocket(NETLINK_GENERIC)) as netlink:
             if genl_family(netlink, kind) is not None and host.config.wg_backend != "uapi":
                 continue
@@ -16676,7 +16642,7 @@ class LiveInterface(NamedTuple):
     @property
     def prefix(self) -> str:
         """The first word in the names of the settings for this kind of interface."""
-        return next(prefix for prefix, kind in LINK_KINDS.items() if kind == self.kind)
+        return PLAIN_PREFIX if self.kind == WG_GENL_NAME else AWG_PREFIX
 
     def __repr__(self) -> str:  # it holds keys
         return f"LiveInterface({self.name})"

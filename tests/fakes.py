@@ -333,7 +333,7 @@ class FakeBackend(wggw.MemoryBackend):
         self.link = link or self.link
         if self.link is not None:
             self.device = wggw.Device(
-                self.link.private_key, self.link.listen_port, self.link.obfuscation or wggw.PLAIN
+                self.link.private_key, self.link.listen_port, self.link.obfuscation
             )
         self.is_up = True
         self.setups += 1
@@ -457,7 +457,7 @@ class World:
         self.files.begin(store)
         opened: list[tuple[wggw.InterfaceSettings, wggw.Link, wggw.Backend]] = []
         for row in rows:
-            spoken = obfuscation.parameters if obfuscation and row.prefix == "AWG" else None
+            spoken = obfuscation.parameters if obfuscation and row.prefix == "AWG" else wggw.PLAIN
             key = wggw.decode_key(store.private_keys[row.name])
             link, backend = wggw.make_link(row, key, spoken), self.backends[row.name]
             if backend.device is None:

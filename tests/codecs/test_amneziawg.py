@@ -122,7 +122,7 @@ def test_a_link_that_cannot_be_made_anew_gets_its_peers_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It was emptied before its removal failed, and without peers it would be of no use."""
-    link = wggw.Link("awg0", (), 1420, 1, KEY, FULL)
+    link = wggw.Link("awg0", (), 1420, 1, KEY, FULL, kind="amneziawg")
     with contextlib.closing(wggw.NetlinkBackend(link)) as backend:
         peer = wggw.WirePeer(KEY, b"", ())
         state = wggw.PeerState(peer, 0, 0, 0, False)
@@ -136,11 +136,8 @@ def test_a_link_that_cannot_be_made_anew_gets_its_peers_back(
         monkeypatch.setattr(backend, "apply", put.extend)
         monkeypatch.setattr(backend._route, "find", lambda _: found)
         monkeypatch.setattr(wggw, "remove_interface", refuse)
-        with (
-            pytest.raises(wggw.BackendError, match="awg0: cannot be removed: as told"),
-            backend._replaced_link(),
-        ):
-            pass
+        with pytest.raises(wggw.BackendError, match="awg0: cannot be removed: as told"):
+            backend._replace_link()
         assert put == [wggw.Change(KEY, peer)]
 
 
@@ -200,7 +197,7 @@ def test_auto_does_not_take_amneziawg_go_in_the_kernels_place_in_silence(
     def never(*_: Any) -> Any:
         raise AssertionError("the next kind of interface was tried")
 
-    link = wggw.Link("awg0", (), 1400, 51821, KEY, FULL)
+    link = wggw.Link("awg0", (), 1400, 51821, KEY, FULL, kind="amneziawg")
     monkeypatch.setattr(wggw, "NetlinkBackend", RefusingKernel)
     monkeypatch.setattr(wggw, "UapiBackend", type("Never", (), {"__init__": never}))
     with pytest.raises(wggw.ParametersRefused, match=r"H1: a range .* WG_BACKEND=uapi"):

@@ -72,7 +72,7 @@ class TestNetlinkBackend(InterfaceContract):
             known.append((wggw.encode_key(reading.device.private_key) + "\n", reading.peers))
             return True
 
-        wggw.claim_links([("wireguard", interface.link)], recognise)
+        wggw.claim_links([interface.link], recognise)
         assert known == [(key, 1)]
         backend.setup()  # it has the mark by now
         assert f"alias {interface.link.mark}" in netns.output("ip", "link", "show", name)
@@ -125,8 +125,7 @@ class TestNetlinkBackend(InterfaceContract):
         peers = [peer(f"p{number}", *hosts(number)) for number in range(1, 600)]
         put(backend, *peers)
         before, index = wg_dump(name), wggw.Route.index(name)
-        with backend._replaced_link():
-            backend._configure(backend._device())
+        backend._replace_link()
         assert wg_dump(name) == before and wggw.Route.index(name) != index
         assert backend.alive()
         assert f"{name}: made anew with its 599 peers" in caplog.text

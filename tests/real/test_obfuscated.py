@@ -445,7 +445,9 @@ def test_a_gateway_with_a_program_of_every_version_speaks_what_it_knows(
 def backend_of(label: str, directory: Path, spoken: wggw.Obfuscation) -> Iterator[wggw.UapiBackend]:
     """A program's interface in a namespace of its own, set up to speak."""
     path, name = awg_programs.install(label, directory), netns.unique()
-    link = wggw.Link(name, ("10.79.0.1/24",), 1340, PORT, bytes(range(40, 72)), spoken)
+    link = wggw.Link(
+        name, ("10.79.0.1/24",), 1340, PORT, bytes(range(40, 72)), spoken, kind="amneziawg"
+    )
     with netns.Namespace() as namespace, namespace.inside():
         backend = wggw.UapiBackend(link, str(path))
         try:
