@@ -6989,7 +6989,6 @@ def _encode_allowed_ip(network: bytes) -> bytes:
 
 
 AWG_BY_ATTRIBUTE = {row.attribute: name for name, row in AWG_PARAMETERS.items()}
-_AWG_PACKING = {"size": "=H", "flag": "=B"}
 
 
 def encode_awg_attributes(wanted: Obfuscation, actual: Obfuscation, version: int) -> bytes:
@@ -7003,19 +7002,44 @@ def encode_awg_attributes(wanted: Obfuscation, actual: Obfuscation, version: int
 
 def _encode_awg_value(row: AwgParameter, value: Any, version: int) -> bytes:
     """AmneziaWG's uapi/wireguard.h; a range has its upper end in the upper half of the number."""
-    if row.kind == "packet":
-        return bytes(value.encode("ascii") + b"\0")
-    if row.kind == "key":
-        return bytes(value or bytes(KEY_BYTES))
-    if row.kind == "range":
-        return struct.pack("=I", value.high << 16 | value.low)
-    if row.kind != "header":
-        return struct.pack(_AWG_PACKING[row.kind], value)
-    if version >= 3:
-        return struct.pack("=Q", value.high << 32 | value.low)
-    if version == 2:
+    if row.kind == "packet" or (row.kind == "header" and version == 2):
         return str(value).encode("ascii") + b"\0"
-    return struct.pack("=I", value.low)  # a range is one of kernel_refusals()
+    if row.kind == "key":
+        return bytes(value or _NO_KEY)
+    size = _awg_size(row.kind, version)
+    if row.kind == "header" and version == 1:
+        value = value.low  # a range is one of kernel_refusals()
+    elif isinstance(value, Span):
+        value = value.high << 4 * size | value.low
+    return int(value).to_bytes(size, sys.byteorder)
+
+
+def _awg_size(kind: str, version: int) -> int:
+    """How many bytes a number has."""
+    return {"flag": 1, "size": 2, "range": 4, "header": 4 if version == 1 else 8}[kind]
+
+
+def decode_awg_attribute(name: str, value: bytes, version: int) -> Any:
+    """One parameter in WG_CMD_GET_DEVICE's answer, which may break our rules. Raises CodecError."""
+    row = AWG_PARAMETERS[name]
+    if row.kind == "key":
+        return value if any(_exactly(value, KEY_BYTES, row.spelling)) else b""
+    if row.kind == "packet" or (row.kind == "header" and version == 2):
+        try:
+            text = value.rstrip(b"\0").decode("ascii")
+            return text if row.kind == "packet" else parse_span(text)
+        except ValueError:
+            raise CodecError(f"amneziawg: a bad value of {row.spelling}") from None
+    size = _awg_size(row.kind, version)
+    number = int.from_bytes(_exactly(value, size, row.spelling), sys.byteorder)
+    if row.kind == "size":
+        return number
+    if row.kind == "flag":
+        return number != 0
+    if row.kind == "header" and version == 1:
+        return Span(number, number)
+    low, high = number & ((1 << 4 * size) - 1), number >> 4 * size
+    return Span(low, max(low, high))
 
 
 class AwgRelease(NamedTuple):
@@ -7110,30 +7134,6 @@ class Dialect:
         self._meant, self.spoken = meant, wanted
 
 
-def decode_awg_attribute(name: str, value: bytes, version: int) -> Any:
-    """One parameter in WG_CMD_GET_DEVICE's answer, which may break our rules. Raises CodecError."""
-    row = AWG_PARAMETERS[name]
-    try:
-        if row.kind == "packet":
-            return value.rstrip(b"\0").decode("ascii")
-        if row.kind == "key":
-            return value if any(_exactly(value, KEY_BYTES, row.spelling)) else b""
-        if row.kind == "header" and version == 2:
-            return parse_span(value.rstrip(b"\0").decode("ascii"))
-        if row.kind == "size":
-            return struct.unpack("=H", value)[0]
-        if row.kind == "flag":
-            return struct.unpack("=B", value)[0] != 0
-        if row.kind == "header" and version == 1:
-            return Span(*struct.unpack("=I", value) * 2)
-        wide = row.kind == "header"  # of version 3 and later
-        number, half = struct.unpack("=Q" if wide else "=I", value)[0], 32 if wide else 16
-        low, high = number & ((1 << half) - 1), number >> half
-        return Span(low, max(low, high))
-    except (ValueError, struct.error):
-        raise CodecError(f"amneziawg: a bad value of {row.spelling}") from None
-
-
 def _device_head(name: str) -> bytes:
     return nl_attribute(WGDEVICE_A_IFNAME, name.encode("ascii") + b"\0")
 
@@ -7195,13 +7195,16 @@ def _key_of(block: bytes) -> bytes:
     return next((v for kind, v in parse_nl_attributes(block) if kind == WGPEER_A_PUBLIC_KEY), b"")
 
 
+_T = TypeVar("_T")
+
+
 def read_peers(
-    device: Device,
-    blocks: Iterable[bytes],
-    decode: Callable[[bytes], PeerState],
+    device: Device | None,
+    blocks: Iterable[_T],
+    decode: Callable[[_T], PeerState],
     known: Container[int],
 ) -> Reading:
-    """Decode peers given as blocks of bytes. A bad block does not affect the others."""
+    """Decode peers, each given as a block. A bad block does not affect the others."""
     changed: list[tuple[int, PeerState]] = []
     same: set[int] = set()
     peers = unreadable = 0
@@ -8386,7 +8389,6 @@ class MemoryBackend:
 
     def __init__(self) -> None:
         self._peers: dict[bytes, WirePeer] = {}
-        self._owners: dict[bytes, bytes] = {}  # allowed IP -> public key
 
     def setup(self, link: Link | None = None, make: bool = True) -> None:
         pass
@@ -8395,33 +8397,14 @@ class MemoryBackend:
         return True
 
     def read(self, known: Container[int]) -> Reading:
-        reading = Reading(None, len(self._peers), [], set())
-        for peer in tuple(self._peers.values()):
-            state = PeerState(peer, 0, 0, 0)
-            fingerprint = hash(state)
-            if fingerprint in known:
-                reading.same.add(fingerprint)
-            else:
-                reading.changed.append((fingerprint, state))
-        return reading
+        states = [PeerState(peer, 0, 0, 0) for peer in tuple(self._peers.values())]
+        return read_peers(None, states, lambda state: state, known)
 
     def apply(self, changes: Sequence[Change]) -> None:
         for public_key, peer in changes:
-            before = self._peers.pop(public_key, None)
-            for network in before.allowed_ips if before else ():
-                del self._owners[network]
+            self._peers.pop(public_key, None)
             if peer is not None:
-                self._set(peer)
-
-    def _set(self, peer: WirePeer) -> None:
-        """Set a peer. As in WireGuard, an allowed IP moves to the peer that was set last."""
-        for network in peer.allowed_ips:
-            loser = self._peers.get(self._owners.get(network, b""))
-            if loser is not None:
-                kept = tuple(other for other in loser.allowed_ips if other != network)
-                self._peers[loser.public_key] = loser._replace(allowed_ips=kept)
-            self._owners[network] = peer.public_key
-        self._peers[peer.public_key] = peer
+                self._peers[public_key] = peer
 
     def close(self) -> None:
         pass
@@ -8901,9 +8884,8 @@ class ClassedBackend:
     repairs what somebody else changed. A limit is in force before its peer is on the interface, and
     ends after the peer has left it.
 
-    `_held` has, by public key, the members of the interface's peers, `_coming` those of a change in
-    progress, and `_strays` what else may be in the sets. The lock is held while the sets are
-    changed or read, never while the interface is.
+    `_held` has, by public key, the members of the interface's peers, and `_strays` what else may be
+    in the sets. The lock is held during a change, and while the sets are read.
     """
 
     def __init__(self, inner: Backend, table: ClassTable, subnets: Sequence[IPv4or6Network]):
@@ -8913,7 +8895,6 @@ class ClassedBackend:
         self._ranges = [(s.network_address.packed, s.broadcast_address.packed) for s in subnets]
         self._lock = threading.Lock()
         self._held: dict[bytes, set[Member]] = {}
-        self._coming: set[Member] = set()
         self._strays: set[Member] = set()
         self._changes = 0  # how many apply() has made or given up
 
@@ -8928,30 +8909,25 @@ class ClassedBackend:
         after = {key: members_of(peer) for key, peer in changes}
         wanted = set().union(*after.values())
         with self._lock:
+            self._changes += 1
             before = set().union(*(self._held.get(key, set()) for key in after))
-            self._coming = come = wanted - before
-            gone = (before | self._strays) - wanted
-        try:
-            with self._lock:
-                self._table.add(come)
-            self._inner.apply(changes)
-        except BackendError:
-            with self._lock, contextlib.suppress(BackendError):
-                self._end_change(come)
-            raise
-        with self._lock:
+            new = wanted - before
+            try:
+                self._table.add(new)
+                self._inner.apply(changes)
+            except BackendError:
+                with contextlib.suppress(BackendError):
+                    self._remove(new)
+                raise
             for key, members in after.items():
+                self._held.pop(key, None)
                 if members:
                     self._held[key] = members
-                else:
-                    self._held.pop(key, None)
             self._strays -= wanted
-            self._end_change(gone)
+            self._remove((before | self._strays) - wanted)
 
-    def _end_change(self, gone: set[Member]) -> None:
+    def _remove(self, gone: set[Member]) -> None:
         """Remove members that no peer has; those that cannot be removed are strays."""
-        self._changes += 1
-        self._coming = set()
         self._strays |= gone
         self._table.remove(list(gone))
         self._strays -= gone
@@ -8960,7 +8936,7 @@ class ClassedBackend:
         with self._lock:
             number = self._changes
             there = {member for member in self._table.read() if self._is_ours(member.address)}
-            expected = self._coming.union(*self._held.values())
+            expected = set().union(*self._held.values())
         if not there and not expected:
             return self._inner.read(known)
         reading = self._inner.read(known if there == expected else ())
@@ -9819,7 +9795,6 @@ def refuse_misfits(findings: Iterable[Finding]) -> None:
 # ==================================================================================================
 
 HeldAddress = tuple[str, str, str]  # interface, family, address
-_T = TypeVar("_T")
 
 
 class Run(Protocol):

@@ -235,6 +235,7 @@ class FakeBackend(wggw.MemoryBackend):
 
     def __init__(self) -> None:
         super().__init__()
+        self._owners: dict[bytes, bytes] = {}  # allowed IP -> public key
         self.faults = Faults(BACKEND_CALLS)
         self.changes = 0
         self.setups = 0
@@ -355,12 +356,25 @@ class FakeBackend(wggw.MemoryBackend):
         self._end(what)
 
     def _do(self, changes: Sequence[wggw.Change]) -> None:
-        super().apply(changes)
         for key, peer in changes:
+            if key in self._peers:
+                for network in self._peers[key].allowed_ips:
+                    del self._owners[network]
+            super().apply([wggw.Change(key, peer)])
             if peer is None:
                 self.counters.pop(key, None)
             else:
+                self._take_allowed_ips(peer)
                 self.counters.setdefault(key, (0, 0, 0, False))
+
+    def _take_allowed_ips(self, peer: wggw.WirePeer) -> None:
+        """As in WireGuard, an allowed IP moves to the peer that was set last."""
+        for network in peer.allowed_ips:
+            loser = self._peers.get(self._owners.get(network, b""))
+            if loser is not None:
+                kept = tuple(other for other in loser.allowed_ips if other != network)
+                self._peers[loser.public_key] = loser._replace(allowed_ips=kept)
+            self._owners[network] = peer.public_key
 
     def read(self, known: Container[int]) -> wggw.Reading:
         self._end(self._check("read"))

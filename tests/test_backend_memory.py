@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from backend_contract import BackendContract
+from backend_contract import BackendContract, WireGuardContract
 from fakes import FakeBackend
 
 import wggw
 
 
 class TestMemoryBackend(BackendContract):
-    @pytest.fixture(params=[wggw.MemoryBackend, FakeBackend])
-    def backend(self, request: pytest.FixtureRequest) -> wggw.Backend:
-        backend: wggw.Backend = request.param()
+    @pytest.fixture
+    def backend(self) -> wggw.Backend:
+        return wggw.MemoryBackend()
+
+
+class TestFakeBackend(WireGuardContract):
+    @pytest.fixture
+    def backend(self) -> wggw.Backend:
+        backend = FakeBackend()
         backend.setup()
         return backend
