@@ -8469,6 +8469,7 @@ class Finding(NamedTuple):
     """The result of one check. `todo` is empty if all is well.
 
     `refuses` is the error with which the gateway refuses to start, None if it starts nevertheless.
+    After a StartError systemd tries again: the fault may vanish without a change of settings.
     """
 
     subject: str
@@ -8783,7 +8784,6 @@ class ClassTable:
         self._tunnels = tunnels
         self._classes = classes
         self._text = render_classes(classes, tunnels)
-        self._netlink: NetlinkSocket | None = None
         self.failure = ""
         self.dropped: Mapping[str, int] = {}
         self.addresses: collections.Counter[str] = collections.Counter()
@@ -8834,13 +8834,13 @@ class ClassTable:
         if members and self.failure:
             raise BackendError(f"service classes are not in force: {self.failure}")
         for payload in encode_members(members):
-            self._socket().change_nftables(NFT_MSG_NEWSETELEM, NLM_F_CREATE, payload)
+            self._netlink.change_nftables(NFT_MSG_NEWSETELEM, NLM_F_CREATE, payload)
 
     def remove(self, members: Sequence[Member]) -> None:
         """Missing members are ignored. Raises BackendError; some may have been removed then."""
         for payload in encode_members(members):
             try:
-                self._socket().change_nftables(NFT_MSG_DELSETELEM, 0, payload)
+                self._netlink.change_nftables(NFT_MSG_DELSETELEM, 0, payload)
             except NetlinkError as error:
                 if error.errno != errno.ENOENT:
                     raise
@@ -8864,16 +8864,15 @@ class ClassTable:
         self.addresses = collections.Counter(member.name for member in found)
         return found
 
-    def _socket(self) -> NetlinkSocket:
-        if self._netlink is None:
-            self._netlink = NetlinkSocket(NETLINK_NETFILTER, "nftables: ")
-        return self._netlink
+    @functools.cached_property
+    def _netlink(self) -> NetlinkSocket:
+        return NetlinkSocket(NETLINK_NETFILTER, "nftables: ")
 
     def _dump(self, message: int, payload: bytes) -> list[bytes]:
-        return self._socket().dump(NFNL_SUBSYS_NFTABLES << 8 | message, payload, whole=True)
+        return self._netlink.dump(NFNL_SUBSYS_NFTABLES << 8 | message, payload, whole=True)
 
     def close(self) -> None:
-        if self._netlink is not None:
+        if "_netlink" in vars(self):
             self._netlink.close()
 
 
@@ -9357,11 +9356,10 @@ def names_of_table(table: str) -> set[str]:
 
 
 def _look_at_interfaces(host: Host) -> Iterator[Finding]:
+    links = {link.name: link for link in host.links}
     for tunnel in host.tunnels:
         mtu = tunnel.mtu if tunnel.prefix == PLAIN_PREFIX else None
-        with contextlib.closing(Route()) as route:
-            found = route.find(tunnel.name)
-        todo = host.start
+        found, todo = links.get(tunnel.name), host.start
         if found is None:
             text = "no such interface"
         elif found.alias != tunnel.mark:
@@ -9467,22 +9465,13 @@ def _look_at_firewalls(host: Host) -> Iterator[Finding]:
             yield Finding("firewall", f"{what}: no other filter rule on this host{besides}")
 
 
-def _misfit(subject: str, found: str, todo: str, error: type[StartError] = ConfigError) -> Finding:
-    return Finding(subject, found, todo, failed=True, refuses=error)
-
-
-def _obstacle(subject: str, found: str, todo: str) -> Finding:
-    """A fault that may vanish without a change of settings: systemd tries to start again."""
-    return _misfit(subject, found, todo, StartError)
-
-
 def _look_at_rights(host: Host) -> Iterator[Finding]:
     """Whether the kernel or a program can make the interfaces, with the rights of this process."""
     status = Path("/proc/thread-self/status").read_text("ascii")
     held = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
     if held and not int(held[1], 16) >> CAP_NET_ADMIN & 1:
         todo = "run it as root, or give the container --cap-add NET_ADMIN"
-        yield _obstacle("CAP_NET_ADMIN", "this process does not have it", todo)
+        yield Finding("CAP_NET_ADMIN", "this process does not have it", todo, True, StartError)
     for tunnel in host.tunnels:
         yield from _look_at_kind(host.config.wg_backend, tunnel)
 
@@ -9500,14 +9489,15 @@ def _look_at_kind(mode: str, tunnel: InterfaceSettings) -> Iterator[Finding]:
     runs_now = uapi_answers(uapi_path(kind, tunnel.name))
     if mode == "netlink":
         todo = f"load the module, or set WG_BACKEND=auto to use {program}"
-        yield _obstacle(subject, lacking, todo)
+        yield Finding(subject, lacking, todo, True, StartError)
     elif path is None and not runs_now:
         todo = f"load the module, or install {program}"
-        yield _obstacle(subject, f"{lacking}, and {program} is missing", todo)
+        found = f"{lacking}, and {program} is missing"
+        yield Finding(subject, found, todo, True, StartError)
     elif not runs_now and (fault := _tun_fault()):
         found = f"{lacking}, and {program} needs {TUN}: {fault}"
-        todo = f"start the container with --device {TUN}, or chmod 666 {TUN}"
-        yield _obstacle(subject, found, f"load the module tun, {todo}")
+        todo = f"load the module tun, start the container with --device {TUN}, or chmod 666 {TUN}"
+        yield Finding(subject, found, todo, True, StartError)
     else:
         yield Finding("kernel module", f"{kind} is missing; {program} does its work")
 
@@ -9531,8 +9521,9 @@ def _look_at_subnets(host: Host) -> Iterator[Finding]:
             for network, place in taken:
                 if network.overlaps(cast(Any, subnet)) and place != tunnel.name:
                     name = f"{tunnel.prefix}_{family.upper()}_SUBNET"
+                    found = f"overlaps {network} of {place}"
                     todo = f"choose another subnet in {name}, such as {free_subnet(subnet, taken)}"
-                    yield _misfit(f"{name} {subnet}", f"overlaps {network} of {place}", todo)
+                    yield Finding(f"{name} {subnet}", found, todo, True, ConfigError)
                     break
 
 
@@ -9578,7 +9569,8 @@ def _look_at_ports(host: Host) -> Iterator[Finding]:
                 yield Finding(f"{setting} {port}", found)
             else:
                 todo = f"stop that program, or change {setting}"
-                yield _obstacle(f"{setting} {port}", f"UDP port {port} is held by {who}", todo)
+                found = f"UDP port {port} is held by {who}"
+                yield Finding(f"{setting} {port}", found, todo, True, StartError)
     if host.is_served:
         return  # the API has its port
     config = host.config
@@ -9601,7 +9593,7 @@ def describe_api_fault(config: Config, error: OSError) -> Finding:
         found, todo = f"{found}: {', '.join(holders)}", "stop that program, or change API_PORT"
     elif error.errno == errno.EACCES:
         todo = "change API_PORT to 1024 or more, or give the process CAP_NET_BIND_SERVICE"
-    return _obstacle(f"API_HOST {host}, API_PORT {port}", found, todo)
+    return Finding(f"API_HOST {host}, API_PORT {port}", found, todo, True, StartError)
 
 
 def _look_at_extra_ports(host: Host) -> Iterator[Finding]:
@@ -9693,7 +9685,8 @@ def _gone(setting: str, what: str, peers: int, how: str, moves: bool = True) -> 
     todo = "restore the setting, or change or delete these peers first"
     if moves:
         todo += ", or start with MOVE_PEERS=true to move them to the present settings"
-    return _misfit(setting, f"{what} is used by {show_peers(peers)}, but is {how}", todo)
+    found = f"{what} is used by {show_peers(peers)}, but is {how}"
+    return Finding(setting, found, todo, True, ConfigError)
 
 
 def home_of(
