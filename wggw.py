@@ -7486,10 +7486,11 @@ class Route:
         except OSError:
             return 0
 
-    def create(self, name: str, kind: str) -> None:
-        info = nl_attribute(IFLA_INFO_KIND, kind.encode("ascii"))
-        attributes = nl_attribute(IFLA_IFNAME, name.encode("ascii") + b"\0")
-        attributes += nl_attribute(NLA_F_NESTED | IFLA_LINKINFO, info)
+    def create(self, link: Link) -> None:
+        """Make the kernel's interface. Raises NetlinkError."""
+        name = nl_attribute(IFLA_IFNAME, link.name.encode("ascii") + b"\0")
+        info = nl_attribute(IFLA_INFO_KIND, link.kind.encode("ascii"))
+        attributes = name + nl_attribute(NLA_F_NESTED | IFLA_LINKINFO, info)
         self._netlink.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, ifinfomsg() + attributes)
 
     def find(self, name: str) -> FoundLink | None:
@@ -7655,7 +7656,7 @@ class NetlinkBackend:
                 f"the parameters: {'; '.join(refused)}"
             )
         if not is_same_link(self._route, name, self._index):
-            take_link(self._route, self._link, self._create)
+            take_link(self._route, self._link)
         device = self._dialect.understand(self._device())
         if needs_new_link(wanted, device.obfuscation):
             self._replace_link()
@@ -7677,13 +7678,6 @@ class NetlinkBackend:
             self._speak(wanted, device.obfuscation)
         self._index = self._route.configure(self._link)
 
-    def _create(self) -> None:
-        name = self._link.name
-        try:
-            self._route.create(name, self._link.kind)
-        except NetlinkError as error:
-            raise BackendError(f"{name}: cannot be made: {error}") from None
-
     def _replace_link(self) -> None:
         """Replace the link by a new one with the same peers, and configure it.
 
@@ -7696,7 +7690,7 @@ class NetlinkBackend:
         try:
             if (found := self._route.find(name)) is not None:
                 remove_interface(found)
-            take_link(self._route, self._link, self._create)
+            take_link(self._route, self._link)
             self._index = self._route.index(name)
             self._configure(self._device())
         except BackendError:
@@ -7786,23 +7780,14 @@ def split_uapi_device(parts: Iterable[bytes]) -> tuple[bytes, list[bytes]]:
     It reads part by part, because each copy of the whole answer would stop all threads for 10 ms at
     60,000 peers. Raises CodecError, BackendError.
     """
-    mark = b"\npublic_key="
-    most = len(mark) - 1  # bytes of a cut mark that one part can hold
     blocks: list[bytes] = []
-    pieces = [b"\n"]  # of an unfinished block, joined once when its end is found
-    tail = pieces[0]
+    rest = b"\n"
     for part in parts:
-        pieces.append(part)
-        if mark in part or mark in tail + part[:most]:
-            *whole, rest = b"".join(pieces).split(mark)
-            blocks += whole
-            pieces = [rest]
-        tail = (tail + part[-most:])[-most:]
-    rest = b"".join(pieces)
+        *whole, rest = (rest + part).split(b"\npublic_key=")
+        blocks += whole
     body, errno_is, status = rest.rpartition(b"errno=")
     check_uapi_status(errno_is + status if body.endswith(b"\n") else b"")
-    blocks.append(body)
-    head = blocks.pop(0)
+    head, *blocks = [*blocks, body]
     return head[1:], blocks
 
 
@@ -8022,17 +8007,8 @@ def connect_uapi(path: str) -> socket.socket:
     return connection
 
 
-def uapi_answers(path: str) -> bool:
-    """Whether a program listens on this socket."""
-    try:
-        connect_uapi(path).close()
-    except OSError:
-        return False
-    return True
-
-
-def uapi_listener(path: str) -> int:
-    """The id of the process that opened this socket, 0 if nothing listens there.
+def uapi_listener(path: str) -> int | None:
+    """The id of the process that opened this socket, None if nothing listens there.
 
     A program that went into the background has another id. See SO_PEERCRED in unix(7).
     """
@@ -8040,8 +8016,12 @@ def uapi_listener(path: str) -> int:
         with contextlib.closing(connect_uapi(path)) as connection:
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     except OSError:
-        return 0
+        return None
     return int(struct.unpack("=3i", credentials)[0])
+
+
+def uapi_answers(path: str) -> bool:
+    return uapi_listener(path) is not None
 
 
 def uapi_port(path: str) -> int:
@@ -8099,10 +8079,10 @@ class UapiBackend:
             self._speak(wanted, device.obfuscation)
         self._index = self._route.configure(self._link)
 
-    def _make(self) -> None:
+    def _make(self, link: Link) -> None:
         if uapi_answers(self._path):
             words = f"a program answers on {self._path} whose interface is not in this namespace"
-            raise _foreign(self._link, words)
+            raise _foreign(link, words)
         self._start()
 
     def _speak(self, wanted: Obfuscation, actual: Obfuscation) -> None:
@@ -8231,11 +8211,15 @@ def check_same_link(route: Route, name: str, index: int) -> None:
         raise BackendError(f"{name}: the interface is gone, and the gateway sets it up again")
 
 
-def take_link(route: Route, link: Link, make: Callable[[], None]) -> None:
-    """Make an interface, or find ours, and mark it. Raises ForeignError, BackendError."""
-    if find_own_link(route, link) is None:
-        make()
-    route.mark(link.name, link.mark)
+def take_link(route: Route, link: Link, make: Callable[[Link], None] | None = None) -> None:
+    """Find our interface, or `make` it (by default the kernel's), and mark it. Raises ForeignError,
+    BackendError."""
+    try:
+        if find_own_link(route, link) is None:
+            (make or route.create)(link)
+        route.mark(link.name, link.mark)
+    except NetlinkError as error:
+        raise NetlinkError(error.errno, f"{link.name}: cannot be made: {error}") from None
 
 
 def remove_interface(found: FoundLink) -> str:
@@ -8373,9 +8357,16 @@ def links_to_remove(
     return ours, others
 
 
+def kinds_of(found: FoundLink) -> list[str]:
+    """The kinds of interface that a link is: more than one if two programs answer for it."""
+    if found.kind != USERSPACE_KIND:
+        return [kind for kind in PRODUCTS if kind == found.kind]
+    return [kind for kind in PRODUCTS if uapi_answers(uapi_path(kind, found.name))]
+
+
 def _recognised(found: FoundLink, recognise: Recognise) -> bool:
     """Whether `recognise` knows the interface. One that cannot be read is not ours."""
-    for kind in PRODUCTS if found.kind == USERSPACE_KIND else (found.kind,):
+    for kind in kinds_of(found):
         with contextlib.suppress(BackendError, StartError, OSError):
             if recognise(read_link(kind, found)):
                 return True
@@ -9270,7 +9261,7 @@ def make_interface(link: Link) -> str:
             made = not route.index(link.name)
             if not made and link.kind == AWG_GENL_NAME:
                 return ""  # its MTU depends on parameters that only the service knows
-            take_link(route, link, lambda: route.create(link.name, link.kind))
+            take_link(route, link)
             found = route.get(link.name)
             was_up = not made and (found.mtu, found.is_up) == (link.mtu, True)
             route.configure(link)
@@ -9278,7 +9269,7 @@ def make_interface(link: Link) -> str:
     except NetlinkError as error:
         if error.errno == errno.EOPNOTSUPP:
             return f"{link.name}: the kernel has no {link.kind}; `serve` starts a userspace one"
-        raise BackendError(f"{link.name}: cannot be made: {error}") from None
+        raise
 
 
 def net_up(host: Host, links: Sequence[Link]) -> Iterator[str]:
@@ -16625,16 +16616,14 @@ def read_live(name: str) -> LiveInterface:
                 raise StartError(
                     f"this host has no interface {name!r}: name one of `ip link` with --interface"
                 )
-            kind = found.kind
-            if kind == USERSPACE_KIND:
-                kinds = [each for each in PRODUCTS if uapi_answers(uapi_path(each, name))]
-                kind = next(reversed(kinds), kind)  # if both answer, AmneziaWG's
-            if kind not in PRODUCTS:
+            kinds = kinds_of(found)
+            if not kinds:
                 raise StartError(
                     f"{name} is neither a WireGuard nor an AmneziaWG interface: name another one "
                     "with --interface"
                 )
             addresses = [a for a in route.addresses(found.ifindex) if not a.ip.is_link_local]
+        kind = kinds[-1]  # if two programs answer, AmneziaWG's
         reading = read_link(kind, found)
     device = cast(Device, reading.device)
     if not device.private_key:
