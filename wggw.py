@@ -281,7 +281,7 @@ TOOL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of
 NETLINK_ROUTE, NETLINK_GENERIC = 0, 16
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
 NLM_F_EXCL, NLM_F_CREATE = 0x200, 0x400
-NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE = 1, 2, 3
+NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_CAPPED, NLM_F_ACK_TLVS, NLMSGERR_ATTR_MSG = 0x100, 0x200, 1
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 # include/uapi/linux/genetlink.h
@@ -7303,12 +7303,7 @@ class NetlinkSocket:
         self._lock = threading.Lock()
 
     def request(
-        self,
-        kind: int,
-        flags: int,
-        payload: bytes,
-        whole: bool = True,
-        most: int | None = None,
+        self, kind: int, flags: int, payload: bytes, whole: bool = True, most: int | None = None
     ) -> list[bytes]:
         """Send one request and return the payloads of its answer. Raises NetlinkError.
 
@@ -7363,17 +7358,15 @@ class NetlinkSocket:
                 if message.sequence != sequence:
                     continue  # the late answer to a request that timed out
                 interrupted |= bool(message.flags & NLM_F_DUMP_INTR)
-                if message.type in (NLMSG_ERROR, NLMSG_DONE):
-                    if len(message.payload) >= 4:
-                        flags = message.flags if message.type == NLMSG_ERROR else 0
-                        number, words = parse_nl_error(message.payload, flags)
-                        if number:
-                            raise self._error(number, words)
-                    if interrupted and whole:
-                        raise self._error(errno.EINTR, "the dump was interrupted by a change")
-                    return
-                if message.type != NLMSG_NOOP:
+                if message.type not in (NLMSG_ERROR, NLMSG_DONE):
                     yield message.payload
+                    continue
+                number, words = parse_nl_error(message.payload or bytes(4), message.flags)
+                if number:
+                    raise self._error(number, words)
+                if interrupted and whole:
+                    raise self._error(errno.EINTR, "the dump was interrupted by a change")
+                return
 
     def dump(self, kind: int, payload: bytes, whole: bool) -> list[bytes]:
         """Request a dump; repeat it, if it must be `whole`, when a change interrupts it."""
@@ -9526,17 +9519,13 @@ def free_subnet(
     It has the wanted size, and at most that of a /16 or /64. Where all is taken, the wanted one.
     """
     length = max(wanted.prefixlen, 16 if wanted.version == 4 else 64)
-    blocks: list[IPv4or6Network] = [*TRANSLATED, ipaddress.ip_network("fd42:4242::/32")]
-    others: Iterator[IPv4or6Network] = (
-        found
+    others: Iterator[Iterator[IPv4or6Network]] = (
+        itertools.islice(cast(Any, block).subnets(new_prefix=length), first, 70_000, step)
         for first, step in ((257, 256), (0, 1))  # first such as 10.1.1.0/24, which few have
-        for block in blocks
+        for block in (*TRANSLATED, ipaddress.ip_network("fd42:4242::/32"))
         if block.version == wanted.version and 8 <= block.prefixlen <= length
-        for found in itertools.islice(
-            cast(Any, block).subnets(new_prefix=length), first, 70_000, step
-        )
     )
-    for found in itertools.chain([wanted], others):
+    for found in itertools.chain([wanted], *others):
         if not any(network.overlaps(cast(Any, found)) for network, _ in taken):
             return found
     return wanted
