@@ -6764,6 +6764,17 @@ class Copier:
 # ==================================================================================================
 
 
+class Device(NamedTuple):
+    """An interface's own settings. private_key is empty when there is none."""
+
+    private_key: bytes
+    listen_port: int
+    obfuscation: Obfuscation = PLAIN
+
+    def __repr__(self) -> str:
+        return f"Device(listen_port={self.listen_port})"
+
+
 class Link(NamedTuple):
     """The wanted setup of an interface. Addresses are written like "10.0.1.1/24".
 
@@ -6779,6 +6790,10 @@ class Link(NamedTuple):
     mark: str = MARK
     kind: str = WG_GENL_NAME
 
+    @property
+    def device(self) -> Device:
+        return Device(self.private_key, self.listen_port, self.obfuscation)
+
     def __repr__(self) -> str:
         return f"Link({self.name})"
 
@@ -6792,17 +6807,6 @@ class FoundLink(NamedTuple):
     alias: str
     mtu: int = 0
     is_up: bool = False
-
-
-class Device(NamedTuple):
-    """An interface's own settings. private_key is empty when there is none."""
-
-    private_key: bytes
-    listen_port: int
-    obfuscation: Obfuscation = PLAIN
-
-    def __repr__(self) -> str:
-        return f"Device(listen_port={self.listen_port})"
 
 
 class Reading(NamedTuple):
@@ -6821,12 +6825,7 @@ class Reading(NamedTuple):
 
     def device_differs(self, link: Link) -> bool:
         """Whether key, port or parameters differ from the wanted ones."""
-        device = self.device
-        return device is not None and (
-            device.private_key != link.private_key
-            or device.listen_port != link.listen_port
-            or device.obfuscation != link.obfuscation
-        )
+        return self.device not in (None, link.device)
 
 
 class Backend(Protocol):

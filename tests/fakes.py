@@ -333,9 +333,7 @@ class FakeBackend(wggw.MemoryBackend):
             raise wggw.BackendError("the interface is gone")
         self.link = link or self.link
         if self.link is not None:
-            self.device = wggw.Device(
-                self.link.private_key, self.link.listen_port, self.link.obfuscation
-            )
+            self.device = self.link.device
         self.is_up = True
         self.setups += 1
         self._end(what)
