@@ -8607,15 +8607,15 @@ def table_comment(mark: str) -> str:
 def replace_table(name: str, text: str, mark: str) -> bool:
     """Give nft the text that makes our table; returns whether it changed. Raises BackendError,
     also if the table is another gateway's."""
-    before = current_table(name)
-    for table in (TABLE, CLASS_TABLE):
-        if other := other_gateway(current_table(table), mark):
+    tables = {table: current_table(table) for table in (TABLE, CLASS_TABLE)}
+    for table, rules in tables.items():
+        if other := other_gateway(rules, mark):
             raise BackendError(
                 f"table {table} belongs to the gateway of interfaces with the mark {other!r}: run "
                 "this gateway in another network namespace, or `wggw net down` for the other one"
             )
     run_tool("nft", "-f", "-", given=text)
-    return current_table(name) != before
+    return current_table(name) != tables[name]
 
 
 def current_table(name: str = TABLE) -> str:
