@@ -89,6 +89,11 @@ def settings_of(gateway: GatewayProcess) -> Mapping[str, str]:
     return wggw.read_env_file((gateway.directory / ".env").read_text(), ".env")
 
 
+def wait_for_line(gateway: GatewayProcess, words: str) -> None:
+    """The log gathers lines, so they may come after the answer that the gateway is ready."""
+    wait_for(lambda: words in gateway.text(), what=words)
+
+
 def connect(topology: Topology, public_key: str, psk: str) -> Tunnel:
     tunnel = topology.tunnels[0]
     answer = {
@@ -162,7 +167,7 @@ def test_two_thousand_peers_are_taken_over_and_no_packet_is_lost(
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("done: 2000 created, 0 updated, 0 unchanged\n")
         stopped.start()
-        assert "0 added, 0 updated, 0 removed, 2000 unchanged" in stopped.text()
+        wait_for_line(stopped, "0 added, 0 updated, 0 removed, 2000 unchanged")
         transfer.goes_on()
         ping.go_on()
         transfer.close()
@@ -204,7 +209,7 @@ def test_what_does_not_fit_is_told_by_key_and_reason_and_nothing_is_changed(
     assert done.returncode == 0, done.stderr
     assert sections(name) == before[1:]
     stopped.start()
-    assert "0 added, 0 updated, 6 removed, 1 unchanged" in stopped.text()
+    wait_for_line(stopped, "0 added, 0 updated, 6 removed, 1 unchanged")
 
 
 def test_settings_that_say_otherwise_are_told_with_both_values(
@@ -232,7 +237,7 @@ def test_settings_that_say_otherwise_are_told_with_both_values(
     stopped.settings["WG_PRIVATE_KEY_FILE"] = str(tmp_path / "other")
     assert adopt(stopped, topology.interface, "--yes").returncode == 0
     stopped.start()
-    assert "0 removed, 1 unchanged" in stopped.text()
+    wait_for_line(stopped, "0 removed, 1 unchanged")
 
 
 def test_a_wg_quick_interface_is_adopted_with_the_names_of_its_file(
@@ -260,7 +265,7 @@ def test_a_wg_quick_interface_is_adopted_with_the_names_of_its_file(
     again = adopt(stopped, topology.interface, "--skip", "--yes", **constants)
     assert again.stdout.endswith("done: 0 created, 0 updated, 2 unchanged\n"), again.stderr
     stopped.start()
-    assert "2 removed, 2 unchanged" in stopped.text()
+    wait_for_line(stopped, "2 removed, 2 unchanged")
     page = stopped.client().send("GET", "/api/v1/configurations/").json
     assert {p["label"]: p["assigned_ipv6"] for p in page["configurations"]} == {
         "laptop of the office": "fd00:8::2",
@@ -299,7 +304,7 @@ def test_an_obfuscated_interface_keeps_what_it_speaks(
         written = settings_of(stopped)
         assert (written["WG_INTERFACE"], written["AWG_INTERFACE"]) == ("", name)
         stopped.start()
-        assert "0 added, 0 updated, 0 removed, 1 unchanged" in stopped.text()
+        wait_for_line(stopped, "0 added, 0 updated, 0 removed, 1 unchanged")
         assert awg_programs.parameters(name) == wanted
         assert uapi(name, "get=1\n\n") == before
     finally:
