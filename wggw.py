@@ -7170,7 +7170,9 @@ def read_wg_device(
         for kind, value in parse_nl_attributes(payload[4:]):
             if kind == WGDEVICE_A_PEERS:
                 for _, block in parse_nl_attributes(value):
-                    key = _key_of(block)
+                    # WireGuard's module sends the key first, AmneziaWG's after the flags.
+                    parts = parse_nl_attributes(block)
+                    key = next((part for n, part in parts if n == WGPEER_A_PUBLIC_KEY), b"")
                     if blocks and key == last:
                         blocks[-1].append(block)
                     else:
@@ -7187,11 +7189,6 @@ def read_wg_device(
         private_key = b""
     device = Device(private_key, port, Obfuscation(**parameters))
     return read_peers(device, (b"".join(parts) for parts in blocks), decode_wg_peer, known)
-
-
-def _key_of(block: bytes) -> bytes:
-    """A peer's public key. WireGuard's module sends it first, AmneziaWG's after the flags."""
-    return next((v for kind, v in parse_nl_attributes(block) if kind == WGPEER_A_PUBLIC_KEY), b"")
 
 
 _T = TypeVar("_T")
@@ -7524,13 +7521,14 @@ class Route:
         return (
             found is not None
             and (found.ifindex, found.mtu, found.is_up) == (index, link.mtu, True)
-            and self.addresses(index) == self.wanted(link)
+            and self.addresses(index) == set(self.wanted(link))
         )
 
-    def wanted(self, link: Link) -> set[IPv4or6Interface]:
+    @staticmethod
+    def wanted(link: Link) -> list[IPv4or6Interface]:
         """The addresses that a link must have, without IPv6 where the host does not allow it."""
         addresses = map(ipaddress.ip_interface, link.addresses)
-        return {each for each in addresses if each.version == 4 or takes_ipv6(link.name)}
+        return [each for each in addresses if each.version == 4 or takes_ipv6(link.name)]
 
     def addresses(self, index: int | None) -> set[IPv4or6Interface]:
         """A link's addresses with their prefix lengths, without the kernel's link-local ones.
@@ -7590,11 +7588,11 @@ class Route:
                 self._netlink.request(RTM_NEWLINK, 0, ifinfomsg(index, IFF_UP) + attribute)
             step = "read its addresses"
             present, wanted = self.addresses(index), self.wanted(link)
-            new = [each for each in map(ipaddress.ip_interface, link.addresses) if each in wanted]
+            old = present.difference(wanted)
             for add, address in (
-                *((False, each) for each in present - wanted if each.version == 6),
-                *((True, each) for each in new if each not in present),
-                *((False, each) for each in present - wanted if each.version == 4),
+                *((False, each) for each in old if each.version == 6),
+                *((True, each) for each in wanted if each not in present),
+                *((False, each) for each in old if each.version == 4),
             ):
                 step = f"{'add' if add else 'take away'} {address}"
                 self._change_address(add, index, address)
@@ -7632,10 +7630,8 @@ class NetlinkBackend:
         self._index = 0
 
     def setup(self, link: Link | None = None, make: bool = True) -> None:
-        name = self._link.name
-        if not make:
-            check_same_link(self._route, name, self._index)
         self._link = link or self._link
+        name = self._link.name
         # The kernel loads the module when it is asked for the family.
         family = genl_family(self._control, self._link.kind)
         if family is None:
@@ -7647,8 +7643,7 @@ class NetlinkBackend:
                 f"{name}: the kernel's AmneziaWG (family version {family.version}) cannot speak "
                 f"the parameters: {'; '.join(refused)}"
             )
-        if not is_same_link(self._route, name, self._index):
-            take_link(self._route, self._link)
+        hold_link(self._route, self._link, self._index, make)
         device = self._dialect.understand(self._device())
         if needs_new_link(wanted, device.obfuscation):
             self._replace_link()
@@ -7682,7 +7677,7 @@ class NetlinkBackend:
         try:
             if (found := self._route.find(name)) is not None:
                 remove_interface(found)
-            take_link(self._route, self._link)
+            hold_link(self._route, self._link, 0, make=True)
             self._index = self._route.index(name)
             self._configure(self._device())
         except BackendError:
@@ -7718,7 +7713,7 @@ class NetlinkBackend:
         return reading._replace(device=self._dialect.understand(cast(Device, reading.device)))
 
     def apply(self, changes: Sequence[Change]) -> None:
-        check_same_link(self._route, self._link.name, self._index)
+        hold_link(self._route, self._link, self._index)
         for payload in encode_wg_batches(self._link.name, changes):
             self._set(payload)
 
@@ -8046,18 +8041,15 @@ class UapiBackend:
         self._said: list[bytes] | None = None
 
     def setup(self, link: Link | None = None, make: bool = True) -> None:
-        name, self._said = self._link.name, None
-        if not make:
-            check_same_link(self._route, name, self._index)
-        elif not is_same_link(self._route, name, self._index):
-            take_link(self._route, link or self._link, self._make)
+        self._link, self._said = link or self._link, None
+        hold_link(self._route, self._link, self._index, make, self._make)
         if not uapi_answers(self._path):
             if not make:
-                raise BackendError(f"{name}: its program is gone, and the gateway starts it again")
+                text = "its program is gone, and the gateway starts it again"
+                raise BackendError(f"{self._link.name}: {text}")
             self._start()
         said = self._control.exchange(b"get=1\n\n")
         self._said = said if link is None else None
-        self._link = link or self._link
         device = self._dialect.understand(uapi_device(said))
         lines = ""
         if device.private_key != self._link.private_key:
@@ -8162,7 +8154,7 @@ class UapiBackend:
         return reading._replace(device=self._dialect.understand(cast(Device, reading.device)))
 
     def apply(self, changes: Sequence[Change]) -> None:
-        check_same_link(self._route, self._link.name, self._index)
+        hold_link(self._route, self._link, self._index)
         for start in range(0, len(changes), READ_CHUNK):
             self._set(encode_uapi_changes(changes[start : start + READ_CHUNK]))
 
@@ -8192,23 +8184,23 @@ def recognise_none(reading: Reading) -> bool:
     return False
 
 
-def is_same_link(route: Route, name: str, index: int) -> bool:
-    """Whether it is still the interface that was found to be ours: an index is never reused."""
-    return index != 0 and route.index(name) == index
-
-
-def check_same_link(route: Route, name: str, index: int) -> None:
-    """Raise BackendError, before a change of peers, if our interface is gone or replaced."""
-    if not is_same_link(route, name, index):
-        raise BackendError(f"{name}: the interface is gone, and the gateway sets it up again")
-
-
-def take_link(route: Route, link: Link, make: Callable[[Link], None] | None = None) -> None:
-    """Find our interface, or `make` it (by default the kernel's), and mark it. Raises ForeignError,
-    BackendError."""
+def hold_link(
+    route: Route,
+    link: Link,
+    index: int,
+    make: bool = False,
+    create: Callable[[Link], None] | None = None,
+) -> None:
+    """See to it that our interface is there: the one with this index, which is never reused, or
+    with `make` one that is found to be ours or created (by default the kernel's), and marked.
+    Raises ForeignError, BackendError."""
+    if index and route.index(link.name) == index:
+        return
+    if not make:
+        raise BackendError(f"{link.name}: the interface is gone, and the gateway sets it up again")
     try:
         if find_own_link(route, link) is None:
-            (make or route.create)(link)
+            (create or route.create)(link)
         route.mark(link.name, link.mark)
     except NetlinkError as error:
         raise NetlinkError(error.errno, f"{link.name}: cannot be made: {error}") from None
@@ -9253,7 +9245,7 @@ def make_interface(link: Link) -> str:
             made = not route.index(link.name)
             if not made and link.kind == AWG_GENL_NAME:
                 return ""  # its MTU depends on parameters that only the service knows
-            take_link(route, link)
+            hold_link(route, link, 0, make=True)
             found = route.get(link.name)
             was_up = not made and (found.mtu, found.is_up) == (link.mtu, True)
             route.configure(link)
