@@ -15302,6 +15302,8 @@ def fit_certificate(config: Config) -> None:
     fingerprint, which backends may have pinned.
     """
     cert = config.tls_cert
+    if not os.path.exists(cert):
+        return
     try:
         names = own_certificate_names(cert)
         if names is None:
