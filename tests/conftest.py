@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# What is imported and collected stays: no collection looks at it, neither now nor amid the tests.
+gc.disable()
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -75,6 +79,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """The parent of all gateways is made here: made in a test, it could end with its namespace."""
+    gc.freeze()
+    gc.enable()
     if session.items and not session.config.option.collectonly:
         GatewayProcess.parent = Parent(str(ROOT))
 

@@ -759,5 +759,4 @@ def test_the_rows_are_never_held_long(tmp_path: Path) -> None:
         print(name, sync(world, elements), f"{time.monotonic() - started:.2f} s", end=" ")
         print(f"CPU {time.process_time() - used:.2f} s, longest hold {max(holds) * 1000:.1f} ms")
         assert max(holds) < limit, name
-    gc.unfreeze()
     world.close()
