@@ -15,7 +15,8 @@ import pytest
 # What is imported and collected stays: no collection looks at it, neither now nor amid the tests.
 gc.disable()
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "real")]
 
 from forked import Parent  # noqa: E402
 from harness import LONG, ROOT, Client, GatewayProcess, running  # noqa: E402

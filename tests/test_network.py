@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
-import secrets
+import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import netns
 import pytest
-from harness import API_KEY, PROGRAM, WGGW, some
+from harness import API_KEY, PROGRAM, run_wggw, some
 
 import wggw
 
@@ -217,24 +218,23 @@ def test_a_tool_may_print_what_is_not_utf8() -> None:
 class Host:
     """A network namespace to run `wggw.py net` in, with settings in a file."""
 
-    def __init__(self, directory: Path) -> None:
-        self.name = f"wggwnet{os.getpid()}{secrets.token_hex(2)}"
+    def __init__(self, directory: Path, space: netns.Namespace) -> None:
+        self.space, self.name = space, space.name
         self.settings = directory / "env"
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["ip", "netns", "exec", self.name, *command],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        with self.space.inside():
+            return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+    def wggw(self, *words: str) -> subprocess.CompletedProcess[str]:
+        with self.space.inside():
+            return run_wggw(self.settings.parent, *words, "--env-file", str(self.settings))
 
     def net(self, action: str, **settings: str) -> tuple[int, str]:
         values = {"GATEWAY_API_KEY": API_KEY, "WG_BACKEND": "memory", **settings}
         self.settings.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
         self.settings.chmod(0o600)
-        done = self.run(*PROGRAM, "net", action, "--env-file", str(self.settings))
+        done = self.wggw("net", action)
         return done.returncode, done.stdout + done.stderr
 
     def table(self) -> str:
@@ -243,14 +243,12 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    made = Host(tmp_path)
-    subprocess.run(["ip", "netns", "add", made.name], check=True)
-    try:
+    netns.need("ip", "nft")
+    with netns.Namespace() as space:
+        made = Host(tmp_path, space)
         if made.run("nft", "list", "ruleset").returncode:
             pytest.skip("nft does not work here")
         yield made
-    finally:
-        subprocess.run(["ip", "netns", "del", made.name], check=True)
 
 
 @pytest.mark.real
@@ -354,17 +352,6 @@ def test_read_only_proc_sys_is_no_failure_where_forwarding_is_on(host: Host) -> 
     assert up() == (0, "")
 
 
-REACH = """
-import socket, sys
-try:
-    socket.create_connection((sys.argv[1], 9), float(sys.argv[2])).close()
-except ConnectionRefusedError:
-    print("reached")
-except OSError as error:
-    print(error)
-"""
-
-
 WAYS = {  # interface of the host -> who is at its other end, the addresses of both
     "wg0": ("client", "10.0.1.1 10.0.1.2/24", "fd42:4242:1::1 fd42:4242:1::2/64"),
     "wg1": ("other", "10.0.2.1 10.0.2.2/24", "fd42:4242:2::1 fd42:4242:2::2/64"),
@@ -378,66 +365,70 @@ WAYS = {  # interface of the host -> who is at its other end, the addresses of b
 }
 
 
-@pytest.fixture
-def crossing(host: Host) -> Iterator[Host]:
+class Crossing(Host):
     """A host between WAYS, each a network namespace with its default route here."""
-    spaces = {name: f"{host.name}{way[0]}" for name, way in WAYS.items()}
 
-    def ip(words: str) -> None:
-        subprocess.run(["ip", *words.split()], check=True)
+    ways: dict[str, netns.Namespace]
 
-    try:
-        for name, space in spaces.items():
-            ip(f"netns add {space}")
-            ip(f"-n {host.name} link add {name} type veth peer name door netns {space}")
-            ip(f"-n {host.name} link set {name} up")
-            ip(f"-n {space} link set door up")
-            for pair in WAYS[name][1:]:
+    def reaches(self, way: str, address: str, seconds: int = 30) -> bool:
+        """Whether a TCP connection from there is refused at the address, and not lost before."""
+        with self.ways[way].inside(), contextlib.suppress(OSError):
+            try:
+                socket.create_connection((address, PORT), seconds).close()
+            except ConnectionRefusedError:
+                return True
+        return False
+
+
+PORT = 9  # where nobody listens
+
+
+@pytest.fixture
+def crossing(host: Host) -> Iterator[Crossing]:
+    made = Crossing(host.settings.parent, host.space)
+    made.ways = {}
+    with contextlib.ExitStack() as stack:
+        for name, (way, *pairs) in WAYS.items():
+            space = made.ways[way] = stack.enter_context(netns.Namespace())
+            host.space.ip(
+                f"link add {name} type veth peer name door netns {space.name}",
+                f"link set {name} up",
+            )
+            space.ip("link set door up")
+            for pair in pairs:
                 here, there = pair.split()
                 nodad = "nodad" if ":" in pair else ""
-                ip(f"-n {host.name} address add {here}/{there.split('/')[1]} dev {name} {nodad}")
-                ip(f"-n {space} address add {there} dev door {nodad}")
-            for pair in WAYS[name][1:3]:
-                ip(f"-n {space} route add default via {pair.split()[0]}")
-        yield host
-    finally:
-        for space in spaces.values():
-            subprocess.run(["ip", "netns", "del", space], check=False)
-
-
-def reaches(host: Host, space: str, address: str, seconds: int = 30) -> bool:
-    """Whether a TCP connection is refused at the address, and not lost on the way."""
-    command = ["ip", "netns", "exec", f"{host.name}{space}", sys.executable, "-c", REACH]
-    command += [address, str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    return done.stdout == "reached\n"
+                host.space.ip(f"address add {here}/{there.split('/')[1]} dev {name} {nodad}")
+                space.ip(f"address add {there} dev door {nodad}")
+            space.ip(*(f"route add default via {pair.split()[0]}" for pair in pairs[:2]))
+        yield made
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("isolate", some(["true", "false"], 1))
-def test_who_reaches_whom(crossing: Host, isolate: str) -> None:
+def test_who_reaches_whom(crossing: Crossing, isolate: str) -> None:
     two = {"AWG_INTERFACE": "wg1", "AWG_IPV4_SUBNET": "10.0.2.0/24"}
     code, text = crossing.net("up", WG_ISOLATE=isolate, AWG_IPV6_SUBNET="fd42:4242:2::/64", **two)
     assert code == 0, text
     for address in ("192.0.2.2", "2001:db8::2"):
-        assert reaches(crossing, "client", address), address
+        assert crossing.reaches("client", address), address
     for address in ("169.254.169.254", "fd00:ec2::254"):
-        assert not reaches(crossing, "client", address, 1), address
+        assert not crossing.reaches("client", address, 1), address
     for address in ("10.0.1.2", "fd42:4242:1::2"):
-        assert not reaches(crossing, "outside", address, 1), address
+        assert not crossing.reaches("outside", address, 1), address
         seconds = 30 if isolate == "false" else 1
-        assert reaches(crossing, "other", address, seconds) == (isolate == "false"), address
+        assert crossing.reaches("other", address, seconds) == (isolate == "false"), address
 
 
 @pytest.mark.real
-def test_an_address_gets_six_new_connections_in_thirty_seconds(crossing: Host) -> None:
-    settings = {"LIMIT_SSH": "9"}  # which is where REACH connects to
+def test_an_address_gets_six_new_connections_in_thirty_seconds(crossing: Crossing) -> None:
+    settings = {"LIMIT_SSH": str(PORT)}
     code, text = crossing.net("up", **settings)
     assert code == 0, text
     for address in ("192.0.2.1", "2001:db8::1"):
-        assert [reaches(crossing, "outside", address) for _ in range(6)] == [True] * 6
-        assert not reaches(crossing, "outside", address, 1)
-    assert reaches(crossing, "client", "10.0.1.1")  # others are not limited by it
+        assert [crossing.reaches("outside", address) for _ in range(6)] == [True] * 6
+        assert not crossing.reaches("outside", address, 1)
+    assert crossing.reaches("client", "10.0.1.1")  # others are not limited by it
     assert crossing.net("up", **settings) == (0, "")  # what the sets hold is no difference
 
 
@@ -464,7 +455,7 @@ def test_down_goes_by_the_mark_and_needs_no_settings(host: Host, broken: str | N
         host.settings.unlink()
     else:
         host.settings.write_text(broken)
-    done = host.run(sys.executable, str(WGGW), "net", "down", "--env-file", str(host.settings))
+    done = host.wggw("net", "down")
     assert done.returncode == 0, done.stderr
     assert f"only interfaces with the mark '{aliases['wgold']}' are removed\n" in done.stderr
     assert "wgold: removed\n" in done.stdout
@@ -534,11 +525,10 @@ def test_down_can_keep_the_interfaces(host: Host) -> None:
     assert host.run("ip", "tuntap", "add", "dev", "wg0", "mode", "tun").returncode == 0
     alias = f"wggw {host.settings}"
     assert host.run("ip", "link", "set", "dev", "wg0", "alias", alias).returncode == 0
-    down = (*PROGRAM, "net", "down", "--env-file", str(host.settings))
-    assert host.run(*down, "--keep-interfaces").returncode == 0
+    assert host.wggw("net", "down", "--keep-interfaces").returncode == 0
     assert host.table() == ""
     assert host.run("ip", "link", "show", "wg0").returncode == 0
-    assert host.run(*down).returncode == 0
+    assert host.wggw("net", "down").returncode == 0
     assert host.run("ip", "link", "show", "wg0").returncode == 1
 
 
@@ -555,17 +545,8 @@ def test_router_advertisements_are_still_heard_by_a_host_that_forwards(host: Hos
 
 
 @pytest.mark.real
-def test_missing_tool_is_named(host: Host, tmp_path: Path) -> None:
-    script = (
-        "import sys, wggw\nwggw.TOOL_PATH = '/nowhere'\n"
-        "sys.exit(wggw.main(['net', 'up', '--env-file', sys.argv[1]]))"
-    )
+def test_missing_tool_is_named(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     host.net("show")
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(host.settings)],
-        cwd=WGGW.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    monkeypatch.setattr(wggw, "TOOL_PATH", "/nowhere")
+    done = host.wggw("net", "up")
     assert (done.returncode, done.stderr) == (1, "wggw: nft: No such file or directory\n")
