@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "real")]
 
 from forked import Parent  # noqa: E402
-from harness import LONG, ROOT, Client, GatewayProcess, running  # noqa: E402
+from harness import LONG, PARENT, ROOT, Client, GatewayProcess, running  # noqa: E402
 
 with contextlib.suppress(ImportError):  # guests do without
     from hypothesis import HealthCheck, settings
@@ -83,7 +83,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     gc.enable()
     if session.items and not session.config.option.collectonly:
-        GatewayProcess.parent = Parent(str(ROOT))
+        PARENT.append(Parent(str(ROOT)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -16,10 +18,17 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO
 
 CLONE_NEWNET = 0x40000000
 PR_SET_CHILD_SUBREAPER = 36
+# What a gateway imports when it needs it.
+WANTED = (
+    "_strptime",
+    "cryptography.x509",
+    "cryptography.hazmat.primitives.asymmetric.ec",
+    "cryptography.hazmat.primitives.ciphers.aead",
+    "cryptography.hazmat.primitives.serialization",
+)
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -48,16 +57,16 @@ class Parent:
         atexit.register(self._end)
 
     def start(
-        self, arguments: list[str], directory: Path, environment: dict[str, str], log: IO[bytes]
+        self, arguments: list[str], directory: Path, environment: dict[str, str], *streams: int
     ) -> Forked:
-        """`arguments` are Python's own, behind its path and -P."""
+        """`arguments` are Python's own, behind its path and -P; `streams` are its first three."""
         request = json.dumps([arguments, str(directory), environment]).encode()
         network = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
             with self._lock:
                 # A process whose parent ends becomes the child of the ancestor that said this.
                 LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-                socket.send_fds(self._control, [request], [log.fileno(), network])
+                socket.send_fds(self._control, [request], [*streams, network])
                 pid = int(self._control.recv(100))
                 LIBC.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         finally:
@@ -72,7 +81,7 @@ class Parent:
 def fork_for_each(control: socket.socket) -> list[str]:
     """Returns the arguments of a request in its fork, which is made ready for them."""
     while True:
-        request, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 2)
+        request, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 4)
         if not request:
             sys.exit()
         told, tell = os.pipe()
@@ -90,14 +99,17 @@ def fork_for_each(control: socket.socket) -> list[str]:
             os.close(descriptor)
 
 
-def ready(request: tuple[list[str], str, dict[str, str]], log: int, network: int) -> list[str]:
+def ready(request: tuple[list[str], str, dict[str, str]], *descriptors: int) -> list[str]:
     arguments, directory, environment = request
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    *streams, network = descriptors
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=stream.isatty())  # type: ignore[union-attr]
     if os.stat(network).st_ino != os.stat("/proc/self/ns/net").st_ino:
         assert LIBC.setns(network, CLONE_NEWNET) == 0
-    os.close(log)
-    os.close(network)
+    for descriptor in descriptors:
+        os.close(descriptor)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
@@ -106,8 +118,12 @@ def ready(request: tuple[list[str], str, dict[str, str]], log: int, network: int
 
 def main(root: str, control: str) -> None:
     sys.path[:0] = [root]
-    __import__("wggw")
+    __import__("wggw").make_parser()  # for the expressions that this compiles
     sys.path.remove(root)
+    for module in WANTED:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a fork that looks through what is there would copy all of it
     with socket.socket(fileno=int(control)) as connection:
         kind, *rest = fork_for_each(connection)
     if kind == "-c":

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from unittest import mock
 
 from forked import Parent
@@ -38,6 +38,7 @@ SCRIPT = [sys.executable, str(WGGW)]  # as users start it
 # The same from its cached bytecode, as `serve` goes on by itself: compiling takes 0.25 s a start.
 MODULE = "import sys; sys.path[:0] = [sys.argv.pop(1)]; import wggw; {}sys.exit(wggw.main())"
 PROGRAM = [sys.executable, "-P", "-c", MODULE.format(""), str(ROOT)]
+PARENT: list[Parent] = []  # the one of all that PROGRAM starts, in a run of pytest
 API_KEY = "8f29c82c5d1f4b6e9a7730d2c4e1f0a98f29c82c5d1f4b6e9a7730d2c4e1f0a9"
 
 
@@ -214,6 +215,29 @@ def encode(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
+def begin(
+    command: Sequence[str], directory: Path, environment: dict[str, str], *streams: int | IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Start a command with these three streams, as a fork of PARENT where it is the program."""
+    known = list(command[:2]) == PROGRAM[:2] and str(ROOT) in command
+    # What is named PYTHON... is for an interpreter that starts.
+    if not PARENT or not known or any(name[:6] == "PYTHON" for name in environment):
+        stdin, stdout, stderr = streams
+        return subprocess.Popen(
+            command, cwd=directory, env=environment, stdin=stdin, stdout=stdout, stderr=stderr
+        )
+    with open(os.devnull, "rb") as nothing:
+        numbers = [
+            nothing.fileno()
+            if stream == subprocess.DEVNULL
+            else stream
+            if isinstance(stream, int)
+            else stream.fileno()
+            for stream in streams
+        ]
+        return PARENT[0].start(list(command[2:]), directory, environment, *numbers)
+
+
 class GatewayProcess:
     """`python3 wggw.py serve` with its files in `directory`; memory backend unless told.
 
@@ -221,7 +245,6 @@ class GatewayProcess:
     """
 
     program = PROGRAM
-    parent: Parent | None = None  # of all that are started by PROGRAM, in a run of pytest
 
     def __init__(self, directory: Path, prefix: list[str] | None = None, **settings: str) -> None:
         self.directory = directory
@@ -248,18 +271,8 @@ class GatewayProcess:
         environment = {"PATH": os.environ["PATH"], **self.settings}
         start, *arguments = [*self.prefix, *self.program, "serve"]
         with self.log.open("ab") as log:
-            known = [start, arguments[0]] == PROGRAM[:2] and str(ROOT) in arguments
-            # What is named PYTHON... is for an interpreter that starts.
-            if self.parent and known and not any(name[:6] == "PYTHON" for name in environment):
-                self.process = self.parent.start(arguments[1:], self.directory, environment, log)
-                return self.process
-            self.process = subprocess.Popen(
-                [start, *arguments],
-                cwd=self.directory,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+            self.process = begin(
+                [start, *arguments], self.directory, environment, subprocess.DEVNULL, log, log
             )
         return self.process
 

@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PROGRAM, ROOT, GatewayProcess, a_key, run_wggw, running, some, wait_for
+from harness import PROGRAM, ROOT, GatewayProcess, a_key, begin, run_wggw, running, some, wait_for
 
 import wggw
 
@@ -52,19 +53,12 @@ class Terminal:
     ) -> None:
         line, environment = command(served, *arguments)
         if "ANSWERS" in variables:
-            line = [sys.executable, "-c", CANNED, *arguments]
+            line = [*PROGRAM[:3], CANNED, str(ROOT), *arguments]
         self._handle, its_end = pty.openpty()
         fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.modes = termios.tcgetattr(its_end)
-        self.process = subprocess.Popen(
-            line,
-            env={**environment, "TERM": "xterm", **variables},
-            cwd=served.directory,
-            stdin=its_end,
-            stdout=its_end,
-            stderr=its_end,
-            start_new_session=True,
-        )
+        environment |= {"TERM": "xterm", **variables}
+        self.process = begin(line, served.directory, environment, its_end, its_end, its_end)
         self._its_end = its_end
         self._output = b""
 
@@ -101,6 +95,18 @@ def terminal(
         yield opened
     finally:
         opened.close()
+
+
+def run_begun(
+    served: GatewayProcess, line: list[str], environment: dict[str, str], stdout: Any = None
+) -> tuple[int, bytes, bytes]:
+    """The end of a command with its streams in files, and what it wrote there."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+        process = begin(
+            line, served.directory, environment, subprocess.DEVNULL, stdout or out, error
+        )
+        code = process.wait(60)
+        return code, *(os.pread(file.fileno(), 1 << 20, 0) for file in (out, error))
 
 
 def visible(text: str) -> list[str]:
@@ -266,17 +272,10 @@ def test_a_peer_whose_file_could_not_be_written_is_deleted(
     reading, writing = os.pipe()
     os.close(reading)
     with open("/dev/full", "wb") as device:
-        done = subprocess.run(
-            line,
-            env=environment,
-            cwd=served.directory,
-            stdout=device if full else writing,
-            stderr=subprocess.PIPE,
-            check=False,
-            timeout=60,
-        )
+        stdout = device if full else writing
+        code, _, error = run_begun(served, line, environment, stdout)
     os.close(writing)
-    assert done.returncode == 1 and b"the peer is deleted" in done.stderr
+    assert code == 1 and b"the peer is deleted" in error
     listed = served.client().send("GET", "/api/v1/configurations?label=lost").json
     assert listed["configurations"] == []
 
@@ -294,9 +293,9 @@ def test_peers_are_searched_and_limited(inside: Inside) -> None:
 # --- large figures --------------------------------------------------------------------------------
 
 # A command whose gateway says what is in the file ANSWERS.
-CANNED = f"""
+CANNED = """
 import json, os, sys
-sys.path[:0] = [{str(ROOT)!r}]
+sys.path[:0] = [sys.argv.pop(1)]
 import wggw
 answers = json.load(open(os.environ["ANSWERS"]))
 now = answers.pop("now")
@@ -525,24 +524,18 @@ ENDS = [(KeyboardInterrupt, 130), (BrokenPipeError, 1)]
     ("line", "error", "code"), some([(line, *end) for line in COMMANDS for end in ENDS], 6)
 )
 def test_no_command_ends_with_a_traceback(
-    line: list[str], error: type[BaseException], code: int
+    served: GatewayProcess, line: list[str], error: type[BaseException], code: int
 ) -> None:
     """In a process of its own, because main() gives up its standard output."""
     program = (
-        "import sys, wggw\n"
+        "import sys\nsys.path[:0] = [sys.argv.pop(1)]\nimport wggw\n"
         "def fail(*_):\n"
         f"    raise {error.__name__}\n"
         "wggw.COMMANDS = tuple(row._replace(run=fail) for row in wggw.COMMANDS)\n"
         "sys.exit(wggw.main())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *line],
-        env={"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+    command = [*PROGRAM[:3], program, str(ROOT), *line]
+    assert run_begun(served, command, {}) == (code, b"", b"")
 
 
 def test_an_interrupt_while_a_disk_does_not_answer(tmp_path: Path) -> None:
@@ -617,22 +610,14 @@ def test_a_closed_standard_output_is_exit_code_1(
     program, environment = command(served, *line)
     reading, writing = os.pipe()
     os.close(reading)
-    shell = ["sh", "-c", 'exec "$@" >&-', "sh"] if way == "not there" else []
     try:
-        done = subprocess.run(
-            [*shell, *program],
-            env=environment,
-            cwd=served.directory,
-            stdin=subprocess.DEVNULL,
-            stdout=writing,
-            stderr=subprocess.PIPE,
-            check=False,
-            timeout=60,
-        )
+        if way == "not there":
+            program = ["sh", "-c", 'exec "$@" >&-', "sh", *program]
+        code, _, error = run_begun(served, program, environment, writing)
     finally:
         os.close(writing)
-    assert done.returncode == (0 if line in HELPS and way == "not there" else 1)
-    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+    assert code == (0 if line in HELPS and way == "not there" else 1)
+    assert b"Traceback" not in error and b"Exception" not in error
 
 
 @pytest.mark.parametrize(
@@ -657,12 +642,11 @@ def test_streams_and_arguments_that_cannot_be_used_are_told_in_one_line(
     served: GatewayProcess, line: list[str | bytes], redirection: str, code: int, said: str
 ) -> None:
     program, environment = command(served)
-    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *program, *line]
-    done = subprocess.run(
-        shell, env=environment, cwd=served.directory, capture_output=True, check=False, timeout=60
-    )
-    error = done.stderr.decode()
-    assert (done.returncode, said in error, error.count("\n")) == (code, True, bool(said)), done
+    if redirection:
+        program = ["sh", "-c", f'exec "$@" {redirection}', "sh", *program]
+    ended, _, told = run_begun(served, [*program, *map(os.fsdecode, line)], environment)
+    error = told.decode()
+    assert (ended, said in error, error.count("\n")) == (code, True, bool(said)), error
 
 
 def test_a_client_gets_its_file_alone_where_standard_error_is_closed(
