@@ -400,6 +400,7 @@ wggw.claim_interfaces(config, wggw.load_whole(config)[0])' "$1" "$ENV_FILE"
 
 # Refuses unknown names after --set, and secrets: every user can read arguments.
 check_names() {
+  ((${#SETTING[@]})) || return 0
   with_wggw '
 settings = {setting.name: setting.secret for setting in wggw.SETTINGS}
 for name in sys.argv[1:]:

@@ -41,7 +41,7 @@ while :; do sleep 3600; done  # as the first process, a shell reaps the others
 # Runs before every script, because scripts here remove programs: never outside the overlays.
 GUARD = r"""
 for directory in /etc /usr /var; do
-  if [[ -z $TOKEN || $(cat $directory/.sandbox 2>/dev/null) != "$TOKEN" ]]; then
+  if ! read -r token 2>/dev/null <$directory/.sandbox || [[ -z $TOKEN || $token != "$TOKEN" ]]; then
     echo "sandbox: not inside it, nothing is run"
     exit 99
   fi
