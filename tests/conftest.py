@@ -42,10 +42,15 @@ FIRST = (
     "test_ownership.py",
     "test_obfuscated.py",
     "test_tunnel.py",
+    "test_clients.py",
     "test_growth_of_parsers.py",
     "test_doctor_hosts.py",
     "test_service_classes.py",
     "test_network.py",
+    "test_order.py",
+    "test_histories.py",
+    "test_storm.py",
+    "test_kill.py",
     "test_restart.py",
     "test_cli.py",
     "test_fit.py",
@@ -59,10 +64,22 @@ FIRST = (
     "test_fuzz.py",
     "test_schemathesis.py",
 )
+# What shows nothing of the Python that runs it: of several, only the first does.
+ONCE = (
+    "test_api_docs.py",
+    "test_clients.py",
+    "test_deployment_docs.py",
+    "test_docs_auth.py",
+    "test_install.py",
+    "test_interop.py",
+    "test_readme.py",
+    "test_schemathesis.py",
+)
 RANK = {name: rank for rank, name in enumerate(FIRST)}
 LEFT_OUT = pytest.StashKey[int]()  # the number of long tests
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In the order of FIRST; without long tests, unless LONG or the command line names the file."""
     named = {Path(argument.partition("::")[0]).resolve() for argument in config.args}
@@ -71,6 +88,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if item.get_closest_marker("long") and not LONG and item.path not in named
     ]
+    for item in items:
+        if item.path.name in ONCE:
+            item.add_marker(pytest.mark.once)
     config.stash[LEFT_OUT] = len(left_out)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 
 from targets import CORPUS, TARGETS, corpus
 
-RUNS = 10_000 if LONG else 1_000  # inputs that atheris tries
+RUNS = 10_000  # inputs that atheris tries
 EXAMPLES = 1000 if LONG else 50
 
 
@@ -59,6 +59,7 @@ def test_mutated_inputs_are_no_defects(name: str) -> None:
     importlib.util.find_spec("atheris") is None,
     reason="needs atheris, which has packages for Linux on x86-64",
 )
+@pytest.mark.long
 def test_coverage_guided_inputs_are_no_defects(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/fuzz/run.py"), "all", "60", f"-runs={RUNS}"],

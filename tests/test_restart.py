@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from harness import (
     API_KEY,
+    LONG,
     PROGRAM,
     WGGW,
     GatewayProcess,
@@ -505,7 +506,7 @@ def test_a_signal_is_obeyed_at_once_while_connections_come_and_go(filed: Gateway
     for thread in threads:
         thread.start()
     try:
-        for _ in range(60):
+        for _ in range(60 if LONG else 20):
             reload(filed, "reloaded")
     finally:
         stop.set()

@@ -99,7 +99,7 @@ def test_while_wireguard_is_read(tmp_path: Path) -> None:
 @pytest.mark.real
 def test_while_many_peers_are_read(tmp_path: Path) -> None:
     """wireguard-go itself, read again and again, with a writer beside."""
-    many = 40_000 if LONG else 5_000
+    many = 40_000 if LONG else 2_000
     with real_gateway(tmp_path, SAMPLE_INTERVAL="1" if LONG else "0.5") as (gateway, interface):
         client = gateway.client()
         keys = [KEY, *(a_key(number) for number in range(many - 1))]
@@ -120,7 +120,7 @@ def test_while_many_peers_are_read(tmp_path: Path) -> None:
 
 
 def test_while_a_desired_state_is_under_way(tmp_path: Path) -> None:
-    many = 20_000 if LONG else 4_000
+    many = 20_000 if LONG else 2_000
     with memory_gateway(tmp_path) as gateway:
         assert gateway.client().create(KEY).status == 200
         elements = [{"public_key": key} for key in (KEY, *map(a_key, range(many)))]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from harness import LONG, Client, a_key, any_peer, running
 
-SECONDS = 10.0 if LONG else 2.0
+SECONDS = 10.0 if LONG else 1.0
 # The 99th percentile of an authentic client's requests, seconds; on a machine that others load, ten
 # times what it is there without strangers.
 LIMIT = 0.1

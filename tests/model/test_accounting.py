@@ -220,7 +220,7 @@ def test_totals_are_the_truth() -> None:
     run_state_machine_as_test(
         Histories,
         settings=settings(
-            max_examples=400 if LONG else 10,
+            max_examples=200 if LONG else 10,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

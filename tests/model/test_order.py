@@ -275,7 +275,7 @@ def test_every_history_agrees_with_the_model(subnets: str) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=400 if LONG else 4,
+            max_examples=150 if LONG else 4,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
