@@ -455,9 +455,8 @@ def log_defect(error: BaseException) -> None:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    LOG.error(
-        "internal error: %s at line %d", type(error).__name__, trace.tb_lineno if trace else 0
-    )
+    line = trace.tb_lineno if trace else 0
+    LOG.error("internal error: %s at line %d", type(error).__name__, line)
 
 
 def refusal_of(error: Exception) -> GatewayError:
@@ -676,15 +675,13 @@ class PublicEndpoint(NamedTuple):
     port: int | None = None
 
 
-_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
 def _domain(raw: str) -> str:
     """A DNS name. No name ends in a label of digits, so that one is a mistyped address."""
     labels = raw.removesuffix(".").split(".")
-    if len(raw) > 254 or labels[-1].isdigit():
-        raise ValueError
-    if not all(re.fullmatch(_LABEL, label) for label in labels):
+    if len(raw) > 254 or labels[-1].isdigit() or not all(map(_LABEL.fullmatch, labels)):
         raise ValueError
     return raw
 
@@ -734,12 +731,12 @@ def _url(pattern: str) -> Callable[[str], str]:
 
 def _dns_servers(raw: str) -> dict[str, tuple[str, ...]]:
     parsed = load_object(raw)
-    if not parsed:
+    if not parsed or parsed.keys() & {"", NO_DNS}:
         raise ValueError
     choices: dict[str, tuple[str, ...]] = {}
     for choice, value in parsed.items():
         given = value.split(",") if isinstance(value, str) else value
-        if choice in ("", NO_DNS) or not isinstance(given, list):
+        if not isinstance(given, list):
             raise ValueError
         servers = sorted((_dns_server(text.strip()) for text in given), key=lambda each: each[0])
         if not servers or servers[0][0]:
@@ -791,9 +788,8 @@ def _service_classes(raw: str) -> dict[str, ServiceClass]:
         raise ValueError
     classes: dict[str, ServiceClass] = {}
     for name, given in parsed.items():
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,31}", name) or not isinstance(given, dict):
-            raise ValueError
-        if given.keys() - {"down", "up", "destinations"}:
+        _matching("[A-Za-z][A-Za-z0-9_-]{0,31}")(name)
+        if not isinstance(given, dict) or given.keys() - {"down", "up", "destinations"}:
             raise ValueError
         networks = given.get("destinations")
         if networks is not None and not (isinstance(networks, list) and networks):
