@@ -4123,11 +4123,8 @@ _INSERT = (
 )
 _TRAFFIC = "SELECT id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake FROM traffic"
 _PUT_TRAFFIC = """
-    INSERT INTO traffic (id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake, sequence)
+    REPLACE INTO traffic (id, rx_bytes, tx_bytes, rx_seen, tx_seen, last_handshake, sequence)
     SELECT * FROM (VALUES (?, ?, ?, ?, ?, ?, ?)) WHERE column1 IN (SELECT id FROM peers)
-    ON CONFLICT (id) DO UPDATE SET rx_bytes = excluded.rx_bytes, tx_bytes = excluded.tx_bytes,
-        rx_seen = excluded.rx_seen, tx_seen = excluded.tx_seen,
-        last_handshake = excluded.last_handshake, sequence = excluded.sequence
 """
 _TRAFFIC_OF_PEER = """p.id, coalesce(t.rx_bytes, 0), coalesce(t.tx_bytes, 0),
     coalesce(t.rx_seen, 0), coalesce(t.tx_seen, 0), coalesce(t.last_handshake, 0)"""
@@ -4139,17 +4136,6 @@ _COUNTED = f"""
     FROM peers p LEFT JOIN traffic t ON t.id = p.id
     WHERE +p.interface = ? AND +p.status = 'active' AND p.public_key IN
 """  # noqa: S608  the plus signs: without them SQLite reads all active peers, not these few
-_BAD_TRAFFIC = "SELECT 1 FROM traffic WHERE " + " OR ".join(  # noqa: S608  names of this file
-    f"typeof({name}) <> 'integer' OR {name} NOT BETWEEN 0 AND {limit}"
-    for name, limit in (
-        ("rx_bytes", MAX_TOTAL),
-        ("tx_bytes", MAX_TOTAL),
-        ("rx_seen", MAX_INTEGER),
-        ("tx_seen", MAX_INTEGER),
-        ("last_handshake", MAX_TIME),
-    )
-)
-
 # Left alone, SQLite takes the index of all suspended peers, and reads them once a tick.
 _EXPIRED = " UNION ALL ".join(
     f"SELECT expires_at, id FROM peers INDEXED BY {index} WHERE {misfit} AND {behind}"  # noqa: S608  names of this file
@@ -5187,7 +5173,12 @@ class Store:
             raise ValueError("its record number is out of range")
         for address in self.released.addresses():
             verify_address(address)
-        if self._db.execute(_BAD_TRAFFIC).fetchone():
+        limits = (MAX_TOTAL, MAX_TOTAL, MAX_INTEGER, MAX_INTEGER, MAX_TIME)
+        bad = " OR ".join(
+            f"typeof({name}) <> 'integer' OR {name} NOT BETWEEN 0 AND {limit}"
+            for name, limit in zip(TrafficRow._fields[1:], limits, strict=True)
+        )
+        if self._db.execute(f"SELECT 1 FROM traffic WHERE {bad}").fetchone():  # noqa: S608  names of this file
             raise ValueError("traffic is out of range")
         if self._db.execute("SELECT 1 FROM peers WHERE id < 1").fetchone():
             raise ValueError("an id is out of range")
@@ -6682,6 +6673,7 @@ class Copier:
     def _try(self, snapshots: bool) -> None:
         if self._taken is not None or not self._turn.acquire(blocking=not snapshots):
             return
+        pause = self._config.snapshot_copy_interval
         try:
             self._step(snapshots)
         except CopyTaken as error:
@@ -6692,15 +6684,13 @@ class Copier:
             if text != self._failure:
                 LOG.error("remote copy: %s", text)
             self._failure = text
-            # Many gateways must not retry in the same second.
-            pause = self._config.snapshot_copy_interval * self._random.uniform(0.5, 1.5)
-            self._next_try = time.monotonic() + pause
+            pause *= self._random.uniform(0.5, 1.5)  # many gateways must not retry in one second
         else:
             if self._failure:
                 LOG.info("remote copy: it works again")
             self._failure = None
-            self._next_try = time.monotonic() + self._config.snapshot_copy_interval
         finally:
+            self._next_try = time.monotonic() + pause
             self._turn.release()
 
     def _step(self, snapshots: bool) -> None:
