@@ -1283,11 +1283,8 @@ def key_from_path(segment: str) -> str | None:
     """The key in a path in any form (percent-encoding, _ and -, no final =), or None."""
     if len(segment) > 3 * len(NO_KEY):  # longer than a key with each character percent-encoded
         return None
-    text = urllib.parse.unquote(segment).replace("_", "/").replace("-", "+")
-    try:
-        return encode_key(decode_key(text if text.endswith("=") else text + "="))
-    except ValueError:
-        return None
+    text = urllib.parse.unquote(segment).replace("_", "/").replace("-", "+").removesuffix("=") + "="
+    return text if _KEY.fullmatch(text) else None
 
 
 def pack_network(address: str) -> bytes:
