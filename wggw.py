@@ -17152,9 +17152,6 @@ class Screen(NamedTuple):
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         return cls(size.columns, size.lines, not plain)
 
-    def holds(self, lines: Sequence[str]) -> bool:
-        return not self.width or max(map(len, lines), default=0) <= self.width
-
     def paint(self, line: str, colour: str = "") -> str:
         """A whole line, cut at the screen's width first: escape sequences have no width."""
         line = shorten(line.rstrip(), self.width) if self.width else line.rstrip()
@@ -17163,7 +17160,7 @@ class Screen(NamedTuple):
     def wrap(self, line: str, indent: int, colour: str = "") -> list[str]:
         """A text on as many lines as it needs; all except the first one are indented."""
         lines = [line]
-        if not self.holds(lines):
+        if self.width:
             lines = textwrap.wrap(line, self.width, subsequent_indent=" " * indent)
         return [self.paint(each, colour) for each in lines]
 
@@ -17396,7 +17393,8 @@ SHORT_CELLS: dict[str, Callable[[Any], str]] = {  # where the long ones would lo
 
 def peer_lines(peers: Sequence[Json], screen: Screen) -> list[str]:
     columns = PEER_COLUMNS
-    if not screen.holds(show_table(columns, peers, Screen(0, 0, False))):
+    whole = show_table(columns, peers, Screen(0, 0, False))
+    if screen.width and max(map(len, whole)) > screen.width:
         columns = tuple((head, side, SHORT_CELLS.get(head, cell)) for head, side, cell in columns)
     return show_table(columns, peers, screen)
 
