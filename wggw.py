@@ -10119,7 +10119,7 @@ class Ledger:
             touched.add(key)
 
     def claim(self, flight: Flight, address: HeldAddress) -> None:
-        """Take an address for the flight: see check_address()."""
+        """Take an address for the flight: see check_addresses()."""
         if address in flight.freed:
             del flight.freed[address]
             flight.claimed[address] = None
