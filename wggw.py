@@ -3577,8 +3577,11 @@ class Disk:
         finally:
             os.close(handle)
 
-    def replace(self, path: str, parts: Iterable[bytes | memoryview]) -> None:
-        """Replace `path` by the joined parts. A crash leaves either the old file or the new one."""
+    def replace(self, path: str, parts: Iterable[bytes | memoryview], old: str = "") -> None:
+        """Replace `path` by the joined parts. A crash leaves either the old file or the new one.
+
+        `old`: the name that the old file gets.
+        """
         temporary = path + ".tmp"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         handle = os.open(temporary, flags, 0o600)
@@ -3589,6 +3592,8 @@ class Disk:
                 self.fsync(handle)
             finally:
                 os.close(handle)
+            if old:  # not earlier: until the rename both names are one file
+                self.link_over(path, old)
             self.rename(temporary, path)
         except Exception:  # on a full disk, the journal needs the temporary file's space
             with contextlib.suppress(OSError):
@@ -3941,8 +3946,7 @@ class Journal:
                     break
                 start = before
             header = journal_header(number, self._seal)
-            self._disk.link_over(self.path, self.previous)
-            self._disk.replace(self.path, [header, data[start:]])
+            self._disk.replace(self.path, [header, data[start:]], self.previous)
             self._open(len(header) + len(data) - start, max(self._last, number))
         except OSError as error:
             self._fail(error)
@@ -5486,9 +5490,8 @@ class Files:
 
     def write_snapshot(self, number: int, image: bytes) -> None:
         """Replace the snapshot, and keep the old one as DB_PATH.previous. Raises OSError."""
-        if os.path.exists(self.path):
-            self._disk.link_over(self.path, self.path + ".previous")
-        self._disk.replace(self.path, snapshot_parts(image, self.vault))
+        old = self.path + ".previous" if os.path.exists(self.path) else ""
+        self._disk.replace(self.path, snapshot_parts(image, self.vault), old)
         self._note_snapshot(number, time.time())
 
     def _note_snapshot(self, number: int, written: float) -> None:
