@@ -2820,25 +2820,25 @@ def parse_signatures(headers: Mapping[bytes, bytes]) -> Iterator[MessageSignatur
     if len(inputs) > MAX_SIGNATURES:
         return
     for label, (components, parameters) in inputs.items():
-        mac = macs.get(label, (None, {}))[0]
-        if not isinstance(components, tuple) or not isinstance(mac, bytes):
+        mac = _bytes_of(macs.get(label, ("", {}))[0])
+        if isinstance(components, str) or mac is None:
             continue
         # Component parameters are refused: the components that must be covered need none, and each
         # "@query-param" would parse the query again.
-        names = tuple(name for name, given in components if isinstance(name, str) and not given)
-        created, expires = parameters.get("created"), parameters.get("expires")
-        nonce, key_id = parameters.get("nonce"), parameters.get("keyid")
+        names = tuple(_string_of(item) for item, given in components if not given)
+        created, expires = parameters.get("created", ""), parameters.get("expires")
+        nonce, key_id = _string_of(parameters.get("nonce")), _string_of(parameters.get("keyid"))
         if (
             len(components) == len(names) == len(set(names))
-            and type(created) in (int, float)
-            and (expires is None or type(expires) is int)
-            and (isinstance(nonce, str) and nonce)
-            and isinstance(key_id, str)
-            and parameters.get("alg", "hmac-sha256") == "hmac-sha256"
+            and re.fullmatch(r"-?[0-9.]+", created)
+            and (expires is None or re.fullmatch(r"-?[0-9]+", expires))
+            and nonce
+            and parameters.get("alg", '"hmac-sha256"') == '"hmac-sha256"'
         ):
-            text = serialize_inner_list(names, parameters)
-            second = created if isinstance(created, int) else NO_TIME
-            yield MessageSignature(names, text, second, expires, nonce, key_id, mac)
+            text = serialize_inner_list([item for item, _ in components], parameters)
+            second = NO_TIME if "." in created else int(created)
+            ends = None if expires is None else int(expires)
+            yield MessageSignature(names, text, second, ends, nonce, key_id, mac)
 
 
 def _covers_enough(message: SignedMessage, given: MessageSignature) -> bool:
@@ -2900,7 +2900,7 @@ def digested(header: bytes, pieces: Iterable[bytes]) -> Iterator[bytes]:
         for digest in known.values():
             digest.update(piece)
         yield piece
-    if not known or any(given[name][0] != digest.digest() for name, digest in known.items()):
+    if not known or any(_bytes_of(given[n][0]) != digest.digest() for n, digest in known.items()):
         raise Unauthorized("the body does not have the signed Content-Digest", "digest")
 
 
@@ -2912,27 +2912,32 @@ def sign_rfc9421(
 ) -> tuple[str, str]:
     """The values of Signature-Input and Signature for a request."""
     names = ("@method", "@target-uri", *["content-digest"] * bool(message.length))
-    parameters = Parameters(created=created, nonce=nonce, keyid=key_id, alg="hmac-sha256")
-    text = serialize_inner_list(names, parameters)
+    strings = {"nonce": nonce, "keyid": key_id, "alg": "hmac-sha256"}
+    parameters = {"created": str(created), **{k: json.dumps(v) for k, v in strings.items()}}
+    text = serialize_inner_list([f'"{name}"' for name in names], parameters)
     given = MessageSignature(names, text, created, None, nonce, key_id, b"")
     mac = hmac.digest(secret.encode("utf-8"), signature_base(message, given), "sha256")
     return f"sig1={text}", f"sig1=:{base64.b64encode(mac).decode('ascii')}:"
 
 
 # --- structured fields (RFC 8941), the part that signatures and digests need ----------------------
+#
+# An item is kept as the text that serializes it (RFC 8941 section 4.1), because signatures cover
+# that. _string_of() and _bytes_of() tell its value.
 
-Bare = str | int | float | bytes | bool
-Parameters = dict[str, Bare]
-InnerList = tuple[tuple[Bare, Parameters], ...]
+Parameters = dict[str, str]  # items
+InnerList = list[tuple[str, Parameters]]
 
 # The quantifiers are possessive: a mismatch costs neither backtracking nor memory.
 _SF_KEY = re.compile(r"[a-z*][a-z0-9_.*-]*+")
-_SF_NUMBER = re.compile(r"-?(?:[0-9]{1,15}+(?![0-9.])|[0-9]{1,12}+\.[0-9]{1,3}+(?![0-9.]))")
-_SF_STRING = re.compile(r'"([ !#-\[\]-~]*+(?:\\["\\][ !#-\[\]-~]*+)*+)"')
-_SF_BOOLEAN = re.compile(r"\?[01]")
 _SF_PARAMETER = re.compile(r"; *+([a-z*][a-z0-9_.*-]*+)(=?)")
-_SF_BYTES = re.compile(r":([A-Za-z0-9+/]*+={0,2}):")
-_SF_TOKEN = re.compile(r"[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*+")
+_SF_ITEM = re.compile(
+    r'"[ !#-\[\]-~]*+(?:\\["\\][ !#-\[\]-~]*+)*+"'  # a string
+    r"|:[A-Za-z0-9+/]*+={0,2}:"  # bytes
+    r"|\?[01]"
+    r"|-?(?:[0-9]{1,15}+(?![0-9.])|[0-9]{1,12}+\.[0-9]{1,3}+(?![0-9.]))"
+    r"|[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*+"  # a token
+)
 
 
 class _Scanner:
@@ -2963,21 +2968,13 @@ class _Scanner:
         self.position += found
         return found
 
-    def bare(self) -> Bare:
-        first = self.text[self.position : self.position + 1]
-        if first == '"':
-            text = self.match(_SF_STRING)[1]
-            # Only backslash and quote can be escaped: split at \\, then unescape the quotes.
-            parts = text.split("\\\\") if "\\" in text else [text]
-            return "\\".join([part.replace('\\"', '"') for part in parts])
-        if first == ":":
-            return binascii.a2b_base64(self.match(_SF_BYTES)[1], strict_mode=True)
-        if first == "?":
-            return self.match(_SF_BOOLEAN)[0] == "?1"
-        if first and first in "-0123456789":
-            number = self.match(_SF_NUMBER)[0]
-            return float(number) if "." in number else int(number)
-        return self.match(_SF_TOKEN)[0]
+    def item(self) -> str:
+        text = self.match(_SF_ITEM)[0]
+        if text[0] == ":":
+            binascii.a2b_base64(text[1:-1], strict_mode=True)
+        elif text[0] in "-0123456789":
+            text = str(float(text) if "." in text else int(text))
+        return text
 
     def parameters(self) -> Parameters:
         parameters: Parameters = {}
@@ -2986,32 +2983,32 @@ class _Scanner:
             key = found[1]
             if key in parameters:  # RFC 8941 takes the last one; refuse what is ambiguous
                 raise ValueError("structured field: a parameter is repeated")
-            parameters[key] = self.bare() if found[2] else True
+            parameters[key] = self.item() if found[2] else "?1"
         return parameters
 
     def inner_list(self) -> InnerList:
-        items: list[tuple[Bare, Parameters]] = []
+        items: InnerList = []
         while True:
             self.skip(" ")
             if self.take(")"):
-                return tuple(items)
+                return items
             if items and self.text[self.position - 1] != " ":
                 raise ValueError("structured field: items without a space between them")
-            items.append((self.bare(), self.parameters()))
+            items.append((self.item(), self.parameters()))
 
 
-def parse_dictionary(text: str) -> dict[str, tuple[Bare | InnerList, Parameters]]:
+def parse_dictionary(text: str) -> dict[str, tuple[str | InnerList, Parameters]]:
     """RFC 8941 section 4.2.2; a repeated key is refused. Raises ValueError."""
     scanner = _Scanner(text.strip(" "))
-    members: dict[str, tuple[Bare | InnerList, Parameters]] = {}
+    members: dict[str, tuple[str | InnerList, Parameters]] = {}
     more = bool(scanner.text)
     while more:
         key = scanner.match(_SF_KEY)[0]
         if key in members:
             raise ValueError("structured field: a key is repeated")
-        value: Bare | InnerList = True
+        value: str | InnerList = "?1"
         if scanner.take("="):
-            value = scanner.inner_list() if scanner.take("(") else scanner.bare()
+            value = scanner.inner_list() if scanner.take("(") else scanner.item()
         members[key] = (value, scanner.parameters())
         scanner.skip(" \t")
         more = scanner.take(",")
@@ -3021,25 +3018,23 @@ def parse_dictionary(text: str) -> dict[str, tuple[Bare | InnerList, Parameters]
     return members
 
 
-def serialize_inner_list(names: Sequence[str], parameters: Mapping[str, Bare]) -> str:
-    """RFC 8941 section 4.1.1.1, for a list of component names."""
-    listed = " ".join(map(_serialize_bare, names))
-    tail = "".join(
-        f";{key}" if value is True else f";{key}={_serialize_bare(value)}"
-        for key, value in parameters.items()
-    )
-    return f"({listed}){tail}"
+def serialize_inner_list(items: Iterable[str], parameters: Parameters) -> str:
+    """RFC 8941 section 4.1.1.1, for items without parameters of their own."""
+    ends = (f";{k}" if value == "?1" else f";{k}={value}" for k, value in parameters.items())
+    return f"({' '.join(items)}){''.join(ends)}"
 
 
-def _serialize_bare(value: Bare) -> str:
-    if isinstance(value, bool):
-        return f"?{int(value)}"
-    if isinstance(value, bytes):
-        return f":{base64.b64encode(value).decode('ascii')}:"
-    if isinstance(value, int | float):  # three digits of a fraction: RFC 8941 section 4.1.5
-        return str(value) if isinstance(value, int) else str(round(value, 3))
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+def _string_of(item: str | None) -> str:
+    """The text of a string, "" of anything else."""
+    if item is None or item[0] != '"':
+        return ""
+    return item[1:-1] if "\\" not in item else re.sub(r"\\(.)", r"\1", item[1:-1])
+
+
+def _bytes_of(item: str | InnerList) -> bytes | None:
+    if isinstance(item, str) and item.startswith(":"):
+        return binascii.a2b_base64(item[1:-1])
+    return None
 
 
 def legacy_message(timestamp: bytes, body_length: int) -> bytes:

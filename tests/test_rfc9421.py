@@ -343,8 +343,10 @@ def test_derived_components_are_as_the_rfc_says() -> None:
 @settings(max_examples=500)
 @given(text=st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20))
 def test_strings_are_read_as_they_were_written(text: str) -> None:
-    written = wggw._serialize_bare(text)
-    assert wggw.parse_dictionary(f"a={written}, b")["a"] == (text, {})
+    written = '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    item, parameters = wggw.parse_dictionary(f"a={written}, b")["a"]
+    assert isinstance(item, str)
+    assert (item, wggw._string_of(item), parameters) == (written, text, {})
 
 
 @settings(max_examples=500)
@@ -352,11 +354,27 @@ def test_strings_are_read_as_they_were_written(text: str) -> None:
 def test_strings_have_two_escapes_and_no_others(text: str) -> None:
     right = re.fullmatch(r'([^"\\]|\\["\\])*', text)
     if right:
-        expected = re.sub(r"\\(.)", r"\1", text)
-        assert wggw.parse_dictionary(f'a="{text}"') == {"a": (expected, {})}
+        [(item, _)] = wggw.parse_dictionary(f'a="{text}"').values()
+        assert isinstance(item, str)
+        assert wggw._string_of(item) == re.sub(r"\\(.)", r"\1", text)
     else:
         with pytest.raises(ValueError, match="structured field"):
             wggw.parse_dictionary(f'a="{text}"')
+
+
+def test_a_signature_covers_parameters_in_the_form_that_the_rfc_gives_them() -> None:
+    """RFC 9421 section 3.2: however they were sent, and parameters that are not known here, too."""
+    text = (
+        '("@method" "@target-uri");created=1000;nonce="n";keyid="default";tag=a/b;x=1.5;y;z=:AA==:'
+    )
+    base = f'"@method": GET\n"@target-uri": https://host/a\n"@signature-params": {text}'
+    mac = base64.b64encode(hmac.digest(API_KEY.encode(), base.encode(), "sha256"))
+    sent = text.replace(";", ";  ").replace(" ", "  ").replace("=1000", "=01000")
+    sent = sent.replace("1.5", "01.500").replace(";  y", ";y=?1")
+    headers = {b"signature-input": f"a={sent}".encode(), b"signature": b"a=:%b:" % mac}
+    authenticator = wggw.Authenticator({"default": API_KEY}, 60, lambda: 1000.0)
+    message = wggw.SignedMessage("GET", "host", "/a", headers, 0)
+    assert authenticator.verify(message) == ("default", "rfc9421")
 
 
 def test_metrics_count_by_scheme_key_and_reason(tmp_path: Path) -> None:
@@ -461,12 +479,12 @@ def test_full_nonce_table_refuses_and_never_forgets_a_live_one(
 
 
 FIELDS = [
-    ("a=1, b=2", {"a": (1, {}), "b": (2, {})}),
-    ("a", {"a": (True, {})}),
-    ('a=("x" "y";z);p=:AQI=:', {"a": ((("x", {}), ("y", {"z": True})), {"p": b"\1\2"})}),
-    ('a="q\\"\\\\"', {"a": ('q"\\', {})}),
-    ("a=1.5, b=-0.125;c=3.0", {"a": (1.5, {}), "b": (-0.125, {"c": 3.0})}),
-    ("a=()", {"a": ((), {})}),
+    ("a=1, b=2", {"a": ("1", {}), "b": ("2", {})}),
+    ("a", {"a": ("?1", {})}),
+    ('a=("x" "y";z);p=:AQI=:', {"a": ([('"x"', {}), ('"y"', {"z": "?1"})], {"p": ":AQI=:"})}),
+    ('a="q\\"\\\\"', {"a": ('"q\\"\\\\"', {})}),
+    ("a=01.50, b=-0.125;c=3.0", {"a": ("1.5", {}), "b": ("-0.125", {"c": "3.0"})}),
+    ("a=()", {"a": ([], {})}),
 ]
 
 
