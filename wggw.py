@@ -2913,8 +2913,8 @@ def sign_rfc9421(
     """The values of Signature-Input and Signature for a request."""
     names = ("@method", "@target-uri", *["content-digest"] * bool(message.length))
     strings = {"nonce": nonce, "keyid": key_id, "alg": "hmac-sha256"}
-    parameters = {"created": str(created), **{k: json.dumps(v) for k, v in strings.items()}}
-    text = serialize_inner_list([f'"{name}"' for name in names], parameters)
+    quoted = {name: json.dumps(text) for name, text in strings.items()}  # JSON has the same quotes
+    text = serialize_inner_list(map(json.dumps, names), {"created": str(created), **quoted})
     given = MessageSignature(names, text, created, None, nonce, key_id, b"")
     mac = hmac.digest(secret.encode("utf-8"), signature_base(message, given), "sha256")
     return f"sig1={text}", f"sig1=:{base64.b64encode(mac).decode('ascii')}:"
@@ -3300,8 +3300,8 @@ def certificate_expiry(certificate: bytes) -> int:
 
     The standard library decodes it only from a verified peer's certificate.
     """
-    _, until = _der_values(_certificate_fields(certificate)[3].content)
-    text = until.content.decode("ascii")
+    _, until = _der_values(_certificate_fields(certificate)[3].value)
+    text = until.value.decode("ascii")
     if until.tag == 0x17:  # UTCTime: two digits of a year from 1950 to 2049
         text = ("20" if text < "5" else "19") + text
     return int(datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=timezone.utc).timestamp())
@@ -3318,15 +3318,15 @@ def key_pin(certificate: bytes) -> str:
 
 class DerValue(NamedTuple):
     tag: int
-    content: bytes
-    encoding: bytes  # tag, length and content
+    value: bytes
+    encoding: bytes  # tag, length and value
 
 
 def _certificate_fields(certificate: bytes) -> list[DerValue]:
     """Serial number, algorithm, issuer, validity, subject, key and more. Raises ValueError."""
     [signed] = itertools.islice(_der_values(certificate), 1)
-    [fields] = itertools.islice(_der_values(signed.content), 1)
-    values = [v for v in _der_values(fields.content) if v.tag != 0xA0]  # [0]: the version
+    [fields] = itertools.islice(_der_values(signed.value), 1)
+    values = [v for v in _der_values(fields.value) if v.tag != 0xA0]  # [0]: the version
     if len(values) < 6:
         raise ValueError("not a certificate")
     return values
@@ -3336,19 +3336,19 @@ def _der_values(data: bytes) -> Iterator[DerValue]:
     """The values in DER, one after the other. Raises ValueError."""
     end = 0
     while end < len(data):
-        start, content = end, end + 2
-        if len(data) < content:
+        start, value = end, end + 2
+        if len(data) < value:
             raise ValueError("DER: a value without a length")
         length = data[start + 1]
         if length == 0x80:
             raise ValueError("DER: a length is missing")
         if length > 0x80:
-            content += length & 0x7F
-            length = int.from_bytes(data[start + 2 : content], "big")
-        end = content + length
+            value += length & 0x7F
+            length = int.from_bytes(data[start + 2 : value], "big")
+        end = value + length
         if end > len(data):
             raise ValueError("DER: a value ends behind its container")
-        yield DerValue(data[start], data[content:end], data[start:end])
+        yield DerValue(data[start], data[value:end], data[start:end])
 
 
 # ==================================================================================================
@@ -3566,7 +3566,7 @@ class Disk:
         self.rename(temporary, name)
 
     def sync_directory(self, path: str) -> None:
-        handle = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        handle = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             self.fsync(handle)
         finally:
@@ -3578,15 +3578,12 @@ class Disk:
         `old`: the name that the old file gets.
         """
         temporary = path + ".tmp"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        handle = os.open(temporary, flags, 0o600)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            try:
+            with open(handle, "wb", 0):
                 for part in parts:
                     self.write(handle, part)
                 self.fsync(handle)
-            finally:
-                os.close(handle)
             if old:  # not earlier: until the rename both names are one file
                 self.link_over(path, old)
             self.rename(temporary, path)
@@ -3855,7 +3852,7 @@ class Journal:
         self._open(len(header), after)
 
     def _open(self, size: int, number: int) -> None:
-        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND)
         self.close()
         self._handle = handle
         self.size = size
@@ -12450,11 +12447,9 @@ class RequestMetrics:
         self._durations[route].observe(seconds)
 
     def signed(self, caller: Caller) -> None:
-        """Count an authentic request."""
         self._callers[caller] += 1
 
     def refused(self, reason: str) -> None:
-        """Count a failed authentication."""
         with self._lock:
             self._refused[reason] += 1
 
