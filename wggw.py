@@ -3892,8 +3892,7 @@ class Journal:
 
     def _check_place(self) -> None:
         """Raises OSError when somebody has moved or removed the file: a start would not find it."""
-        there, here = os.stat(self.path), os.fstat(self._handle)
-        if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+        if not os.path.samestat(os.stat(self.path), os.fstat(self._handle)):
             raise FileNotFoundError(errno.ENOENT, "another file is in its place")
 
     def look(self) -> None:
