@@ -2644,7 +2644,7 @@ class NonceGuard:
             try:
                 self._load(Path(path).read_text("ascii", "replace"))
             except FileNotFoundError:
-                if not first:  # nor is there one for the next start, unless this run stops in order
+                if not first:  # the next start doubts as well, unless this run stops in order
                     self._crash, self._early = self._steady(), self._window
                     return
             try:
@@ -3691,15 +3691,14 @@ def _parse_header(line: bytes) -> JournalFile | None:
 def _journal_lines(data: bytes, start: int) -> Iterator[tuple[int, int, JournalLine | None]]:
     """Where each line from `start` on begins and ends, and what it says; None if it is bad."""
     while start < len(data):
-        end = data.find(b"\n", start) + 1
-        found = _JOURNAL_LINE.match(data, start, end)
-        line = None
-        if found:
-            content = data[found.end() : end - 1]
+        newline = data.find(b"\n", start)
+        end, line = len(data) if newline < 0 else newline + 1, None
+        if found := _JOURNAL_LINE.match(data, start, max(newline, 0)):
+            content = data[found.end() : newline]
             if zlib.crc32(content, zlib.crc32(found[1])) == int(found[4], 16):
                 line = int(found[2]), int(found[3]), content
-        yield start, end or len(data), line
-        start = end or len(data)
+        yield start, end, line
+        start = end
 
 
 def parse_journal(
