@@ -4686,8 +4686,9 @@ class Released:
         self._db.executemany("INSERT OR REPLACE INTO released (address) VALUES (?)", rows)
         self.any = self.any or bool(rows)
 
-    def remove(self, addresses: Iterable[str]) -> None:
-        rows = [(address,) for address in addresses]
+    def take(self, peers: Sequence[Peer]) -> None:
+        """These peers have their addresses now."""
+        rows = [(address,) for peer in peers for address in _addresses_of(peer)]
         self._db.executemany("DELETE FROM released WHERE address = ?", rows)
 
     def clear(self) -> None:
@@ -5011,7 +5012,7 @@ class _Change:
         yield put, self._find_former
         yield self._freed, self._released.add
         if self._released.any:
-            yield put, self._take_addresses
+            yield put, self._released.take
         if self._given_up and len(put) > APPLY_SLICE:
             yield put, self._find_givers
             self._put([peer for peer in put if peer.id in self._givers])  # all of them leave first
@@ -5055,9 +5056,6 @@ class _Change:
                 self._freed += addresses
                 self._gone += keys
                 self._given_up.update(dict.fromkeys(keys + addresses, peer.id))
-
-    def _take_addresses(self, peers: Sequence[Peer]) -> None:
-        self._released.remove([address for peer in peers for address in _addresses_of(peer)])
 
     def _find_givers(self, peers: Sequence[Peer]) -> None:
         for peer in peers:
