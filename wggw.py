@@ -4407,16 +4407,14 @@ def decode_record(parts: Any, columns: tuple[str, ...]) -> Record:
     settings = parts.get("set", {})
     for name, value in settings.items():
         META_PARSERS[name](value)
-    restart = [(int(i), int(rx), int(tx)) for i, rx, tx in parts.get("restart", ())]
-    released = parts.get("released")
-    at = int(parts.get("at", 0))
+    released, at = parts.get("released"), int(parts.get("at", 0))
     if not 0 <= at <= MAX_TIME:
         raise ValueError("its time is out of range")
     return Record(
         _decode_rows(parts.get("put", ()), columns),
         [int(number) for number in parts.get("del", ())],
         [TrafficRow._make(map(int, row)) for row in parts.get("traffic", ())],
-        restart,
+        [(int(i), int(rx), int(tx)) for i, rx, tx in parts.get("restart", ())],
         settings,
         None if released is None else [str(address) for address in released],
         [int(number) for number in parts.get("void", ())],
@@ -5793,7 +5791,7 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
 #     two writers claim one epoch at the same moment, the later PUT wins. The writer whose claim was
 #     overwritten stops, and leaves a note for the other one (the object N-WRITER-rival).
 # A writer repeats an upload whose answer was lost with the same bytes, so it does not matter how
-# often and when they arrive. Nothing depends on clocks.
+# often and when they arrive. Only the removal of what replaced epochs held depends on clocks.
 #
 # A replaced writer learns it at its next upload. It copies no more, and goes on serving; with
 # SNAPSHOT_FENCE it refuses changes. What it had not copied is only in its own files.
@@ -5889,7 +5887,7 @@ class Claim(NamedTuple):
     writer: str
     lineage: str
     node: str
-    time: int  # Unix seconds; only people read it
+    time: int  # Unix seconds, for people and for sweep()
     previous: str
 
     @property
