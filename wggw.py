@@ -5567,7 +5567,9 @@ class ObjectStore:
         if parts.scheme == "https":
             tls = ssl.create_default_context()
             self._connect = functools.partial(http.client.HTTPSConnection, context=tls)
-        self._host, self._port = parts.hostname, parts.port
+        # Without a port, http.client would look for one at the end of an IPv6 address.
+        self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._host = parts.hostname
         self._path = parts.path.rstrip("/") + "/"
         self._authorize = authorize
         self.checks = checks

@@ -1483,6 +1483,7 @@ S3_KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     [
         ({"SNAPSHOT_URL": "https://h.example/a/b/"}, "h.example", "/a/b/"),
         ({"SNAPSHOT_URL": "https://[fd00::1]:8443"}, "fd00::1", "/"),
+        ({"SNAPSHOT_URL": "https://[fd00::1]/a"}, "fd00::1", "/a/"),
         ({"SNAPSHOT_URL": "s3://bucket/p/q"}, "bucket.s3.us-east-1.amazonaws.com", "/p/q/"),
         (
             {"SNAPSHOT_URL": "s3://bucket", "AWS_REGION": "eu-west-1"},
@@ -1514,7 +1515,8 @@ def test_where_a_url_leads(settings: dict[str, str], host: str, path: str) -> No
     config = load_config({**BASE, **S3_KEYS, **settings})
     store = open_object_store(config, time.time)
     assert store is not None
-    assert (store._host, store._path) == (host, path)
+    connection = store._connect(store._host, store._port)
+    assert (connection.host, store._path) == (host, path)
 
 
 def test_s3_needs_its_keys() -> None:
