@@ -5212,6 +5212,7 @@ class Store:
                 name, 0, f"it follows record {file.after}, but the state ends at {self.number}"
             )
         records = list(decode_landings(landings, file.columns, name, skipped is not None))
+        # First of all: what an interface refused never counts, whatever follows it.
         void = {number for _, record in records for number in record.void}
         if not skipped:  # a record that fails ends the start, so SQLite need not roll it back
             self._db.execute("PRAGMA journal_mode = OFF")
@@ -15647,11 +15648,8 @@ class Start:
         copier = Copier(epochs, store, files, gateway.lander.snapshot, config)
         copier.on_taken = self._taken
         self._app.copier = copier
-        try:
+        with self._disk_needed():
             is_read = wait_for(lambda: self._read_copy(copier))
-        except OSError as error:
-            path = files.path
-            raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
         self._is_first = self._is_first and copier.found_nothing
         return is_read
 
@@ -15662,7 +15660,8 @@ class Start:
         self._keep_gateways()
         gateway.files.begin(self._store)
         if app.copier:
-            gateway.lander.on_written = app.copier.begin()
+            with self._disk_needed():
+                gateway.lander.on_written = app.copier.begin()
 
     def open_interfaces(self) -> None:
         """Open the interfaces and make them equal to the rows."""
@@ -15691,6 +15690,14 @@ class Start:
         self._gateway.start(opened, *self._obfuscation, table, may_lack)
 
     # --- the remote copy -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _disk_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = self._gateway.files.path
+            raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
 
     def _read_copy(self, copier: Copier) -> None:
         """Retry until the copy has been read; give up early if it is not required."""

@@ -1261,17 +1261,19 @@ def test_a_copy_that_is_there_is_never_done_without(tmp_path: Path, failure: Cop
     assert copier.boot.call_count == 2 and not copier.go_without.called
 
 
-def test_a_disk_that_a_boot_cannot_write_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["boot", "begin"])
+def test_a_disk_that_the_copy_cannot_write_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     files = Files(str(tmp_path / "db"), "commit", FakeDisk())
     config = load_config({**BASE, "WG_BACKEND": "memory", "SNAPSHOT_URL": "https://x.example"})
-    full = mock.Mock(boot=mock.Mock(side_effect=OSError(28, "No space left on device")))
+    full = mock.Mock(**{f"{step}.side_effect": OSError(28, "No space left on device")})
     monkeypatch.setattr(wggw, "Copier", mock.Mock(return_value=full))
-    gateway = mock.Mock(files=files, store=Store())
+    gateway = mock.Mock(files=files, store=Store(), tunnels={})
     start = wggw.Start(config, mock.Mock(gateway=gateway), mock.Mock())
     with pytest.raises(wggw.StartError, match="DB_PATH .*No space left"):
         start.read(lambda work: work() is None)
+        start.begin()
 
 
 def test_a_stop_waits_for_what_the_timer_does_with_the_copy(tmp_path: Path) -> None:
