@@ -11457,9 +11457,7 @@ class Comparison:
     def __init__(self, core: Core, tunnel: Tunnel, reading: Reading, touched: set[str]) -> None:
         self._core, self._tunnel, self._touched = core, tunnel, touched
         self.reading = reading
-        # What account() finds: the fingerprints of peers that are as in the rows, and other keys.
-        self._right: set[int] = set()
-        self._others: set[str] = set()
+        self._others: set[str] = set()  # keys that account() finds not to be as in the rows
 
     def repair(self) -> SyncResult:
         """Make the interface equal to the rows, then add its counters to the totals.
@@ -11500,7 +11498,7 @@ class Comparison:
         flights: list[Flight] = []
         for start in range(0, len(totals), READ_CHUNK):
             some = totals[start : start + READ_CHUNK]
-            flights += core.run(functools.partial(self._submit, some, {}))
+            flights += core.run(functools.partial(self._submit, some))
         self._wait(flights)
         added, updated, removed = map(list(done.values()).count, ("added", "updated", "removed"))
         return SyncResult(added, updated, removed, present - updated - removed)
@@ -11568,7 +11566,7 @@ class Comparison:
         added it returns None: the next sample must read all peers again.
         """
         core, flights, changed = self._core, list[Flight](), self.reading.changed
-        query = core.store.queries.counted
+        known, query = self.reading.same, core.store.queries.counted
         for start in range(0, len(changed), READ_CHUNK):
             some = changed[start : start + READ_CHUNK]
             states = {encode_key(state.peer.public_key): (mark, state) for mark, state in some}
@@ -11580,9 +11578,11 @@ class Comparison:
                     self._count(counted, state, row)
                     if encode_wire(*row[:5]) == state.peer:
                         right[key] = mark
+            flights += core.run(functools.partial(self._submit, counted))
+            right = {key: mark for key, mark in right.items() if key not in self._touched}
+            known.update(right.values())
             self._others |= states.keys() - right.keys()
-            flights += core.run(functools.partial(self._submit, counted, right))
-        return self.reading.same | self._right if self._wait(flights) else None
+        return known if self._wait(flights) else None
 
     def _wait(self, flights: list[Flight]) -> bool:
         """Wait for these flights. Whether all have landed."""
@@ -11601,13 +11601,8 @@ class Comparison:
         if after != shown:
             counted.append((row[0], before, after))
 
-    def _submit(self, counted: Sequence[Counted], right: Mapping[str, int]) -> list[Flight]:
-        """Land the totals and note who is right, except for touched peers. Owner."""
-        for key, mark in right.items():
-            if key in self._touched:
-                self._others.add(key)
-            else:
-                self._right.add(mark)
+    def _submit(self, counted: Sequence[Counted]) -> list[Flight]:
+        """Land the totals that changed, except those of touched peers. Owner."""
         changed = [(old, new) for key, old, new in counted if key not in self._touched]
         if not changed:
             return []
@@ -11757,8 +11752,13 @@ class Projection:
             # What fails here makes alive() fail, too.
             with contextlib.suppress(BackendError, OSError), contextlib.closing(Route()) as route:
                 own = [str(address.ip) for address in route.addresses(None)]
-                for pool in [p for t in self._core.tunnels.values() for p in t.pools.values()]:
-                    self._core.run(functools.partial(pool.exclude, own))
+
+                def exclude() -> None:
+                    for tunnel in self._core.tunnels.values():
+                        for pool in tunnel.pools.values():
+                            pool.exclude(own)
+
+                self._core.run(exclude)
         for tunnel in self._core.tunnels.values():
             try:
                 self._supervise(tunnel)
