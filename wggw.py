@@ -9832,7 +9832,8 @@ class Flight(Later["GatewayError | None"]):
         delete: list[int] = []
         come: list[tuple[str, Change]] = []
         for before, after in self.steps:
-            was, now = _projection(before), _projection(after)
+            was = wire_peer(before) if before and before.status == "active" else None
+            now = wire_peer(after) if after and after.status == "active" else None
             if before and was and (now is None or was.public_key != now.public_key):
                 self.changes[before.interface].append(Change(was.public_key, None))
             if after and now and was != now:
@@ -9864,10 +9865,6 @@ def _gained(before: Peer | None, after: Peer | None) -> list[HeldAddress]:
         if after and address and address != getattr(before, name, None):
             gained.append((after.interface, family, address))
     return gained
-
-
-def _projection(peer: Peer | None) -> WirePeer | None:
-    return wire_peer(peer) if peer is not None and peer.status == "active" else None
 
 
 class Busy(Exception):
@@ -9966,8 +9963,6 @@ class Tunnel:
 
     def with_defaults(self, peer: Peer, config: Config) -> Peer:
         """The peer with the DNS choice and the port that it follows by default."""
-        if peer.dns is not None and peer.port is not None:
-            return peer
         dns = next(iter(config.dns_servers)) if peer.dns is None else peer.dns
         return peer._replace(dns=dns, port=peer.port or self.settings.ports[0])
 
@@ -10479,8 +10474,8 @@ def run_in_slices(run: Run, work: Iterator[Any]) -> None:
 # gateway: rules, desired states and imports, interfaces as projections of the rows, limits, and the
 # facade that http uses
 #
-# A rule reads rows and fields and returns a peer as it should be, or raises a refusal; it changes
-# nothing. A flight of the ledger does. Rules run as the owner of the rows. Workers do the rest (the
+# A rule returns a peer as fields want it, or raises a refusal; it changes nothing. The difference
+# becomes a flight of the ledger. Rules run as the owner of the rows. Workers do the long work (the
 # reading of an interface, a desired state, an import, a snapshot), and use the rows by `run`, a few
 # milliseconds at a time.
 # Never here: SQL and HTTP.
@@ -11366,7 +11361,11 @@ class Import:
             for tunnel in core.tunnels.values():  # a reading must not span the import
                 stack.enter_context(tunnel.reading)
             bulk = stack.enter_context(Bulk(core))
-            settings = self._settings()
+            # A state without public keys gets this gateway's.
+            own = {name: tunnel.public_key for name, tunnel in core.tunnels.items()}
+            settings = {"public_keys": json.dumps({**own, **self._known_keys})}
+            if (periods := other.meta("periods")) is not None:
+                settings["periods"] = json.dumps(periods)
             flight = bulk.flight
             flight.record = Record(settings=settings, released=other.released.addresses())
             self._set_links(flight)
@@ -11383,14 +11382,6 @@ class Import:
             flight.record = flight.record._replace(traffic=self._compare(bulk))
             flight.on_landed.append(self._note)
             bulk.land()
-
-    def _settings(self) -> dict[str, str]:
-        """A state without public keys gets this gateway's."""
-        own = {name: tunnel.public_key for name, tunnel in self._core.tunnels.items()}
-        settings = {"public_keys": json.dumps({**own, **self._known_keys})}
-        if (periods := self._other.meta("periods")) is not None:
-            settings["periods"] = json.dumps(periods)
-        return settings
 
     def _set_links(self, flight: Flight) -> None:
         """A state without AmneziaWG's parameters keeps this gateway's. Raises Conflict."""
@@ -12146,7 +12137,7 @@ class Gateway(Core):
 
     def change(self, name: str, fields: Mapping[str, Any], reply: Reply) -> None:
         """Land what the rule of this name decides. `reply` gets the result. Owner."""
-        rule: Callable[[Any, Mapping[str, Any]], Peer | None] = getattr(self.rules, name)
+        rule = getattr(self.rules, name)
         flight = Flight()
         try:
             if self.ledger.uncertain:  # the rows may lack a change, so no rule can rely on them
@@ -12155,8 +12146,8 @@ class Gateway(Core):
             before = self.store.get(fields["public_key"])
             if before is None and name != "create":
                 raise NotFound(NO_PEER)
-            after = rule(before, fields)
-            peer = cast(Peer, after or before)
+            after: Peer | None = rule(before, fields)
+            peer: Any = after or before  # one of them is a Peer
             self.rules.check_usable(peer.interface)
             if before != after:
                 self.ledger.check_disk()
