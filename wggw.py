@@ -10694,7 +10694,7 @@ class Rules:
             return known
         peer, missing = self.new_peer(fields)
         self._core.ledger.check_addresses(None, peer)
-        return self.with_addresses(peer, missing)
+        return self.assign(peer, missing)
 
     def set_status(self, peer: Peer, fields: Mapping[str, Any]) -> Peer:
         """Suspend or activate a peer; it may have that status already."""
@@ -10744,7 +10744,7 @@ class Rules:
         families = _checked_families(named, fields, tunnel)
         after = peer._replace(**given)
         self._core.ledger.check_addresses(peer, after)
-        return self.with_addresses(after, _lacking(after, families))
+        return self.assign(after, _lacking(after, families))
 
     def reset_quota(self, peer: Peer, fields: Mapping[str, Any]) -> Peer:
         """Set the used quota to 0, which may end a suspension."""
@@ -10767,12 +10767,10 @@ class Rules:
         self._next_id = chosen + 1
         return chosen
 
-    def with_addresses(
-        self, peer: Peer, missing: Iterable[str], mine: Flight | None = None
-    ) -> Peer:
+    def assign(self, peer: Peer, missing: Iterable[str], mine: Flight | None = None) -> Peer:
         """The peer with an address in each missing family: see Ledger.find_address()."""
-        find = functools.partial(self._core.ledger.find_address, peer.interface, mine=mine)
-        found: dict[str, Any] = {ADDRESS_FIELD[family]: find(family) for family in missing}
+        find = self._core.ledger.find_address
+        found: dict[str, Any] = {ADDRESS_FIELD[f]: find(peer.interface, f, mine) for f in missing}
         return peer._replace(**found) if found else peer
 
     def check_usable(self, interface: str) -> None:
@@ -11218,7 +11216,7 @@ class DesiredState:
         """Take an address in each missing family: a free one, or one that the flight frees."""
         flight = self._bulk.flight
         with _placed(wish.place):
-            after = self._core.rules.with_addresses(wish.after, wish.missing, flight)
+            after = self._core.rules.assign(wish.after, wish.missing, flight)
         for address in _gained(wish.after, after):
             self._core.ledger.claim(flight, address)
         flight.steps.append(Step(wish.before, after))
@@ -12192,13 +12190,9 @@ class Gateway(Core):
 
     def view(self) -> View:
         """What configurations show besides the rows. Owner."""
-        served = tuple(
-            [
-                Served(t.settings, t.public_key, t.link.mtu, t.obfuscation)
-                for t in self.tunnels.values()
-            ]
-        )
-        return View(online_since(self.clock()), self.config.dns_servers, served)
+        tunnels = self.tunnels.values()
+        served = [Served(t.settings, t.public_key, t.link.mtu, t.obfuscation) for t in tunnels]
+        return View(online_since(self.clock()), self.config.dns_servers, tuple(served))
 
     def figures(self) -> Figures:
         """Owner."""
