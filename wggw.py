@@ -13742,8 +13742,9 @@ def _query_cursor(text: str) -> int:
 
 
 def _query_flag(text: str) -> bool:
-    words = {"true": True, "1": True, "false": False, "0": False}  # PHP clients send digits
-    return words[choice_field(tuple(words)).parse(text)]
+    if text not in ("true", "1", "false", "0"):  # PHP clients send digits
+        raise ValueError
+    return text in ("true", "1")
 
 
 def _query_names(text: str) -> tuple[str, ...]:
