@@ -2429,7 +2429,8 @@ def parse_create(given: Mapping[str, Any]) -> dict[str, Any]:
     lists their names.
     """
     ignored = given.keys() - CREATE_FIELDS.keys() - SEALED_FIELDS.keys()
-    ignored |= {*unknown_obfuscation(given.get("obfuscation"))}
+    if "obfuscation" in given:
+        ignored.update(unknown_obfuscation(given["obfuscation"]))
     return {**parse_fields(given, CREATE_FIELDS, given), "ignored": sorted(ignored)}
 
 

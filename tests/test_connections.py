@@ -751,6 +751,21 @@ def test_an_answer_while_it_stops_says_that_it_is_the_last_one(
     wire.close()
 
 
+def test_a_defect_while_a_head_is_verified_is_a_500(
+    server: wggw.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the client would wait for its answer until the connection's deadline."""
+
+    def defect(*_: Any) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(server.app.admission, "admit", defect)
+    wire = Wire(port_of(server))
+    wire.send(head("GET", "/healthz", {}))
+    assert wire.socket.recv(65536).startswith(b"HTTP/1.1 500 ")
+    wire.close()
+
+
 def test_a_handshake_that_gives_way_ends_at_once(server: wggw.Server) -> None:
     """It would otherwise hold its thread and its file until its deadline, 10 s later."""
     server._limit = 2
