@@ -19,6 +19,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -236,6 +237,18 @@ def begin(
             for stream in streams
         ]
         return PARENT[0].start(list(command[2:]), directory, environment, *numbers)
+
+
+def finish(
+    command: Sequence[str], directory: Path, stdout: IO[bytes] | int | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end in a process of its own, with PATH and these variables."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+        environment = {"PATH": os.environ["PATH"], **variables}
+        streams = (subprocess.DEVNULL, out if stdout is None else stdout, error)
+        code = begin(command, directory, environment, *streams).wait(60)
+        texts = (os.pread(file.fileno(), 1 << 24, 0).decode() for file in (out, error))
+        return subprocess.CompletedProcess(command, code, *texts)
 
 
 class GatewayProcess:

@@ -16,7 +16,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PROGRAM, ROOT, GatewayProcess, a_key, begin, run_wggw, running, some, wait_for
+from harness import (
+    PROGRAM,
+    ROOT,
+    GatewayProcess,
+    a_key,
+    begin,
+    finish,
+    run_wggw,
+    running,
+    some,
+    wait_for,
+)
 
 import wggw
 
@@ -95,18 +105,6 @@ def terminal(
         yield opened
     finally:
         opened.close()
-
-
-def run_begun(
-    served: GatewayProcess, line: list[str], environment: dict[str, str], stdout: Any = None
-) -> tuple[int, bytes, bytes]:
-    """The end of a command with its streams in files, and what it wrote there."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
-        process = begin(
-            line, served.directory, environment, subprocess.DEVNULL, stdout or out, error
-        )
-        code = process.wait(60)
-        return code, *(os.pread(file.fileno(), 1 << 20, 0) for file in (out, error))
 
 
 def visible(text: str) -> list[str]:
@@ -273,9 +271,9 @@ def test_a_peer_whose_file_could_not_be_written_is_deleted(
     os.close(reading)
     with open("/dev/full", "wb") as device:
         stdout = device if full else writing
-        code, _, error = run_begun(served, line, environment, stdout)
+        done = finish(line, served.directory, stdout, **environment)
     os.close(writing)
-    assert code == 1 and b"the peer is deleted" in error
+    assert done.returncode == 1 and "the peer is deleted" in done.stderr
     listed = served.client().send("GET", "/api/v1/configurations?label=lost").json
     assert listed["configurations"] == []
 
@@ -535,7 +533,8 @@ def test_no_command_ends_with_a_traceback(
         "sys.exit(wggw.main())"
     )
     command = [*PROGRAM[:3], program, str(ROOT), *line]
-    assert run_begun(served, command, {}) == (code, b"", b"")
+    done = finish(command, served.directory)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
 def test_an_interrupt_while_a_disk_does_not_answer(tmp_path: Path) -> None:
@@ -613,11 +612,11 @@ def test_a_closed_standard_output_is_exit_code_1(
     try:
         if way == "not there":
             program = ["sh", "-c", 'exec "$@" >&-', "sh", *program]
-        code, _, error = run_begun(served, program, environment, writing)
+        done = finish(program, served.directory, writing, **environment)
     finally:
         os.close(writing)
-    assert code == (0 if line in HELPS and way == "not there" else 1)
-    assert b"Traceback" not in error and b"Exception" not in error
+    assert done.returncode == (0 if line in HELPS and way == "not there" else 1)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -644,9 +643,9 @@ def test_streams_and_arguments_that_cannot_be_used_are_told_in_one_line(
     program, environment = command(served)
     if redirection:
         program = ["sh", "-c", f'exec "$@" {redirection}', "sh", *program]
-    ended, _, told = run_begun(served, [*program, *map(os.fsdecode, line)], environment)
-    error = told.decode()
-    assert (ended, said in error, error.count("\n")) == (code, True, bool(said)), error
+    done = finish([*program, *map(os.fsdecode, line)], served.directory, **environment)
+    error = done.stderr
+    assert (done.returncode, said in error, error.count("\n")) == (code, True, bool(said)), error
 
 
 def test_a_client_gets_its_file_alone_where_standard_error_is_closed(

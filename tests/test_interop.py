@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
-from harness import API_KEY, PROGRAM, GatewayProcess, a_key, encode, running, some
+from harness import API_KEY, PROGRAM, GatewayProcess, a_key, encode, finish, running, some
 from http_message_signatures import (
     HTTPMessageSigner,
     HTTPMessageVerifier,
@@ -274,8 +274,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> list[Received]:
         for method, path, body in OURS:
             command = [*PROGRAM, "call", method, path, "--scheme", "rfc9421", *given]
             command += ["--data", body] if body else []
-            environment = {"PATH": os.environ["PATH"]}
-            subprocess.run(command, env=environment, cwd=directory, check=True, timeout=60)
+            finish(command, directory).check_returncode()
     return found
 
 

@@ -8,14 +8,13 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PROGRAM, GatewayProcess, a_key, free_port, running, some, wait_for
+from harness import PROGRAM, GatewayProcess, a_key, finish, free_port, running, some, wait_for
 from objects import S3, SECRET_KEY, TOKEN, TlsStore, real_s3, tls_store
 from test_obfuscated_api import BOTH
 from test_remote import BASE
@@ -442,15 +441,8 @@ def test_claim_makes_the_files_here_the_newest_state(tmp_path: Path, server: Tls
         assert new.stop() == 0
         expected |= create(old, 3)
         assert old.stop() == 0
-        claimed = subprocess.run(  # a process: until its end, the files are its own
-            [*PROGRAM, "copy", "claim"],
-            cwd=old.directory,
-            env={"PATH": os.environ["PATH"], **old.settings},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        # In a process: until its end, the files are its own.
+        claimed = finish([*PROGRAM, "copy", "claim"], old.directory, **old.settings)
         assert claimed.returncode == 0 and "epoch 3 holds" in claimed.stdout, claimed
         for gateway in (old, new):
             gateway.start()

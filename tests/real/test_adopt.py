@@ -20,7 +20,7 @@ import netns
 import pytest
 from awg_programs import uapi
 from backend_contract import output
-from harness import GatewayProcess, a_key, program_with, wait_for
+from harness import GatewayProcess, a_key, finish, program_with, wait_for
 from netns import RunningPing, Topology, Tunnel
 
 import wggw
@@ -63,16 +63,8 @@ def adopt(
     gateway: GatewayProcess, name: str, *options: str, **constants: object
 ) -> subprocess.CompletedProcess[str]:
     program = program_with(**constants) if constants else gateway.program  # type: ignore[arg-type]
-    return subprocess.run(
-        [*program, "adopt", "--interface", name, *options],
-        cwd=gateway.directory,
-        env={"PATH": os.environ["PATH"], **gateway.settings},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    command = [*program, "adopt", "--interface", name, *options]
+    return finish(command, gateway.directory, **gateway.settings)
 
 
 def sections(name: str) -> list[str]:

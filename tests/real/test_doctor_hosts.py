@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import netns
 import pytest
-from harness import GatewayProcess, a_key, free_port, ok, program_with, some, wait_for
+from harness import GatewayProcess, a_key, finish, free_port, ok, program_with, some, wait_for
 from objects import TOKEN, TlsStore, make_certificate
 
 import wggw
@@ -79,16 +79,8 @@ class Host(GatewayProcess):
         self.set(**changes)
 
     def wggw(self, *words: str, program: list[str] | None = None) -> Any:
-        return subprocess.run(
-            [*self.doctor_runs_as, *(program or self.program), *words],
-            cwd=self.directory,
-            env={"PATH": os.environ["PATH"], **self.settings},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        command = [*self.doctor_runs_as, *(program or self.program), *words]
+        return finish(command, self.directory, **self.settings)
 
     def doctor(self) -> tuple[int, list[str]]:
         done = self.wggw("doctor")

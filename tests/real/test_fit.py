@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import threading
 from pathlib import Path
 
 import netns
 import pytest
 from backend_contract import output
-from harness import GatewayProcess, a_key, some, wait_for
+from harness import GatewayProcess, a_key, finish, some, wait_for
 from netns import RunningPing, Topology
 
 pytestmark = pytest.mark.real
@@ -23,15 +22,8 @@ pytestmark = pytest.mark.real
 
 def command(gateway: GatewayProcess, *words: str, **settings: str) -> tuple[int, str]:
     """Exit code and all that a command says; the test's thread is inside of the host."""
-    done = subprocess.run(
-        [*gateway.program, *words],
-        env={"PATH": os.environ["PATH"], **gateway.settings, **settings},
-        cwd=gateway.directory,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    variables = {**gateway.settings, **settings}
+    done = finish([*gateway.program, *words], gateway.directory, **variables)
     return done.returncode, done.stdout + done.stderr
 
 
