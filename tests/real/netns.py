@@ -434,35 +434,38 @@ class Topology:
         self._build()
 
     def _build(self) -> None:
+        """The gateway's ends first: links come in pairs."""
+        here, there = [f"address add {self.ENDPOINT}/32 dev lo"], {}
         for number, client in enumerate(self.clients, 1):
-            near, far = 4 * number - 3, 4 * number - 2
+            near, far = f"192.0.2.{4 * number - 3}", f"192.0.2.{4 * number - 2}"
             v6 = f"2001:db8:{number}::"
-            self._pair(client, "uplink", f"192.0.2.{far}/30", f"{v6}2/64", f"client{number}")
-            self._addresses(f"client{number}", f"192.0.2.{near}/30", f"{v6}1/64")
-            client.ip(f"route add {self.ENDPOINT} via 192.0.2.{near}")
-        self._pair(self.host, "uplink", "203.0.113.2/24", "2001:db8:3::2/64", "host")
-        self._addresses("host", "203.0.113.1/24", "2001:db8:3::1/64")
-        self.host.ip("route add default via 203.0.113.1", "route add default via 2001:db8:3::1")
-        self.gateway.ip(f"address add {self.ENDPOINT}/32 dev lo")
+            here += self._pair(client, f"client{number}", f"{near}/30", f"{v6}1/64")
+            there[client] = self._addresses("uplink", f"{far}/30", f"{v6}2/64")
+            there[client].append(f"route add {self.ENDPOINT} via {near}")
+        here += self._pair(self.host, "host", "203.0.113.1/24", "2001:db8:3::1/64")
+        there[self.host] = [
+            *self._addresses("uplink", "203.0.113.2/24", "2001:db8:3::2/64"),
+            "route add default via 203.0.113.1",
+            "route add default via 2001:db8:3::1",
+        ]
+        self.gateway.ip(*here)
+        for space, commands in there.items():
+            space.ip(*commands)
         with self.gateway.inside():
             Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
             Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
 
-    def _pair(self, other: Namespace, there: str, v4: str, v6: str, here: str) -> None:
-        """A veth pair from the gateway's `here` to the other's `there`, which gets addresses."""
-        self.gateway.ip(f"link add {here} type veth peer name {there} netns {other.name}")
-        other.ip(
-            f"address add {v4} dev {there}",
-            f"address add {v6} dev {there} nodad",
-            f"link set {there} up",
-        )
+    def _pair(self, other: Namespace, here: str, v4: str, v6: str) -> list[str]:
+        """A veth pair from the gateway's `here`, which gets addresses, to the other's uplink."""
+        link = f"link add {here} type veth peer name uplink netns {other.name}"
+        return [link, *self._addresses(here, v4, v6)]
 
-    def _addresses(self, device: str, v4: str, v6: str) -> None:
-        self.gateway.ip(
+    def _addresses(self, device: str, v4: str, v6: str) -> list[str]:
+        return [
             f"address add {v4} dev {device}",
             f"address add {v6} dev {device} nodad",
             f"link set {device} up",
-        )
+        ]
 
     def tunnel(self, client: int) -> Tunnel:
         """A WireGuard client, not yet connected, in the namespace of client 0 or 1."""
