@@ -104,8 +104,11 @@ def ready(request: tuple[list[str], str, dict[str, str]], *descriptors: int) -> 
     *streams, network = descriptors
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=stream.isatty())  # type: ignore[union-attr]
+    # As they are for a program that starts: by lines to a terminal, and with no place to seek.
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        errors = getattr(sys, name).errors
+        new = open(number, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, new)
     if os.stat(network).st_ino != os.stat("/proc/self/ns/net").st_ino:
         assert LIBC.setns(network, CLONE_NEWNET) == 0
     for descriptor in descriptors:
