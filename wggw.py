@@ -7606,22 +7606,21 @@ class NetlinkBackend:
         self._index = 0
 
     def setup(self, link: Link | None = None, make: bool = True) -> None:
-        self._link = link or self._link
-        name = self._link.name
+        wanted = link or self._link
         # The kernel loads the module when it is asked for the family.
-        family = genl_family(self._control, self._link.kind)
+        family = genl_family(self._control, wanted.kind)
         if family is None:
-            raise _no_module(name, self._link.kind)
+            raise _no_module(wanted.name, wanted.kind)
         self._family = family
-        wanted = self._link.obfuscation
-        if refused := kernel_refusals(wanted, family.version):
+        if refused := kernel_refusals(wanted.obfuscation, family.version):
             raise ParametersRefused(
-                f"{name}: the kernel's AmneziaWG (family version {family.version}) cannot speak "
-                f"the parameters: {'; '.join(refused)}"
+                f"{wanted.name}: the kernel's AmneziaWG (family version {family.version}) cannot "
+                f"speak the parameters: {'; '.join(refused)}"
             )
-        hold_link(self._route, self._link, self._index, make)
+        hold_link(self._route, wanted, self._index, make)
+        self._link = wanted
         device = self._dialect.understand(self._device())
-        if needs_new_link(wanted, device.obfuscation):
+        if needs_new_link(wanted.obfuscation, device.obfuscation):
             self._replace_link()
         else:
             self._configure(device)
@@ -8017,27 +8016,27 @@ class UapiBackend:
         self._said: list[bytes] | None = None
 
     def setup(self, link: Link | None = None, make: bool = True) -> None:
-        self._link, self._said = link or self._link, None
-        hold_link(self._route, self._link, self._index, make, self._make)
+        wanted, self._said = link or self._link, None
+        hold_link(self._route, wanted, self._index, make, self._make)
         if not uapi_answers(self._path):
             if not make:
                 text = "its program is gone, and the gateway starts it again"
-                raise BackendError(f"{self._link.name}: {text}")
+                raise BackendError(f"{wanted.name}: {text}")
             self._start()
         said = self._control.exchange(b"get=1\n\n")
         self._said = said if link is None else None
+        self._link = wanted
         device = self._dialect.understand(uapi_device(said))
         lines = ""
-        if device.private_key != self._link.private_key:
-            lines += f"private_key={self._link.private_key.hex()}\n"
-        if device.listen_port != self._link.listen_port:
-            lines += f"listen_port={self._link.listen_port}\n"
+        if device.private_key != wanted.private_key:
+            lines += f"private_key={wanted.private_key.hex()}\n"
+        if device.listen_port != wanted.listen_port:
+            lines += f"listen_port={wanted.listen_port}\n"
         if lines:
             self._set(lines.encode("ascii"))
-        wanted = self._link.obfuscation
-        if wanted != device.obfuscation:
-            self._speak(wanted, device.obfuscation)
-        self._index = self._route.configure(self._link)
+        if wanted.obfuscation != device.obfuscation:
+            self._speak(wanted.obfuscation, device.obfuscation)
+        self._index = self._route.configure(wanted)
 
     def _make(self, link: Link) -> None:
         if uapi_answers(self._path):
