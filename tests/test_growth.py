@@ -70,10 +70,11 @@ def decide(rule: str, **fields: Any) -> Callable[[World, int], Any]:
         given = {
             name: value(number) if callable(value) else value for name, value in fields.items()
         }
-        step = getattr(world.gateway.rules, rule)(given)
-        if step.before != step.after:
+        before = world.store.get(given["public_key"])
+        after = getattr(world.gateway.rules, rule)(before, given)
+        if after != before:
             flight = wggw.Flight()
-            world.gateway.ledger.add(flight, step)
+            world.gateway.ledger.add(flight, wggw.Step(before, after))
             flight.complete()
             for _ in world.gateway.ledger.release(flight, refused=True):
                 pass
