@@ -537,6 +537,18 @@ def test_no_command_ends_with_a_traceback(
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """And again, until it has ended: what comes just before a read is not noticed."""
+
+    def ended() -> bool:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        return process.returncode is not None
+
+    wait_for(ended, 60, "the command's end")
+
+
 def test_an_interrupt_while_a_disk_does_not_answer(tmp_path: Path) -> None:
     """`check` reads a pipe into which nothing comes."""
     pipe = tmp_path / "wireguard.db"
@@ -554,14 +566,8 @@ def test_an_interrupt_while_a_disk_does_not_answer(tmp_path: Path) -> None:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         return 0
 
-    def interrupted() -> bool:
-        process.send_signal(signal.SIGINT)  # one that comes just before the read is not noticed
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        return process.returncode is not None
-
     writing = wait_for(opened, what="the command to read")
-    wait_for(interrupted, 60, "the command's end")
+    interrupt(process)
     out, error = process.communicate(timeout=60)
     os.close(writing)
     assert (process.returncode, out, error) == (130, b"", b"")
@@ -590,7 +596,7 @@ def test_an_interrupt_while_a_gateway_does_not_answer(
         silent.settimeout(60)
         with silent.accept()[0] as connection:
             connection.recv(1)  # it has begun to talk
-            process.send_signal(signal.SIGINT)
+            interrupt(process)
             _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, b"")
 
