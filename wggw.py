@@ -999,10 +999,12 @@ def _check_names(values: Iterable[str], path: str) -> None:
 def _misspelt(name: str) -> str:
     """The setting that was almost certainly meant by a name that is none; otherwise ""."""
     names = [setting.name for setting in SETTINGS]
+    if name in names:
+        return ""
     meant = name.startswith(("WG_", "AWG_", "SNAPSHOT_", "GATEWAY_"))
     likeness = 0.0 if meant else 0.85  # the share of letters in common: one of ten is wrong
     near = difflib.get_close_matches(name.upper()[:MAX_TEXT], names, 1, likeness)
-    return near[0] if near and name not in names else ""
+    return near[0] if near else ""
 
 
 def _parse_setting(setting: Setting, values: Mapping[str, str], key_needed: bool) -> Any:
