@@ -7317,7 +7317,7 @@ class NetlinkSocket:
                 self._socket.send(data)
                 return list(itertools.islice(self._answer(sequence, whole), most))
             except TimeoutError:
-                words = f"no answer within {BACKEND_TIMEOUT:.0f} s"
+                words = f"netlink: no answer within {BACKEND_TIMEOUT:.0f} s"
                 raise NoAnswer(self._prefix + words) from None
             except OSError as error:
                 raise self._error(error.errno or errno.EIO, "") from None
@@ -7350,7 +7350,8 @@ class NetlinkSocket:
             except NetlinkError as error:
                 if error.errno != errno.EINTR:
                     raise
-        raise BackendError(f"{self._prefix}the dump was interrupted {DUMP_TRIES} times")
+        text = f"{self._prefix}netlink: the dump was interrupted {DUMP_TRIES} times"
+        raise BackendError(text)
 
     def close(self) -> None:
         self._socket.close()
@@ -15719,8 +15720,8 @@ class Start:
     def _check(self, state: Store) -> None:
         """Refuse settings, keys and host if the state cannot be served with them.
 
-        What was read for this is kept for open_interfaces(). `state` is the store of the local
-        files, or that of the copy.
+        What was read for this is kept for begin() and open_interfaces(). `state` is the store of
+        the local files, or that of the copy.
         """
         config = self._config
         self._may_lack = state is not self._store

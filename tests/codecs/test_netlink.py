@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wggw
 from wggw import (
     Change,
     CodecError,
@@ -351,3 +353,15 @@ def test_garbled_route_is_a_codec_error(payload: bytes) -> None:
         decode_routes([payload])
     except CodecError:
         pass
+
+
+@pytest.mark.parametrize("prefix", ["", "wg0: "])
+def test_silent_kernel_is_named(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wggw, "BACKEND_TIMEOUT", 0.01)
+    netlink = wggw.NetlinkSocket(wggw.NETLINK_ROUTE, prefix)
+    ours, kernel = socket.socketpair()
+    with netlink._socket, ours, kernel:
+        ours.settimeout(0.01)
+        netlink._socket = ours
+        with pytest.raises(wggw.NoAnswer, match=f"^{prefix}netlink: no answer within"):
+            netlink.dump(wggw.RTM_GETLINK, bytes(16), whole=True)
