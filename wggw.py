@@ -345,7 +345,7 @@ LOG = logging.getLogger("wggw")
 # ==================================================================================================
 # errors: what a caller is told (GatewayError and its kinds), what an interface, a disk or a start
 # reports
-# Never here: logging.
+# Never here: logging, except of a defect.
 # ==================================================================================================
 
 
