@@ -14691,7 +14691,6 @@ class Connection:
             self._start_worker(raise_ceiling)
 
     def _begin_request(self) -> None:
-        self._admitted = None
         self._entry = LogEntry(self._server.new_request_id())
         self._head_only = self._keep_alive = False
         self._started = time.perf_counter()
@@ -14848,6 +14847,8 @@ class Connection:
             return
         seconds = time.perf_counter() - self._started
         self._server.report(self, self._entry, self._answered, seconds)
+        # An idle connection keeps neither the request nor its answer, which may be large.
+        self._admitted, self._answered, self._out = None, NO_ANSWER, memoryview(b"")
         if not self._keep_alive:
             self._end()
             return

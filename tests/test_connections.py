@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -763,6 +764,32 @@ def test_a_defect_while_a_head_is_verified_is_a_500(
     wire = Wire(port_of(server))
     wire.send(head("GET", "/healthz", {}))
     assert wire.socket.recv(65536).startswith(b"HTTP/1.1 500 ")
+    wire.close()
+
+
+def test_an_idle_connection_keeps_neither_request_nor_answer(
+    server: wggw.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bodies hold preshared keys, and a thousand idle clients may have had long answers."""
+    monkeypatch.setattr(wggw, "IDLE_DEADLINE", 60.0)
+    admit, answered = server.app.admission.admit, b"x" * 1_000_000
+    requests: list[weakref.ref[wggw.Request]] = []
+
+    def admitted(*arguments: Any) -> wggw.Request:
+        request = admit(*arguments)
+        requests.append(weakref.ref(request))
+        return request
+
+    monkeypatch.setattr(server.app.admission, "admit", admitted)
+    monkeypatch.setattr(wggw, "openapi_document", lambda: bytes(answered))
+    wire = Wire(port_of(server))
+    body = encode({"operations": []})
+    wire.send(signed("POST", PEERS + "batch", body) + head("GET", "/openapi.json", {}))
+    assert (wire.answer()[0], wire.answer()) == (200, (200, answered))
+    wait_for(lambda: not any(request() for request in requests), 10, "the end of the requests")
+    (connection,) = server._connections
+    assert isinstance(connection, wggw.Connection)
+    assert not connection._answered.body and not connection._out.obj
     wire.close()
 
 
