@@ -9807,7 +9807,7 @@ class Flight(Later["GatewayError | None"]):
         super().__init__()
         self.record = record or Record()
         # By interface; an interface to set up is among them, too.
-        self.changes = collections.defaultdict[str, list[Change]](list)
+        self.changes: collections.defaultdict[str, list[Change]] = collections.defaultdict(list)
         self.links: dict[str, Link | None] = {}  # interfaces to set up; None: as they are now
         self.steps: list[Step] = []
         self.keys: list[str] = []
