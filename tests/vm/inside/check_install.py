@@ -432,6 +432,13 @@ def test_restart_kill_and_upgrade_lose_nothing(tmp_path: Path) -> None:
     assert PROGRAM.read_text().endswith("# a later version\n")
 
 
+def broken(program: str, code: int) -> str:
+    """The program, which ends with this exit code instead of serving."""
+    service = "    def run(self) -> None:\n"
+    assert program.count(service) == 1
+    return program.replace(service, f"{service}        sys.exit({code})\n")
+
+
 def test_failed_upgrade_brings_the_former_version_back(tmp_path: Path) -> None:
     before = PROGRAM.read_text()
     launcher = LAUNCHER.read_text()
@@ -439,10 +446,7 @@ def test_failed_upgrade_brings_the_former_version_back(tmp_path: Path) -> None:
     tree.mkdir()
     for name in ("install.sh", "wggw.service", "wggw.py"):
         shutil.copy(TREE / name, tree / name)
-    text = before.replace(
-        "    def run(self) -> int:\n", "    def run(self) -> int:\n        sys.exit(2)\n"
-    )
-    (tree / "wggw.py").write_text(text)
+    (tree / "wggw.py").write_text(broken(before, 2))
     done = install("--upgrade", tree=tree)
     assert done.returncode == 1, done.stdout
     assert "the service does not come up" in done.stderr
@@ -454,12 +458,7 @@ def test_failed_upgrade_brings_the_former_version_back(tmp_path: Path) -> None:
 
 
 def test_upgrade_mends_a_service_that_was_restarted_again_and_again() -> None:
-    text = PROGRAM.read_text()
-    PROGRAM.write_text(
-        text.replace(
-            "    def run(self) -> int:\n", "    def run(self) -> int:\n        sys.exit(1)\n"
-        )
-    )
+    PROGRAM.write_text(broken(PROGRAM.read_text(), 1))
     sh("systemctl", "restart", "--no-block", "wggw")
     restarts = ("systemctl", "show", "-P", "NRestarts", "wggw")
     wait_for(lambda: int(sh(*restarts)) >= 4, 60, "it was restarted four times")
