@@ -309,7 +309,7 @@ KEY_FILE = wggw.InterfaceSettings("WG", "wg0", {}, (51820,), 1420, "")
 
 def uapi(data: bytes) -> None:
     """A userspace WireGuard's answer, which comes in parts."""
-    wggw.read_uapi_device(pieces(data, 4096))
+    wggw.read_uapi_device(pieces(data))
 
 
 def netlink(data: bytes) -> None:

@@ -45,7 +45,7 @@ def fields(data: bytes) -> None:
             wggw.signature_base(message, given)
         [[_, (inner, parameters)]] = wggw.parse_dictionary(f"a={given.parameters}").items()
         assert isinstance(inner, list) and len(inner) == len(given.components)
-        assert wggw._string_of(parameters["keyid"]) == given.key_id
+        assert wggw._string_of(parameters.get("keyid")) == given.key_id
     with contextlib.suppress(wggw.Unauthorized):
         list(wggw.digested(digest, ()))
     authenticator = wggw.Authenticator({"default": "k" * 32}, 60, lambda: 1e9)
