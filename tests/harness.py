@@ -60,11 +60,15 @@ def reserve_port() -> socket.socket:
     """A port that is nobody else's until the socket is closed.
 
     It is bound and does not listen: the kernel gives its port to nobody who asks for any port, and
-    one who asks for this port gets it with SO_REUSEADDR.
+    one who asks for this port gets it with SO_REUSEADDR. It is bound to all addresses: a gateway on
+    all of them fails if somebody has the port on one.
     """
-    reserved = socket.socket()
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    reserved = socket.socket(family)
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserved.bind(("127.0.0.1", 0))
+    if family == socket.AF_INET6:
+        reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    reserved.bind(("", 0))
     return reserved
 
 
