@@ -355,8 +355,8 @@ class GatewayError(Exception):
     status = 500
     key_id = "-"  # for the log: of the key that has signed the request, if its check raised this
 
-    def __init_subclass__(cls, status: int = 500) -> None:
-        cls.status = status
+    def __init_subclass__(cls, status: int | None = None) -> None:
+        cls.status = cls.status if status is None else status
 
     def __init__(self, detail: str, *, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(detail)
@@ -3381,7 +3381,7 @@ class AddressPool:
         self._fresh = 2  # the lowest fresh offset
         self._ahead: set[int] = set()  # used offsets above _fresh
         self._released: dict[int, int] = {}  # offset -> turn
-        # A heap of (turn, offset) of these. Entries, but never the first, may be stale: claimed.
+        # A heap of (turn, offset). The first is valid; others may be stale: claimed since.
         self._queue: list[tuple[int, int]] = []
         self._turn = 0  # of the latest release
         self.used = 0  # peers hold so many addresses, or changes in flight do
