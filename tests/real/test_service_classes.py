@@ -176,6 +176,7 @@ def of(answer: dict[str, Any]) -> set[str]:
     return {answer["assigned_ip"], answer["assigned_ipv6"]}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("case", CHOSEN)
 def test_a_peer_gets_its_rate_and_no_more(
     topology: Topology, client: Client, tunnel: Tunnel, case: tuple[str, int, int]
@@ -199,6 +200,7 @@ def test_a_peer_gets_its_rate_and_no_more(
     raise AssertionError((name, best))
 
 
+@pytest.mark.alone
 @pytest.mark.long
 def test_a_change_of_class_under_a_transfer_keeps_the_connection(
     topology: Topology, client: Client, tunnel: Tunnel
