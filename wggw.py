@@ -9,24 +9,29 @@ A request's path (server.Loop means: class Loop in the section server)
     A thread for each new connection does the TLS handshake and hands it to server.Loop, the one
     thread that owns rows and connections. The loop reads a head; http.Admission verifies its
     signature and finds the route; the body is decoded once, into frozen values. The rows answer a
-    read. gateway.Rules decides a change, which becomes a ledger.Flight; while its key is in flight
-    already, it waits for that landing. The ledger.Lander, another thread, takes all waiting
-    flights: it writes their records to the journal with one fsync, sends each interface one
-    message, and begins the next landing when the loop has changed the rows and answered.
+    read at once. A change of a peer waits while another change of that peer is on its way. Then
+    gateway.Rules decides it, and it becomes a ledger.Flight. The ledger.Lander, another thread,
+    lands all waiting flights together: it writes their records to the journal with one fsync, sends
+    each interface one message, and has the loop change the rows and answer. Then it begins the next
+    landing.
 
 A start's path
     The thread of server.Service listens (nothing but /healthz and /openapi.json is served yet),
     locks the files and the interfaces' names, loads the snapshot and replays the journal, claims
     the remote copy, sets the interfaces up, starts the lander, and makes the interfaces equal to
-    the rows. Until the lander starts, that thread owns the rows. A record on disk counts even if a
-    crash came before interface or rows had it: the start completes that unanswered change.
+    the rows. It owns the rows until the lander starts, and the loop from then on. A record on disk
+    counts even if a crash came before interface or rows had it: the start completes that unanswered
+    change.
 
 Who owns what
-    loop      rows, address pools, connections: nobody else touches them, so they have no lock.
+    loop      rows, address pools, connections: nobody else touches them, so they have no lock. It
+              lends a connection to a worker that reads a long body.
     lander    the interfaces and the journal's file. A worker may write the journal, too, while it
               holds Lander.turn.
     workers   threads of timers and of long requests: they read interfaces, decode desired states
-              and write snapshots. They reach the rows by run(), a few milliseconds at a time.
+              (the whole list of peers that a backend wants) and write snapshots. They have the loop
+              call functions on the rows, each for a few milliseconds, by Loop.run().
+    log       its thread writes the lines that all others queue, so that no reader delays them.
 
 Sections, each using only those above it (search for "# name:")
     constants, errors, config, values, crypto, addresses, journal and snapshot files, store, object
@@ -43,13 +48,14 @@ Laws
     3. An address becomes free only after the interface has dropped the peer. Addresses that were
        never used are assigned first, then the one that was released longest ago.
     4. Live changes and replay run through the same Store.apply_in_slices(). An acknowledged change
-       is never lost, and a refused one never reappears. One without an answer may be either.
+       is never lost (with DURABILITY=commit), and a refused one never reappears. One without an
+       answer may be either.
     5. The cost of a request about one peer does not depend on the number of peers.
     6. No request starts a process; no outside input ever reaches a shell.
     7. The gateway changes and removes only what it made: interfaces with its mark as their alias,
        the nftables tables `inet wggw` and `inet wggw_classes` with its mark as their comment, ufw
-       rules with the comment "wggw".
-       Besides, it turns forwarding on (and sets accept_ra for that), and never off.
+       rules with the comment "wggw". An operator can give it an interface by `wggw adopt`. It
+       also turns forwarding on, and sets accept_ra for that, and never turns it off.
 
 The files on disk
     DB_PATH            the snapshot: an ordinary SQLite database, replaced atomically. Table `meta`
@@ -74,7 +80,8 @@ The files on disk
     DB_PATH.sock       the Unix socket for commands on this host.
     DB_PATH.lock       is locked as long as a gateway uses these files. An abstract socket locks
                        each interface in the same way: see lock_interface().
-    DB_PATH.superseded a snapshot of the state that a start did not use: the files' or the copy's.
+    DB_PATH.superseded a snapshot of the state that a start did not use: these files' or the remote
+                       copy's.
     With SNAPSHOT_KEY set (AES-256-GCM, a key for each file by HKDF from a random salt):
                        the journal's first line has SALT and KEY-CHECK (hex) before its CRC, and a
                        line's JSON is base64 of a random nonce and what is sealed; the snapshot is a
@@ -3507,21 +3514,20 @@ class AddressPool:
 # ==================================================================================================
 # journal and snapshot files: lines, fsync, atomic replacement, sealed forms
 #
-# The journal holds the changes since the snapshot. One line is one landing of the ledger: all
-# records that the lander wrote together, with one checksum. A record's number is its place in the
-# history of the state. Numbers only grow, and a number is never used twice, even if its write
-# failed. The snapshot names the last record that it contains. A start loads the snapshot and
-# replays every journal line above that number.
+# The journal holds the changes since the snapshot. A record's number is its place in the history of
+# the state. Numbers only grow, and a number is never used twice, even if its write failed. The
+# snapshot names the last record that it contains. A start loads the snapshot and replays every
+# journal line above that number, except records that a later one declares void.
 #
-# A crash may tear a write. Each line names the last record that was known to be on disk when the
-# line was written. A bad line counts as torn, and is dropped, unless a good line behind it says
-# that the bad line's record was on disk. In that case acknowledged changes are damaged, and the
+# A crash may tear a write. A line with a wrong checksum is therefore dropped as torn, unless a good
+# line behind it says that the torn one was on disk. Then acknowledged changes are damaged, and the
 # start is refused (exit 3).
 #
-# After a failed write or fsync nothing is added to the file. Its bad line is removed, and nothing
-# is acknowledged until there is a fresh snapshot with a new journal. That snapshot's number is at
-# least the bad line's, so a line that could not be removed never counts afterwards. fsync is never
-# retried: the kernel may have dropped the pages.
+# After a failed write or fsync nothing is added to the file. The line of that write is removed, and
+# changes are refused until there is a fresh snapshot with a new journal, which a timer's worker
+# tries to write each second. That snapshot's number is at least the failed line's, so a line that
+# could not be removed never counts afterwards. fsync is never retried: the kernel may have dropped
+# the pages.
 #
 # The holder of Lander.turn writes the journal, and the holder of Files.writing the snapshot.
 # Never here: what a record means.
@@ -4023,16 +4029,12 @@ def _open_snapshot(data: bytes, vault: Vault | None, name: str) -> bytes:
 
 
 # ==================================================================================================
-# store: the rows. Schema, records, the one apply(), replay, the snapshot's image
+# store: the rows. Schema, records, the one way to apply them, replay, the snapshot's image
 #
 # The rows say what is on disk and on the interfaces. They live in a SQLite database in memory.
-# Every change of them is a Record, and only apply_in_slices() puts records into rows, for requests
-# that landed, the replay of a journal, imports and the boot from a copy. Only the owner of the rows
-# calls it. remember(), at a start, needs no record.
-#
-# A Store has parts that share its database: Counts and Released, which every change keeps up to
-# date, and Configurations, Feeds and Queries, which read. Files brings a Store from the disk and
-# writes it there.
+# Every change of a peer is a Record, and only apply_in_slices() puts records into rows: for
+# requests that landed, and for the replay of a journal from the disk or from the remote copy. Only
+# the owner of the rows calls it.
 #
 # SQLite makes the JSON of a page, a feed or a single peer with CONFIGURATION_SQL. What does not
 # come from the rows, such as the gateway's key, comes as a View, which Configurations keeps in
@@ -5779,15 +5781,15 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
 # newest snapshot. An entry is a snapshot, a segment (the records behind the entry before it), or a
 # fence.
 #
-# A writer continues the epoch before its own if that has the same lineage, and ends it in any case.
-# If it has no entries, the writer goes back to the first epoch that has some: whoever put them had
-# ended all epochs before that one.
+# A new writer ends the epoch before its own. It continues that epoch's state if the lineages match.
+# If that epoch has no entries, the writer goes back to the newest one that has some; the epochs
+# before it need no look, because its writer has ended them.
 #
 # A new writer looks at the newest epoch, decides whether it can go on from there, claims the next
 # epoch, and then reads the previous epoch's entries once more, up to the first missing one. A start
-# that is refused has only looked, and disturbs nobody, unless what came between look and claim is
-# the reason. An entry that the old writer adds after the second reading would be lost, so the old
-# writer must learn that it was replaced:
+# that is refused has only looked, so it disturbs nobody, unless the reason came up after the look.
+# An entry that the old writer adds after the second reading would be lost, so the old writer must
+# learn that it was replaced:
 #   * If the store has conditional PUTs (S3's If-None-Match), the new writer puts a fence at the
 #     missing position. The old writer puts its entries conditionally, too. So only one of them
 #     gets the position, and a writer that does not get it knows that it was replaced.
@@ -5797,7 +5799,7 @@ def open_object_store(config: Config, clock: Callable[[], float]) -> ObjectStore
 #     two writers claim one epoch at the same moment, the later PUT wins. The writer whose claim was
 #     overwritten stops, and leaves a note for the other one (the object N-WRITER-rival).
 # A writer repeats an upload whose answer was lost with the same bytes, so it does not matter how
-# often and when they arrive. Only the removal of what replaced epochs held depends on clocks.
+# often and when they arrive. Only the deletion of replaced epochs' objects depends on clocks.
 #
 # A replaced writer learns it at its next upload. It copies no more, and goes on serving; with
 # SNAPSHOT_FENCE it refuses changes. What it had not copied is only in its own files.
@@ -8411,8 +8413,8 @@ def open_backend(mode: str, link: Link) -> Backend:
 # ClassTable has the rules of the service classes. ClassedBackend wraps an interface's backend and
 # puts the addresses of its peers into the sets of their classes.
 #
-# Host reads what is there. FIT and NETWORK, at the end, are the tables of checks that go by it.
-# Never here: policy. The gateway decides which peers there should be.
+# Host reads what is there. FIT and NETWORK, at the end, are the tables of checks that use it.
+# Never here: policy.
 # ==================================================================================================
 
 TABLE = "inet wggw"
@@ -9716,30 +9718,30 @@ def refuse_misfits(findings: Iterable[Finding]) -> None:
 # the table of what is in flight, and the lander
 #
 # A Flight is a change that was decided: its record, the changes of the interfaces, the keys that it
-# concerns, the addresses that it takes and frees. The order is always record, interface, rows:
+# concerns, the addresses that it takes and frees. A desired state is one flight. Its landing:
 #
 #   1. The lander takes all waiting flights, numbers their records, writes them as one line and
 #      syncs it. If that fails, neither interface nor rows have the change: the flights are refused
-#      (503), and no change is accepted before a fresh snapshot has been written. Only the repair
-#      of an interface goes on, as it needs no disk.
+#      (503), and so are all changes until a fresh snapshot has been written. Only the repair of an
+#      interface goes on, as it needs no disk.
 #   2. Each interface gets one message. If that fails, the lander tries each flight alone, refuses
-#      those that fail, and writes a record that declares their records void. The gateway then
-#      reconciles the interface.
+#      those that fail, and writes and syncs a record that declares their records void. A timer's
+#      worker then makes the interface equal to the rows.
 #   3. The owner of the rows (the loop) applies the records, returns addresses to their pools, and
-#      answers the requests that waited. Only then the lander begins the next landing.
+#      answers the requests that waited. Only then does the lander begin the next landing.
 #
 # So no row ever changes back, the rows hold only what is on disk and on the interface, and a reader
-# waits for neither. A request about a key in flight is decided after the landing. A flight also
-# waits while its userspace interface is being read, and all decisions wait for an import. The
-# gateway refuses a flight only when its record cannot reappear: step 1 removed the line, or step 2
-# declared it void. If that failed, nobody knows what a restart will find: the connection ends
-# without an answer (OutcomeUnknown), and no change is decided before there is a fresh snapshot.
-# A defect during a landing has the same effect, except that only a restart ends it.
+# waits for neither. A change of a key in flight is decided after that landing. A flight also waits
+# while its userspace interface is being read, and all decisions wait for an import. A flight is
+# refused only when its record cannot reappear: step 1 removed the line, or step 2 declared it void.
+# If neither succeeded, nobody knows what a restart will find: the connection ends without an answer
+# (OutcomeUnknown), and changes are refused until there is a fresh snapshot. A defect during a
+# landing has the same effect, except that only a restart ends it.
 #
 # Threads: rows, pools and the Ledger, the table of what is in flight, belong to the owner; other
-# threads reach them by `run(function)`. Only the Lander's thread changes interfaces. It takes
-# `turn` at the beginning of a landing, and the owner releases it at the end. A worker holds it
-# while it changes the journal or the service classes.
+# threads reach them by `run(function)`. After the start only the Lander's thread changes
+# interfaces. It takes `turn` at the beginning of a landing, and the owner releases it at the end. A
+# worker holds it while it changes the journal or the service classes.
 # Never here: rules, and sockets of clients.
 # ==================================================================================================
 
@@ -10484,10 +10486,9 @@ def run_in_slices(run: Run, work: Iterator[Any]) -> None:
 # gateway: rules, desired states and imports, interfaces as projections of the rows, limits, and the
 # facade that http uses
 #
-# A rule returns a peer as fields want it, or raises a refusal; it changes nothing. The difference
-# becomes a flight of the ledger. Rules run as the owner of the rows. Workers do the long work (the
-# reading of an interface, a desired state, an import, a snapshot), and use the rows by `run`, a few
-# milliseconds at a time.
+# A rule returns the peer that the fields ask for, or raises a refusal; it changes nothing. The
+# difference becomes a flight of the ledger. Rules run as the owner of the rows. Workers do the long
+# work: the reading of an interface, a desired state, an import, a snapshot.
 # Never here: SQL and HTTP.
 # ==================================================================================================
 
@@ -14291,19 +14292,19 @@ def render_response(
 # ==================================================================================================
 # server: the loop, which owns the rows and all connections; handshakes, limits, timers, signals
 #
-# One thread, the loop, owns rows, pools and connections, so that none of them needs a lock. In each
-# round it waits for sockets, calls the functions that other threads have posted, reads requests,
-# answers or decides them, sends answers, and passes the flights of this round to the lander.
-# Nothing in it may block or take longer than a few milliseconds: long work runs in slices, or in
-# its own thread, which asks for slices by Loop.run().
+# In each round the loop waits for sockets, calls the functions that other threads have posted,
+# reads requests, answers or decides them, sends answers, and passes the flights of this round to
+# the lander. Nothing in it may block or take longer than a few milliseconds: long work runs in
+# slices, or in its own thread, which asks for slices by Loop.run().
 #
 # Commands on this host connect to a Unix socket, where the loop accepts them if the kernel names
-# root or our user as the caller. Server's thread accepts all others, from allowed addresses only.
-# The loop makes room for each, and a thread of its own does the TLS handshake within a deadline and
-# hands the connection to the loop. A thread takes it back to read a long body, and returns it with
-# the answer. While a request waits for its answer, the loop reads only what fits into the buffer: a
-# client that does not read its answers gets no further answers. One that sends many requests or TLS
-# records without waiting has a few requests answered and a few KiB read, then others have a turn.
+# root or our user as the caller. A thread of class Server accepts all others, from allowed
+# addresses only. The loop closes an idle connection if there are too many, and a thread of its own
+# does the TLS handshake within a deadline and hands the connection to the loop. A worker borrows it
+# to read a long body, and returns it with the answer. While a request waits for its answer, the
+# loop reads no more than a buffer of what the client sends. A client that does not read its answers
+# gets no further ones. One that sends many requests or TLS records without waiting has a few
+# requests answered and a few KiB read, then others have a turn.
 #
 # Once a second the loop looks for connections whose deadline has passed. So a deadline costs a
 # request one assignment, and any number of idle connections wakes nobody; each deadline is up to
@@ -16235,7 +16236,7 @@ def look_at_answer(ask: Callable[[], tuple[int, bytes]], start: str) -> Iterator
 # (it has a routed subnet, or no address) carries the reason, and notes name other lines that are
 # not used. The API verifies the fields, not the readers. Nothing of a file is executed; a SQLite
 # file is read in memory. All of this runs in the command's own process.
-# Never here: requests, and the decision what to do with the peers.
+# Never here: requests, and deciding what to do with the peers.
 # ==================================================================================================
 
 
