@@ -16298,40 +16298,49 @@ _KNOWN_LINES = frozenset((*_OTHER_LINES, *_AWG_LINES, *_PEER_LINES, *_UNUSED_PEE
 
 
 def read_wg_file(text: str) -> FoundState:
-    """Read a wg-quick file. Names of lines may have any case. A comment above a peer, or one inside
-    that looks like "name = ...", becomes the peer's label. Raises ValueError."""
+    """Read a wg-quick file. Names of lines may have any case. Raises ValueError.
+
+    A peer's label is the comment above it, or above one of its lines. A comment "name = ..." wins
+    over others, and may also be directly below them.
+    """
     blocks: dict[str, dict[str, list[str]]] = {}  # the lines of each peer by its place
-    labels: dict[str, str] = {}
+    labels: dict[str, _Label] = {}
+    better = functools.partial(max, key=lambda label: label.rank)  # the first one of equal rank
     notes: list[str] = []
     parameters: dict[str, str] = {}
-    section = place = next_label = ""
+    section = place = ""
+    above, is_apart = _Label(), False  # the comment above this line; whether a line before is empty
     for number, line in enumerate(text.split("\n"), 1):
         content, _, comment = (part.strip() for part in line.partition("#"))
-        name = _name_in(comment)
+        label = _label_in(comment)
         key, separator, value = (part.strip() for part in content.partition("="))
         if content.startswith("["):
             section, place = content.lower(), f"line {number}"
             if section not in ("[interface]", "[peer]"):
                 raise ValueError(f"line {number}: neither [Interface] nor [Peer]")
             if section == "[peer]":
-                blocks[place], labels[place] = {}, name or next_label
-            next_label = ""
+                blocks[place], labels[place] = {}, better(label, above)
+            above, is_apart = _Label(), False
         elif not content:
-            if section == "[peer]" and _NAME_LINE.fullmatch(comment):
-                labels[place] = name
+            is_apart = is_apart or not line.strip()
+            if section == "[peer]" and label.rank == 2 > labels[place].rank and not is_apart:
+                labels[place] = label
             else:
-                next_label = name or next_label
+                above = better(label, above)
         elif not section or not separator:
             raise ValueError(f"line {number}: not a line of a WireGuard configuration file")
-        elif section == "[peer]":
-            blocks[place].setdefault(key.lower(), []).append(value)
-        elif key.lower() in _AWG_LINES:
-            parameters[_AWG_LINES[key.lower()]] = value
-        elif key.lower() not in _SERVER_LINES:
-            notes.append(f"line {number}: the gateway does not use {key[:40]}")
+        else:
+            if section == "[peer]":
+                blocks[place].setdefault(key.lower(), []).append(value)
+                labels[place] = better(labels[place], above)
+            elif key.lower() in _AWG_LINES:
+                parameters[_AWG_LINES[key.lower()]] = value
+            elif key.lower() not in _SERVER_LINES:
+                notes.append(f"line {number}: the gateway does not use {key[:40]}")
+            above, is_apart = _Label(), False
     if not section:
         raise ValueError("it has neither [Interface] nor [Peer]")
-    peers = [_peer_of_lines(place, lines, labels[place]) for place, lines in blocks.items()]
+    peers = [_peer_of_lines(place, lines, labels[place].text) for place, lines in blocks.items()]
     if parameters:
         parsed = Obfuscation(**awg_values(parameters))
         shared = {name: show_awg_value(getattr(parsed, name)) for name in AWG_SHARED}
@@ -16345,8 +16354,13 @@ def read_wg_file(text: str) -> FoundState:
     return FoundState("WireGuard configuration file", peers, notes)
 
 
-def _name_in(comment: str) -> str:
-    """The peer's name in a comment, without the marks that some programs add, or "".
+class _Label(NamedTuple):
+    text: str = ""
+    rank: int = 0  # 1 of a comment, 2 of a line like "name = ..."
+
+
+def _label_in(comment: str) -> _Label:
+    """The peer's name in a comment, without the marks that some programs add.
 
     A line that was commented out is no name: it may hold a client's private key.
     """
@@ -16355,14 +16369,16 @@ def _name_in(comment: str) -> str:
     is_known = is_line and line_name.strip().lower() in _KNOWN_LINES
     is_section = text.lower().startswith(("[interface]", "[peer]"))
     if is_known or is_section or _KEY.search(text):
-        return ""
+        return _Label()
     match = _NAME_LINE.fullmatch(text)
-    if match:
-        return match[1].strip()
     word, _, rest = text.partition(" ")
-    if word.lower() in ("begin", "begin_peer"):
-        return rest.strip()
-    return "" if word.lower() in ("end", "end_peer") else text
+    if match:
+        text = match[1].strip()
+    elif word.lower() in ("begin", "begin_peer"):
+        text = rest.strip()
+    elif word.lower() in ("end", "end_peer"):
+        text = ""
+    return _Label(text, (2 if match else 1) if text else 0)
 
 
 def _peer_of_lines(place: str, lines: Mapping[str, Sequence[str]], name: str) -> FoundPeer:

@@ -199,9 +199,28 @@ def test_key_that_is_no_text_is_a_reason() -> None:
     assert peer.reason == "its public_key is not a text"
 
 
-def test_name_belongs_to_one_peer() -> None:
-    text = "# one\n[Peer]\nPublicKey = a\n[Peer]\nPublicKey = b\n"
-    assert [p.fields.get("label") for p in wggw.read_foreign(text.encode()).peers] == ["one", None]
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("# one\n[Peer]\n{a}[Peer]\n{b}", ["one", None]),
+        ("[Peer]\n# one\n{a}\n[Peer]\n# two\n{b}", ["one", "two"]),  # linuxserver's image
+        ("[Peer]\n{a}\n[Peer]\n# two\n{b}", [None, "two"]),
+        ("# Name: one\n[Peer]\n{a}\n# Name: two\n[Peer]\n{b}", ["one", "two"]),
+        ("# Name: one\n[Peer]\n{a}# Name: two\n[Peer]\n{b}", ["one", "two"]),
+        ("[Peer]\n{a}\n# Name: two\n[Peer]\n{b}", [None, "two"]),
+        ("[Peer]\n{a}# Name: one\n\n[Peer]\n{b}# Name: two\n", ["one", "two"]),
+        (
+            "# ID: 1\n# Name: one\n# Update at: noon\n[Peer]\n{a}\n"  # wireguard-ui
+            "# ID: 2\n# Name: two\n# Update at: noon\n[Peer]\n{b}",
+            ["one", "two"],
+        ),
+        ("[Interface]\n# of the office\nMTU = 1400\n[Peer]\n{a}[Peer]\n{b}", [None, None]),
+    ],
+)
+def test_name_belongs_to_one_peer(text: str, labels: list[str | None]) -> None:
+    lines = {name: f"PublicKey = {name}\nAllowedIPs = 10.8.0.2\n" for name in "ab"}
+    peers = wggw.read_foreign(text.format(**lines).encode()).peers
+    assert [peer.fields.get("label") for peer in peers] == labels
 
 
 def test_list_that_the_api_gave_is_taken_back() -> None:
