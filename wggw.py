@@ -5491,7 +5491,10 @@ class Files:
         self.snapshot_bytes = os.stat(self.path).st_size
 
     def read_snapshot(self) -> tuple[float, int, bytes]:
-        """The snapshot on disk: when it was written, its number, its image. Raises OSError."""
+        """The snapshot on disk: when it was written, its number, its image.
+
+        Raises OSError, and DamagedError.
+        """
         with self.writing:
             written, number = self.snapshot_time, self.snapshot_number
             data = Path(self.path).read_bytes()
@@ -6440,7 +6443,7 @@ def read_state(entries: Sequence[Entry]) -> Store:
 
 def totals_since(files: Files, since: int) -> tuple[float, int, list[TrafficRow]]:
     """When the snapshot was written (Unix seconds), its number, and the totals of its peers with a
-    handshake since `since`. Raises OSError.
+    handshake since `since`. Raises OSError, and DamagedError.
     """
     written, number, image = files.read_snapshot()
     query = f"{_TRAFFIC} WHERE last_handshake >= ? ORDER BY id"
@@ -6673,8 +6676,10 @@ class Copier:
         except CopyTaken as error:
             self._taken, self._failure = error, str(error)
             self.on_taken(str(error))
-        except (CopyError, ConfigError, OSError) as error:
+        except (CopyError, StartError, OSError) as error:
             text = _reason(error) if isinstance(error, OSError) else str(error)
+            if isinstance(error, DamagedError):  # the rest of its text is about a start
+                text = text.split(". ")[0]
             if text != self._failure:
                 LOG.error("remote copy: %s", text)
             self._failure = text

@@ -1276,6 +1276,28 @@ def test_a_disk_that_the_copy_cannot_write_is_named(
         start.begin()
 
 
+def test_a_snapshot_that_was_damaged_while_running_is_told_until_the_next_one(
+    tmp_path: Path,
+) -> None:
+    objects = MemoryObjects()
+    with Node(tmp_path, objects) as node:
+        node.put(a_peer(1))
+        node.tick()
+        node.put(a_peer(2))
+        node.save()
+        whole = (tmp_path / "db").read_bytes()
+        (tmp_path / "db").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        node.tick()
+        state = node.copier.state()
+        assert state.lag_records == 1
+        assert f"{tmp_path}/db: at byte" in str(state.failure)
+        assert "The gateway does not start" not in str(state.failure)
+        node.save()
+        node.tick()
+        assert node.copier.state().failure is None
+        assert copied(objects, tmp_path) == node.state
+
+
 def test_a_stop_waits_for_what_the_timer_does_with_the_copy(tmp_path: Path) -> None:
     objects = MemoryObjects()
     with Node(tmp_path, objects) as node:
