@@ -963,6 +963,48 @@ def test_old_epochs_are_removed_a_day_after_they_were_replaced(tmp_path: Path) -
         assert copied(objects, tmp_path) == node.state
 
 
+@pytest.mark.parametrize("ahead", [10.0, 1e9])
+def test_another_nodes_clock_that_is_ahead_neither_hastens_nor_prevents_a_removal(
+    tmp_path: Path, ahead: float
+) -> None:
+    objects = MemoryObjects()
+    for name, now in (("a", 1e9), ("ahead", 1e9 + ahead), ("b", 1e9)):
+        with Node(tmp_path / name, objects, now=now) as node:
+            node.put(a_peer(1))
+            node.tick()
+    for passed in (0.0, DAY / 2):
+        node.now = 1e9 + passed
+        sweep(node)
+        assert left_of(objects, 1) and left_of(objects, 2)
+    node.now = 1e9 + DAY
+    sweep(node)
+    assert not left_of(objects, 1) and not left_of(objects, 2) and left_of(objects, 3)
+
+
+def test_a_start_finds_the_copy_although_the_clock_of_its_rival_was_set_back(
+    tmp_path: Path,
+) -> None:
+    """Its claim arrives when the rival has a snapshot; it still needs the epoch before theirs."""
+    objects = MemoryObjects(checks=False)
+    with Node(tmp_path / "old", objects, now=1e9) as node:
+        node.put(a_peer(1))
+        node.tick()
+        expected = node.state
+    put, rivals = objects.put, list[Node]()
+
+    def put_late(name: str, content: bytes, create: bool = False) -> bool:
+        objects.put = put  # type: ignore[method-assign]
+        rivals.append(Node(tmp_path / "rival", objects, now=1e9 + 60))
+        rivals[0].tick()
+        rivals[0].now = 1e9
+        sweep(rivals[0])
+        return put(name, content)
+
+    objects.put = put_late  # type: ignore[method-assign]
+    with Node(tmp_path / "new", objects, now=1e9) as node, rivals[0]:
+        assert node.state == rivals[0].state == expected
+
+
 def test_many_starts_leave_nothing_that_a_later_one_does_not_remove(tmp_path: Path) -> None:
     """However short the runs are: each one goes on where the one before it ended."""
     objects, now = MemoryObjects(), 1e9
