@@ -5876,7 +5876,7 @@ def unpack(name: str, data: bytes | None, vault: Vault | None) -> tuple[dict[str
         payload = inflater.decompress(body, MAX_SNAPSHOT)
         if not inflater.eof or inflater.unused_data:
             raise ValueError("it is cut off or too large")
-    except (ValueError, TypeError, KeyError, zlib.error) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, zlib.error) as error:
         raise CopyDamaged(f"{name} is damaged: {error}") from None
     about.pop("size", None)
     return about, payload
@@ -5952,6 +5952,7 @@ def _claim_in(name: str, data: bytes | None, vault: Vault | None) -> Claim:
         if (
             all(isinstance(text, str) for text in texts)
             and all(isinstance(number, int) for number in (claim.epoch, claim.time))
+            and 0 <= claim.time <= MAX_TIME
             and re.fullmatch("([0-9]{8}-.+)?", claim.previous)
             and int(claim.previous[:8] or 0) < claim.epoch
             and (not name.startswith("claim-") or name == _claim_name(claim.epoch))
@@ -6161,7 +6162,7 @@ class Epochs:
                 return Entry("fence", 0)
             if about["at"] == name:
                 return Entry(about["kind"], int(about["number"]), payload, name)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             pass
         raise CopyDamaged(f"{name} is not what was put there")
 

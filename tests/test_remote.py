@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import random
 import re
 import threading
@@ -1385,9 +1386,9 @@ def test_what_no_boot_would_read_is_not_copied(
 @pytest.mark.parametrize(
     "change",
     [
-        {"epoch": "2"}, {"epoch": 1}, {"epoch": 2.5}, {"time": None}, {"writer": None},
-        {"lineage": 3}, {"node": []}, {"previous": 7}, {"previous": "00000002-ffff"},
-        {"previous": "x"}, {"more": 1},
+        {"epoch": "2"}, {"epoch": 1}, {"epoch": 2.5}, {"time": None}, {"time": 1 << 60},
+        {"writer": None}, {"lineage": 3}, {"node": []}, {"previous": 7},
+        {"previous": "00000002-ffff"}, {"previous": "x"}, {"more": 1},
     ],
 )  # fmt: skip
 def test_a_claim_that_no_gateway_puts_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -1517,10 +1518,14 @@ def test_no_object_of_a_copy_is_more_than_an_error(tmp_path: Path) -> None:
     data = wggw.pack({"kind": "segment"}, b"payload", None)
     assert wggw.unpack("x", data, None) == ({"kind": "segment"}, b"payload")
     wrong = [data[:end] for end in range(len(data))]
+    wrong += [wggw.pack({"seal": seal}, b"", None) for seal in (5, None, [], "\ud800")]
     wrong += [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(len(data))]
     for text in wrong:
         with pytest.raises(CopyDamaged):
             wggw.unpack("x", text, None)
+    about = {"kind": "segment", "at": "x", "number": math.inf}
+    with pytest.raises(CopyDamaged):
+        Epochs(MemoryObjects(), None, "", time.time)._decode("x", wggw.pack(about, b"", None))
 
 
 def test_with_a_key_nothing_unsealed_is_believed(tmp_path: Path) -> None:
