@@ -5977,7 +5977,7 @@ class Epochs:
         self.objects = objects
         self._vault = vault
         self._node = node
-        self.clock = clock
+        self._clock = clock
         self._content = b""  # the bytes of the claim or of the pending entry
         self._time: int | None = None  # of the claim: a repeated one must have the same bytes
         self._position = 1  # of the next entry
@@ -6019,7 +6019,7 @@ class Epochs:
         if self.claim is not None and self.claim == newest:
             return self.claim
         if self._time is None:
-            self._time = int(self.clock())
+            self._time = int(self._clock())
         previous = newest.prefix if newest else ""
         return Claim(top + 1, self.writer, lineage, self._node, self._time, previous)
 
@@ -6292,7 +6292,7 @@ class Epochs:
         with contextlib.suppress(CopyDamaged):
             after = ours if epoch + 1 == ours.epoch else self.read_claim(epoch + 1)
             # Our claim is the newest, whatever the clock of another node said.
-            if self.clock() - min(after.time, ours.time) < COPY_SWEEP_SECONDS:
+            if self._clock() - min(after.time, ours.time) < COPY_SWEEP_SECONDS:
                 return False
             claim, manifest = self._head(self.read_claim(epoch).prefix)
             if claim.lineage == ours.lineage:
@@ -6325,7 +6325,7 @@ class Backlog:
 
     def __init__(self, limit: int, number: int = 0, now: float = 0.0) -> None:
         self.begin = self._last = number
-        self._begun: float | None = now  # since when the copy lacks changes up to `begin`
+        self._begun: float | None = now  # monotonic: since then it lacks changes up to `begin`
         self._limit, self._bytes = limit, 0
         self._records: list[tuple[float, Written]] = []  # each with the time when it came
         self._lock = threading.Lock()
@@ -6511,12 +6511,11 @@ class Copier:
         self.epochs = epochs
         self._store = store
         self._files = files
-        self._clock = epochs.clock
         self._snapshot = snapshot  # writes a local one if something changed
         self._config = config
         self.on_taken: Callable[[str], None] = LOG.error
         self._taken: CopyTaken | None = None
-        self._backlog = Backlog(COPY_BACKLOG, now=self._clock())
+        self._backlog = Backlog(COPY_BACKLOG, now=time.monotonic())
         self._contained = {epochs.writer: MAX_INTEGER}  # see Files.keep_writers()
         self._attached = False  # whether boot() is done: we have an epoch
         self.found_nothing = False  # no gateway ever wrote a copy
@@ -6537,7 +6536,7 @@ class Copier:
         since = self._backlog.lacking_since(self._number)
         if since is not None:
             records = max(0, self._store.number - number)
-            seconds = round(max(0.0, self._clock() - since), 3)
+            seconds = round(time.monotonic() - since, 3)
         epoch, holder = (claim.epoch, claim.node) if claim else (0, "")
         holder = self._taken.holder if self._taken else holder
         traffic = remote.requests, remote.bytes_sent, remote.bytes_received
@@ -6650,10 +6649,10 @@ class Copier:
         """
         if self._attached:
             self._files.keep_writers(self._contained)
-        self._backlog = Backlog(COPY_BACKLOG, self._store.number, self._clock())
+        self._backlog = Backlog(COPY_BACKLOG, self._store.number, time.monotonic())
         pause = self._random.uniform(0, self._config.snapshot_copy_interval)
         self._next_try = time.monotonic() + pause
-        return lambda records: self._backlog.add(records, self._clock())
+        return lambda records: self._backlog.add(records, time.monotonic())
 
     # --- while running ---------------------------------------------------------------------------
 

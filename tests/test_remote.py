@@ -282,10 +282,13 @@ class Watch:
         self.objects.fail_at, self.objects.until, self.objects.calls = failing, until, calls
 
 
-def test_a_gateway_that_never_rests_is_not_taken_for_one_far_behind(tmp_path: Path) -> None:
+def test_a_gateway_that_never_rests_is_not_taken_for_one_far_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A change during each upload: the copy lacks one record all the time, and never for long."""
-    objects = MemoryObjects()
-    with Node(tmp_path, objects, now=1000.0) as node:
+    objects, now = MemoryObjects(), 1000.0
+    monkeypatch.setattr(wggw.time, "monotonic", lambda: now)
+    with Node(tmp_path, objects) as node:
         numbers = itertools.count(1)
         keep = objects.put
 
@@ -296,16 +299,29 @@ def test_a_gateway_that_never_rests_is_not_taken_for_one_far_behind(tmp_path: Pa
         objects.put = put_while_a_peer_comes  # type: ignore[method-assign]
         node.put(a_peer(next(numbers)))
         for _ in range(100):
-            node.now += 2
+            now += 2
             node.tick()
             state = node.copier.state()
             assert state.lag_records > 0 and state.lag_seconds <= 4, state
         objects.fail_at, objects.until = objects.calls, objects.calls + 100
         for _ in range(3):
-            node.now += 100
-            node.copier._next_try = 0.0
+            now += 100
             node.tick()
         assert node.copier.state().lag_seconds >= 300
+
+
+@pytest.mark.parametrize("step", [-3600.0, 3600.0])
+def test_a_clock_that_is_set_changes_nothing_in_how_far_the_copy_is_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(wggw.time, "monotonic", lambda: now)
+    with Node(tmp_path, MemoryObjects(), now=1e9) as node:
+        node.tick()
+        node.put(a_peer(1))
+        now += 30
+        node.now += 30 + step
+        assert node.copier.state().lag_seconds == 30
 
 
 def test_few_objects_lie_in_the_store_and_a_boot_reads_few(
