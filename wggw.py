@@ -5979,7 +5979,6 @@ class Epochs:
         self._node = node
         self._clock = clock
         self._content = b""  # the bytes of the claim or of the pending entry
-        self._time: int | None = None  # of the claim: a repeated one must have the same bytes
         self._position = 1  # of the next entry
         self._snapshots: list[tuple[int, int]] = []  # positions and numbers, the newest last
         self._announced = 0  # how many of them the manifests have named
@@ -6014,14 +6013,13 @@ class Epochs:
     def propose(self, top: int, newest: Claim | None, lineage: str) -> Claim:
         """The claim that take() would put: for the epoch above `top`. The store stays as it is.
 
-        If `newest` is our own claim, whose answer was lost, it stays.
+        If our own claim was put, and the answer was lost, it stays: it may still arrive.
         """
-        if self.claim is not None and self.claim == newest:
+        previous, now = newest.prefix if newest else "", int(self._clock())
+        claim = Claim(top + 1, self.writer, lineage, self._node, now, previous)
+        if self.claim is not None and self.claim in (newest, claim._replace(time=self.claim.time)):
             return self.claim
-        if self._time is None:
-            self._time = int(self._clock())
-        previous = newest.prefix if newest else ""
-        return Claim(top + 1, self.writer, lineage, self._node, self._time, previous)
+        return claim
 
     def take(self, claim: Claim) -> None:
         """Put a proposed claim. The caller then reads the epoch before it to the end.

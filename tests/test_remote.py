@@ -1145,6 +1145,27 @@ def test_numbers_that_were_given_again_are_not_taken_for_what_is_in_the_files(
         assert superseded(tmp_path / "a") == own
 
 
+def test_a_claim_has_the_time_of_its_put_however_long_the_start_waited_for_the_copy(
+    tmp_path: Path,
+) -> None:
+    """Else the epoch before, which ended at that moment, would be a day old at once."""
+    objects, now = MemoryObjects(), 1e9
+    with Node(tmp_path / "a", objects, now=now) as node:
+        node.put(a_peer(1))
+        node.tick()
+    name = "00000001-" + node.copier.epochs.writer + "-00000001"
+    entry = objects.objects.pop(name)
+    files = Files(str(tmp_path / "db"), "commit", FakeDisk())
+    epochs = Epochs(objects, None, "b", lambda: now)
+    copier = Copier(epochs, Store(), files, lambda: None, CONFIG)
+    with pytest.raises(CopyDamaged):
+        copier.boot(lambda state: None)
+    now += 2 * DAY
+    objects.objects[name] = entry
+    copier.boot(lambda state: None)
+    assert epochs.read_claim(2).time == now
+
+
 def test_a_claim_that_arrives_late_is_no_other_gateways(tmp_path: Path) -> None:
     """Its upload had no answer, so it was repeated; time went on in between."""
     objects, late = MemoryObjects(checks=False), list[bytes]()
