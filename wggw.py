@@ -6730,7 +6730,8 @@ class Copier:
     def _put_snapshot(self) -> None:
         self._snapshot()
         written, number, image = self._files.read_snapshot()
-        if number >= self._number:  # else the rows lag behind the records: wait for the next tick
+        # Else the rows lag behind the records, or the disk refused it: wait for the next tick.
+        if number >= max(self._number, self._backlog.begin):
             self._done(self.epochs.append(Entry("snapshot", number, image)))
             self._snapshot_time = written
             self._next_totals = time.monotonic() + self._config.snapshot_interval

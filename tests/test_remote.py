@@ -552,6 +552,23 @@ def test_what_is_too_much_for_the_backlog_is_copied_by_a_snapshot(
         assert copied(objects, tmp_path) == node.state
 
 
+def test_a_snapshot_that_the_local_disk_refuses_is_not_copied_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw, "COPY_BACKLOG", 2000)
+    objects = MemoryObjects()
+    with Node(tmp_path, objects) as node:
+        node.tick()
+        node.put(*map(a_peer, range(1, 41)))
+        sent, node.copier._snapshot = objects.bytes_sent, lambda: None
+        for _ in range(3):
+            node.tick()
+        assert objects.bytes_sent == sent and node.copier.state().lag_records == 1
+        node.copier._snapshot = node.save
+        node.tick()
+        assert copied(objects, tmp_path) == node.state
+
+
 def test_the_backlog_is_bounded_and_without_gaps() -> None:
     backlog, number = Backlog(1000), 0
     backlog.above(0)
