@@ -16225,8 +16225,10 @@ def look_at_answer(ask: Callable[[], tuple[int, bytes]], start: str) -> Iterator
     elif rest:
         yield Finding("API", f"status {status}: {rest}", log, True)
     if failure := copy.get("failure") or next((r for r in reasons if "remote copy" in r), ""):
-        todo = "see that the store of SNAPSHOT_URL is reachable and accepts its credentials"
-        if "taken it over" in failure:
+        todo = log
+        if re.search(r"\b(GET|PUT|DELETE) ", failure):
+            todo = "see that the store of SNAPSHOT_URL is reachable and accepts its credentials"
+        elif "taken it over" in failure:
             todo = "stop this gateway, or systemctl restart wggw to continue from the other's copy"
         yield Finding("remote copy", ": ".join(filter(None, (lag, failure))), todo, True)
     elif copy:

@@ -117,14 +117,25 @@ def test_answer_says_how_the_gateway_is(
     assert words in found.found
 
 
-@pytest.mark.parametrize("failure", [None, "connection refused"])
-def test_remote_copy_says_how_far_it_is_behind(failure: str | None) -> None:
+STORE = "see that the store of SNAPSHOT_URL is reachable and accepts its credentials"
+
+
+@pytest.mark.parametrize(
+    ("failure", "todo"),
+    [
+        (None, ""),
+        ("PUT claim-00000001: connection refused", STORE),
+        ("waiting for the remote copy: GET claim-00000001: status 403", STORE),
+        ("No space left on device", "see the gateway's log: journalctl -u wggw"),
+    ],
+)
+def test_remote_copy_says_how_far_it_is_behind(failure: str | None, todo: str) -> None:
     copy = {"number": 7, "lag_records": 2, "lag_seconds": 1.5, "failure": failure}
     body = {"status": "healthy", "total_peers": 3, "reasons": [], "remote_copy": copy}
     _, found = wggw.look_at_answer(lambda: (200, json.dumps(body).encode()), "start it")
     assert found.subject == "remote copy"
     assert found.found.startswith("2 records and 1.5 s behind")
-    assert (found.failed, bool(found.todo)) == (bool(failure), bool(failure))
+    assert (found.failed, found.todo) == (bool(failure), todo)
 
 
 def test_database_whose_files_are_replaced_meanwhile_is_good(
