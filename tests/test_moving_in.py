@@ -405,6 +405,19 @@ def test_refused_peers_are_told_and_the_exit_code_says_so(gateway: GatewayProces
     assert done.stdout.endswith("done: 0 created, 0 existed, 1 refused\n")
 
 
+def test_a_disabled_client_that_is_active_here_is_told(gateway: GatewayProcess) -> None:
+    """An import that was interrupted may have created it, and not suspended it yet."""
+    disabled = next(p.fields for p in read("wg-easy.json").peers if p.fields["status"] != "active")
+    key = disabled["public_key"]
+    assert gateway.client().create(key, assigned_ip=disabled["assigned_ip"]).status == 200
+    for status, told in (("active", True), ("suspended", False)):
+        done = command(gateway, str(FILES / "wg-easy.json"), "--merge")
+        assert peers_of(gateway)[key]["status"] == status and done.returncode == 0
+        assert (f"{key[:8]} exists with another status, and stays" in done.stderr) == told
+        operations = [{"op": "suspend", "public_key": key}]
+        gateway.client().send("POST", f"{PEERS}batch", {"operations": operations})
+
+
 def test_dry_run_promises_nothing_that_is_then_refused(gateway: GatewayProcess) -> None:
     assert gateway.client().create(KEYS[0], assigned_ip="10.8.0.2").status == 200
     good = {"public_key": KEYS[1], "status": "suspended", "nonsense": 1}
