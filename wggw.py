@@ -6565,8 +6565,12 @@ class Copier:
         here, there = self._store.lineage, newest.lineage if newest else ""
         if here == NO_LINEAGE or (mine and not here):
             here = there  # no local snapshot holds the lineage yet
-        elif newest and not here and self._store.number:
-            here = "unknown, of an older version"
+        elif there and not here and self._store.number and there != self._config.snapshot_lineage:
+            raise ConfigError(
+                "SNAPSHOT_URL: the copy is not of the files here, which an older version wrote, "
+                f"without a lineage. Set SNAPSHOT_LINEAGE={there} to boot from that copy, or start "
+                "once without SNAPSHOT_URL, which gives the files a lineage to set instead"
+            )
         lineage = choose_lineage(here, there, self._config)
         claim = self.epochs.propose(top, newest, lineage)
         choose = functools.partial(self._choose, own, lineage, check)

@@ -949,6 +949,23 @@ def test_the_own_lineage_is_put_over_another_when_asked_for_by_name(tmp_path: Pa
         assert copied(objects, tmp_path) == node.state
 
 
+def test_files_of_an_older_version_have_no_lineage_to_choose(tmp_path: Path) -> None:
+    objects, _, there = two_lineages(tmp_path)
+    with Node(tmp_path / "old") as node:
+        node.put(a_peer(3))
+        node.store.lineage = ""
+        node.save()
+    with pytest.raises(ConfigError, match="start once without SNAPSHOT_URL") as told:
+        Node(tmp_path / "old", objects)
+    for lineage in re.findall("SNAPSHOT_LINEAGE=(.*?) to", str(told.value)):
+        assert lineage == there
+        load_config({**BASE, "SNAPSHOT_LINEAGE": lineage})
+        wanted = dataclasses.replace(CONFIG, snapshot_lineage=lineage)
+        with Node(tmp_path / "old", objects, config=wanted) as node:
+            assert node.state == {a_peer(1)}
+    assert superseded(tmp_path / "old") == {a_peer(3)}
+
+
 def test_a_lineage_stays_for_life(tmp_path: Path) -> None:
     objects = MemoryObjects()
     lineages = set()
