@@ -16191,7 +16191,7 @@ def _look_at_database(host: Host) -> tuple[Finding, Store]:
         if host.is_served:
             moved = f"mkdir damaged && mv {shlex.join(there)} damaged/"
             todo = f"the running gateway has the whole state, and writes these files anew: {moved}"
-        return wrong(str(error), todo)
+        return wrong(str(error).split(". ")[0], todo)  # the rest is what to do before a start
     except StartError as error:
         return wrong(str(error), "change the setting that it names")
     except OSError as error:

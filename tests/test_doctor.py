@@ -157,6 +157,18 @@ def test_database_whose_files_are_replaced_meanwhile_is_good(
     world.close()
 
 
+def test_a_damaged_file_of_a_running_gateway_is_told_without_what_a_start_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw.Host, "is_served", True)
+    path = tmp_path / "wireguard.db"
+    path.write_bytes(b"damaged")
+    config = wggw.load_config({"GATEWAY_API_KEY": "k" * 16, "DB_PATH": str(path)}, os.devnull)
+    finding, _ = wggw._look_at_database(wggw.Host(config, wggw.Store()))
+    assert finding.found == f"{path}: at byte 0: this is not a snapshot"
+    assert finding.todo.startswith("the running gateway has the whole state")
+
+
 @pytest.mark.parametrize(
     ("error", "todo", "words"),
     [
