@@ -442,16 +442,16 @@ class ConfigError(StartError):
 
 
 class DamagedError(StartError):
-    """Snapshot or journal is damaged: the text names the file, the offset, the fault, what to do.
+    """Snapshot or journal is damaged. The text says what to do, too, when that refuses a start.
 
-    `found` is the fault alone, for the caller who sent the file.
+    `found` is the fault alone, for the caller who sent the file; `fault` also names the file.
     """
 
     code = 3
 
-    def __init__(self, text: str, found: str = "") -> None:
-        super().__init__(text)
-        self.found = found or text
+    def __init__(self, name: str, found: str, todo: str) -> None:
+        self.found, self.fault = found, f"{name}: {found}"
+        super().__init__(self.fault + todo)
 
 
 DEFECT = "an internal error: the gateway's log names its place in the code"
@@ -3796,10 +3796,11 @@ def _unreadable(name: str, error: OSError) -> StartError:
 
 def _damaged(name: str, offset: int, found: str) -> DamagedError:
     return DamagedError(
-        f"{name}: at byte {offset}: {found}. The gateway does not start, so that no acknowledged "
-        "change is lost unnoticed, and it has changed nothing. `wggw check` inspects the files; "
-        "`wggw check --repair` saves what it can read into new ones",
+        name,
         f"at byte {offset}: {found}",
+        ". The gateway does not start, so that no acknowledged change is lost unnoticed, and it "
+        "has changed nothing. `wggw check` inspects the files; `wggw check --repair` saves what it "
+        "can read into new ones",
     )
 
 
@@ -5402,14 +5403,17 @@ class Files:
             self._note_snapshot(store.number, os.stat(self.path).st_mtime)
             if file is None and store.journaled:
                 raise DamagedError(
-                    f"{journal.path}: the journal is missing, although the snapshot has one: "
-                    "restore it, or let `wggw check --repair` continue without it"
+                    journal.path,
+                    "the journal is missing, although the snapshot has one",
+                    ": restore it, or let `wggw check --repair` continue without it",
                 )
         elif (file and (file.landings or file.after)) or os.path.exists(self.path + ".previous"):
             raise DamagedError(
-                f"{self.path}: the snapshot is missing, but a journal or an older snapshot exists, "
-                "so this is no new installation: restore the snapshot, or let "
-                "`wggw check --repair` make one, or move the other files away to begin empty"
+                self.path,
+                "the snapshot is missing, but a journal or an older snapshot exists, so this is no "
+                "new installation",
+                ": restore the snapshot, or let `wggw check --repair` make one, or move the other "
+                "files away to begin empty",
             )
         try:
             if file is not None and file.columns:
@@ -6437,8 +6441,10 @@ def read_state(entries: Sequence[Entry]) -> Store:
     try:
         snapshot, *segments = entries
         return open_state(snapshot.payload, segments, name=snapshot.name)
-    except (DamagedError, ValueError) as error:
-        raise CopyDamaged(str(error).split(". ")[0]) from None  # `wggw check` is for files
+    except DamagedError as error:
+        raise CopyDamaged(error.fault) from None
+    except ValueError as error:
+        raise CopyDamaged(str(error)) from None
 
 
 def totals_since(files: Files, since: int) -> tuple[float, int, list[TrafficRow]]:
@@ -6681,8 +6687,8 @@ class Copier:
             self.on_taken(str(error))
         except (CopyError, StartError, OSError) as error:
             text = _reason(error) if isinstance(error, OSError) else str(error)
-            if isinstance(error, DamagedError):  # the rest of its text is about a start
-                text = text.split(". ")[0]
+            if isinstance(error, DamagedError):
+                text = error.fault
             if text != self._failure:
                 LOG.error("remote copy: %s", text)
             self._failure = text
@@ -16191,7 +16197,7 @@ def _look_at_database(host: Host) -> tuple[Finding, Store]:
         if host.is_served:
             moved = f"mkdir damaged && mv {shlex.join(there)} damaged/"
             todo = f"the running gateway has the whole state, and writes these files anew: {moved}"
-        return wrong(str(error).split(". ")[0], todo)  # the rest is what to do before a start
+        return wrong(error.fault, todo)
     except StartError as error:
         return wrong(str(error), "change the setting that it names")
     except OSError as error:
@@ -18111,7 +18117,7 @@ def salvage(files: Files) -> Store:
         try:
             store = load_snapshot(path, files.vault)
         except DamagedError as error:
-            print(f"not used: {str(error).split('. ')[0]}")
+            print(f"not used: {error.fault}")
         else:
             print(f"used: {path}, record {store.number}")
             break
@@ -18119,7 +18125,7 @@ def salvage(files: Files) -> Store:
         try:
             file = read_journal(path, files.vault, salvage=True)
         except DamagedError as error:
-            print(f"not used: {str(error).split('. ')[0]}")
+            print(f"not used: {error.fault}")
             continue
         if file is not None:
             before = store.number
