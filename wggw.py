@@ -9021,21 +9021,38 @@ def ufw_rules(config: Config, tunnels: Sequence[InterfaceSettings]) -> list[str]
     ]
 
 
-def compare_ufw(shown: str, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The rules that `ufw show added` lacks, and those of ours in it that are not wanted."""
+# What ufw replaces when a new rule is the same as an old one in all else.
+UFW_REPLACED = re.compile(r"\b(?:allow|deny|reject|limit)\b|\blog(?:-all)?\b| comment '.*'$")
+
+
+def compare_ufw(shown: str, wanted: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """The rules that `ufw show added` lacks, those of ours in it that are not wanted, and those of
+    somebody else in the place of a wanted one that do not let everything through.
+
+    A wanted rule whose place somebody else's has is not lacking: adding it would replace theirs.
+    """
+
+    def place(rule: str) -> list[str]:
+        return UFW_REPLACED.sub("", rule).split()
+
     mark = f" comment '{UFW_MARK}'"
     lines = [line.removeprefix("ufw ") for line in shown.splitlines() if line.startswith("ufw ")]
     ours = [line.removesuffix(mark) for line in lines if line.endswith(mark)]
-    missing = [rule for rule in wanted if rule not in (*ours, *lines)]
-    return missing, [rule for rule in ours if rule not in wanted]
+    places = [place(rule) for rule in wanted if rule not in ours]
+    theirs = [line for line in lines if not line.endswith(mark) and place(line) in places]
+    taken = [place(line) for line in theirs]
+    missing = [rule for rule in wanted if rule not in ours and place(rule) not in taken]
+    against = [line for line in theirs if not re.match(r"(?:route )?allow ", line)]
+    return missing, [rule for rule in ours if rule not in wanted], against
 
 
 def align_ufw(shown: str, wanted: Sequence[str]) -> Iterator[str]:
     """Add the rules that are missing, and then remove those of ours that are not wanted.
 
-    A rule that somebody else has made stays theirs. Yields each change. Raises BackendError.
+    A rule that somebody else has made stays theirs. Yields each change, and what stays. Raises
+    BackendError.
     """
-    missing, surplus = compare_ufw(shown, wanted)
+    missing, surplus, against = compare_ufw(shown, wanted)
     for rule in missing:
         run_tool("ufw", *rule.split(), "comment", UFW_MARK)
         yield f"ufw: {rule}"
@@ -9043,6 +9060,8 @@ def align_ufw(shown: str, wanted: Sequence[str]) -> Iterator[str]:
         before, _, words = rule.rpartition("allow ")
         run_tool("ufw", *f"{before}delete allow {words}".split())
         yield f"ufw: {rule}: removed"
+    for rule in against:
+        yield f"ufw: {rule}: stays, because somebody else made it; it is against the gateway"
 
 
 # --- facts ----------------------------------------------------------------------------------------
@@ -9399,11 +9418,14 @@ def _look_at_classes(host: Host) -> Iterator[Finding]:
 def _look_at_ufw(host: Host) -> Iterator[Finding]:
     if host.ufw is None:
         return
-    missing, _ = compare_ufw(host.ufw, ufw_rules(host.config, host.tunnels))
+    missing, _, against = compare_ufw(host.ufw, ufw_rules(host.config, host.tunnels))
+    for rule in against:
+        todo = "remove it with `ufw delete`, and run `wggw net up`"
+        yield Finding("ufw", f"a rule of somebody else is against the gateway: {rule}", todo, True)
     if missing:
         text = f"these rules are missing: {'; '.join(missing)}"
         yield Finding("ufw", text, "run `wggw net up`", True)
-    else:
+    elif not against:
         yield Finding("ufw", "active, and has the gateway's rules")
 
 

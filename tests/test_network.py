@@ -103,7 +103,38 @@ ufw allow 443/tcp comment 'web'
 ufw route allow in on wg0 comment 'wggw'
 """
     wanted = ["allow 22/tcp", "allow 443/tcp", "allow 51820/udp"]
-    assert wggw.compare_ufw(shown, wanted) == (["allow 443/tcp"], ["route allow in on wg0"])
+    assert wggw.compare_ufw(shown, wanted) == ([], ["route allow in on wg0"], [])
+
+
+def test_a_rule_in_ufw_that_ours_would_replace_stays_theirs() -> None:
+    """ufw replaces action, logging and comment of a rule that is otherwise the same (0.36.2)."""
+    shown = """Added user rules (see 'ufw status' for running firewall):
+ufw allow log 51820/udp comment 'my vpn'
+ufw deny 8000/tcp
+ufw deny out 8000/tcp
+ufw route deny in on wg1
+"""
+    wanted = ["allow 51820/udp", "allow 8000/tcp", "route allow in on wg0"]
+    assert wggw.compare_ufw(shown, wanted) == (wanted[2:], [], ["deny 8000/tcp"])
+    assert wggw.compare_ufw("ufw route limit in on wg0 log\n", wanted)[2] == [
+        "route limit in on wg0 log"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "found"),
+    [
+        ("deny 8000/tcp", "WRONG: a rule of somebody else is against the gateway: deny 8000/tcp"),
+        ("allow 8000/tcp comment 'web'", "ok: active, and has the gateway's rules"),
+    ],
+)
+def test_net_show_names_a_rule_of_ufw_against_the_gateway(theirs: str, found: str) -> None:
+    host = wggw.Host(config(), wggw.Store())
+    ours = [f"ufw {rule} comment 'wggw'" for rule in wggw.ufw_rules(host.config, host.tunnels)]
+    shown = [line for line in ours if "8000" not in line]
+    host.__dict__["ufw"] = "\n".join([*shown, f"ufw {theirs}"])
+    (only,) = wggw._look_at_ufw(host)
+    assert f"{'WRONG' if only.failed else 'ok'}: {only.found}" == found
 
 
 def test_ufw_is_never_without_the_rule_that_a_new_one_replaces(
