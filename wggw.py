@@ -9054,8 +9054,14 @@ def align_ufw(shown: str, wanted: Sequence[str]) -> Iterator[str]:
     """
     missing, surplus, against = compare_ufw(shown, wanted)
     for rule in missing:
-        run_tool("ufw", *rule.split(), "comment", UFW_MARK)
-        yield f"ufw: {rule}"
+        try:
+            run_tool("ufw", *rule.split(), "comment", UFW_MARK)
+            yield f"ufw: {rule}"
+        except BackendError as error:
+            if "IPv6 support not enabled" not in str(error):
+                raise
+            todo = "set IPV6=yes in /etc/default/ufw, run `ufw reload` and `wggw net up`"
+            yield f"ufw: {rule}: not added, because ufw drops all IPv6: {todo}"
     for rule in surplus:
         before, _, words = rule.rpartition("allow ")
         run_tool("ufw", *f"{before}delete allow {words}".split())

@@ -158,6 +158,19 @@ def test_ufw_is_never_without_the_rule_that_a_new_one_replaces(
     assert calls == ["ufw show added", "ufw delete allow 8000/tcp"]  # also from an inactive one
 
 
+def test_ufw_without_ipv6_keeps_no_other_rule_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ufw(*command: str) -> str:
+        if "2001:db8::/64" in command:  # in the words of ufw 0.36.2 with IPV6=no
+            raise wggw.BackendError("ufw allow: status 1: ERROR: IPv6 support not enabled")
+        return ""
+
+    monkeypatch.setattr(wggw, "run_tool", ufw)
+    wanted = ["allow from 2001:db8::/64 to any port 8000 proto tcp", "route allow in on wg0"]
+    refused, added = wggw.align_ufw("", wanted)
+    assert refused.startswith(f"ufw: {wanted[0]}: not added, because ufw drops all IPv6: set IPV6")
+    assert added == f"ufw: {wanted[1]}"
+
+
 # --- what else blocks -----------------------------------------------------------------------------
 
 
