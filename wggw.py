@@ -8238,8 +8238,9 @@ def claim_links(links: Sequence[Link], recognise: Recognise) -> None:
     with contextlib.closing(Route()) as route:
         found = [find_own_link(route, link, recognise) for link in links]
         for link, present in zip(links, found, strict=True):
-            if present is not None:
+            if present is not None and present.alias != link.mark:
                 route.mark(link.name, link.mark)
+                LOG.warning("%s: is this gateway's, and gets its mark: %r", link.name, link.mark)
 
 
 def find_own_link(
@@ -9262,25 +9263,31 @@ def legacy_chains(chain: str) -> Iterator[ForeignChain]:
 # --- up and down ----------------------------------------------------------------------------------
 
 
-def make_interface(link: Link) -> str:
-    """Make the kernel's interface with addresses and MTU; the service sets its key and port.
+def make_interface(link: Link) -> Iterator[str]:
+    """Make the kernel's interface, or set it up; the service sets its key and port.
 
-    Returns what it did, "" if nothing. Raises BackendError.
+    Yields each change. Raises BackendError.
     """
-    try:
-        with contextlib.closing(Route()) as route:
-            made = not route.index(link.name)
-            if not made and link.kind == AWG_GENL_NAME:
-                return ""  # its MTU depends on parameters that only the service knows
+    with contextlib.closing(Route()) as route:
+        before = route.find(link.name)
+        if before is not None and link.kind == AWG_GENL_NAME:
+            return  # its MTU depends on parameters that only the service knows
+        try:
             hold_link(route, link, 0, make=True)
-            found = route.get(link.name)
-            was_up = not made and (found.mtu, found.is_up) == (link.mtu, True)
-            route.configure(link)
-            return "" if was_up else f"{link.name}: {'made' if made else 'set up'}"
-    except NetlinkError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return f"{link.name}: the kernel has no {link.kind}; `serve` starts a userspace one"
-        raise
+        except NetlinkError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            yield f"{link.name}: the kernel has no {link.kind}; `serve` starts a userspace one"
+            return
+        if before is None:
+            yield f"{link.name}: made"
+        found = route.get(link.name)
+        old = route.addresses(found.ifindex)
+        new = route.addresses(route.configure(link))
+        if (found.mtu, found.is_up) != (link.mtu, True):
+            yield f"{link.name}: MTU {link.mtu}, up"
+        yield from (f"{link.name}: {each}" for each in sorted(map(str, new - old)))
+        yield from (f"{link.name}: {each}: removed" for each in sorted(map(str, old - new)))
 
 
 def net_up(host: Host, links: Sequence[Link]) -> Iterator[str]:
@@ -9300,7 +9307,8 @@ def net_up(host: Host, links: Sequence[Link]) -> Iterator[str]:
         yield from align_ufw(host.ufw, ufw_rules(config, tunnels))
     yield from turn_on_forwarding(tunnels)
     if config.wg_backend in ("auto", "netlink"):
-        yield from filter(None, map(make_interface, links))
+        for link in links:
+            yield from make_interface(link)
 
 
 def net_down(

@@ -577,6 +577,30 @@ def test_down_can_keep_the_interfaces(host: Host) -> None:
 
 
 @pytest.mark.real
+def test_up_tells_each_change_of_an_interface(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A userspace interface, which a kernel's one is like here; the last time nothing is left."""
+    assert host.run("ip", "tuntap", "add", "dev", "wg0", "mode", "tun").returncode == 0
+    link = wggw.make_link(wggw.interface_settings(config())[0], b"")
+    monkeypatch.setattr(wggw, "find_own_link", lambda route, link, *_: route.find(link.name))
+
+    def told() -> list[str]:
+        with host.space.inside():
+            wggw.claim_links([link], wggw.recognise_none)
+            return list(wggw.make_interface(link))
+
+    addresses = ["wg0: 10.0.1.1/24", "wg0: fd42:4242:1::1/64"]
+    assert told() == ["wg0: MTU 1420, up", *addresses]
+    host.space.ip("address replace 10.9.9.1/24 dev wg0", "address del 10.0.1.1/24 dev wg0")
+    assert told() == [addresses[0], "wg0: 10.9.9.1/24: removed"]
+    host.space.ip("link set wg0 down")
+    assert told() == ["wg0: MTU 1420, up", addresses[1]]  # IPv6 addresses go with a link's end
+    assert told() == []
+    assert caplog.messages == [f"wg0: is this gateway's, and gets its mark: {link.mark!r}"]
+
+
+@pytest.mark.real
 def test_router_advertisements_are_still_heard_by_a_host_that_forwards(host: Host) -> None:
     host.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "router")
     accept = ("sysctl", "-n", "net.ipv6.conf.uplink.accept_ra")
