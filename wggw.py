@@ -9098,9 +9098,8 @@ class Host:
 
     @functools.cached_property
     def is_served(self) -> bool:
-        """Whether a gateway runs for these interfaces, in any process: see lock_interface()."""
-        names = Path("/proc/thread-self/net/unix").read_text("utf-8", "replace").splitlines()
-        return any(line.endswith(f"@{lock_name(self.tunnels[0].name)}") for line in names)
+        """Whether a gateway runs for these interfaces, in any process."""
+        return is_served(self.tunnels[0].name)
 
     @functools.cached_property
     def ufw(self) -> str | None:
@@ -9147,6 +9146,12 @@ class Host:
 def lock_name(interface: str) -> str:
     """The abstract socket that the gateway of an interface holds."""
     return f"wggw interface {interface}"
+
+
+def is_served(interface: str) -> bool:
+    """Whether a gateway runs with this as its first interface: see lock_interface()."""
+    names = Path("/proc/thread-self/net/unix").read_text("utf-8", "replace").splitlines()
+    return any(line.endswith(f"@{lock_name(interface)}") for line in names)
 
 
 class HeldPort(NamedTuple):
@@ -9322,6 +9327,9 @@ def net_down(
     ours, others = ([], []) if keep_interfaces else links_to_remove(mark, names, recognise)
     for found in ours:
         yield remove_interface(found)
+        if is_served(found.name):
+            todo = "stop it, such as with `systemctl stop wggw`, and run this again"
+            yield f"note: a gateway runs and makes {found.name} again: {todo}"
     for found in others:
         yield (
             f"{found.name} stays: it does not carry this gateway's mark, {mark!r}"

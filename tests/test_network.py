@@ -577,6 +577,25 @@ def test_down_can_keep_the_interfaces(host: Host) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("runs", [True, False])
+def test_down_says_that_a_gateway_which_runs_makes_its_interface_again(
+    host: Host, runs: bool
+) -> None:
+    host.settings.write_text(f"GATEWAY_API_KEY={API_KEY}\n")
+    host.settings.chmod(0o600)
+    assert host.run("ip", "tuntap", "add", "dev", "wg0", "mode", "tun").returncode == 0
+    alias = f"wggw {host.settings}"
+    assert host.run("ip", "link", "set", "dev", "wg0", "alias", alias).returncode == 0
+    with host.space.inside():
+        lock = wggw.lock_interface("wg0" if runs else "wg1")
+    with contextlib.closing(lock):
+        done = host.wggw("net", "down")
+    told = "wggw: wg0: removed\n" + runs * "wggw: note: a gateway runs and makes wg0 again: stop it"
+    assert (done.returncode, told in done.stdout) == (0, True), done.stdout
+    assert ("again" in done.stdout) == runs
+
+
+@pytest.mark.real
 def test_up_tells_each_change_of_an_interface(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
