@@ -18014,8 +18014,14 @@ def command_awg_rotate(arguments: argparse.Namespace) -> None:
 def command_net(arguments: argparse.Namespace) -> int:
     if arguments.action == "show":
         return report(look_at(NETWORK, Host(config_of(arguments), Store())))
+    lost: OSError | None = None
     for step in take_down(arguments) if arguments.action == "down" else bring_up(arguments):
-        print(f"wggw: {step}", flush=True)
+        try:
+            print(f"wggw: {step}", flush=True)
+        except OSError as error:  # nothing is left half done because nobody reads
+            lost = error
+    if lost is not None:
+        raise lost
     return 0
 
 

@@ -596,6 +596,25 @@ def test_down_says_that_a_gateway_which_runs_makes_its_interface_again(
 
 
 @pytest.mark.real
+def test_up_and_down_do_all_of_it_though_nobody_reads(host: Host) -> None:
+    host.settings.write_text(f"GATEWAY_API_KEY={API_KEY}\nWG_BACKEND=memory\n")
+    host.settings.chmod(0o600)
+
+    def net(action: str) -> None:
+        command = [*PROGRAM, "net", action, "--env-file", str(host.settings)]
+        done = host.run("sh", "-c", '"$@" >/dev/full', "sh", *command)
+        assert (done.returncode, done.stderr) == (1, "wggw: output: No space left on device\n")
+
+    net("up")
+    assert host.run("sysctl", "-n", "net.ipv6.conf.all.forwarding").stdout == "1\n"
+    assert host.run("ip", "tuntap", "add", "dev", "wg0", "mode", "tun").returncode == 0
+    alias = f"wggw {host.settings}"
+    assert host.run("ip", "link", "set", "dev", "wg0", "alias", alias).returncode == 0
+    net("down")
+    assert host.table() == ""
+
+
+@pytest.mark.real
 def test_up_tells_each_change_of_an_interface(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
