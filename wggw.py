@@ -16992,8 +16992,9 @@ def show_label(label: str | None) -> str:
 
 
 def complain(text: str) -> None:
-    """Write a line to standard error; nothing in it controls a terminal."""
-    print(show_label(text), file=sys.stderr)
+    """Write a line to standard error, if it takes one; nothing in it controls a terminal."""
+    with contextlib.suppress(OSError):
+        print(show_label(text), file=sys.stderr)
 
 
 class ApiClient:
@@ -18436,12 +18437,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:  # such as a full disk, or `wggw peers | head`
-        with contextlib.suppress(OSError):
-            if not isinstance(error, BrokenPipeError):
-                complain(f"wggw: {error.filename or 'output'}: {_reason(error)}")
-        # Python flushes once more at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            complain(f"wggw: {error.filename or 'output'}: {_reason(error)}")
         return 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # Python flushes once more at the exit, which must not change the code
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code or int(closed and arguments.run is not command_serve)
 
 

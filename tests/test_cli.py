@@ -524,7 +524,6 @@ ENDS = [(KeyboardInterrupt, 130), (BrokenPipeError, 1)]
 def test_no_command_ends_with_a_traceback(
     served: GatewayProcess, line: list[str], error: type[BaseException], code: int
 ) -> None:
-    """In a process of its own, because main() gives up its standard output."""
     program = (
         "import sys\nsys.path[:0] = [sys.argv.pop(1)]\nimport wggw\n"
         "def fail(*_):\n"
@@ -631,6 +630,8 @@ def test_a_closed_standard_output_is_exit_code_1(
         (["import", "-"], "<&-", 1, "wggw: cannot import standard input: it is empty\n"),
         (["top"], "<&-", 2, "wggw: `wggw top` needs a terminal"),
         (["peers"], "2>&-", 0, ""),
+        (["peer", "show", "nobody"], "2>/dev/full", 1, ""),
+        (["check", "--env-file", "nothing"], "2>/dev/full", 2, ""),
         (["peers"], ">/dev/full", 1, "wggw: output: No space left on device\n"),
         (["status"], ">/dev/full", 1, "wggw: output: No space left on device\n"),
         (["peer", "add", "x", "--set", "dns=" + 3000 * "["], "", 1, "dns: must be"),
