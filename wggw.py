@@ -18424,14 +18424,20 @@ def _sentence(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit code."""
-    closed = sys.stdout is None
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # otherwise the next file that is opened takes its place
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  to the end
+    # Otherwise the next file that is opened takes the place of a closed stream. Writing to a closed
+    # standard output fails, as it does on a full disk.
+    for name, mode, flags in (
+        ("stdin", "r", os.O_RDONLY),
+        ("stdout", "w", os.O_RDONLY),
+        ("stderr", "w", os.O_WRONLY),
+    ):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, flags)
+            setattr(sys, name, open(handle, mode, encoding="utf-8"))  # noqa: SIM115  to the end
     try:
         try:
             arguments = make_parser().parse_args(argv)
-            code = _run_command(arguments)
+            return _run_command(arguments)
         finally:  # after --help, too
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -18446,7 +18452,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stream.flush()
             except OSError:  # Python flushes once more at the exit, which must not change the code
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return code or int(closed and arguments.run is not command_serve)
 
 
 def _run_command(arguments: argparse.Namespace) -> int:
