@@ -17760,12 +17760,14 @@ def command_snapshot(arguments: argparse.Namespace) -> None:
     client = client_of(arguments)
     path, file = "/api/v1/snapshot", arguments.file
     if arguments.action == "export":
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise StartError(f"cannot write {file}: it is not a file, and export would replace it")
         with progress("snapshot export"):
             content = content_of(client, "GET", path)
         if arguments.decrypt:
             content = decode_snapshot(content, open_files(config_of(arguments)).vault, "the export")
         with naming(f"cannot write {file}"):
-            Disk().replace(file, [content])
+            Disk().replace(os.path.realpath(file), [content])  # a link such as /dev/stdout stays
         print(f"exported {len(content)} bytes to {file}")
         return
     data = read_data("@" + file)

@@ -653,3 +653,20 @@ def test_command_line_tells_what_was_refused(tmp_path: Path) -> None:
         gateway.stop()
         assert gateway.command("snapshot", "export", str(tmp_path / "file")).returncode == 1
         assert not (tmp_path / "file").exists()
+
+
+def test_an_export_replaces_files_only_and_no_link(gateway: GatewayProcess) -> None:
+    """Written by root, a file in the place of /dev/stdout or /dev/null would be the host's."""
+    pipe, link, file = (gateway.directory / name for name in ("pipe", "link", "file"))
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for name in (pipe, link):
+        done = gateway.command("snapshot", "export", str(name))
+        text = f"wggw: cannot write {name}: it is not a file, and export would replace it\n"
+        assert (done.returncode, done.stderr) == (1, text)
+    assert pipe.is_fifo() and link.is_symlink()
+    link.unlink()
+    link.symlink_to(file)
+    for _ in range(2):  # a link to nothing, too
+        assert gateway.command("snapshot", "export", str(link)).returncode == 0
+        assert link.is_symlink() and wggw.load_snapshot(str(file), None).lineage
