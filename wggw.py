@@ -16306,7 +16306,7 @@ def naming(action: str) -> Iterator[None]:
     """Say which action an error prevented. Raises StartError."""
     try:
         yield
-    except UnicodeEncodeError:  # _run_command() knows why
+    except (UnicodeEncodeError, http.client.InvalidURL):  # _run_command() knows why
         raise
     except (OSError, UnicodeError, http.client.HTTPException) as error:
         raise StartError(f"{action}: {_reason(error)}") from None
@@ -18464,10 +18464,11 @@ def _run_command(arguments: argparse.Namespace) -> int:
         if arguments.run is not command_serve:
             arguments.env_file = arguments.env_file or installed_settings()
         return arguments.run(arguments) or 0
-    except UnicodeEncodeError:  # bytes of an argument, or \ud800 in a file
+    # Bytes of an argument or \ud800 in a file; a blank in a URL or path.
+    except (UnicodeEncodeError, http.client.InvalidURL):
         failure = StartError(
             "an argument or a file has characters that cannot be sent: texts must be UTF-8, and a "
-            "path ASCII with %-escapes"
+            "URL or path ASCII with %-escapes"
         )
     except StartError as error:
         failure = error

@@ -188,6 +188,7 @@ def test_refused_request_is_exit_1_with_the_answer(
         (("GET", PEERS, "--url", "https://127.0.0.1:99999"), "99999"),
         (("GET", PEERS, "--url", "https://[::1"), "[::1"),
         (("GET", PEERS, "--url", "https://"), "https://"),
+        (("GET", PEERS, "--url", "https://a host:1"), "URL"),
         (("GET", PEERS, "--key-file", "missing"), "--key-file"),
         (("POST", PEERS, "--data", "@missing"), "missing"),
         (("GET", "/a b"), ""),

@@ -643,6 +643,7 @@ def test_a_closed_standard_output_is_exit_code_1(
             for words in (["peer", "show"], ["call", "GET"], ["call", "POST", "/", "--data"])
             for argument in (b"/\xff",)
         ),
+        (["call", "GET", "/a b"], "", 1, "a URL or path ASCII with %-escapes"),
         (["import", b"/\xff"], "", 1, "wggw: cannot read /?: No such file"),
         (["peer", "add", "x", "--set", 'dns="\\ud800"'], "", 1, "characters that cannot be sent"),
     ],
