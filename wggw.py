@@ -17793,8 +17793,7 @@ def command_import(arguments: argparse.Namespace) -> int:
         state = read_foreign(read_data("@" + arguments.file))
     except (ValueError, RecursionError) as error:
         raise StartError(f"cannot import {name}: {error}") from None
-    listed = list_peers(client, "&fields=public_key,status")
-    existing = {peer["public_key"]: peer["status"] for peer in listed}
+    existing = {peer["public_key"] for peer in list_peers(client, "&fields=public_key")}
     interfaces = answer_of(client, "GET", STATUS_PATH)["interfaces"]
     # Earlier versions do not tell their subnets, and then refuse such peers one by one.
     texts = [text for interface in interfaces for text in interface.get("subnets", {}).values()]
@@ -17814,9 +17813,9 @@ def command_import(arguments: argparse.Namespace) -> int:
     if not arguments.replace and arguments.dry_run:
         return would_add(client, fitting, existing)
     if not arguments.replace:
-        return add_peers(client, fitting, existing)
+        return add_peers(client, fitting)
     named = {str(peer.fields.get("public_key")) for peer in state.peers}
-    if lost := len(existing.keys() & named - {fields.get("public_key") for fields in fitting}):
+    if lost := len(existing & named - {fields.get("public_key") for fields in fitting}):
         print(f"{show_peers(lost)} of the gateway, left out here, will be deleted")
     answer = put_state(client, fitting, arguments.dry_run)
     counts = ", ".join(f"{answer[name]} {name}" for name in DesiredResult._fields)
@@ -17928,11 +17927,8 @@ def would_add(client: ApiClient, fitting: Sequence[Json], existing: Collection[s
     return int(refused > 0)
 
 
-def add_peers(client: ApiClient, fitting: Sequence[Json], existing: Mapping[str, str]) -> int:
-    """Create the peers that do not exist; exit code 1 when the gateway refused one.
-
-    `existing` has the status of each that does.
-    """
+def add_peers(client: ApiClient, fitting: Sequence[Json]) -> int:
+    """Create the peers that do not exist; exit code 1 when the gateway refused one."""
     counts = dict.fromkeys(("created", "existed", "refused"), 0)
     for start in range(0, len(fitting), MAX_BATCH // 2):
         # Half a batch: the limit of its body is then 2 KiB for each peer.
@@ -17947,14 +17943,13 @@ def add_peers(client: ApiClient, fitting: Sequence[Json], existing: Mapping[str,
             ]
             results += run_on_peers(client, "suspend", suspended)
         for peer, result in zip([*chunk, *suspended], results, strict=True):
-            if isinstance(result["status"], int):
+            status, differs = result["status"], [*result.get("differs", ())]
+            if isinstance(status, int):
                 counts["refused"] += 1
                 complain(f"{key_of(peer)} is refused: {result['detail']}")
-            elif result["status"] != "suspended":
-                counts["created" if result["status"] == "created" else "existed"] += 1
-            differs = list(result.get("differs", ()))
-            before = existing.get(str(peer.get("public_key")))
-            if before and peer.get("status", before) != before:
+            elif status != "suspended":
+                counts["created" if status == "created" else "existed"] += 1
+            if status == "exists" and peer.get("status") not in (None, result["peer_status"]):
                 differs.append("status")
             if names := ", ".join(differs):
                 complain(f"{key_of(peer)} exists with another {names}, and stays as it is")

@@ -367,6 +367,18 @@ def test_peers_outside_of_the_subnets_do_not_fit(
     assert peers_of(gateway).keys() == {KEYS[0]}
 
 
+def test_a_merge_names_a_status_that_is_not_the_files(gateway: GatewayProcess) -> None:
+    """Such as after a merge that ended between the creation of peers and their suspension."""
+    for key in KEYS[:2]:
+        assert gateway.client().create(key).status == 200
+    peers = [{"public_key": KEYS[0], "status": "suspended"}, {"public_key": KEYS[1]}]
+    peers.append({"public_key": a_key("new"), "status": "suspended"})
+    merged = command(gateway, "-", "--merge", given=json.dumps(peers).encode())
+    assert merged.stdout.endswith("done: 1 created, 2 existed, 0 refused\n")
+    short = wggw.short_key(KEYS[0])
+    assert merged.stderr == f"{short} exists with another status, and stays as it is\n"
+
+
 def test_peers_that_are_there_stay_with_merge_and_go_with_replace(gateway: GatewayProcess) -> None:
     file = str(FILES / "wg-easy.json")
     client = gateway.client()
