@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -47,6 +49,18 @@ def test_running_gateway_is_well_and_a_stopped_one_is_not(tmp_path: Path) -> Non
         assert f"WRONG  database: {tmp_path}/wireguard.db" in text
     finally:
         gateway.close()
+
+
+def test_a_user_without_the_right_to_ask_is_not_told_to_restart_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: socket.socket, place: str) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    ask = functools.partial(wggw.ApiClient(str(tmp_path / "db")).call, "GET", wggw.STATUS_PATH)
+    (found,) = wggw.look_at_answer(ask, "restart it")
+    assert (found.failed, found.todo) == (True, "") and found.found.endswith("run this with sudo")
 
 
 RENEWS = "systemctl reload wggw renews it, with the same key"
