@@ -826,7 +826,7 @@ uninstall() {
     run chown -R root:root "${kept[@]}"
     say "settings and data stay in ${kept[*]} (--purge removes them)"
   fi
-  say "removed"
+  [[ $dry_run ]] || say "removed"
 }
 
 main() {

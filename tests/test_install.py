@@ -472,6 +472,8 @@ def test_dry_run_of_the_service_shows_each_step(untouched: Machine) -> None:
     for step in ("useradd", "wggw.env", "install -D -m 755", "wggw.service", "systemctl enable"):
         assert step in shown, shown
     assert untouched.run("ls -d /etc/wggw /var/lib/wggw /usr/local/lib/wggw").returncode != 0
+    shown = untouched.output("./install.sh --uninstall --dry-run")
+    assert "+ take_down" in shown and "removed" not in shown, shown
 
 
 @pytest.mark.real
