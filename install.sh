@@ -317,7 +317,7 @@ make_settings() {
   [[ $key_file ]] || first=1
   undo+=("rm -f $ENV_FILE")
   choose_subnets
-  say "+ write $ENV_FILE (0600, with a random GATEWAY_API_KEY)"
+  say "+ write $ENV_FILE (0600, with ${key_file:+the GATEWAY_API_KEY of }${key_file:-a random GATEWAY_API_KEY})"
   [[ $dry_run ]] || write_settings
 }
 

@@ -471,6 +471,9 @@ def test_dry_run_of_the_service_shows_each_step(untouched: Machine) -> None:
     shown = untouched.output("./install.sh --dry-run --backend 192.0.2.0/24")
     for step in ("useradd", "wggw.env", "install -D -m 755", "wggw.service", "systemctl enable"):
         assert step in shown, shown
+    assert "with a random GATEWAY_API_KEY)" in shown
+    shown = untouched.output("./install.sh --dry-run --key-file install.sh")
+    assert "with the GATEWAY_API_KEY of install.sh)" in shown and "random" not in shown, shown
     assert untouched.run("ls -d /etc/wggw /var/lib/wggw /usr/local/lib/wggw").returncode != 0
     shown = untouched.output("./install.sh --uninstall --dry-run")
     assert "+ take_down" in shown and "removed" not in shown, shown
