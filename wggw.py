@@ -169,6 +169,7 @@ import textwrap
 import threading
 import time
 import tty
+import unicodedata
 import urllib.parse
 import zlib
 from collections.abc import (
@@ -17241,12 +17242,25 @@ class Screen(NamedTuple):
         lines = [line]
         if self.width:
             lines = textwrap.wrap(line, self.width, subsequent_indent=" " * indent)
-        return [self.paint(each, colour) for each in lines]
+        return [self._replace(width=0).paint(each, colour) for each in lines]
+
+
+def cells_of(text: str) -> int:
+    """How many columns of a terminal a text takes: many characters of Asia take two."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(each) in "WF" for each in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 
 
 def shorten(text: str, width: int) -> str:
-    """A text of at most `width` characters; the last one shows that something was cut."""
-    return text if len(text) <= width else text[: width - 1] + "…"
+    """A text of at most `width` columns; the last one shows that something was cut."""
+    if cells_of(text) <= width:
+        return text
+    text = text[: width - 1]
+    while cells_of(text) >= max(width, 1):
+        text = text[:-1]
+    return text + "…"
 
 
 COLOURS = {"good": "32", "bad": "1;31", "head": "1", "quiet": "2"}
@@ -17285,13 +17299,13 @@ def show_table(columns: Sequence[Column], rows: Sequence[Any], screen: Screen) -
     If the screen is too narrow, columns are dropped from the right: the most important is first.
     """
     shown = [[head, *map(cell, rows)] for head, _, cell in columns]
-    widths = [max(map(len, cells)) for cells in shown]
+    widths = [max(map(cells_of, cells)) for cells in shown]
     while screen.width and len(widths) > 1 and sum(widths) + 2 * len(widths) - 2 > screen.width:
         widths.pop()
     sides = [side for _, side, _ in columns]
     lines = [
         "  ".join(
-            cell.rjust(width) if side == ">" else cell.ljust(width)
+            f"{cell:{side}{width - cells_of(cell) + len(cell)}}"
             for cell, width, side in zip(cells, widths, sides, strict=False)
         )
         for cells in zip(*shown, strict=True)
@@ -17473,7 +17487,7 @@ SHORT_CELLS: dict[str, Callable[[Any], str]] = {  # where the long ones would lo
 def peer_lines(peers: Sequence[Json], screen: Screen) -> list[str]:
     columns = PEER_COLUMNS
     whole = show_table(columns, peers, Screen(0, 0, False))
-    if screen.width and max(map(len, whole)) > screen.width:
+    if screen.width and max(map(cells_of, whole)) > screen.width:
         columns = tuple((head, side, SHORT_CELLS.get(head, cell)) for head, side, cell in columns)
     return show_table(columns, peers, screen)
 

@@ -280,6 +280,22 @@ def test_a_peer_whose_file_could_not_be_written_is_deleted(
     assert listed["configurations"] == []
 
 
+@pytest.mark.parametrize("label", ["電話" * 30, "e\u0301" * 80, "plain"])
+def test_wide_and_combining_characters_keep_tables_in_line(label: str) -> None:
+    """The columns of a terminal are counted here as by wcwidth(3), for these characters."""
+
+    def columns(text: str) -> int:
+        return sum(0 if c == "\u0301" else 2 if c in "電話" else 1 for c in text)
+
+    table: tuple[wggw.Column, ...] = (("A", "<", str), ("B", ">", str), ("C", "<", lambda _: "|"))
+    lines = wggw.show_table(table, [label, "x"], wggw.Screen(0, 0, False))
+    assert len({columns(line) for line in lines}) == 1, lines
+    for width in (1, 2, 7, 40):
+        cut = wggw.shorten(label, width)
+        assert columns(cut) <= width and (cut == label) == (columns(label) <= width)
+        assert columns(cut) >= min(columns(label), width - 1) // 2  # combining ones may go early
+
+
 def test_peers_are_searched_and_limited(inside: Inside) -> None:
     def found(*arguments: str) -> list[str]:
         done = inside("peers", "--json", *arguments)
