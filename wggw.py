@@ -17714,6 +17714,7 @@ def whole_terminal() -> Iterator[None]:
     """Switch to the alternate screen and single key presses, and back whatever happens."""
     handle = sys.stdin.fileno()
     before = termios.tcgetattr(handle)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         tty.setcbreak(handle)
         sys.stdout.write("\x1b[?1049h\x1b[?25l")

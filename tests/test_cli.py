@@ -157,6 +157,15 @@ def test_peers_fit_the_terminal(served: GatewayProcess, columns: int) -> None:
     assert ("INTERFACE" in lines[0]) == (columns == 140)
 
 
+def test_top_leaves_the_terminal_as_it_was_when_it_is_ended(served: GatewayProcess) -> None:
+    with terminal(served, 80, "top") as screen:
+        wait_for(lambda: screen.text().count("\x1b[H"), 60, "the screen")
+        screen.process.terminate()
+        assert screen.end() == 128 + signal.SIGTERM
+        assert screen.text().endswith("\x1b[?25h\x1b[?1049l")
+        assert screen.modes_now() == screen.modes
+
+
 @pytest.mark.parametrize("columns", [80, 140])
 def test_top_refreshes_until_q_and_leaves_the_terminal_as_it_was(
     served: GatewayProcess, columns: int
