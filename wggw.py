@@ -17589,7 +17589,10 @@ def print_new_file(client: ApiClient, fields: Json | None = None, former_key: st
         lost = f"{error}. Without it nobody has the key"
         if fields is None:
             raise StartError(f"{lost}: run `wggw peer rotate {public}`") from None
-        answer_of(client, "DELETE", peer_path(public))
+        try:
+            answer_of(client, "DELETE", peer_path(public))
+        except StartError:
+            raise StartError(f"{lost}: run `wggw peer delete {public}`") from None
         raise StartError(f"{lost}, so the peer is deleted") from None
 
 

@@ -289,6 +289,25 @@ def test_a_peer_whose_file_could_not_be_written_is_deleted(
     assert listed["configurations"] == []
 
 
+def test_a_peer_whose_gateway_ends_before_its_file_is_there_is_named() -> None:
+    """The gateway ends after the create: neither the file nor the peer's deletion is possible."""
+
+    class Ending(wggw.ApiClient):
+        def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+            if method == "POST":
+                self.created = json.loads(body)["public_key"]
+                return 200, b"{}"
+            raise wggw.StartError("no gateway runs here")
+
+    client = Ending("wireguard.db")
+    with pytest.raises(wggw.StartError) as raised:
+        wggw.print_new_file(client, {"label": "laptop"})
+    assert str(raised.value) == (
+        "no gateway runs here. Without it nobody has the key: "
+        f"run `wggw peer delete {client.created}`"
+    )
+
+
 @pytest.mark.parametrize("label", ["電話" * 30, "e\u0301" * 80, "plain"])
 def test_wide_and_combining_characters_keep_tables_in_line(label: str) -> None:
     """The columns of a terminal are counted here as by wcwidth(3), for these characters."""
