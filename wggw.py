@@ -12131,8 +12131,9 @@ class Gateway(Core):
         if may_lack:
             news["feed"] = self.store.feeds.with_gap(self.clock())
         if news:
-            with contextlib.suppress(Unavailable):  # a full disk: the next start tries again
-                self.ledger.land(Flight(Record(settings=news)))
+            flight = Flight(Record(settings=news))
+            flight.needs_disk = False  # while the disk refuses it, so are the changes that need it
+            self.ledger.land(flight)
         self.limits.expire()  # or expired peers could connect until the first tick
         try:
             for tunnel in self.tunnels.values():

@@ -271,3 +271,23 @@ def test_a_subnet_that_does_not_hold_its_peers_is_refused_by_its_own_name(
         wggw.ConfigError, match="^AWG_IPV4_SUBNET 10.7.0.0/29: the ipv4 address on awg0"
     ):
         build(tmp_path, **moved)
+
+
+@pytest.mark.parametrize("calls", [("write",), ("write", "truncate")], ids=["refused", "unknown"])
+def test_parameters_of_a_start_without_a_disk_outlive_it(
+    tmp_path: Path, calls: tuple[str, ...]
+) -> None:
+    """AWG_INTERFACE was added while the disk was full: clients made later know them."""
+    build(tmp_path, WG_IPV4_SUBNET="10.0.0.0/29", WG_IPV6_SUBNET="").close()
+    world = World(tmp_path, **SETTINGS)
+    world.disk.fail(*calls, forever=True)
+    world.open()
+    assert world.gateway.degraded()
+    world.disk.heal()
+    world.gateway.lander.heal()
+    assert world.gateway.degraded() == []
+    create(world, 1, "awg0")
+    before = world.gateway.tunnels["awg0"].obfuscation
+    world.reopen()
+    assert world.gateway.tunnels["awg0"].obfuscation == before
+    world.close()
