@@ -9869,6 +9869,11 @@ def wait_for(run: Run, later: Later[_T]) -> _T:
     return answer.get()
 
 
+def _counted_by(peer: Peer) -> tuple[str, str, str]:
+    """While these values stay the same, a peer and its counters stay on its interface."""
+    return peer.public_key, peer.interface, peer.status
+
+
 class Flight(Later["GatewayError | None"]):
     """A change that has not landed yet. Its value is `error`: why it was refused, or None."""
 
@@ -9906,7 +9911,7 @@ class Flight(Later["GatewayError | None"]):
         for before, after in self.steps:
             was = wire_peer(before) if before and before.status == "active" else None
             now = wire_peer(after) if after and after.status == "active" else None
-            if before and was and (now is None or was.public_key != now.public_key):
+            if before and was and not (after and _counted_by(before) == _counted_by(after)):
                 self.changes[before.interface].append(Change(was.public_key, None))
             if after and now and was != now:
                 come.append((after.interface, Change(now.public_key, now)))
@@ -10674,11 +10679,6 @@ class _placed:  # in lower case because it is used like a function
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, GatewayError):
             error.detail = f"{self._place}: {error.detail}"
-
-
-def _counted_by(peer: Peer) -> tuple[str, str, str]:
-    """While these values stay the same, the interface keeps a peer's counters."""
-    return peer.public_key, peer.interface, peer.status
 
 
 NO_PEER = "no peer has this public key"

@@ -291,3 +291,18 @@ def test_parameters_of_a_start_without_a_disk_outlive_it(
     world.reopen()
     assert world.gateway.tunnels["awg0"].obfuscation == before
     world.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_peer_that_an_import_moves_is_gone_from_its_former_interface(
+    world: World, name: str
+) -> None:
+    """After a restart the newest peer's id is given again when that peer was deleted."""
+    create(world, 1, name)
+    data = world.gateway.export()
+    do(world.gateway, "delete", public_key=a_key(1))
+    world.reopen()
+    other = next(other for other in NAMES if other != name)
+    create(world, 1, other)
+    world.gateway.import_(data)
+    assert (held(world, name), held(world, other)) == ({a_key(1)}, set())
