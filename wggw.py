@@ -251,6 +251,7 @@ END_SECONDS = 4.3  # seconds for an orderly stop: it must end within 5
 DRAIN_SECONDS = 2.0  # of these, seconds for requests in flight,
 DRAIN_GRACE = 0.2  # seconds for requests that arrived before SIGTERM and are not read yet,
 STOP_SECONDS = 0.5  # seconds for each of the timers' jobs, the ledger and the remote copy,
+UNSURE_SAMPLES = 6  # after so many in a row that changes in flight blurred, one reads all peers
 LAST_SAMPLE_SECONDS = 1.0  # seconds for the last reading of the counters
 UNKNOWN_CLOCK_ERROR = 16.0  # seconds: adjtimex(2) reports no greater error
 CERTIFICATE_SECONDS = 3650 * 86400  # how long a certificate that the gateway makes is valid
@@ -9955,9 +9956,9 @@ class Tunnel:
     """An interface for peers, and the gateway's knowledge of it.
 
     Only the lander changes the interface, by project(), and workers read it. What they find
-    (`known`, `newborn`, `is_silent`, `must_set_up`, rates) is theirs; everything else here belongs
-    to the owner of the rows. `failure` is None, or says why the interface may differ from the rows.
-    `clients_key` is the public key that the configurations of its peers name.
+    (`known`, `unsure`, `newborn`, `is_silent`, `must_set_up`, rates) is theirs; everything else
+    here belongs to the owner of the rows. `failure` is None, or says why the interface may differ
+    from the rows. `clients_key` is the public key that the configurations of its peers name.
     """
 
     def __init__(
@@ -9978,6 +9979,7 @@ class Tunnel:
         self.failures = 0  # how often it failed
         self.must_set_up = False  # the interface itself failed, not only its peers
         self.known: set[int] = set()  # fingerprints of peers that a sample found to be right
+        self.unsure = 0  # how many samples in a row could not tell whether peers are missing
         self.newborn: set[bytes] = set()  # see Comparison.scrub()
         self.rx_bytes = self.tx_bytes = 0  # of its peers since the gateway's start
         self.sampled = (0.0, 0, 0)  # the last sample: monotonic time (0.0: none), these numbers
@@ -11524,6 +11526,7 @@ class Comparison:
         self._core, self._tunnel, self._touched = core, tunnel, touched
         self.reading = reading
         self._others: set[str] = set()  # keys that account() finds not to be as in the rows
+        self.is_unsure = False  # difference() found none, but touched peers may hide missing ones
 
     def repair(self) -> SyncResult:
         """Make the interface equal to the rows, then add its counters to the totals.
@@ -11609,20 +11612,25 @@ class Comparison:
         reading, touched = self.reading, self._touched
         if reading.device_differs(self._tunnel.link):
             return "its key, port or parameters are not ours"
-        stale = len(self._others & touched)
-        if len(self._others) > stale:
-            return f"somebody changed {show_peers(len(self._others) - stale)}"
+        if others := len(self._others - touched):
+            return f"somebody changed {show_peers(others)}"
         if len(touched) > READ_CHUNK:
-            return ""  # the next sample can count them
+            self.is_unsure = True
+            return ""
         store, name = self._core.store, self._tunnel.name
-        expected = self._core.run(
-            lambda: (
-                store.counts.peers[name, "active"] - len(store.queries.counted(name, list(touched)))
-            )
-        )
+
+        def expect() -> tuple[set[bytes], int]:
+            """The touched peers' keys, and how many other peers there should be."""
+            there = store.queries.counted(name, list(touched))
+            return set(map(decode_key, touched)), store.counts.peers[name, "active"] - len(there)
+
+        stale, expected = self._core.run(expect)
+        found = reading.peers - sum(s.peer.public_key in stale for _, s in reading.changed)
         # Touched peers may still be among the known ones, which makes the number too high.
-        if not expected <= reading.peers - stale <= expected + len(touched):
-            return f"it has {show_peers(reading.peers - stale)} instead of {expected}"
+        most = expected + min(len(stale), reading.peers - len(reading.changed))
+        if not expected <= found <= most:
+            return f"it has {show_peers(found)} instead of {expected}"
+        self.is_unsure = expected < most
         return ""
 
     def account(self) -> set[int] | None:
@@ -11794,10 +11802,12 @@ class Projection:
     @collector_off()
     def _sample(self, tunnel: Tunnel) -> None:
         scrubbing = bool(self._core.config.privacy_scrub)
-        with self._compared(tunnel, everything=scrubbing) as compared:
+        everything = scrubbing or tunnel.unsure >= UNSURE_SAMPLES
+        with self._compared(tunnel, everything) as compared:
             known = compared.account()
             tunnel.known = known or set()
             wrong = compared.difference()
+            tunnel.unsure = 0 if everything else (tunnel.unsure + 1) * compared.is_unsure
             if scrubbing and known is not None and not wrong:
                 compared.scrub()
         tunnel.rate()

@@ -235,6 +235,32 @@ def test_drift_is_found_also_under_steady_traffic(tmp_path: Path, kind: str) -> 
     world.close()
 
 
+def test_a_missing_peer_is_found_though_known_ones_change_in_each_sample(tmp_path: Path) -> None:
+    """A known peer is not decoded, so that nobody sees which of the counted ones changed."""
+    world = build(tmp_path)
+    for number in range(5):
+        do(world.gateway, "create", public_key=a_key(number))
+    world.gateway.projection.sample()
+    right = world.backend.peers
+    drifted(world, "missing peer")
+    assert world.backend.peers != right
+    read, labels = world.backend.read, itertools.count()
+
+    def busy(known: Any) -> wggw.Reading:
+        missing = right.keys() - world.backend.peers.keys()
+        with contextlib.suppress(wggw.Unavailable):  # while it is being repaired
+            key = min(right.keys() - missing)
+            do(world.gateway, "update", public_key=key, label=str(next(labels)))
+        return read(known)
+
+    world.backend.read = busy  # type: ignore[method-assign]
+    for _ in range(wggw.UNSURE_SAMPLES + 1):
+        world.gateway.projection.sample()
+    assert world.backend.peers == right
+    assert not world.gateway.degraded()
+    world.close()
+
+
 # --- counters that cannot be read -----------------------------------------------------------------
 
 
