@@ -4146,7 +4146,9 @@ _EXPIRED = " UNION ALL ".join(
 )
 
 _TIME = "strftime('%Y-%m-%dT%H:%M:%SZ', {}, 'unixepoch')"  # as rfc3339() writes it
-_ONLINE = "(p.status = 'active' AND coalesce(t.last_handshake, 0) > :online_since)"
+# A handshake that is as far ahead is from before the clock was set back.
+_RECENT = f"t.last_handshake > {{0}} AND t.last_handshake < {{0}} + {2 * ONLINE_SECONDS}"
+_ONLINE = f"(p.status = 'active' AND coalesce({_RECENT.format(':online_since')}, 0))"
 _OF_FAMILIES = (
     "json(CASE p.tunnel_traffic WHEN 'ipv4' THEN '[{0}]' WHEN 'ipv6' THEN '[{1}]' "
     "ELSE '[{0},{1}]' END)"
@@ -4912,9 +4914,9 @@ class Queries:
     def online(self, since: int) -> int:
         """How many active peers had a handshake after `since` (Unix seconds)."""
         row = self._db.execute(  # the literal comparison lets SQLite use the partial index
-            "SELECT count(*) FROM traffic t JOIN peers p ON p.id = t.id "
-            "WHERE t.last_handshake > 0 AND t.last_handshake > ? AND p.status = 'active'",
-            (since,),
+            "SELECT count(*) FROM traffic t JOIN peers p ON p.id = t.id "  # noqa: S608  names of this file
+            f"WHERE t.last_handshake > 0 AND {_RECENT.format(':since')} AND p.status = 'active'",
+            {"since": since},
         )
         return int(row.fetchone()[0])
 

@@ -253,3 +253,15 @@ def test_quotas_begin_anew_when_the_disk_works_again(world: World) -> None:
     world.gateway.lander.heal()
     at(world, DAY + 1)
     assert (state(world), used(world, PEER)) == (ACTIVE, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "online"), [(-181, False), (-179, True), (179, True), (181, False), (86400, False)]
+)
+def test_a_handshake_from_before_the_clock_was_set_back_keeps_nobody_online(
+    world: World, seconds: int, online: bool
+) -> None:
+    world.backend.move(PEER, 100, handshake=START + seconds)
+    world.gateway.projection.sample()
+    assert world.shown(PEER)["online"] is online
+    assert world.gateway.figures().online == online

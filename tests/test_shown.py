@@ -126,7 +126,7 @@ def expected(peer: wggw.Peer, totals: tuple[int, int, int] | None, sequence: int
             **wggw.show_parameters(STATE.parameters),
             **OWN_SHOWN[peer.obfuscation],
         },
-        "online": peer.status == "active" and handshake > 1_000_000,
+        "online": peer.status == "active" and 1_000_000 < handshake < 1_000_360,
         "last_handshake": when(handshake) if handshake else None,
         "rx_bytes": rx,
         "tx_bytes": tx,
