@@ -10729,7 +10729,7 @@ def set_link(
 
 def online_since(now: float) -> int:
     """A peer with a handshake after this time (Unix seconds) is online."""
-    return int(now) - ONLINE_SECONDS
+    return max(int(now) - ONLINE_SECONDS, 0)  # 0 is no handshake, also while the clock is at 1970
 
 
 # --- rules ----------------------------------------------------------------------------------------

@@ -265,3 +265,10 @@ def test_a_handshake_from_before_the_clock_was_set_back_keeps_nobody_online(
     world.gateway.projection.sample()
     assert world.shown(PEER)["online"] is online
     assert world.gateway.figures().online == online
+
+
+def test_without_a_handshake_nobody_is_online_while_the_clock_is_at_its_epoch(world: World) -> None:
+    sample(world, PEER, 100)
+    world.now = 100.0
+    assert world.shown(PEER)["online"] is False
+    assert world.gateway.figures().online == 0
