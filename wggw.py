@@ -252,6 +252,7 @@ DRAIN_SECONDS = 2.0  # of these, seconds for requests in flight,
 DRAIN_GRACE = 0.2  # seconds for requests that arrived before SIGTERM and are not read yet,
 STOP_SECONDS = 0.5  # seconds for each of the timers' jobs, the ledger and the remote copy,
 UNSURE_SAMPLES = 6  # after so many in a row that changes in flight blurred, one reads all peers
+SAMPLE_RETRY = 10.0  # seconds until a sample that failed is repeated, if SAMPLE_INTERVAL is longer
 LAST_SAMPLE_SECONDS = 1.0  # seconds for the last reading of the counters
 UNKNOWN_CLOCK_ERROR = 16.0  # seconds: adjtimex(2) reports no greater error
 CERTIFICATE_SECONDS = 3650 * 86400  # how long a certificate that the gateway makes is valid
@@ -11731,6 +11732,7 @@ class Projection:
         self._core = core
         self._limits = limits
         self.failure: str | None = None  # why the last sample is not complete
+        self._next_try = 0.0  # when supervise() repeats it (monotonic)
 
     @contextlib.contextmanager
     def _compared(self, tunnel: Tunnel, everything: bool) -> Iterator[Comparison]:
@@ -11796,7 +11798,7 @@ class Projection:
             _each(self._core.tunnels.values(), self._sample)
             self.failure = None
         except BackendError as error:
-            self.failure = str(error)
+            self.failure, self._next_try = str(error), time.monotonic() + SAMPLE_RETRY
             raise
         finally:
             self._limits.enforce_quotas()
@@ -11822,9 +11824,9 @@ class Projection:
             raise BackendError(f"{tunnel.name}: {show_peers(unreadable)} cannot be read")
 
     def supervise(self) -> None:
-        """Recreate an interface that is gone, and repair one that failed.
+        """Recreate an interface that is gone, and repair one that failed; repeat a failed sample.
 
-        Addresses that the host has got since the start are kept from peers.
+        Addresses that the host has got since the start are kept from peers. Raises BackendError.
         """
         if self._core.config.wg_backend != "memory":
             # What fails here makes alive() fail, too.
@@ -11842,6 +11844,8 @@ class Projection:
                 self._supervise(tunnel)
             except BackendError as error:
                 self._core.run(functools.partial(tunnel.suspect, str(error)))
+        if self.failure is not None and time.monotonic() >= self._next_try:
+            self.sample()
 
     def _supervise(self, tunnel: Tunnel) -> None:
         if not tunnel.backend.alive():

@@ -264,6 +264,27 @@ def test_a_missing_peer_is_found_though_known_ones_change_in_each_sample(tmp_pat
 # --- counters that cannot be read -----------------------------------------------------------------
 
 
+def test_a_failed_sample_is_repeated_soon_whatever_its_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway is not ready until it is repeated, which may be an hour later."""
+    world = build(tmp_path, SAMPLE_INTERVAL="3600")
+    do(world.gateway, "create", public_key=a_key(1))
+    world.backend.move(a_key(1), 100)
+    world.backend.fail("read")
+    with pytest.raises(wggw.BackendError):
+        world.gateway.projection.sample()
+    world.gateway.projection.supervise()
+    assert world.gateway.degraded() == ["counters: read failed, as told"]
+    later = time.monotonic() + wggw.SAMPLE_RETRY
+    with monkeypatch.context() as patched:
+        patched.setattr(wggw.time, "monotonic", lambda: later)
+        world.gateway.projection.supervise()
+    assert world.gateway.degraded() == []
+    assert traffic_of(world.gateway, a_key(1)).rx_bytes == 100
+    world.close()
+
+
 def test_one_unreadable_peer_is_said_and_keeps_no_other_from_being_counted(tmp_path: Path) -> None:
     world = build(tmp_path)
     for number in range(3):
