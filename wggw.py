@@ -12483,8 +12483,9 @@ class HostMetrics:
         values = [int(value) for value in line.split()[1:9]]
         idle, total = values[3] + values[4], sum(values)
         elapsed = total - self._last[1]
-        if elapsed > 0:
-            self.cpu_percent = round(100 * (1 - (idle - self._last[0]) / elapsed), 1)
+        if elapsed > 0:  # the time spent waiting for I/O may decrease: see proc_stat(5)
+            passed = min(max(idle - self._last[0], 0), elapsed)
+            self.cpu_percent = round(100 * (1 - passed / elapsed), 1)
         self._last = (idle, total)
 
     @staticmethod

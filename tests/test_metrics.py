@@ -240,3 +240,20 @@ def test_a_board_s_series_tell_gateways_apart() -> None:
     of_each = [target for target in targets if "sum" not in target["expr"]]
     assert len(of_each) >= 12
     assert [t["expr"] for t in of_each if "{{instance}}" not in t["legendFormat"]] == []
+
+
+@pytest.mark.parametrize(("user", "waited", "percent"), [(130, 480, 100.0), (80, 530, 0.0)])
+def test_a_host_is_at_most_busy_and_at_least_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int, waited: int, percent: float
+) -> None:
+    """The kernel may take back time that it had counted, as waiting for I/O for example."""
+    times = iter([(100, 500), (user, waited)])
+
+    def read(*_: object) -> str:
+        of, wait = next(times)
+        return f"cpu {of} 0 0 1000 {wait} 0 0 0 0 0\n"
+
+    monkeypatch.setattr(wggw.Path, "read_text", read)
+    host = wggw.HostMetrics(str(tmp_path))
+    host.tick()
+    assert host.cpu_percent == percent
