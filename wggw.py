@@ -1058,6 +1058,12 @@ def _check_together(config: Config) -> None:
                 f"TLS_CERT, TLS_KEY: {cert!r} exists but {key!r} does not: provide both files, or "
                 "remove both, and the gateway makes a pair"
             )
+    paths = {os.path.realpath(path) for path in (config.tls_cert, config.tls_key)}
+    if len(paths) == 1 and not os.path.exists(config.tls_key):
+        raise ConfigError(
+            f"TLS_CERT, TLS_KEY: both are {config.tls_cert!r}, which does not exist: name two "
+            "files, and the gateway makes a pair, or put a certificate and its key there"
+        )
 
 
 def api_sources(config: Config) -> tuple[IPv4or6Network, ...]:
@@ -3230,6 +3236,8 @@ def renew_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> No
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
 
+    if os.path.samefile(cert_path, key_path):
+        raise ValueError("TLS_KEY is the same file, and would lose its key")
     pem, der = serialization.Encoding.PEM, serialization.Encoding.DER
     key: Any = serialization.load_pem_private_key(Path(key_path).read_bytes(), None)
     root = x509.load_pem_x509_certificates(Path(cert_path).read_bytes())[-1]

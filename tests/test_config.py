@@ -434,6 +434,14 @@ def test_half_a_certificate_pair_is_refused(present: str) -> None:
     assert "TLS_KEY" in message
 
 
+def test_one_file_for_certificate_and_key_must_exist() -> None:
+    """Otherwise the certificate that the gateway makes would replace the key that it made."""
+    settings = {"TLS_CERT": "both.pem", "TLS_KEY": "./both.pem"}
+    assert refusal(settings).startswith("TLS_CERT, TLS_KEY: both are 'both.pem'")
+    Path("both.pem").write_text("x")
+    assert load(settings).tls_cert == "both.pem"
+
+
 # --- .env -----------------------------------------------------------------------------------------
 
 ENV_LINES: list[tuple[str, dict[str, str]]] = [

@@ -629,6 +629,13 @@ def test_certificate_that_cannot_be_renewed_stays_in_use(
     assert "cannot be renewed" in caplog.text
 
 
+def test_a_renewal_never_overwrites_a_key_in_the_certificates_file(tmp_path: Path) -> None:
+    both, key = tmp_path / "both.pem", tmp_path / "key.pem"
+    wggw.make_certificate(str(both), str(key), ["localhost"])
+    both.write_bytes(both.read_bytes() + key.read_bytes())
+    assert not is_renewed(settings_for(both, both, WG_ENDPOINT="vpn.example.org"))
+
+
 def test_strict_verifiers_accept_first_and_renewed_certificates(tmp_path: Path) -> None:
     """Python 3.13 asks for what RFC 5280 does by default."""
     with running(tmp_path) as gateway:
