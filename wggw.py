@@ -717,7 +717,7 @@ def _names(raw: str) -> tuple[str, ...]:
 def is_host_name(text: str) -> bool:
     """Whether a certificate can name it: an address or a host name."""
     try:
-        return bool(ipaddress.ip_address(text))
+        return bool(_address(text))
     except ValueError:
         return re.fullmatch(r"[A-Za-z0-9*](?:[A-Za-z0-9-]|\.(?!\.)){0,252}", text) is not None
 

@@ -58,7 +58,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
             ("a.example, 192.0.2.1,[2001:db8::1]", ("a.example", "192.0.2.1", "2001:db8::1")),
             ("*.example.org", ("*.example.org",)),
         ],
-        ["a_b", "a..b", ".a", "é.org", "a/b", "a" * 300, "-"],
+        ["a_b", "a..b", ".a", "é.org", "a/b", "a" * 300, "-", "fe80::1%eth0"],
     ),
     "LIMIT_SSH": ([("22", 22), ("65535", 65535), ("", None)], ["0", "65536", "ssh", "22,23"]),
     "METRICS_ALLOWED": ([("", ())], ["192.0.2.1/24", "x", ","]),
