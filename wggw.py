@@ -1084,6 +1084,12 @@ def _check_apart(first: InterfaceSettings, second: InterfaceSettings) -> None:
             f"{second.prefix}_PORT, {second.prefix}_EXTRA_PORTS: {common[0]} is also a port of "
             f"{first.name}: choose another port"
         )
+    public = first.public.port if first.public else None
+    if public in second.ports:
+        raise ConfigError(
+            f"WG_ENDPOINT: clients of {first.name} and of {second.name} would both get port "
+            f"{public}: choose another port for one of them"
+        )
     for family, subnet in second.subnets.items():
         other = first.subnets.get(family)
         if other is not None and subnet.overlaps(cast(Any, other)):

@@ -396,6 +396,8 @@ def test_each_interface_has_its_own_settings() -> None:
         ({"AWG_PORT": "51820"}, "AWG_PORT, AWG_EXTRA_PORTS"),
         ({"WG_EXTRA_PORTS": "443,53", "AWG_EXTRA_PORTS": "53"}, "AWG_PORT, AWG_EXTRA_PORTS"),
         ({"AWG_PRIVATE_KEY_FILE": "/etc/wireguard/privatekey"}, "AWG_PRIVATE_KEY_FILE"),
+        ({"WG_ENDPOINT": "vpn.example:51821"}, "WG_ENDPOINT"),
+        ({"WG_ENDPOINT": "[2001:db8::1]:53", "AWG_EXTRA_PORTS": "53"}, "WG_ENDPOINT"),
         ({"AWG_PRIVATE_KEY_FILE": "k", "WG_PRIVATE_KEY_FILE": "./k"}, "AWG_PRIVATE_KEY_FILE"),
     ],
 )
