@@ -647,10 +647,12 @@ def _networks(raw: str) -> tuple[IPv4or6Network, ...]:
     return networks
 
 
-# No peer can have one of these: unspecified, loopback, multicast, and IPv4 mapped to IPv6.
+# No peer can have one of these: unspecified, loopback, multicast, IPv6 addresses that contain an
+# IPv4 one in their last 32 bits (their text has two forms), and link-local IPv6, which the kernel
+# never forwards.
 _UNUSABLE = [
     *map(ipaddress.ip_network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4")),
-    *map(ipaddress.ip_network, ("::/127", "::ffff:0:0/96", "ff00::/8")),
+    *map(ipaddress.ip_network, ("::/96", "::ffff:0:0/96", "fe80::/10", "ff00::/8")),
 ]
 
 
