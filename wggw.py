@@ -677,6 +677,8 @@ def _ports(raw: str) -> tuple[int, ...]:
 
 
 def _interface_name(raw: str) -> str | None:
+    if raw in ("all", "default"):  # names in /proc/sys/net/ipv4/conf: no kernel makes such a link
+        raise ValueError
     return _matching(r"[A-Za-z0-9_=+-][A-Za-z0-9_=+.-]{0,14}|")(raw) or None
 
 

@@ -92,7 +92,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
     "TLS_CLIENT_CA": ([("", None), ("ca.pem", "ca.pem")], []),
     "WG_INTERFACE": (
         [("wg0", "wg0"), ("abcdefghijklmno", "abcdefghijklmno")],
-        [".", "..", "a/b", "a b", "abcdefghijklmnop", "wg0\n", "ü", "a:b"],
+        [".", "..", "a/b", "a b", "abcdefghijklmnop", "wg0\n", "ü", "a:b", "all"],
     ),
     "WG_IPV4_SUBNET": (
         [("10.0.0.0/30", ip_network("10.0.0.0/30")), ("", None)],
