@@ -2755,9 +2755,10 @@ class NonceGuard:
         if self._crash is None:
             return self._forgotten
         age = self._steady() - self._crash
-        if age > self._window + self._early:  # older signatures are outside the window
-            self._crash = None
-        return max(self._forgotten, math.floor(now - age) + self._early)
+        unknown = max(self._forgotten, math.floor(now - age) + self._early)
+        if age > self._window + self._early:  # older signatures are outside the window by now
+            self._crash, self._forgotten = None, unknown
+        return unknown
 
     def _load(self, text: str) -> None:
         found = re.match(r"wggw-nonces 1 (running|stopped) ([0-9]{1,12})\n", text)

@@ -146,6 +146,17 @@ def test_without_a_file_the_whole_window_is_in_doubt(world: World, crashes: int)
     assert world.use("nobody could have", T + 1 + WINDOW) != "new"
 
 
+def test_without_a_file_a_clock_set_back_later_makes_nothing_new_again(world: World) -> None:
+    assert world.use("n", T) == "new"
+    world.pass_(1000)
+    world.path.unlink()
+    world.crash()
+    world.pass_(3 * WINDOW)
+    assert world.use("later", T + 1000 + 3 * WINDOW) == "new"
+    world.now = T + 0.5
+    assert world.use("n", T) != "new"
+
+
 def test_what_another_node_accepted_is_in_doubt_and_the_file_here_says_nothing(
     world: World,
 ) -> None:
