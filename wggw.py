@@ -569,9 +569,26 @@ def load_json(text: str) -> Any:
     return json.loads(text)
 
 
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key is given twice")
+    "".join(table).encode("utf-8")  # refuses lone surrogates: answers and log may repeat a name
+    return table
+
+
+# json.loads() with options would make one at each call.
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+
+
 def load_object(text: str) -> dict[str, Any]:
-    """The JSON object in a text from outside. Raises ValueError."""
-    parsed = load_json(text)
+    """The JSON object in a text from outside, without duplicate keys or NaN. Raises ValueError."""
+    check_depth(text.encode("utf-8", "surrogatepass"))
+    parsed = _JSON_DECODER.decode(text)
     if not isinstance(parsed, dict):
         raise ValueError("it is not a JSON object")
     return parsed
@@ -12849,21 +12866,8 @@ def parse_query(query: str) -> dict[str, str]:
     return parameters
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("duplicate")
-    "".join(table).encode("utf-8")  # refuses lone surrogates: answers and log may repeat a name
-    return table
-
-
-# json.dumps() and json.loads() with options would make one of these at each call.
+# json.dumps() with options would make one of these at each call.
 _JSON_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
-_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 
 def decode_json(body: bytes) -> dict[str, Any]:

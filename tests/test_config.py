@@ -48,6 +48,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
             key_table(""),
             key_table("a b"),
             key_table("a", NOT_UTF8),
+            '{"a": "0123456789abcdef", "a": "fedcba9876543210"}',
             "[" * 100_000,
         ],
     ),
@@ -178,6 +179,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
         [
             *("[]", '{"a": {"down": "7kbit"}}', '{"a": {"rate": "1mbit"}}'),
             *('{"a": {"destinations": [10]}}', '{"a": {"destinations": [true]}}'),
+            *('{"a": {"up": "8kbit", "up": "9kbit"}}', '{"a": {}, "a": {}}'),
             *('{"a": {"destinations": ["fe80::%x/128"]}}', '{"a": {"destinations": []}}'),
         ],
     ),
@@ -201,6 +203,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
             '{"a":null}',
             '{"a":""}',
             '{"none":"1.1.1.1"}',
+            '{"a":"1.1.1.1","a":"9.9.9.9"}',
             '{"a":"1.1.1.1,"}',
             '{"a":"1.1.1.1,1.1.1"}',
             '{"a":"1.1.1.1,corp.example\\nPostUp = x"}',

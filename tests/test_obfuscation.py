@@ -627,6 +627,7 @@ def test_files_that_awg_took_are_read_as_awg_read_them(name: str) -> None:
         ("[Interface]\nJc 5", "line 2 is neither JSON nor a line of [Interface]"),
         ("[Interface]\n\nS5 = 5", "line 3: S5: is not a parameter of AmneziaWG"),
         ("[1]", "it is not a JSON object"),
+        ('{"Jc": 5, "Jc": 6}', "a key is given twice"),
     ],
 )
 def test_what_is_no_file_of_parameters_is_refused_by_line(text: str, words: str) -> None:
