@@ -973,7 +973,7 @@ def read_env_file(text: str, name: str) -> dict[str, str]:
     Raises ConfigError with the file's name and the line's number, never its content.
     """
     values: dict[str, str] = {}
-    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+    for number, line in enumerate(map(str.strip, text.removeprefix("\ufeff").splitlines()), 1):
         if not line or line.startswith("#"):
             continue
         match = _ENV_LINE.fullmatch(line)

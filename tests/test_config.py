@@ -467,6 +467,7 @@ ENV_LINES: list[tuple[str, dict[str, str]]] = [
     ("", {}),
     ("A=1\r\nB=2\r\n", {"A": "1", "B": "2"}),
     ("A=1\nA=2", {"A": "2"}),
+    ("\ufeffA=1", {"A": "1"}),  # as editors on Windows save UTF-8
 ]
 
 
