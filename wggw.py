@@ -3337,7 +3337,7 @@ def own_certificate_names(path: str) -> set[str] | None:
 
 def read_certificate(path: str) -> bytes:
     """The first certificate of a PEM file, in DER. Raises OSError, ValueError."""
-    _, header, text = Path(path).read_text("ascii").partition(ssl.PEM_HEADER)
+    _, header, text = Path(path).read_text("latin-1").partition(ssl.PEM_HEADER)
     body, footer, _ = text.partition(ssl.PEM_FOOTER)
     if not footer:
         raise ValueError("no certificate in the file")
@@ -15459,11 +15459,11 @@ def keep_certificate(config: Config, store: Store, lacked: bool) -> bool:
     try:
         if lacked and kept:
             for path, text in zip(paths, json.loads(kept), strict=True):
-                Disk().replace(path, [text.encode("ascii")])
+                Disk().replace(path, [text.encode("latin-1")])
             taken = True
             fit_certificate(config)
         if config.snapshot_key:
-            texts = [Path(path).read_text("ascii") for path in paths]
+            texts = [Path(path).read_text("latin-1") for path in paths]
             store.private_keys[CERTIFICATE_ROW] = json.dumps(texts)
     except (OSError, ValueError) as error:
         LOG.warning(

@@ -388,7 +388,7 @@ def test_certificate_is_valid_for_its_names_to_openssl(pair: tuple[Path, Path]) 
 def test_fingerprint_is_the_first_certificates_with_text_around(pair: tuple[Path, Path]) -> None:
     text = pair[0].read_text()
     bundle = pair[0].with_name("bundle.pem")
-    bundle.write_text(f"some words\n{text}\nmore words\n{text.replace('M', 'N')}")
+    bundle.write_text(f"Überschrift\n{text}\nmore words\n{text.replace('M', 'N')}")
     assert read_certificate(str(bundle)) == read_certificate(str(pair[0]))
 
 

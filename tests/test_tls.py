@@ -629,6 +629,23 @@ def test_certificate_that_cannot_be_renewed_stays_in_use(
     assert "cannot be renewed" in caplog.text
 
 
+def test_words_beside_a_certificate_are_in_any_language(tmp_path: Path) -> None:
+    """openssl pkcs12 writes the name that the certificate had in a Windows store."""
+    cert, key = write_pair(tmp_path, "given")
+    for path in (cert, key):
+        path.write_bytes("friendlyName: für Müller\n".encode() + path.read_bytes())
+    key.chmod(0o600)
+    before = cert.read_bytes(), key.read_bytes()
+    config = settings_for(cert, key, SNAPSHOT_KEY="s" * 16)
+    wggw.make_tls(config)
+    store = mock.Mock(private_keys={})
+    assert not wggw.keep_certificate(config, store, lacked=False)
+    cert.unlink()
+    key.unlink()
+    assert wggw.keep_certificate(config, store, lacked=True)
+    assert (cert.read_bytes(), key.read_bytes()) == before
+
+
 def test_a_renewal_never_overwrites_a_key_in_the_certificates_file(tmp_path: Path) -> None:
     both, key = tmp_path / "both.pem", tmp_path / "key.pem"
     wggw.make_certificate(str(both), str(key), ["localhost"])
