@@ -1743,6 +1743,16 @@ def _count_up_to(limit: int, pattern: Sequence[int | None]) -> int:
     return count + 1
 
 
+def outlives(sender: Obfuscation, receiver: Obfuscation) -> bool:
+    """Whether a sender still uses a session whose packets the receiver already drops.
+
+    Without these parameters a sender renews a session after 120 seconds, and both sides end it
+    after 180 (keychainExpireTime() of amneziawg-go). A client notices the loss after 15 seconds.
+    """
+    renewed = min(sender.rekey_after_time.high or 120, sender.reject_after_time.high or 180)
+    return renewed > (receiver.reject_after_time.high or 180)
+
+
 class AwgRule(NamedTuple):
     """A rule between parameters; `text` is the error or the warning about a set that breaks it."""
 
@@ -1816,6 +1826,9 @@ AWG_WARNINGS: tuple[AwgRule, ...] = (
         f"I1, I2, I3, I4, I5: packets of more than {SAFE_DATAGRAM} bytes do not fit through every "
         "path",
         lambda p: max(map(packet_size, p.packets)) <= SAFE_DATAGRAM),
+    AwgRule(
+        "RejectAfterTime: below 120 seconds, clients that do not have it lose packets",
+        lambda p: not outlives(PLAIN, p)),
     *AWG_RULES_1_5,
     *AWG_KERNEL_RULES,
     AwgRule(
@@ -4284,13 +4297,18 @@ def shown_obfuscation(state: str, own: str | None) -> str:
 
     `state` is what encode_state() made of the interface's state, `own` the client's own values.
     For values that the client did not choose, the interface's are a suggestion. A client with a
-    ContentPaddingAddition of its own sends packets of other sizes: `warnings` says when some of
-    them get lost.
+    ContentPaddingAddition of its own sends packets of other sizes, and one with times of its own
+    may keep a session for too long: `warnings` says when packets get lost.
     """
     decoded = decode_state(state)
     values = decode_own_values(own or "{}")
     parameters = decoded.parameters._replace(**values)
     warnings = loss_warnings(parameters) if "content_padding_addition" in values else []
+    if outlives(parameters, decoded.parameters):
+        warnings.append(
+            "RekeyAfterTime, RejectAfterTime: the client keeps sessions for longer than the "
+            "interface's RejectAfterTime, and loses packets"
+        )
     shown = {
         "enabled": True,
         **show_state(decoded._replace(parameters=parameters)),

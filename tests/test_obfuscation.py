@@ -290,12 +290,35 @@ def test_a_clients_own_padding_that_loses_packets_is_shown_with_a_warning() -> N
     assert warning.startswith("H1, H2, H3: 0.47 % of all data packets of 168 bytes are taken")
 
 
+@pytest.mark.parametrize(
+    ("interface", "own", "loses"),
+    [
+        ({}, {"rekey_after_time": 180}, False),
+        ({}, {"rekey_after_time": 300}, False),  # the client itself ends the session after 180
+        ({}, {"rekey_after_time": 300, "reject_after_time": 400}, True),
+        ({}, {"rekey_after_time": 90, "reject_after_time": 400}, False),
+        ({"reject_after_time": 60}, {}, False),  # the client gets the interface's value
+        ({"reject_after_time": 60}, {"reject_after_time": 180}, True),
+        ({"reject_after_time": 60}, {"reject_after_time": 180, "rekey_after_time": 50}, False),
+    ],
+)
+def test_a_clients_own_times_that_lose_packets_are_shown_with_a_warning(
+    interface: dict[str, Any], own: dict[str, Any], loses: bool
+) -> None:
+    text = wggw.encode_state(parse_obfuscation({**interface, "generation": "3.0"}))
+    shown = json.loads(wggw.shown_obfuscation(text, json.dumps(own)))
+    assert [each[:32] for each in shown.get("warnings", ())] == (
+        ["RekeyAfterTime, RejectAfterTime:"] if loses else []
+    )
+
+
 UNWISE: list[tuple[dict[str, Any], str]] = [
     ({"jc": 129}, "Jc: "),
     ({"jmax": 1400}, "Jmax: "),
     ({"jmax": 65507}, "Jmax: "),
     ({"s1": 1133}, "S1, S2, S3: "),
     ({"i1": "<r 1281>"}, "I1, I2, I3, I4, I5: packets of more than 1280 bytes"),
+    ({"reject_after_time": "60-119"}, "RejectAfterTime: below 120 seconds"),
     ({"i1": "<c><r 5>"}, "I1, I2, I3, I4, I5: <c>"),
     ({"i1": "<r 5><dz 2>"}, "I1, I2, I3, I4, I5: no kernel module knows other tags"),
     (
