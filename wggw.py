@@ -725,6 +725,8 @@ def _endpoint(raw: str) -> PublicEndpoint:
         raise ValueError
     bracketed, host, port, bare = match.groups()
     host = _dns_server(host)[1] if host else str(ipaddress.IPv6Address(bracketed or bare))
+    if host in ("0.0.0.0", "::"):  # noqa: S104  no client can send a packet there
+        raise ValueError
     return PublicEndpoint(host, _integer(1, 65535)(port) if port else None)
 
 

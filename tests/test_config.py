@@ -129,6 +129,7 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[str]]] = {
         [
             "a b",
             "vpn\nPostUp",
+            *("0.0.0.0", "0.0.0.0:51820", "::", "[::]:51820"),
             "x" * 254,
             "ü.example",
             "https://vpn.example.org/",
