@@ -157,6 +157,25 @@ def test_without_a_file_a_clock_set_back_later_makes_nothing_new_again(world: Wo
     assert world.use("n", T) != "new"
 
 
+@pytest.mark.parametrize("swept", [False, True])
+def test_a_clock_that_was_years_ahead_is_over_without_the_file(world: World, swept: bool) -> None:
+    """The way out that docs/SECURITY.md names."""
+    world.pass_(10**8)
+    assert world.use("ahead", T + 10**8) == "new"
+    if swept:
+        world.pass_(2 * WINDOW)
+        assert world.use("then", T + 10**8 + 2 * WINDOW) == "new"
+    world.guard.save()
+    world.now = T + 1000.5
+    world.crash()
+    assert world.use("n", T + 1000) == 10**8 - 1000 + 1 + 2 * WINDOW * swept
+    world.stop()
+    world.path.unlink()
+    world.start()
+    world.pass_(WINDOW + 1)
+    assert world.use("n", T + 1001 + WINDOW) == "new"
+
+
 def test_what_another_node_accepted_is_in_doubt_and_the_file_here_says_nothing(
     world: World,
 ) -> None:
