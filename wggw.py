@@ -1014,6 +1014,9 @@ def load_config(
     parsed = {s.name.lower(): _parse_setting(s, values, key_needed) for s in SETTINGS}
     config = Config(**parsed, env_file=str(path) if has_file else None)
     _check_together(config)
+    idle = [s.name for s in SETTINGS if s.name.startswith(f"{AWG_PREFIX}_") and values.get(s.name)]
+    if idle and not config.awg_interface:
+        LOG.warning("%s: without effect, because AWG_INTERFACE is not set", ", ".join(idle))
     return config
 
 

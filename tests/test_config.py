@@ -591,6 +591,19 @@ def test_other_names_are_a_warning_in_the_file_and_nothing_in_the_environment(
     assert "COMPOSE_PROJECT_NAME is not a setting of wggw, and is ignored" in record.getMessage()
 
 
+def test_settings_of_an_interface_that_is_not_set_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = {"AWG_PARAMS": '{"jc": 3}', "AWG_PORT": "443", "AWG_IPV6_SUBNET": ""}
+    load(given)
+    assert caplog.messages == [
+        "AWG_PORT, AWG_PARAMS: without effect, because AWG_INTERFACE is not set"
+    ]
+    caplog.clear()
+    load({**BOTH, **given})
+    assert caplog.messages == []
+
+
 def test_every_misspelt_name_of_a_file_is_told_at_once(tmp_path: Path) -> None:
     file = tmp_path / "my.env"
     file.write_text("WG_MTUU=1280\nDNS_SERVER={}\n")
