@@ -7653,6 +7653,8 @@ class Route:
                 *((False, each) for each in old if each.version == 6),
                 *((True, each) for each in wanted if each not in present),
                 *((False, each) for each in old if each.version == 4),
+                # Again: the kernel takes secondary addresses away with their primary.
+                *((True, each) for each in wanted if old and each.version == 4),
             ):
                 step = f"{'add' if add else 'take away'} {address}"
                 self._change_address(add, index, address)

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pytest
@@ -312,6 +313,18 @@ class InterfaceContract(WireGuardContract):
         backend.setup()
         assert_is_set_up(interface.link)
         assert wg_dump(name).peers == {kept}
+
+    def test_setup_leaves_its_address_where_it_came_behind_another_one_of_its_subnet(
+        self, backend: wggw.Backend, interface: RealInterface
+    ) -> None:
+        name = interface.link.name
+        Path(f"/proc/sys/net/ipv4/conf/{name}/promote_secondaries").write_text("0\n")
+        own = next(address for address in interface.link.addresses if ":" not in address)
+        output("ip", "address", "delete", own, "dev", name)
+        output("ip", "address", "add", "10.99.7.7/16", "dev", name)
+        backend.setup()
+        assert addresses(name) == set(interface.link.addresses)
+        assert backend.alive()
 
     def test_an_endpoint_is_forgotten_when_its_peer_is_removed_and_added_in_one_message(
         self, backend: wggw.Backend, interface: RealInterface
