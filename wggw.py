@@ -7581,7 +7581,7 @@ class Route:
         return (
             found is not None
             and (found.ifindex, found.mtu, found.is_up) == (index, link.mtu, True)
-            and self.addresses(index) == set(self.wanted(link))
+            and self.addresses(index).keys() == set(self.wanted(link))
         )
 
     @staticmethod
@@ -7590,37 +7590,39 @@ class Route:
         addresses = map(ipaddress.ip_interface, link.addresses)
         return [each for each in addresses if each.version == 4 or takes_ipv6(link.name)]
 
-    def addresses(self, index: int | None) -> set[IPv4or6Interface]:
-        """A link's addresses with their prefix lengths, without the kernel's link-local ones.
+    def addresses(self, index: int | None) -> dict[IPv4or6Interface, bytes]:
+        """A link's addresses with their prefix lengths, without the kernel's link-local ones; for
+        each the packed address of its other end (ip-address(8), "peer"), or itself.
 
         None: those of all links. Raises BackendError.
         """
-        found = set()
+        found = {}
         for payload in self._netlink.dump(RTM_GETADDR, bytes(8), whole=True):
             if len(payload) < 8:
                 raise CodecError("netlink: a short address message")
             _, length, _, _, where = struct.unpack_from("=BBBBI", payload)
             attributes = dict(parse_nl_attributes(payload[8:]))
-            packed = attributes.get(IFA_LOCAL) or attributes.get(IFA_ADDRESS, b"")
+            end = attributes.get(IFA_ADDRESS, b"")
+            packed = attributes.get(IFA_LOCAL) or end
             if index in (None, where) and len(packed) in (4, 16):
-                found.add(ipaddress.ip_interface((packed, length)))
-        return {address for address in found if address.version == 4 or not address.is_link_local}
+                found[ipaddress.ip_interface((packed, length))] = end
+        return {a: end for a, end in found.items() if a.version == 4 or not a.is_link_local}
 
     def routes(self) -> list[HostRoute]:
         """Every route by which packets leave this host or reach it. Raises BackendError."""
         return decode_routes(self._netlink.dump(RTM_GETROUTE, bytes(12), whole=True))
 
-    def _change_address(self, add: bool, index: int, address: IPv4or6Interface) -> None:
+    def _change_address(self, add: bool, index: int, address: IPv4or6Interface, end: bytes) -> None:
         """Add an address to a link, without duplicate address detection, or take it away.
 
-        A change that is done already is no error: secondary addresses go with their primary.
+        `end`: see addresses(). A change that is done already is no error: secondary addresses go
+        with their primary.
         """
         kind, flags = (RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL) if add else (RTM_DELADDR, 0)
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         nodad = 0 if address.version == 4 else 0x02  # IFA_F_NODAD
         header = struct.pack("=BBBBI", family, address.network.prefixlen, nodad, 0, index)
-        packed = address.ip.packed
-        attributes = nl_attribute(IFA_LOCAL, packed) + nl_attribute(IFA_ADDRESS, packed)
+        attributes = nl_attribute(IFA_LOCAL, address.ip.packed) + nl_attribute(IFA_ADDRESS, end)
         try:
             self._netlink.request(kind, flags, header + attributes)
         except NetlinkError as error:
@@ -7648,7 +7650,7 @@ class Route:
                 self._netlink.request(RTM_NEWLINK, 0, ifinfomsg(index, IFF_UP) + attribute)
             step = "read its addresses"
             present, wanted = self.addresses(index), self.wanted(link)
-            old = present.difference(wanted)
+            old = present.keys() - set(wanted)
             for add, address in (
                 *((False, each) for each in old if each.version == 6),
                 *((True, each) for each in wanted if each not in present),
@@ -7657,7 +7659,8 @@ class Route:
                 *((True, each) for each in wanted if old and each.version == 4),
             ):
                 step = f"{'add' if add else 'take away'} {address}"
-                self._change_address(add, index, address)
+                end = address.ip.packed if add else present[address]
+                self._change_address(add, index, address, end)
         except BackendError as error:
             raise BackendError(f"{link.name}: cannot {step}: {error}") from None
         return index

@@ -326,6 +326,20 @@ class InterfaceContract(WireGuardContract):
         assert addresses(name) == set(interface.link.addresses)
         assert backend.alive()
 
+    @pytest.mark.parametrize(
+        "words",
+        ["10.99.0.1 peer 10.99.0.2/32", "10.7.7.1 peer 10.8.8.2/24", "fd07::1 peer fd08::2"],
+    )
+    def test_setup_takes_away_an_address_with_another_end(
+        self, backend: wggw.Backend, interface: RealInterface, words: str
+    ) -> None:
+        name = interface.link.name
+        output("ip", "address", "add", *words.split(), "dev", name)
+        assert not backend.alive()
+        backend.setup()
+        assert backend.alive()
+        assert_is_set_up(interface.link)
+
     def test_an_endpoint_is_forgotten_when_its_peer_is_removed_and_added_in_one_message(
         self, backend: wggw.Backend, interface: RealInterface
     ) -> None:
