@@ -12212,7 +12212,7 @@ class Gateway(Core):
             news["feed"] = self.store.feeds.with_gap(self.clock())
         if news:
             flight = Flight(Record(settings=news))
-            flight.needs_disk = False  # while the disk refuses it, so are the changes that need it
+            flight.needs_disk = False  # a full disk refuses changes until a snapshot has these
             self.ledger.land(flight)
         self.limits.expire()  # or expired peers could connect until the first tick
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -47,6 +48,28 @@ def test_changes_that_a_crash_took_make_followers_begin_again(tmp_path: Path) ->
         world.store.feeds.check(seen)
     [(_, change)] = world.store.feeds.changes(kept, 9, VIEW)
     assert json.loads(change)["public_key"] == a_key(3)
+    world.close()
+
+
+def test_a_disk_that_is_full_at_the_start_after_a_crash_lets_no_follower_miss_a_change(
+    tmp_path: Path,
+) -> None:
+    world = build(tmp_path, DURABILITY="interval")
+    world.gateway.lander.flush()
+    size = world.files.journal.size
+    do(world.gateway, "create", public_key=a_key("lost"))
+    seen = world.store.feeds.sequence
+    world.crash()
+    os.truncate(world.files.journal.path, size)
+    world.disk.fail("write", error=errno.ENOSPC, forever=True)
+    world.open()
+    world.disk.heal()
+    for _ in range(2):
+        world.gateway.lander.heal()
+        do(world.gateway, "create", public_key=a_key(world.store.number))
+        with pytest.raises(wggw.Gone):
+            world.store.feeds.check(seen)
+        world.reopen()
     world.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import re
 import shlex
@@ -661,4 +662,17 @@ def test_an_import_whose_parameters_are_refused_changes_nothing(tmp_path: Path, 
     world.gateway.import_(image, replace_key=False)
     assert in_line(world) == theirs
     assert world.backend.peers.keys() == {a_key("new")}
+    world.close()
+
+
+def test_parameters_of_a_start_on_a_full_disk_are_those_of_the_next_start(tmp_path: Path) -> None:
+    build(tmp_path).close()
+    world = World(tmp_path, AWG_INTERFACE="awg0", AWG_IPV4_SUBNET="10.0.2.0/24")
+    world.disk.fail("write", error=errno.ENOSPC)
+    world.open()
+    world.gateway.lander.heal()
+    do(world.gateway, "create", public_key=a_key(1), obfuscation=wggw.ObfuscationRequest(True, {}))
+    made = world.gateway.obfuscated().obfuscation
+    world.reopen()
+    assert world.gateway.obfuscated().obfuscation == made
     world.close()
