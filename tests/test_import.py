@@ -254,8 +254,6 @@ ONE = "WHERE id = (SELECT min(id) FROM peers WHERE status = 'active')"
 BAD = {
     "foreign schema": ("CREATE TABLE more (x)",),
     "missing table": ("DROP TABLE traffic",),
-    "a trigger": ("CREATE TRIGGER more AFTER DELETE ON peers BEGIN DELETE FROM meta; END",),
-    "missing index": ("DROP INDEX peers_quota",),
     "newer version": ("PRAGMA user_version = 9999",),
     "no version": ("PRAGMA user_version = 0",),
     "no number": ("DELETE FROM meta",),

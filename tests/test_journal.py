@@ -448,6 +448,30 @@ def test_a_snapshot_changed_by_other_hands_is_read_when_it_says_so(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    "statement",
+    [
+        "ANALYZE",
+        "CREATE INDEX more ON peers (label)",
+        "DROP INDEX peers_expired",
+        "CREATE VIEW more AS SELECT * FROM peers",
+        "CREATE TRIGGER more AFTER UPDATE ON peers BEGIN DELETE FROM traffic; END",
+    ],
+)
+def test_other_hands_leave_no_trace_in_the_schema(tmp_path: Path, statement: str) -> None:
+    """Or no other gateway takes the snapshot, and none boots from the remote copy."""
+    world = furnished(tmp_path / "files")
+    path = world.directory / "wireguard.db"
+    by_other_hands(path, statement)
+    wggw.open_state(path.read_bytes())
+    world.open()
+    peers = peers_of(world)
+    world.gateway.limits.expire()
+    exported = world.gateway.export()
+    assert {peer.public_key for peer in wggw.open_state(exported).peers_after(0, 9)} == peers
+    world.close()
+
+
+@pytest.mark.parametrize(
     ("statement", "told"),
     [
         ("PRAGMA user_version = 99", "99"),
