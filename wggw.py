@@ -457,6 +457,12 @@ class DamagedError(StartError):
         super().__init__(self.fault + todo)
 
 
+class NewerError(StartError):
+    """A newer version of this program wrote the database: it is not damaged."""
+
+    code = 3
+
+
 DEFECT = "an internal error: the gateway's log names its place in the code"
 
 
@@ -4608,6 +4614,10 @@ def empty_database() -> sqlite3.Connection:
     return db
 
 
+class Newer(ValueError):
+    """The database is that of a newer version."""
+
+
 def upgraded(db: sqlite3.Connection) -> sqlite3.Connection:
     """The database in the newest schema: itself, or a new one with the same rows.
 
@@ -4619,7 +4629,7 @@ def upgraded(db: sqlite3.Connection) -> sqlite3.Connection:
     if version < 1:
         raise ValueError(f"schema version {version} is not known")
     if version > SCHEMA_VERSION:
-        raise ValueError(
+        raise Newer(
             f"schema version {version} is a newer wggw's, this one knows up to {SCHEMA_VERSION}"
         )
     new = empty_database()
@@ -5420,7 +5430,7 @@ def open_parts(landings: Iterable[Landing]) -> set[int]:
 
 
 def load_snapshot(path: str, vault: Vault | None) -> Store:
-    """Read a snapshot's file. Raises DamagedError, ConfigError, StartError."""
+    """Read a snapshot's file. Raises DamagedError, NewerError, ConfigError, StartError."""
     try:
         return Store(decode_snapshot(Path(path).read_bytes(), vault, path))
     except OSError as error:
@@ -5431,6 +5441,8 @@ def load_snapshot(path: str, vault: Vault | None) -> Store:
             "change. Name another file, start, and then take its peers over with "
             f"`wggw import {shlex.quote(path)}`"
         ) from None
+    except Newer as error:
+        raise NewerError(f"{path}: {error}: install the newer one again") from None
     except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
         raise _damaged(path, 0, f"not a good snapshot: {error}") from None
 
@@ -16313,6 +16325,8 @@ def _look_at_database(host: Host) -> tuple[Finding, Store]:
             moved = f"mkdir damaged && mv {shlex.join(there)} damaged/"
             todo = f"the running gateway has the whole state, and writes these files anew: {moved}"
         return wrong(error.fault, todo)
+    except NewerError as error:
+        return wrong(str(error), "it can be read by no older one")
     except StartError as error:
         return wrong(str(error), "change the setting that it names")
     except OSError as error:

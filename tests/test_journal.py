@@ -447,6 +447,18 @@ def test_a_snapshot_changed_by_other_hands_is_read_when_it_says_so(tmp_path: Pat
     world.close()
 
 
+def test_a_database_of_a_newer_version_is_no_damage_to_repair(tmp_path: Path) -> None:
+    """`wggw check --repair` would put the snapshot before it in its place."""
+    world = furnished(tmp_path / "files")
+    by_other_hands(world.directory / "wireguard.db", "PRAGMA user_version = 99")
+    with pytest.raises(wggw.NewerError, match="install the newer one again") as caught:
+        world.open()
+    assert caught.value.code == 3 and "--repair" not in str(caught.value)
+    with pytest.raises(wggw.NewerError):
+        wggw.repair(world.files)
+    assert not (world.directory / "wireguard.db.repaired").exists()
+
+
 @pytest.mark.parametrize(
     "statement",
     [
@@ -474,7 +486,7 @@ def test_other_hands_leave_no_trace_in_the_schema(tmp_path: Path, statement: str
 @pytest.mark.parametrize(
     ("statement", "told"),
     [
-        ("PRAGMA user_version = 99", "99"),
+        ("PRAGMA user_version = 0", "version 0"),
         ("DROP TABLE released", "released"),
         ("DELETE FROM meta", "number"),
     ],
