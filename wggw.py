@@ -5455,9 +5455,10 @@ class Files:
         self.durability = durability
         self.journaled = durability != "none"
         self.journal = Journal(self.path + ".journal", disk, vault)
-        self.snapshot_time = 0.0  # Unix seconds of the last snapshot, 0 for none
+        self.snapshot_time = 0.0  # Unix seconds of the last snapshot
         self.snapshot_number = 0
         self.snapshot_bytes = 0
+        self.has_snapshot = False
         self.torn = 0  # bytes of a torn line that load() found
         self.vault = vault
         self.writing = threading.Lock()  # held while a thread replaces or reads the snapshot
@@ -5521,7 +5522,7 @@ class Files:
             if (
                 file is not None
                 and self.journaled
-                and self.snapshot_time
+                and self.has_snapshot
                 and file.columns == Peer._fields
                 and file.last == store.number
                 and self._lineage == store.lineage
@@ -5533,7 +5534,7 @@ class Files:
                 store.changed = False
             self._drop_clear_files()
         except OSError as error:
-            if not self.snapshot_time or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if not self.has_snapshot or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 text = f"DB_PATH {self.path!r} cannot be written: {_reason(error)}"
                 raise StartError(text) from None
             self.journal.failure = f"{self.path}: {_reason(error)}"
@@ -5570,6 +5571,7 @@ class Files:
     def _note_snapshot(self, number: int, written: float) -> None:
         self.snapshot_number, self.snapshot_time = number, written
         self.snapshot_bytes = os.stat(self.path).st_size
+        self.has_snapshot = True
 
     def read_snapshot(self) -> tuple[float, int, bytes]:
         """The snapshot on disk: when it was written, its number, its image.
@@ -5589,7 +5591,7 @@ class Files:
         lacks the removed changes.
         """
         if self.journaled and not os.path.exists(self.journal.path):
-            self.journal.start(number if self.snapshot_time else 0)
+            self.journal.start(number if self.has_snapshot else 0)
         self.write_snapshot(number, image)
         if self.journaled:
             self.journal.start(number)
@@ -15785,7 +15787,7 @@ class Start:
         config, gateway, store = self._config, self._gateway, self._store
         files = gateway.files
         store.take(files.load())
-        self._is_first = not files.snapshot_time
+        self._is_first = not files.has_snapshot
         remote = open_object_store(config, time.time)
         if remote is None:
             self._check(store)
@@ -16331,7 +16333,7 @@ def _look_at_database(host: Host) -> tuple[Finding, Store]:
         return wrong(str(error), "change the setting that it names")
     except OSError as error:
         return wrong(f"{path}: {_reason(error)}", "run this as root")
-    if not files.snapshot_time:
+    if not files.has_snapshot:
         return wrong(f"{path} does not exist", host.start)
     text = f"{path}: good, {show_peers(store.counts.total())}, record {store.number}"
     return Finding("database", text), store
@@ -17011,7 +17013,7 @@ class Adoption:
         keys = [load_private_key(row, store.private_keys.get(row.name)) for row in rows]
         links, obfuscation = plan_links(config, store, rows, keys)
         store.private_keys[self.live.name] = encode_key(self.live.device.private_key)
-        if not files.snapshot_time:  # otherwise `serve` takes its first start for one after a crash
+        if not files.has_snapshot:  # otherwise `serve` takes its first start for one after a crash
             nonces = NonceGuard(config.max_timestamp_diff)
             nonces.keep(f"{config.db_path}.nonces", first=True)
             nonces.close(time.time())
@@ -18187,7 +18189,7 @@ def command_check(arguments: argparse.Namespace) -> None:
         return
     with progress(f"checking {config.db_path}"):
         store, files = load_whole(config)
-    if not files.snapshot_time:
+    if not files.has_snapshot:
         raise StartError(
             f"{config.db_path}: there is no database. The gateway's first start creates it; "
             "--env-file names another gateway's settings"
@@ -18237,7 +18239,7 @@ def claim_copy(
     """Write the files here as the newest epoch, with which the next boot of any gateway begins."""
     lock_database(config.db_path)
     store = files.load()
-    if not files.snapshot_time or not store.lineage:
+    if not files.has_snapshot or not store.lineage:
         raise StartError(
             f"{config.db_path}: there is no database of a gateway that has run, so the copy stays "
             "as it is"

@@ -550,3 +550,12 @@ def test_what_root_repairs_belongs_to_the_gateway(tmp_path: Path) -> None:
     assert check(tmp_path, "--repair").code == 0
     made = (tmp_path / "wireguard.db.repaired").stat()
     assert (made.st_uid, made.st_gid) == (12345, 12346)
+
+
+def test_a_database_from_an_image_without_times_is_there(tmp_path: Path) -> None:
+    """Some image builders and backups set each file's time to 0."""
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    world.close()
+    os.utime(tmp_path / "wireguard.db", (0, 0))
+    assert "1 peer" in check(tmp_path).out
