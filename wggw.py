@@ -5300,8 +5300,11 @@ class Store:
         self._db.execute("BEGIN")
         for number, record in records:
             if number > self.number and number not in void:
-                if skipped and number > self.number + 1:
-                    skipped(f"no record between {self.number} and {number}")
+                if skipped:
+                    if number > self.number + 1:
+                        skipped(f"no record between {self.number} and {number}")
+                    known = [i for i in record.delete if self.by_id(i)]  # a lost record made others
+                    record = record._replace(delete=known)
                 try:
                     self.apply(record)
                 except _BAD_RECORD as error:

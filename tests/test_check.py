@@ -552,6 +552,24 @@ def test_what_root_repairs_belongs_to_the_gateway(tmp_path: Path) -> None:
     assert (made.st_uid, made.st_gid) == (12345, 12346)
 
 
+def test_a_deleted_peer_of_a_lost_record_costs_no_other_change(tmp_path: Path) -> None:
+    world = build(tmp_path)
+    do(world.gateway, "create", public_key=a_key(1))
+    begin = world.files.journal.size
+    do(world.gateway, "create", public_key=a_key(2))
+    wanted = {a_key(number) for number in (1, 3, 4)}
+    desired = {key: wggw.Desired(key, {"public_key": key}) for key in wanted}
+    world.gateway.sync(desired, dry_run=False, allow_mass_delete=True)
+    world.crash()
+    with (tmp_path / "wireguard.db.journal").open("r+b") as file:
+        file.seek(begin + 30)
+        file.write(b"?")
+    assert check(tmp_path).code == 3
+    assert check(tmp_path, "--repair").code == 0
+    saved = wggw.load_snapshot(str(tmp_path / "wireguard.db.repaired"), None)
+    assert {peer.public_key for peer in saved.peers_after(0, 9)} == wanted
+
+
 def test_a_database_from_an_image_without_times_is_there(tmp_path: Path) -> None:
     """Some image builders and backups set each file's time to 0."""
     world = build(tmp_path)
