@@ -8154,8 +8154,8 @@ class UapiBackend:
 
     def _make(self, link: Link) -> None:
         if uapi_answers(self._path):
-            words = f"a program answers on {self._path} whose interface is not in this namespace"
-            raise _foreign(link, words)
+            where = "was renamed (rename it back), or is in another namespace"
+            raise _foreign(link, f"a program answers on {self._path} whose interface {where}")
         self._start()
 
     def _speak(self, wanted: Obfuscation, actual: Obfuscation) -> None:

@@ -125,6 +125,20 @@ class TestUapiBackend(InterfaceContract):
         put(backend, peer("a", "10.99.0.2/32"))
         assert wg_dump(name).peers == {peer("a", "10.99.0.2/32")}
 
+    def test_a_renamed_interface_is_told_and_is_well_when_it_has_its_name_again(
+        self, backend: wggw.Backend, interface: interfaces.Opened
+    ) -> None:
+        put(backend, peer("a", "10.99.0.2/32"))
+        name, other = interface.link.name, netns.unique()
+        netns.output("ip", "link", "set", name, "down", "name", other)
+        assert not backend.alive()
+        with pytest.raises(wggw.ForeignError, match="renamed"):
+            backend.setup()
+        netns.output("ip", "link", "set", other, "name", name)
+        backend.setup()
+        assert backend.alive()
+        assert held(backend) == {peer("a", "10.99.0.2/32")}
+
     def test_no_request_for_another_setup_starts_the_program(
         self, backend: wggw.Backend, interface: interfaces.Opened
     ) -> None:
