@@ -9374,8 +9374,8 @@ def make_interface(link: Link) -> Iterator[str]:
         if before is None:
             yield f"{link.name}: made"
         found = route.get(link.name)
-        old = route.addresses(found.ifindex)
-        new = route.addresses(route.configure(link))
+        old = route.addresses(found.ifindex).keys()
+        new = route.addresses(route.configure(link)).keys()
         if (found.mtu, found.is_up) != (link.mtu, True):
             yield f"{link.name}: MTU {link.mtu}, up"
         yield from (f"{link.name}: {each}" for each in sorted(map(str, new - old)))
