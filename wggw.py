@@ -12865,7 +12865,7 @@ def parse_head(data: bytes) -> Head:
     if not length.isdigit() or len(length) > 15:
         raise Malformed("Content-Length is malformed")
     connection = headers.get(b"connection", b"").lower()
-    keep_alive = b"close" not in connection if new else b"keep-alive" in connection
+    keep_alive = new and b"close" not in connection  # for HTTP/1.0 the answer would have to say it
     target = match[2].decode("ascii")
     if not target.startswith("/"):
         origin = _ORIGIN.match(target)

@@ -336,6 +336,7 @@ def test_connection_close_and_http_1_0_are_obeyed(shared: GatewayProcess) -> Non
     for request in (
         head("GET", "/healthz", {"Connection": "close"}),
         b"GET /healthz HTTP/1.0\r\n\r\n",
+        b"GET /healthz HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",  # as `ab -k` does
     ):
         wire = Wire(shared.port)
         wire.send(request)
