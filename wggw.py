@@ -14547,6 +14547,10 @@ class Loop:
         """Call advance() in the next round, after other connections."""
         self._again[connection] = None
 
+    def has_turn(self, connection: Connection) -> bool:
+        """Whether once_more() was called, and advance() not yet."""
+        return connection in self._again
+
     def call_at(self, when: float, function: Callable[[], None]) -> None:
         """Call a function at the time `when` (monotonic seconds)."""
         heapq.heappush(self._calls, (when, next(self._order), function))
@@ -14612,6 +14616,7 @@ class Channel:
         self._tls: ssl.SSLObject | None = None
         if tls is not None:
             self._tls = tls.wrap_bio(self._received, self._encrypted, server_side=True)
+        self.finished = False  # the client has said that it sends no more; it may read on
         self._unsent = b""
         self._without_data = 0  # bytes received since the last data
 
@@ -14636,7 +14641,9 @@ class Channel:
     def receive(self) -> bytes:
         """What has come, or b"" at its end. Raises OSError; BlockingIOError: nothing has come."""
         if self._tls is None:
-            return self.socket.recv(RECEIVE_BYTES)
+            data = self.socket.recv(RECEIVE_BYTES)
+            self.finished = not data
+            return data
         if not self._received.pending:  # else it came together with the end of the handshake
             data = self.socket.recv(RECEIVE_BYTES)
             if not data:
@@ -14648,6 +14655,7 @@ class Channel:
             while self._received.pending:  # at 0 TLS holds at most a part of a record
                 piece = self._tls.read(TLS_RECORD)
                 if not piece:  # close_notify: the next call returns b""
+                    self.finished = True
                     with contextlib.suppress(OSError):  # the client may have reset the connection
                         self.socket.shutdown(socket.SHUT_RD)
                     return b"".join(pieces)
@@ -14726,9 +14734,11 @@ class Connection:
         self._wait_for_head()
         self.ready(select.EPOLLIN)  # TLS may have received data with the end of the handshake
 
-    def ready(self, _mask: int) -> None:
+    def ready(self, mask: int) -> None:
         """The socket can be read or written."""
-        if self.phase is Phase.SENDING:
+        if self.phase is Phase.ANSWER and mask & select.EPOLLHUP:
+            self.close()  # nobody is there any more
+        elif self.phase is Phase.SENDING:
             self._flush()
         elif self.phase is Phase.LINGERING:
             self._linger_on()
@@ -14796,11 +14806,17 @@ class Connection:
         return True
 
     def _ended(self) -> None:
-        """The other side has finished sending."""
+        """The other side has finished sending. It may still wait for answers."""
         if self.phase is Phase.BODY:
             self._refuse(Malformed("the body ended early"))
-        else:
+        elif self.phase is Phase.ANSWER and self._channel.finished and not self._is_patient():
+            self._want(0)  # the end is found again after the answer
+        elif self.phase is not Phase.HEAD or not self._loop.has_turn(self):
             self.close()
+
+    def _is_patient(self) -> bool:
+        """Whether its answer may wait for a change: then a client that is gone frees its place."""
+        return self._admitted is not None and self._admitted.route.patience > 0
 
     def _wait_for_head(self) -> None:
         self._wait(Phase.HEAD, IDLE_DEADLINE)

@@ -438,6 +438,20 @@ def test_a_refused_requests_body_never_becomes_the_next_request(
     client.close()
 
 
+def until_the_end(shared: GatewayProcess, request: bytes, local: bool) -> bytes:
+    """What a client gets that says with its request that it sends nothing more."""
+    if not local:
+        connection = HalfClosed(shared.port)
+        connection.send_all(request)
+        return connection.read_all()
+    with socket.socket(socket.AF_UNIX) as connected:
+        connected.settimeout(30)
+        connected.connect(shared.settings["DB_PATH"] + ".sock")
+        connected.sendall(request)
+        connected.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connected.recv(65536), b""))
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT"])  # a thread reads PUT's body
 @pytest.mark.parametrize("local", [False, True], ids=["TLS", "Unix socket"])
 def test_a_body_that_ends_early_never_becomes_the_next_request(
@@ -448,21 +462,26 @@ def test_a_body_that_ends_early_never_becomes_the_next_request(
     announced = {"Content-Type": "application/json", "Content-Length": "4000"}
     request = head(method, PEERS, sign(b"x" * 4000) | announced)
     request += head("GET", "/healthz", {}) + inner
-    if local:
-        with socket.socket(socket.AF_UNIX) as connected:
-            connected.settimeout(30)
-            connected.connect(shared.settings["DB_PATH"] + ".sock")
-            connected.sendall(request)
-            connected.shutdown(socket.SHUT_WR)
-            found = b"".join(iter(lambda: connected.recv(65536), b""))
-    else:
-        connection = HalfClosed(shared.port)
-        connection.send_all(request)
-        found = connection.read_all()
+    found = until_the_end(shared, request, local)
     assert found.startswith(b"HTTP/1.1 400 ") and found.count(b"HTTP/1.1 ") == 1
     assert b"\r\nConnection: close\r\n" in found and b"the body ended early" in found
     with contextlib.closing(shared.client()) as client:
         assert client.get(key).status == 200
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["TLS", "Unix socket"])
+def test_requests_before_the_end_are_answered(shared: GatewayProcess, local: bool) -> None:
+    """Whether at once, by a worker, when a change has landed, or one after the other."""
+    create = signed("POST", PEERS, encode({"public_key": a_key(f"half-closed {local}")}))
+    for request, number in (
+        (create, 1),
+        (head("GET", "/metrics", {}), 1),
+        (head("GET", "/healthz", {}) * 30, 30),
+        (head("GET", "/metrics", {}) * 3 + create + head("GET", "/healthz", {}) * 9, 13),
+        (head("GET", "/healthz", {}) * 9 + b"GET /healthz HT", 9),
+    ):
+        found = until_the_end(shared, request, local)
+        assert re.findall(rb"HTTP/1\.1 (\d+)", found) == [b"200"] * number
 
 
 def test_a_body_on_a_get_is_read_and_is_no_request(shared: GatewayProcess, wire: Wire) -> None:
@@ -707,6 +726,28 @@ def test_a_signature_ahead_of_the_clock_waits_for_its_ceiling(
     goes_on.set()
     assert wire.answer()[0] == (503 if what == "not kept" else 200)
     wire.close()
+
+
+@pytest.mark.parametrize("path", [PEERS, "/api/v1/changes?wait=60"])
+def test_a_client_that_is_gone_holds_no_place_while_its_answer_waits(
+    server: wggw.Server, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """The end of one direction wakes the loop once, and only a long poll ends with it."""
+    rounds: list[int] = []
+    monkeypatch.setattr(server.app, "answer", lambda *_: wggw.Later())
+    ours, theirs = socket.socketpair()
+    with theirs:
+        server.loop.post(lambda: server._begin(wggw.Channel(ours), wggw.THIS_HOST))
+        theirs.sendall(head("GET", path, {}))
+        theirs.shutdown(socket.SHUT_WR)
+        if path == PEERS:
+            wait_for(lambda: [c._events for c in server._connections] == [0], what="its end")
+            server.loop.after_round = lambda: rounds.append(0)
+            time.sleep(0.5)
+            assert len(rounds) < 5 and len(server._connections) == 1
+        else:
+            assert theirs.recv(1) == b""
+    wait_for(lambda: not server._connections, what="the end of its place")
 
 
 def test_empty_lines_are_no_sign_of_life(server: wggw.Server) -> None:
