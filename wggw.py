@@ -14692,6 +14692,16 @@ class Channel:
         while self._unsent:
             self._unsent = self._unsent[self.socket.send(self._unsent) :]
 
+    def finish(self) -> None:
+        """Say that nothing more will be sent, if the socket is not full (RFC 9112 section 9.8)."""
+        with contextlib.suppress(OSError):
+            if self._tls is not None:
+                with contextlib.suppress(ssl.SSLError):  # the client has not said it, too
+                    self._tls.unwrap()
+                self._unsent += self._encrypted.read()
+            self.flush()
+            self.socket.shutdown(socket.SHUT_WR)
+
 
 class Connection:
     """One client's connection after its handshake: one request after the other, with deadlines.
@@ -14775,6 +14785,7 @@ class Connection:
             return
         self.phase = Phase.CLOSED
         self._loop.remove(self)
+        self._channel.finish()
         with contextlib.suppress(OSError):
             self._socket.close()
         self._server.leave(self)
@@ -15041,8 +15052,7 @@ class Connection:
             return
         self._want(select.EPOLLIN)
         self._wait(Phase.LINGERING, LINGER_SECONDS)
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
+        self._channel.finish()
 
     def _linger_on(self) -> None:
         try:

@@ -123,7 +123,7 @@ class HalfClosed:
         found = b""
         while data := self._raw.recv(65536):
             self._received.write(data)
-            with contextlib.suppress(ssl.SSLWantReadError):
+            with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
                 while True:
                     found += self._tls.read()
         self._raw.close()
@@ -343,6 +343,25 @@ def test_connection_close_and_http_1_0_are_obeyed(shared: GatewayProcess) -> Non
         assert wire.answer()[0] == 200
         assert wire.is_closed()
         wire.close()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        head("GET", "/healthz", {"Connection": "close"}),
+        head("POST", PEERS, {}, b"x" * 60000),
+        b"GET /healthz HTTP/1.1\r\n",  # 408
+        b"",  # idle
+    ],
+    ids=["closed", "refused", "stalled", "idle"],
+)
+def test_an_end_of_tls_is_told(server: wggw.Server, request_: bytes) -> None:
+    """Otherwise clients report an attack that cuts answers off: "unexpected EOF"."""
+    raw = socket.create_connection(("127.0.0.1", port_of(server)), timeout=30)
+    with ANY_PEER.wrap_socket(raw, suppress_ragged_eofs=False) as client:
+        client.sendall(request_)
+        found = b"".join(iter(lambda: client.recv(65536), b""))
+    assert found.startswith(b"HTTP/1.1 " if request_ else b"")
 
 
 def test_pipelined_requests_are_answered_in_their_order(wire: Wire) -> None:
