@@ -13388,8 +13388,10 @@ class PeerHandlers:
         self._work = work
         self._call_at = call_at
         self._stopping = False
-        # The requests that wait for changes, with `after` and `limit` of each.
-        self._waiting: dict[Later[Response], tuple[int, int]] = {}
+        # The requests that wait for changes, with `after` and `limit` of each. By number, so that
+        # the heap of `call_at` does not keep their answers until the end of their time.
+        self._waiting: dict[int, tuple[Later[Response], int, int]] = {}
+        self._numbers = itertools.count()
         self._told = 0  # the last change that those requests were woken for
         gateway.lander.on_changed = self._wake_waiting
 
@@ -13567,8 +13569,9 @@ class PeerHandlers:
             return later
         if not self._waiting:
             self._told = feeds.last_change  # new traffic totals alone must not wake it
-        self._waiting[later] = after, limit
-        self._call_at(time.monotonic() + wait, lambda: self._answer_waiting(later))
+        number = next(self._numbers)
+        self._waiting[number] = later, after, limit
+        self._call_at(time.monotonic() + wait, functools.partial(self._answer_waiting, number))
         return later
 
     def list_usage(self, request: Request) -> Later[Response]:
@@ -13622,13 +13625,14 @@ class PeerHandlers:
             self._work(self._answer_all_waiting())
 
     def _answer_all_waiting(self) -> Iterator[None]:
-        for later in list(self._waiting):
-            self._answer_waiting(later)
+        for number in list(self._waiting):
+            self._answer_waiting(number)
             yield
 
-    def _answer_waiting(self, later: Later[Response]) -> None:
-        if later in self._waiting:
-            self._work_on(later, self._changes(*self._waiting.pop(later)))
+    def _answer_waiting(self, number: int) -> None:
+        if number in self._waiting:
+            later, after, limit = self._waiting.pop(number)
+            self._work_on(later, self._changes(after, limit))
 
     # --- what handlers share ---------------------------------------------------------------------
 

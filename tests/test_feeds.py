@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -216,6 +217,28 @@ def test_what_changes_while_an_answer_is_collected_comes_once(
     after, shown = collect(after)
     assert shown == [a_key(0), a_key(5)]
     assert collect(after) == (after, [])
+    world.close()
+
+
+def test_an_answered_long_poll_keeps_nothing_until_the_end_of_its_time(tmp_path: Path) -> None:
+    """With an answer for each change, a follower would fill memory with a minute of them."""
+    world = build(tmp_path)
+    calls: list[Any] = []
+    peers = wggw.PeerHandlers(world.gateway, list, lambda when, function: calls.append(function))
+    route = next(row for row in wggw.ROUTES if row.template == "/api/v1/changes")
+    request = a_request(route, query={"after": world.store.feeds.sequence, "wait": 60})
+    answers: list[wggw.Response] = []
+    later = cast(wggw.Later[wggw.Response], route.handler(peers, request))
+    later.then(answers.append)
+    kept = weakref.ref(later)
+    del later
+    do(world.gateway, "create", public_key=a_key(1))
+    wait_for(lambda: answers, what="the answer")
+    assert a_key(1).encode() in answers[0].body
+    assert len(calls) == 1
+    wait_for(lambda: kept() is None, 10, what="its end")
+    calls[0]()
+    assert len(answers) == 1
     world.close()
 
 
