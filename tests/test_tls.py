@@ -268,6 +268,17 @@ def test_files_that_do_not_fit_are_exit_2(tmp_path: Path, damage: str) -> None:
         gateway.close()
 
 
+def test_a_pair_that_cannot_be_made_leaves_no_key(tmp_path: Path) -> None:
+    """Otherwise the next start refuses half a pair, after the cause has been mended, too."""
+    cert, key = tmp_path / "none" / "cert.pem", tmp_path / "key.pem"
+    with pytest.raises(FileNotFoundError):
+        wggw.make_certificate(str(cert), str(key), ["localhost"])
+    assert not key.exists()
+    cert.parent.mkdir()
+    wggw.make_certificate(str(cert), str(key), ["localhost"])
+    assert cert.exists() and key.exists()
+
+
 EXPIRIES = [
     datetime(2049, 12, 31, 23, 59, 59, tzinfo=timezone.utc),  # the last UTCTime
     datetime(2050, 1, 1, tzinfo=timezone.utc),  # the first GeneralizedTime
