@@ -14240,7 +14240,7 @@ GUARDS: dict[str, tuple[Sequence[Mapping[str, Sequence[str]]], Sequence[int]]] =
         ),
         (401, 429, 503),
     ),
-    "metrics": (({"metricsToken": ()}, {}), (401, 403, 429, 503)),
+    "metrics": (({"metricsToken": ()}, {}), (401, 429, 503)),
     "open": (({},), ()),
 }
 
@@ -14295,7 +14295,7 @@ ANSWER_HEADERS: Schema = {"X-Request-Id": {"$ref": "#/components/headers/X-Reque
 
 def _error_statuses(route: ApiRoute) -> list[int]:
     """The errors that a route can answer: those that its columns entail, and its `errors`."""
-    statuses = {400, 408, 411, 413, 431, *GUARDS[route.guard][1], *route.errors}
+    statuses = {400, 403, 408, 411, 413, 431, *GUARDS[route.guard][1], *route.errors}
     statuses |= {404} if "{" in route.template else set()
     statuses |= {415} if route.fields or route.method == "POST" else set()
     statuses |= {422} if route.fields or route.query or route.method == "POST" else set()

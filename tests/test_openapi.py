@@ -125,6 +125,12 @@ def test_who_guesses_is_told_to_wait_wherever_there_is_something_to_guess(guard:
             assert "429" in described(route)["responses"]
 
 
+def test_every_path_may_refuse_an_address() -> None:
+    """One of METRICS_ALLOWED gets 403 everywhere but at /metrics, which has reasons of its own."""
+    for route in wggw.ROUTES:
+        assert "403" in wggw.describe_route(route, {})["responses"], route.template
+
+
 def test_the_paths_that_need_a_signature_are_those_below_api() -> None:
     """Admission.admit() goes by the path, before it looks for the route."""
     for route in wggw.ROUTES:
