@@ -12837,7 +12837,7 @@ class Response(NamedTuple):
 NO_ANSWER = Response(0, b"")  # the connection is closed without an answer
 
 _REQUEST_LINE = re.compile(
-    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}+) ([!-~]{1,8192}+) HTTP/(\d)\.(\d)(?=\r\n|\Z)"
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}+) ([!-~]++) HTTP/(\d)\.(\d)(?=\r\n|\Z)"
 )
 # All headers at once. It never goes back, so its time is linear.
 _HEADER_LINES = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]++:[^\x00-\x08\x0a-\x1f\x7f]*+)*+")

@@ -378,6 +378,12 @@ def test_pipelined_requests_are_answered_in_their_order(wire: Wire) -> None:
     assert [wire.answer()[0] for _ in range(5)] == [200, 200, 200, 200, 404]
 
 
+@pytest.mark.parametrize(("size", "status"), [(15_000, 404), (20_000, 431)])
+def test_only_the_size_of_the_whole_head_is_limited(wire: Wire, size: int, status: int) -> None:
+    wire.send(head("GET", "/" + "a" * size, {}))
+    assert wire.answer()[0] == status
+
+
 def test_a_request_in_single_bytes_is_understood(wire: Wire) -> None:
     for byte in signed("POST", PEERS, encode({"public_key": a_key("bytes")})):
         wire.send(bytes([byte]))

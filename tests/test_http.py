@@ -110,7 +110,7 @@ HEADS: list[tuple[str, bytes, int]] = [
     ("nothing", b"", 400),
     ("enough headers", head(HOST, *[b"X-%d: y" % n for n in range(MAX_HEADERS - 1)]), 200),
     ("too many headers", head(HOST, *[b"X-%d: y" % n for n in range(MAX_HEADERS)]), 431),
-    ("huge target", head(HOST, first=b"GET /" + b"a" * 10_000 + b" HTTP/1.1"), 400),
+    ("huge target", head(HOST, first=b"GET /" + b"a" * 10_000 + b" HTTP/1.1"), 200),  # as is this
     ("huge value", head(HOST, b"X-A: " + b"a" * 1_000_000), 200),  # bounded by who reads it
     ("bytes in a value", head(HOST, b"X-A: \xff\xfe"), 200),
 ]
