@@ -7625,7 +7625,7 @@ class Route:
                 raise CodecError("netlink: a short address message")
             _, length, _, _, where = struct.unpack_from("=BBBBI", payload)
             attributes = dict(parse_nl_attributes(payload[8:]))
-            end = attributes.get(IFA_ADDRESS, b"")
+            end = attributes.get(IFA_ADDRESS, bytes(4))  # the kernel leaves 0.0.0.0 out
             packed = attributes.get(IFA_LOCAL) or end
             if index in (None, where) and len(packed) in (4, 16):
                 found[ipaddress.ip_interface((packed, length))] = end

@@ -328,7 +328,12 @@ class InterfaceContract(WireGuardContract):
 
     @pytest.mark.parametrize(
         "words",
-        ["10.99.0.1 peer 10.99.0.2/32", "10.7.7.1 peer 10.8.8.2/24", "fd07::1 peer fd08::2"],
+        [
+            "10.99.0.1 peer 10.99.0.2/32",
+            "10.7.7.1 peer 10.8.8.2/24",
+            "10.7.7.1 peer 0.0.0.0/24",
+            "fd07::1 peer fd08::2",
+        ],
     )
     def test_setup_takes_away_an_address_with_another_end(
         self, backend: wggw.Backend, interface: RealInterface, words: str
