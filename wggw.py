@@ -10540,7 +10540,8 @@ class Lander:
                 for call in flight.on_landed:
                     call()
             yield from self._ledger.release(flight, refused=flight.error is not None)
-        self._store.number = max(self._store.number, self._number)
+        if self._number > self._store.number:  # a record that was refused, and its void
+            self._store.number, self._store.changed = self._number, True
         self.applying = False
         self.on_changed()
 

@@ -630,6 +630,25 @@ def test_what_a_gateway_refused_healed_or_imported_is_in_the_copy_as_it_is_there
     world.close()
 
 
+def test_a_large_change_that_an_interface_refused_leaves_the_copy_not_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw, "COPY_BACKLOG", 100)
+    world = build(tmp_path)
+    epochs = Epochs(MemoryObjects(), None, "node", time.time)
+    snapshot = world.gateway.lander.snapshot
+    copier = Copier(epochs, world.store, world.files, snapshot, CONFIG)
+    copier.boot(lambda state: None)
+    world.gateway.lander.on_written = copier.begin()
+    copier.tick()
+    world.backend.fail("apply")
+    with pytest.raises(wggw.Unavailable):
+        do(world.gateway, "create", public_key=a_key(1), label="x" * 200)
+    copier.tick()
+    assert copier.state().lag_records == 0
+    world.close()
+
+
 @pytest.fixture(params=[True, False], ids=["fences", "looks"])
 def checks(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
