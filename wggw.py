@@ -6380,8 +6380,9 @@ class Epochs:
             return False
         with contextlib.suppress(CopyDamaged):
             after = ours if epoch + 1 == ours.epoch else self.read_claim(epoch + 1)
-            # Our claim is the newest, whatever the clock of another node said.
-            if self._clock() - min(after.time, ours.time) < COPY_SWEEP_SECONDS:
+            now = self._clock()
+            # If its time has not come yet, its node's clock was ahead. Our claim is newer.
+            if now - (after.time if after.time <= now else ours.time) < COPY_SWEEP_SECONDS:
                 return False
             claim, manifest = self._head(self.read_claim(epoch).prefix)
             if claim.lineage == ours.lineage:

@@ -1046,9 +1046,25 @@ def test_another_nodes_clock_that_is_ahead_neither_hastens_nor_prevents_a_remova
         node.now = 1e9 + passed
         sweep(node)
         assert left_of(objects, 1) and left_of(objects, 2)
-    node.now = 1e9 + DAY
+    node.now = 1e9 + DAY + 10
     sweep(node)
     assert not left_of(objects, 1) and not left_of(objects, 2) and left_of(objects, 3)
+
+
+def test_an_own_clock_that_was_behind_hastens_no_removal_of_what_others_replaced(
+    tmp_path: Path,
+) -> None:
+    objects = MemoryObjects()
+    for name, now in (("a", 1e9), ("b", 1e9), ("behind", 1e9 - 2 * DAY)):
+        with Node(tmp_path / name, objects, now=now) as node:
+            node.put(a_peer(1))
+            node.tick()
+    node.now = 1e9 + DAY / 2
+    sweep(node)
+    assert left_of(objects, 1)
+    node.now = 1e9 + DAY
+    sweep(node)
+    assert not left_of(objects, 1)
 
 
 def test_a_start_finds_the_copy_although_the_clock_of_its_rival_was_set_back(
