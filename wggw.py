@@ -2442,7 +2442,8 @@ OBFUSCATION_FIELDS: dict[str, Field] = {
     "parameters": Field(
         _field_parameters, "an object with all of AmneziaWG's parameters", FREE_OBJECT,
         "default: random ones"),
-    "generation": choice_field(GENERATIONS, note="of random parameters; default: the oldest"),
+    "generation": choice_field(
+        GENERATIONS, note="of random parameters; default: the oldest. It must know `parameters`"),
     "preset": choice_field(
         tuple(PRESETS), note=f"of random parameters; default: {DEFAULT_PRESET}"),
     "confirm": Field(_field_flag, "true or false", FLAG, "true accepts that peers are cut off"),
@@ -13723,6 +13724,9 @@ class GatewayHandlers:
                 wanted = generate_obfuscation(fields.get("generation"), preset)
             except ValueError as error:
                 raise Invalid("preset", str(error).removeprefix("preset: ")) from None
+        elif fields.get("generation"):  # the clients know no later one
+            given = {**show_parameters(wanted.parameters), "generation": fields["generation"]}
+            wanted = _field_parameters(given)
         cut = self._gateway.change_obfuscation(wanted, fields.get("confirm", False))
         return {"status": "rotated", "cut_off_peers": cut, **self.get_obfuscation(request)}
 

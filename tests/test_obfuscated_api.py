@@ -353,11 +353,19 @@ def test_rotation_makes_parameters_of_a_generation_and_preset(api: Client) -> No
     assert again["parameters_version"] == done["parameters_version"] + 1
 
 
+def test_a_generation_beside_parameters_is_theirs(api: Client) -> None:
+    body = {"parameters": OTHER, "generation": "3.0", "confirm": True}
+    done = ok(api.send("POST", ROTATE, body))
+    assert done["generation"] == "3.0"
+    assert done["parameters"] == OTHER
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
         ({"parameters": {"jmin": 20, "jmax": 10}}, 422, "parameters: Jmin, Jmax: "),
         ({"parameters": {"i1": "<rd 5>", "generation": "1.5"}}, 422, "parameters: I1: "),
+        ({"parameters": OTHER, "generation": "1.5", "confirm": True}, 422, "parameters: S3: "),
         ({"parameters": {"s4": 200}, "confirm": True}, 422, "parameters: S4: "),
         ({"parameters": []}, 422, "parameters"),
         ({"generation": "9"}, 422, "generation"),
