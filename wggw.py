@@ -3276,11 +3276,12 @@ def make_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> Non
     key = ec.generate_private_key(ec.SECP256R1())
     pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     certificate = _sign_certificate(key, names)
-    Disk().replace(key_path, [key.private_bytes(pem, form, serialization.NoEncryption())])
     try:
+        Disk().replace(key_path, [key.private_bytes(pem, form, serialization.NoEncryption())])
         Disk().replace(cert_path, [certificate])
-    except OSError:  # the next start would refuse a key alone
-        Disk().unlink(key_path)
+    except OSError:  # the next start would refuse half a pair
+        for path in (key_path, cert_path):
+            Path(path).unlink(missing_ok=True)
         raise
 
 

@@ -279,6 +279,23 @@ def test_a_pair_that_cannot_be_made_leaves_no_key(tmp_path: Path) -> None:
     assert cert.exists() and key.exists()
 
 
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_a_pair_whose_sync_fails_leaves_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Each file and then its directory is synced; in the directory the file is there already."""
+    calls = itertools.count(1)
+
+    def fsync(handle: int) -> None:
+        if next(calls) == failing:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        wggw.make_certificate(str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"), ["localhost"])
+    assert not list(tmp_path.iterdir())
+
+
 EXPIRIES = [
     datetime(2049, 12, 31, 23, 59, 59, tzinfo=timezone.utc),  # the last UTCTime
     datetime(2050, 1, 1, tzinfo=timezone.utc),  # the first GeneralizedTime
