@@ -14843,7 +14843,7 @@ class Connection:
 
     def _is_patient(self) -> bool:
         """Whether its answer may wait for a change: then a client that is gone frees its place."""
-        return self._admitted is not None and self._admitted.route.patience > 0
+        return bool(self._admitted and self._admitted.query.get("wait"))
 
     def _wait_for_head(self) -> None:
         self._wait(Phase.HEAD, IDLE_DEADLINE)
