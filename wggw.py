@@ -15486,7 +15486,7 @@ def fit_certificate(config: Config) -> None:
         text = (
             "%s cannot be renewed, and backends may refuse it: %s; `wggw doctor` says what it lacks"
         )
-        LOG.warning(text, cert, _reason(error))
+        LOG.warning(text, cert, error if isinstance(error, ValueError) else _reason(error))
     else:
         LOG.warning(
             "%s was renewed (%s): backends that pin its SHA-256 fingerprint need the new one; its "

@@ -674,11 +674,14 @@ def test_words_beside_a_certificate_are_in_any_language(tmp_path: Path) -> None:
     assert (cert.read_bytes(), key.read_bytes()) == before
 
 
-def test_a_renewal_never_overwrites_a_key_in_the_certificates_file(tmp_path: Path) -> None:
+def test_a_renewal_never_overwrites_a_key_in_the_certificates_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     both, key = tmp_path / "both.pem", tmp_path / "key.pem"
     wggw.make_certificate(str(both), str(key), ["localhost"])
     both.write_bytes(both.read_bytes() + key.read_bytes())
     assert not is_renewed(settings_for(both, both, WG_ENDPOINT="vpn.example.org"))
+    assert "TLS_KEY is the same file" in caplog.text
 
 
 def test_strict_verifiers_accept_first_and_renewed_certificates(tmp_path: Path) -> None:
