@@ -870,8 +870,8 @@ class Config:
     gateway_api_key: str = _setting(None, *_SECRET, secret=True, required=True)
     gateway_api_keys: Mapping[str, str] = _setting(
         "", _keys,
-        'JSON {"key-id": "secret", ...}: ids of A-Z a-z 0-9 . _ - (not "default"), '
-        "secrets of 16 characters or more", secret=True)
+        'JSON with unique names, {"key-id": "secret", ...}: ids of A-Z a-z 0-9 . _ - '
+        '(not "default"), secrets of 16 characters or more', secret=True)
     gateway_public_key: str | None = _setting(None, *_SECRET, secret=True)
     max_timestamp_diff: int = _setting("60", *_number("seconds", 1, 3600))
     auth_schemes: tuple[str, ...] = _setting("legacy,rfc9421", _schemes, "legacy, rfc9421 or both")
@@ -907,11 +907,13 @@ class Config:
         None, _text, "AmneziaWG's parameters as JSON, or a file's path", secret=True)
     dns_servers: Mapping[str, tuple[str, ...]] = _setting(
         '{"d1":"1.1.1.1","d2":"8.8.8.8","d3":"9.9.9.9"}', _dns_servers,
-        'JSON {"choice": "address[,address or search domain]", ...}; "none" always exists')
+        'JSON with unique names, {"choice": "address[,address or search domain]", ...}; "none" '
+        "always exists")
     service_classes: Mapping[str, ServiceClass] = _setting(
         "", _service_classes,
-        'JSON {"name": {"down": "100mbit", "up": "20mbit", "destinations": ["10.0.0.0/8"]}, ...}: '
-        "each member may be left out; rates of 8kbit or more in bit, kbit, mbit or gbit")
+        'JSON with unique names, {"name": {"down": "100mbit", "up": "20mbit", '
+        '"destinations": ["10.0.0.0/8"]}, ...}: each member may be left out; rates of 8kbit or '
+        "more in bit, kbit, mbit or gbit")
     move_peers: bool = _setting("false", *_BOOLEAN)
     db_path: str = _setting("./wireguard.db", *_PATH)
     durability: str = _setting("commit", *_one_of("commit", "interval", "none"))

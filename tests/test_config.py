@@ -441,6 +441,19 @@ def test_half_a_certificate_pair_is_refused(present: str) -> None:
     assert "TLS_KEY" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GATEWAY_API_KEYS", '{"a": "0123456789abcdef", "a": "fedcba9876543210"}'),
+        ("DNS_SERVERS", '{"a": "1.1.1.1", "a": "9.9.9.9"}'),
+        ("SERVICE_CLASSES", '{"a": {}, "a": {}}'),
+    ],
+)
+def test_a_name_that_is_given_twice_is_told(name: str, value: str) -> None:
+    """The rest is right, and a secret value is not shown."""
+    assert "JSON with unique names" in refusal({name: value})
+
+
 def test_one_file_for_certificate_and_key_must_exist() -> None:
     """Otherwise the certificate that the gateway makes would replace the key that it made."""
     settings = {"TLS_CERT": "both.pem", "TLS_KEY": "./both.pem"}
