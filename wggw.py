@@ -3301,7 +3301,9 @@ def renew_certificate(cert_path: str, key_path: str, names: Sequence[str]) -> No
         raise ValueError("TLS_KEY is the same file, and would lose its key")
     pem, der = serialization.Encoding.PEM, serialization.Encoding.DER
     key: Any = serialization.load_pem_private_key(Path(key_path).read_bytes(), None)
-    root = x509.load_pem_x509_certificates(Path(cert_path).read_bytes())[-1]
+    # The last of the file; Debian 12's cryptography cannot load several at once.
+    _, header, text = Path(cert_path).read_bytes().rpartition(ssl.PEM_HEADER.encode("ascii"))
+    root = x509.load_pem_x509_certificate(header + text)
     kind = (der, serialization.PublicFormat.SubjectPublicKeyInfo)
     if root.public_key().public_bytes(*kind) != key.public_key().public_bytes(*kind):
         raise ValueError("TLS_CERT was signed with another key than TLS_KEY")

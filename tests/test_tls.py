@@ -638,6 +638,20 @@ def test_certificate_near_its_end_is_renewed_under_the_same_key(
     assert cert.read_bytes().count(b"BEGIN CERTIFICATE") == 1
 
 
+def test_renewal_needs_no_newer_library_than_debian_12_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cryptography 38 can load one certificate, and not several of a file."""
+    monkeypatch.delattr(x509, "load_pem_x509_certificates")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    wggw.make_certificate(str(cert), str(key), ["localhost"])
+    first = cert.read_bytes()
+    for name in ("vpn.example.org", "other.example.org"):
+        assert is_renewed(settings_for(cert, key, WG_ENDPOINT=name))
+        assert cert.read_bytes().endswith(first)
+    assert cert.read_bytes().count(b"BEGIN CERTIFICATE") == 2
+
+
 def test_certificate_of_somebody_else_is_never_renewed(tmp_path: Path) -> None:
     ca = write_pair(tmp_path, "ca")
     ours = write_pair(tmp_path, "wggw")  # a CA that has the name by accident
