@@ -15747,8 +15747,8 @@ def lock_database(path: str) -> None:
 
     Symbolic links are resolved, so that every name of the database leads to the same lock.
     """
+    name = os.path.realpath(path) + ".lock"
     try:
-        name = os.path.realpath(path) + ".lock"
         handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -15756,7 +15756,7 @@ def lock_database(path: str) -> None:
             f"DB_PATH {path!r} is in use by another gateway: stop that one, or use another file"
         ) from None
     except OSError as error:
-        raise StartError(f"DB_PATH {path!r} cannot be written: {_reason(error)}") from None
+        raise StartError(f"DB_PATH: {name!r} cannot be written: {_reason(error)}") from None
 
 
 class Manager:
@@ -16288,6 +16288,7 @@ def look_at_secrets(host: Host) -> Iterator[Finding]:
             yield Finding(name, found, todo, True)
         except OSError:
             continue  # a missing pair is made, and so is a key that no client knows
+    yield from () if host.is_served else _look_at_owners(config, [path for _, path, _ in files])
     for tunnel in tunnels:
         path, name = tunnel.private_key_file, tunnel.name
         if os.path.exists(path) or not store.counts.on(name) or store.private_keys.get(name):
@@ -16301,6 +16302,21 @@ def look_at_secrets(host: Host) -> Iterator[Finding]:
             f"{shlex.quote(path)}) && chown --reference={owner} {shlex.quote(path)}",
             True,
         )
+
+
+def _look_at_owners(config: Config, keys: Sequence[str]) -> Iterator[Finding]:
+    """Which files the gateway's user, who owns the database's directory, cannot read."""
+    directory = os.path.dirname(config.db_path) or "."
+    for path in filter(None, (config.env_file, *keys, config.tls_key)):
+        try:
+            user, found = os.stat(directory).st_uid, os.stat(path)
+        except OSError:
+            continue
+        # A group that may read it can be one of that user's.
+        if user not in (0, found.st_uid) and not found.st_mode & 0o044:
+            text = f"the gateway's user, who owns {directory}, cannot read it"
+            todo = f"chown --reference={shlex.join([directory, path])}"
+            yield Finding(path, text, todo, True)
 
 
 def clock_error() -> float:
@@ -16360,9 +16376,10 @@ def _look_at_database(host: Host) -> tuple[Finding, Store]:
     path = host.config.db_path
     directory = os.path.dirname(path) or "."
     there = [name for name in (path, f"{path}.journal") if os.path.exists(name)]
+    others = [name for name in (f"{path}.lock", f"{path}.nonces") if os.path.exists(name)]
     if closed := [name for name in there if not os.access(name, os.R_OK)]:
         return wrong(f"this user cannot read {', '.join(closed)}", "run this as root")
-    strange = [name for name in there if not is_usable(name)]
+    strange = [name for name in (*there, *others) if not is_usable(name)]
     if strange and not host.is_served:
         words = shlex.join(strange)
         todo = f"chown --reference={shlex.quote(directory)} {words} && chmod 600 {words}"

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ import wggw
 def doctor(gateway: GatewayProcess) -> tuple[int, str]:
     done = gateway.command("doctor", "--env-file", os.devnull)
     return done.returncode, done.stdout + done.stderr
+
+
+def config_in(directory: Path, **settings: str) -> wggw.Config:
+    given = {"GATEWAY_API_KEY": "k" * 16, "DB_PATH": str(directory / "wireguard.db")}
+    return wggw.load_config({**given, **settings}, os.devnull)
 
 
 def test_running_gateway_is_well_and_a_stopped_one_is_not(tmp_path: Path) -> None:
@@ -246,3 +252,34 @@ def test_a_program_that_is_there_but_does_not_run_is_wrong(
     program.write_text(f"#!/bin/sh\n: >{was_run}\n")
     [*wggw._look_at_rights(host)]
     assert not was_run.exists()  # a start that waited for a program that hangs would hang
+
+
+@pytest.mark.parametrize("name", ["wireguard.db.lock", "wireguard.db.nonces"])
+def test_file_that_a_start_as_another_user_left_is_named(tmp_path: Path, name: str) -> None:
+    config = config_in(tmp_path)
+    (tmp_path / name).touch(0o400)
+    finding, _ = wggw._look_at_database(wggw.Host(config, wggw.Store()))
+    assert finding.failed and finding.found.endswith(f"cannot use {tmp_path}/{name}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it gives files to another user")
+def test_file_that_the_gateways_user_cannot_read_is_named(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("settings.env", "privatekey", "key.pem")]
+    for file in files:
+        file.touch(0o600)
+        os.chown(file, 12345, 12345)
+    os.chown(tmp_path, 12345, 12345)
+    paths = {"WG_PRIVATE_KEY_FILE": str(files[1]), "TLS_KEY": str(files[2])}
+    paths["TLS_CERT"] = str(files[2])
+    config = replace(config_in(tmp_path, **paths), env_file=str(files[0]))
+    host = wggw.Host(config, wggw.Store())
+    assert not [*wggw.look_at_secrets(host)]
+    for file in files:
+        os.chown(file, 0, 0)
+        (found,) = wggw.look_at_secrets(host)
+        assert (found.subject, found.failed) == (str(file), True)
+        assert found.todo == f"chown --reference={tmp_path} {file}"
+        file.chmod(0o640)  # for a group that the user may be in
+        assert file == files[1] or not [*wggw.look_at_secrets(host)]
+        os.chown(file, 12345, 12345)
+        file.chmod(0o600)
