@@ -16255,6 +16255,12 @@ def look_at_certificate(config: Config, now: float) -> Finding:
     try:
         expires = certificate_expiry(read_certificate(path))
         own = own_certificate_names(path)
+        with contextlib.suppress(PermissionError):  # another user's
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, config.tls_key, "")
+    except ssl.SSLError as error:
+        text = f"{path} and TLS_KEY {config.tls_key} are no usable pair: {_reason(error)}"
+        todo = "restore both, or remove both for a new pair, then systemctl restart wggw"
+        return Finding("certificate", text, todo, True)
     except (OSError, ValueError) as error:
         text = _reason(error) if isinstance(error, OSError) and error.errno else "not a certificate"
         todo = "restore it and TLS_KEY, or remove both for a new pair, then systemctl restart wggw"

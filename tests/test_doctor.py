@@ -283,3 +283,13 @@ def test_file_that_the_gateways_user_cannot_read_is_named(tmp_path: Path) -> Non
         assert file == files[1] or not [*wggw.look_at_secrets(host)]
         os.chown(file, 12345, 12345)
         file.chmod(0o600)
+
+
+def test_certificate_of_another_key_is_wrong(tmp_path: Path) -> None:
+    config = config_in(tmp_path, TLS_CERT=f"{tmp_path}/cert", TLS_KEY=f"{tmp_path}/key")
+    for name in ("other", "key"):
+        wggw.make_certificate(config.tls_cert, str(tmp_path / name), ["localhost"])
+    assert not wggw.look_at_certificate(config, time.time()).failed
+    (tmp_path / "other").rename(tmp_path / "key")
+    found = wggw.look_at_certificate(config, time.time())
+    assert found.failed and "no usable pair" in found.found
