@@ -9670,6 +9670,8 @@ def free_subnet(
 def _look_at_ports(host: Host) -> Iterator[Finding]:
     """Whether the interfaces and the API have their ports, or can get them."""
     names = {link.name for link in host.links}
+    wanted = {tunnel.name for tunnel in host.tunnels}
+    ours = [link.name for link in host.links if link.alias == host.mark and link.name not in wanted]
     for tunnel in host.tunnels:
         port = tunnel.ports[0]
         setting = "WG_DEFAULT_PORT" if tunnel.prefix == PLAIN_PREFIX else "AWG_PORT"
@@ -9686,6 +9688,11 @@ def _look_at_ports(host: Host) -> Iterator[Finding]:
             else:
                 todo = f"stop that program, or change {setting}"
                 found = f"UDP port {port} is held by {who}"
+                if tunnel.name not in names and ours:
+                    found += f", and {ours[0]} has this gateway's mark"
+                    back = f"ip link set {ours[0]} down && ip link set {ours[0]} name {tunnel.name}"
+                    todo = f"if {ours[0]} was {tunnel.name}, rename it back: {back}"
+                    todo += f"; if the setting has changed: ip link delete {ours[0]}"
                 yield Finding(f"{setting} {port}", found, todo, True, StartError)
     if host.is_served:
         return  # the API has its port

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -293,3 +294,24 @@ def test_certificate_of_another_key_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "other").rename(tmp_path / "key")
     found = wggw.look_at_certificate(config, time.time())
     assert found.failed and "no usable pair" in found.found
+
+
+def link_named(name: str, config: wggw.Config) -> wggw.FoundLink:
+    mark = wggw.interface_settings(config)[0].mark
+    return wggw.FoundLink(7, name, "tun", mark)
+
+
+def test_renamed_interface_is_the_cause_of_a_held_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [wggw.HeldPort(ip_address("0.0.0.0"), "0")]
+    monkeypatch.setattr(wggw, "held_ports", lambda protocol, port: held)
+    monkeypatch.setattr(wggw.Host, "is_served", True)
+    host = wggw.Host(config_in(tmp_path), wggw.Store())
+    host.links = [link_named("wg7", host.config)]
+    (found,) = wggw._look_at_ports(host)
+    assert found.failed and "wg7 has this gateway's mark" in found.found
+    assert "ip link set wg7 down && ip link set wg7 name wg0" in found.todo
+    host.links = []
+    (found,) = wggw._look_at_ports(host)
+    assert found.todo == "stop that program, or change WG_DEFAULT_PORT"
