@@ -16413,6 +16413,9 @@ def _look_at_database(host: Host) -> tuple[Finding, Store]:
     except OSError as error:
         return wrong(f"{path}: {_reason(error)}", "run this as root")
     if not files.has_snapshot:
+        if host.is_served and host.config.snapshot_url:  # while the gateway waits for the copy
+            todo = "the remote copy or the running gateway makes it again"
+            return Finding("database", f"{path} does not exist", todo), Store()
         return wrong(f"{path} does not exist", host.start)
     text = f"{path}: good, {show_peers(store.counts.total())}, record {store.number}"
     return Finding("database", text), store

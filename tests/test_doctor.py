@@ -315,3 +315,12 @@ def test_renamed_interface_is_the_cause_of_a_held_port(
     host.links = []
     (found,) = wggw._look_at_ports(host)
     assert found.todo == "stop that program, or change WG_DEFAULT_PORT"
+
+
+def test_missing_database_is_no_fault_while_the_copy_is_awaited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw.Host, "is_served", True)
+    config = config_in(tmp_path, SNAPSHOT_URL="https://192.0.2.1/copy")
+    finding, _ = wggw._look_at_database(wggw.Host(config, wggw.Store()))
+    assert (finding.failed, "does not exist" in finding.found) == (False, True)
