@@ -12256,7 +12256,9 @@ class Gateway(Core):
         try:
             for tunnel in self.tunnels.values():
                 result = self.projection.reconcile(tunnel.name)
-                LOG.info("%s (%s): %s", tunnel.name, tunnel.backend.kind, result)
+                level = logging.INFO if self.store.counts.total() else logging.WARNING
+                level = level if result.removed else logging.INFO
+                LOG.log(level, "%s (%s): %s", tunnel.name, tunnel.backend.kind, result)
                 tunnel.rate()
         except BackendError as error:
             raise StartError(str(error)) from None
@@ -16416,9 +16418,27 @@ def _look_at_database(host: Host) -> tuple[Finding, Store]:
         if host.is_served and host.config.snapshot_url:  # while the gateway waits for the copy
             todo = "the remote copy or the running gateway makes it again"
             return Finding("database", f"{path} does not exist", todo), Store()
+        for name, peers in _orphans(host).items():
+            found = f"{path} does not exist, and a start removes the {show_peers(peers)} of {name}"
+            adopt = f"ip link set dev {name} alias '' && wggw adopt --interface {name} --yes"
+            adopt += f" --env-file {shlex.quote(host.config.env_file or '.env')}"
+            todo = f"put the files back, or, without labels and limits, take them over: {adopt}"
+            return wrong(found, todo)
         return wrong(f"{path} does not exist", host.start)
     text = f"{path}: good, {show_peers(store.counts.total())}, record {store.number}"
     return Finding("database", text), store
+
+
+def _orphans(host: Host) -> dict[str, int]:
+    """How many peers this gateway's interfaces have, while there is no database and no gateway."""
+    found: dict[str, int] = {}
+    if not host.is_real or host.is_served:
+        return found
+    marked = {link.name: link for link in host.links if link.alias == host.mark}
+    for tunnel in host.tunnels:
+        with contextlib.suppress(KeyError, BackendError):
+            found[tunnel.name] = read_link(tunnel.kind, marked[tunnel.name]).peers
+    return {name: peers for name, peers in found.items() if peers}
 
 
 def look_at_answer(ask: Callable[[], tuple[int, bytes]], start: str) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakes import World, do
@@ -324,3 +325,30 @@ def test_missing_database_is_no_fault_while_the_copy_is_awaited(
     config = config_in(tmp_path, SNAPSHOT_URL="https://192.0.2.1/copy")
     finding, _ = wggw._look_at_database(wggw.Host(config, wggw.Store()))
     assert (finding.failed, "does not exist" in finding.found) == (False, True)
+
+
+def test_peers_that_a_start_without_a_database_would_remove_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wggw.Host, "is_served", False)
+    monkeypatch.setattr(wggw, "read_link", lambda kind, found: SimpleNamespace(peers=2))
+    host = wggw.Host(config_in(tmp_path), wggw.Store())
+    host.links = [link_named("wg0", host.config)]
+    finding, _ = wggw._look_at_database(host)
+    assert finding.failed and finding.found.endswith("a start removes the 2 peers of wg0")
+    assert "wggw adopt --interface wg0" in finding.todo
+
+
+def test_start_without_a_database_warns_of_the_peers_that_it_removes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path).open()
+    do(world.gateway, "create", public_key=a_key(1))
+    world.close()
+    for file in tmp_path.iterdir():
+        file.unlink()
+    world = World(tmp_path, backends=world.backends).open()
+    assert not world.backend.peers
+    assert "0 added, 0 updated, 1 removed" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    world.close()
