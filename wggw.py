@@ -16400,6 +16400,10 @@ def _look_at_database(host: Host) -> tuple[Finding, Store]:
         todo = f"chown --reference={shlex.quote(directory)} {words} && chmod 600 {words}"
         who = f"the gateway's user, who owns {directory}"
         return wrong(f"{who}, cannot use {', '.join(strange)}", todo)
+    with contextlib.suppress(OSError):
+        if not host.is_served and os.statvfs(directory).f_flag & os.ST_RDONLY:
+            found = f"{directory} is on a file system that is mounted read-only"
+            return wrong(found, "see the kernel's log for the cause, and mount it writable")
     try:
         store, files = load_whole(host.config)
     except DamagedError as error:
@@ -16441,6 +16445,9 @@ def _orphans(host: Host) -> dict[str, int]:
     return {name: peers for name, peers in found.items() if peers}
 
 
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def look_at_answer(ask: Callable[[], tuple[int, bytes]], start: str) -> Iterator[Finding]:
     """Ask the gateway for its status. What it says of itself has the subject "status"."""
     log = "see the gateway's log: journalctl -u wggw"
@@ -16465,7 +16472,10 @@ def look_at_answer(ask: Callable[[], tuple[int, bytes]], start: str) -> Iterator
     if is_ok and not rest:
         yield Finding("API", f"answers: {told}")
     elif is_ok:
-        yield Finding("status", f"{answer['status']}: {rest}", log, True)
+        todo = log
+        if re.search("|".join(map(os.strerror, DISK_FAULTS)), rest):
+            todo = "make space on the disk of DB_PATH, or make it writable: no restart is needed"
+        yield Finding("status", f"{answer['status']}: {rest}", todo, True)
     elif rest:
         yield Finding("API", f"status {status}: {rest}", log, True)
     if failure := copy.get("failure") or next((r for r in reasons if "remote copy" in r), ""):

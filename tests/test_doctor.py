@@ -352,3 +352,20 @@ def test_start_without_a_database_warns_of_the_peers_that_it_removes(
     assert "0 added, 0 updated, 1 removed" in caplog.text
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     world.close()
+
+
+def test_disk_that_is_full_or_read_only_is_told_with_what_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fault in ("No space left on device", "Read-only file system"):
+        reasons = [f"snapshot: {fault}"]
+        body = {"status": "degraded", "total_peers": 3, "reasons": reasons}
+        answer = json.dumps(body).encode()
+        (found,) = wggw.look_at_answer(lambda answer=answer: (200, answer), "start it")
+        assert found.failed and found.todo.startswith("make space on the disk of DB_PATH")
+    host = wggw.Host(config_in(tmp_path), wggw.Store())
+    monkeypatch.setattr(wggw.Host, "is_served", False)
+    read_only = SimpleNamespace(f_flag=os.ST_RDONLY)
+    monkeypatch.setattr(os, "statvfs", lambda path: read_only)
+    found, _ = wggw._look_at_database(host)
+    assert found.failed and found.found.endswith("mounted read-only")
