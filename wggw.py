@@ -225,7 +225,7 @@ SAFE_DATAGRAM = 1280  # bytes of a packet that every path lets through: IPv6's m
 MAX_DATAGRAM = 65507  # bytes of a UDP payload over IPv4
 SAFE_DECOY_TEXT = 3000  # characters of I1-I5: the kernel describes an interface in 4096 bytes
 MAX_DECOY_TEXT = 65000  # characters of one of I1-I5: amneziawg-go reads lines of 64 KiB
-SAFE_JUNK_PACKETS = 128  # junk packets before each handshake: more would delay it
+SAFE_JUNK_PACKETS = 127  # before a handshake: amneziawg-go sends at most 128 at once
 MAX_NONCES = 2**18  # 2,000 signed requests a second for two minutes, about 40 MB
 MAX_THROTTLED = 4096  # addresses whose authentication failures are counted
 MAX_SIGNATURES = 8  # signatures of one message
@@ -1818,8 +1818,9 @@ AWG_KERNEL_RULES: tuple[AwgRule, ...] = (
 # Programs accept what breaks these rules, but it is unwise.
 AWG_WARNINGS: tuple[AwgRule, ...] = (
     AwgRule(
-        f"Jc: more than {SAFE_JUNK_PACKETS} junk packets delay each handshake",
-        lambda p: p.jc <= SAFE_JUNK_PACKETS),
+        f"Jc: with more than {SAFE_JUNK_PACKETS} junk packets and I packets together, amneziawg-go "
+        "crashes when it begins a handshake",
+        lambda p: p.jc + sum(map(bool, p.packets)) <= SAFE_JUNK_PACKETS),
     AwgRule(
         f"Jmax: junk packets of more than {SAFE_DATAGRAM} bytes do not fit through every path",
         lambda p: p.jmax <= SAFE_DATAGRAM),

@@ -313,7 +313,8 @@ def test_a_clients_own_times_that_lose_packets_are_shown_with_a_warning(
 
 
 UNWISE: list[tuple[dict[str, Any], str]] = [
-    ({"jc": 129}, "Jc: "),
+    ({"jc": 129}, "Jc: with more than 127 junk packets and I packets together"),
+    ({"jc": 126, "i1": "<r 5>", "i2": "<r 5>"}, "Jc: with more than 127 junk packets"),
     ({"jmax": 1400}, "Jmax: "),
     ({"jmax": 65507}, "Jmax: "),
     ({"s1": 1133}, "S1, S2, S3: "),
