@@ -2058,6 +2058,23 @@ def decode_own_values(text: str) -> dict[str, Any]:
     return awg_values({name: value for name, value in given.items() if name in AWG_OWN})
 
 
+def known_values(values: dict[str, Any], generation: str) -> dict[str, Any]:
+    """A client's own values without those that a rotation to this generation made unknown."""
+    with contextlib.suppress(ValueError):
+        check_generation(PLAIN._replace(**values), generation)
+        return values  # the usual case
+    known = {
+        name: value
+        for name, value in values.items()
+        if name not in _PACKETS and AWG_PARAMETERS[name].since <= generation
+    }
+    packets = {name: values[name] for name in _PACKETS if name in values}
+    with contextlib.suppress(ValueError):  # all of them, or the interface's
+        check_generation(PLAIN._replace(**packets), generation)
+        known |= packets
+    return known
+
+
 def encode_state(state: ObfuscationState) -> str:
     return json.dumps(show_state(state))
 
@@ -4324,7 +4341,7 @@ def shown_obfuscation(state: str, own: str | None) -> str:
     may keep a session for too long: `warnings` says when packets get lost.
     """
     decoded = decode_state(state)
-    values = decode_own_values(own or "{}")
+    values = known_values(decode_own_values(own or "{}"), decoded.generation)
     parameters = decoded.parameters._replace(**values)
     warnings = loss_warnings(parameters) if "content_padding_addition" in values else []
     if outlives(parameters, decoded.parameters):

@@ -312,6 +312,28 @@ def test_a_clients_own_times_that_lose_packets_are_shown_with_a_warning(
     )
 
 
+@pytest.mark.parametrize(
+    ("generation", "own", "left"),
+    [
+        ("1.0", {"jc": 9, "i1": "<r 5>", "rekey_timeout": 5}, {"jc": 9}),
+        ("1.5", {"i1": "<r 5>", "i2": "<r 6>"}, {"i1": "<r 5>", "i2": "<r 6>"}),
+        ("1.5", {"i1": "<r 5>", "i2": "<rd 6>"}, {"i1": "<t>"}),  # the interface's packets
+        ("1.5", {"i1": "", "i2": "<r 6>"}, {"i1": "<t>"}),  # refused by all of 1.5
+        ("2.0", {"i1": "<wt 5><r 5>", "jc": 9}, {"i1": "<t>", "jc": 9}),
+        ("3.0", {"disable_cookies": True, "keepalive_timeout": 9}, {"keepalive_timeout": 9}),
+    ],
+)
+def test_own_values_that_a_generation_does_not_know_are_not_shown_after_a_rotation(
+    generation: str, own: dict[str, Any], left: dict[str, Any]
+) -> None:
+    packets = {"i1": "<t>"} if generation > "1.0" else {}
+    state = parse_obfuscation({"generation": generation, "jc": 3, "s1": 20, **packets})
+    shown = json.loads(wggw.shown_obfuscation(wggw.encode_state(state), json.dumps(own)))
+    del shown["enabled"]
+    assert shown == {**show_state(state), **left}
+    assert parse_obfuscation(shown).generation == generation
+
+
 UNWISE: list[tuple[dict[str, Any], str]] = [
     ({"jc": 129}, "Jc: with more than 127 junk packets and I packets together"),
     ({"jc": 126, "i1": "<r 5>", "i2": "<r 5>"}, "Jc: with more than 127 junk packets"),
