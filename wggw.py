@@ -1843,6 +1843,10 @@ AWG_WARNINGS: tuple[AwgRule, ...] = (
     AwgRule(
         "RejectAfterTime: below 120 seconds, clients that do not have it lose packets",
         lambda p: not outlives(PLAIN, p)),
+    AwgRule(
+        "RekeyTimeout, RejectAfterTime: a client that begins no new handshake for RekeyTimeout "
+        "loses all packets after RejectAfterTime (180 seconds if it is not set)",
+        lambda p: p.rekey_timeout.high < (p.reject_after_time.high or 180)),
     *AWG_RULES_1_5,
     *AWG_KERNEL_RULES,
     AwgRule(

@@ -342,6 +342,11 @@ UNWISE: list[tuple[dict[str, Any], str]] = [
     ({"s1": 1133}, "S1, S2, S3: "),
     ({"i1": "<r 1281>"}, "I1, I2, I3, I4, I5: packets of more than 1280 bytes"),
     ({"reject_after_time": "60-119"}, "RejectAfterTime: below 120 seconds"),
+    ({"rekey_timeout": "5-180"}, "RekeyTimeout, RejectAfterTime: a client"),
+    (
+        {"rekey_timeout": 130, "reject_after_time": 130},
+        "RekeyTimeout, RejectAfterTime: a client",
+    ),
     ({"i1": "<c><r 5>"}, "I1, I2, I3, I4, I5: <c>"),
     ({"i1": "<r 5><dz 2>"}, "I1, I2, I3, I4, I5: no kernel module knows other tags"),
     (
