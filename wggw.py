@@ -1841,9 +1841,6 @@ AWG_WARNINGS: tuple[AwgRule, ...] = (
         "path",
         lambda p: max(map(packet_size, p.packets)) <= SAFE_DATAGRAM),
     AwgRule(
-        "RejectAfterTime: below 120 seconds, clients that do not have it lose packets",
-        lambda p: not outlives(PLAIN, p)),
-    AwgRule(
         "RekeyTimeout, RejectAfterTime: a client that begins no new handshake for RekeyTimeout "
         "loses all packets after RejectAfterTime (180 seconds if it is not set)",
         lambda p: p.rekey_timeout.high < (p.reject_after_time.high or 180)),
@@ -1854,6 +1851,13 @@ AWG_WARNINGS: tuple[AwgRule, ...] = (
         lambda p: "<c>" not in "".join(p.packets)),
 )
 # fmt: on
+
+
+# This one concerns the interface alone.
+AWG_SHORT_SESSIONS = AwgRule(
+    "RejectAfterTime: below 120 seconds, clients that do not have it lose packets",
+    lambda p: not outlives(PLAIN, p),
+)
 
 
 def broken_rules(given: Obfuscation, rules: Iterable[AwgRule]) -> list[str]:
@@ -1868,7 +1872,8 @@ def obfuscation_warnings(state: ObfuscationState) -> list[str]:
         check_generation(given, state.generation)
     except ValueError as error:  # see parse_obfuscation()
         found.append(str(error))
-    found += broken_rules(given, [row for row in AWG_WARNINGS if row.until >= state.generation])
+    rules = [row for row in AWG_WARNINGS if row.until >= state.generation]
+    found += broken_rules(given, [*rules, AWG_SHORT_SESSIONS])
     return list(dict.fromkeys(found))
 
 
@@ -4342,12 +4347,25 @@ def shown_obfuscation(state: str, own: str | None) -> str:
     `state` is what encode_state() made of the interface's state, `own` the client's own values.
     For values that the client did not choose, the interface's are a suggestion. A client with a
     ContentPaddingAddition of its own sends packets of other sizes, and one with times of its own
-    may keep a session for too long: `warnings` says when packets get lost.
+    may keep a session for too long: `warnings` says when packets get lost. It also has what of
+    AWG_WARNINGS the client's own values bring about.
     """
     decoded = decode_state(state)
     values = known_values(decode_own_values(own or "{}"), decoded.generation)
     parameters = decoded.parameters._replace(**values)
     warnings = loss_warnings(parameters) if "content_padding_addition" in values else []
+    rules = [row for row in AWG_WARNINGS if values and row.until >= decoded.generation]
+    present = broken_rules(decoded.parameters, rules)
+    warnings += [text for text in broken_rules(parameters, rules) if text not in present]
+    if (
+        0
+        < values.get("reject_after_time", PLAIN.reject_after_time).high
+        < (parameters.rekey_after_time.high or 120)
+    ):
+        warnings.append(
+            "RejectAfterTime: below RekeyAfterTime (120 seconds if it is not set), the client ends "
+            "sessions before it renews them, and loses packets that reach it after a pause"
+        )
     if outlives(parameters, decoded.parameters):
         warnings.append(
             "RekeyAfterTime, RejectAfterTime: the client keeps sessions for longer than the "

@@ -300,6 +300,7 @@ def test_a_clients_own_padding_that_loses_packets_is_shown_with_a_warning() -> N
         ({"reject_after_time": 60}, {}, False),  # the client gets the interface's value
         ({"reject_after_time": 60}, {"reject_after_time": 180}, True),
         ({"reject_after_time": 60}, {"reject_after_time": 180, "rekey_after_time": 50}, False),
+        ({"reject_after_time": 60}, {"reject_after_time": 60, "rekey_after_time": 50}, False),
     ],
 )
 def test_a_clients_own_times_that_lose_packets_are_shown_with_a_warning(
@@ -363,6 +364,30 @@ def test_what_programs_take_is_taken_with_a_warning_where_it_is_unwise(
     assert wggw.obfuscation_warnings(parse_obfuscation(GOOD)) == []
     (found,) = wggw.obfuscation_warnings(parse_obfuscation({**GOOD, **change}))
     assert found.startswith(warning)
+
+
+UNWISE_FOR_A_CLIENT: list[tuple[dict[str, Any], list[str]]] = [
+    ({"jc": 5, "i1": "<r 5>", "disable_cookies": True}, []),
+    ({"jc": 127}, ["Jc: with more than 127 junk packets"]),
+    ({"i1": "<c>"}, ["I1, I2, I3, I4, I5: <c> is known to kernel modules"]),
+    ({"i1": "<r 1281>"}, ["I1, I2, I3, I4, I5: packets of more than 1280 bytes"]),
+    ({"rekey_timeout": 300}, ["RekeyTimeout, RejectAfterTime: a client that begins no new"]),
+    ({"reject_after_time": 60}, ["RejectAfterTime: below RekeyAfterTime (120 seconds"]),
+    ({"reject_after_time": 60, "rekey_after_time": 30}, []),
+]
+
+
+@pytest.mark.parametrize(("own", "expected"), UNWISE_FOR_A_CLIENT, ids=lambda x: str(x)[:40])
+def test_what_is_unwise_in_a_clients_own_values_is_shown_as_a_warning(
+    own: dict[str, Any], expected: list[str]
+) -> None:
+    state = wggw.encode_state(parse_obfuscation(GOOD))
+    warnings = json.loads(wggw.shown_obfuscation(state, json.dumps(own))).get("warnings", [])
+    assert len(warnings) == len(expected)
+    assert all(text.startswith(words) for text, words in zip(warnings, expected, strict=True))
+    # what the interface's parameters bring about is told with the interface
+    unwise = wggw.encode_state(parse_obfuscation({**GOOD, "jmax": 1400, "i3": "<c>"}))
+    assert "warnings" not in json.loads(wggw.shown_obfuscation(unwise, '{"jc": 5}'))
 
 
 UP_TO_0_2_15: list[tuple[dict[str, Any], str]] = [
