@@ -1815,6 +1815,10 @@ AWG_KERNEL_RULES: tuple[AwgRule, ...] = (
         lambda p: KERNEL_TAGS.issuperset(_TAG_NAME.findall("".join(p.packets)))),
 )
 
+AWG_COUNTER = AwgRule(
+    "I1, I2, I3, I4, I5: <c> is known to kernel modules, and of amneziawg-go only to 0.2.15",
+    lambda p: "<c>" not in "".join(p.packets))
+
 # Programs accept what breaks these rules, but it is unwise.
 AWG_WARNINGS: tuple[AwgRule, ...] = (
     AwgRule(
@@ -1846,9 +1850,7 @@ AWG_WARNINGS: tuple[AwgRule, ...] = (
         lambda p: p.rekey_timeout.high < (p.reject_after_time.high or 180)),
     *AWG_RULES_1_5,
     *AWG_KERNEL_RULES,
-    AwgRule(
-        "I1, I2, I3, I4, I5: <c> is known to kernel modules, and of amneziawg-go only to 0.2.15",
-        lambda p: "<c>" not in "".join(p.packets)),
+    AWG_COUNTER,
 )
 # fmt: on
 
@@ -8219,7 +8221,8 @@ class UapiBackend:
             self._set(encode_uapi_parameters(wanted, actual).encode("ascii"))
         except UapiError as error:
             if not stuck or wanted != self._dialect.spoken:
-                reasons = [
+                reasons = broken_rules(wanted, [AWG_COUNTER])
+                reasons += [
                     f"{AWG_PARAMETERS[name].spelling}: amneziawg-go 0.2.16 to 0.2.19, of "
                     "generation 2.0, cannot set it to 0 again"
                     for name in stuck

@@ -557,6 +557,7 @@ def test_junk_that_cannot_be_set_to_0_again_is_refused_by_name_and_stays_when_ot
         ),
         ("0.2.13", {"i1": "<rd 20>"}, "I1: each of <rd>, <rc> came with generation 2.0"),
         ("3.0", {"random_trailers": "on"}, "RandomTrailers: it came with generation 3.1"),
+        ("3.1", {"i1": "<c>"}, "refused; I1, I2, I3, I4, I5: <c> is known to kernel modules, and"),
     ],
 )
 def test_a_program_that_is_too_old_ends_the_start_with_what_it_does_not_know(
