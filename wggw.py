@@ -11611,7 +11611,14 @@ class Import:
     def _set_links(self, flight: Flight) -> None:
         """A state without AmneziaWG's parameters keeps this gateway's. Raises Conflict."""
         for name, tunnel in self._core.tunnels.items():
-            state = tunnel.obfuscation and (self._other.meta("obfuscation") or tunnel.obfuscation)
+            mine, state = tunnel.obfuscation, None
+            if mine is not None:
+                state = cast(ObfuscationState, self._other.meta("obfuscation") or mine)
+                # Where there are clients, no two sets may have the same version.
+                if self._core.run(functools.partial(self._core.store.counts.on, name)):
+                    is_same = same_language(mine.parameters, state.parameters)
+                    version = max(mine.version + (not is_same), state.version)
+                    state = state._replace(version=version)
             if state is not None or name in self._keys:
                 key = self._keys.get(name, tunnel.link.private_key)
                 try:

@@ -273,6 +273,32 @@ def test_a_rotation_of_own_values_is_not_undone_by_a_restart(both: GatewayProces
     assert "AWG_PARAMS differs from the parameters of awg0 (Jc)" in both.text()
 
 
+def test_no_two_sets_of_parameters_have_the_same_version_after_an_import(
+    both: GatewayProcess, api: Client
+) -> None:
+    def version_after(method: str, path: str, body: Any) -> int:
+        ok(both.client().send(method, path, body))
+        return int(spoken(both)["parameters_version"])
+
+    def rotation(s1: int) -> dict[str, Any]:
+        return {"parameters": {**PARAMS, "s1": s1}, "confirm": True}
+
+    first = api.send("GET", "/api/v1/snapshot").body
+    assert version_after("POST", ROTATE, rotation(31)) == 2
+    assert version_after("PUT", "/api/v1/snapshot", first) == 1  # nobody has an earlier one
+    ok(api.create(a_key(1), obfuscation=ON))
+    first = api.send("GET", "/api/v1/snapshot").body
+    assert version_after("POST", ROTATE, rotation(31)) == 2
+    second = api.send("GET", "/api/v1/snapshot").body
+    assert version_after("PUT", "/api/v1/snapshot", first) == 3
+    assert version_after("PUT", "/api/v1/snapshot", first) == 3  # the same set again
+    both.kill()
+    both.start()
+    assert spoken(both)["parameters_version"] == 3
+    assert version_after("POST", ROTATE, rotation(32)) == 4
+    assert version_after("PUT", "/api/v1/snapshot", second) == 5
+
+
 def test_unwise_parameters_are_taken_with_a_warning(api: Client, both: GatewayProcess) -> None:
     wide = {**PARAMS, "h1": "100000000-1000000000", "h3": 50, "s1": 128 - 20}
     wide |= {"h2": 60, "h4": 70, "content_padding_addition": "1-9"}
@@ -668,7 +694,7 @@ def test_an_import_whose_parameters_are_refused_changes_nothing(tmp_path: Path, 
     assert in_line(world) == before
     assert world.backend.peers.keys() == {a_key("old")}
     world.gateway.import_(image, replace_key=False)
-    assert in_line(world) == theirs
+    assert in_line(world) == theirs._replace(version=before.version + 1)
     assert world.backend.peers.keys() == {a_key("new")}
     world.close()
 
