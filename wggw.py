@@ -9001,7 +9001,7 @@ class ClassedBackend:
 
     A class belongs to a peer like its allowed IPs: apply() sets it, read() returns it, reconcile()
     repairs what somebody else changed. A limit is in force before its peer is on the interface, and
-    ends after the peer has left it.
+    ends after the peer has left it. While the table failed, peers with a class leave the interface.
 
     `_held` has, by public key, the members of the interface's peers, and `_strays` what else may be
     in the sets. The lock is held during a change, and while the sets are read.
@@ -9030,13 +9030,18 @@ class ClassedBackend:
         with self._lock:
             self._changes += 1
             before = set().union(*(self._held.get(key, set()) for key in after))
-            new = wanted - before
+            new = wanted if self._table.failure else wanted - before
             try:
                 self._table.add(new)
                 self._inner.apply(changes)
             except BackendError:
                 with contextlib.suppress(BackendError):
                     self._remove(new)
+                if self._table.failure:  # nothing limits peers with a class: apply the others
+                    kept = [Change(key, None if after[key] else peer) for key, peer in changes]
+                    self._inner.apply(kept)
+                    for key in after:
+                        self._held.pop(key, None)
                 raise
             for key, members in after.items():
                 self._held.pop(key, None)
@@ -11715,10 +11720,10 @@ class Comparison:
                 bulk.flight.set_up(name, None)
             # Peers that cannot be read may be among those that seem to be missing.
             done = self._change(bulk, plan, seen, anew=bool(reading.unreadable))
+            _land(self._tunnel, bulk.land)
             if present and len(plan) <= MAX_REPAIRS_LOGGED:  # filling an empty one is no repair
                 for key, what in done.items():
                     LOG.info("%s: repair: %s %s", name, short_key(key), what)
-            _land(self._tunnel, bulk.land)
         flights: list[Flight] = []
         for start in range(0, len(totals), READ_CHUNK):
             some = totals[start : start + READ_CHUNK]
@@ -12303,15 +12308,17 @@ class Gateway(Core):
             flight.needs_disk = False  # a full disk refuses changes until a snapshot has these
             self.ledger.land(flight)
         self.limits.expire()  # or expired peers could connect until the first tick
-        try:
-            for tunnel in self.tunnels.values():
+        for tunnel in self.tunnels.values():
+            try:
                 result = self.projection.reconcile(tunnel.name)
-                level = logging.INFO if self.store.counts.total() else logging.WARNING
-                level = level if result.removed else logging.INFO
-                LOG.log(level, "%s (%s): %s", tunnel.name, tunnel.backend.kind, result)
-                tunnel.rate()
-        except BackendError as error:
-            raise StartError(str(error)) from None
+            except BackendError as error:
+                if class_table is None or not class_table.failure:
+                    raise StartError(str(error)) from None
+                continue  # only peers with a class are missing: supervise() tries again
+            level = logging.INFO if self.store.counts.total() else logging.WARNING
+            level = level if result.removed else logging.INFO
+            LOG.log(level, "%s (%s): %s", tunnel.name, tunnel.backend.kind, result)
+            tunnel.rate()
         self.store.restarted.clear()
         self.limits.enforce_quotas()
         self.ready = True

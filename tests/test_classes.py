@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import random
@@ -164,6 +165,22 @@ def test_a_peer_is_not_put_where_its_limit_cannot_be(
     assert held(backend) == {peer(3)}
 
 
+def test_peers_whose_limits_are_gone_leave_the_interface_and_the_others_stay(
+    backend: ClassedBackend, inner: FakeBackend, table: FakeTable
+) -> None:
+    put(backend, peer(2, "slow"), peer(3))
+    table.members.clear()
+    table.failure, table.adds_until_failure = "nft is missing", 0
+    for _ in range(2):
+        with pytest.raises(BackendError):
+            put(backend, peer(2, "slow"), peer(4))
+        assert set(inner.peers.values()) == {peer(3), peer(4)}
+    table.failure, table.adds_until_failure = "", sys.maxsize
+    put(backend, peer(2, "slow"))
+    assert held(backend) == {peer(2, "slow"), peer(3), peer(4)}
+    assert table.members == wanted(peer(2, "slow"))
+
+
 def test_what_others_changed_is_told(backend: ClassedBackend, table: FakeTable) -> None:
     put(backend, peer(2, "slow"), peer(3))
     known = {mark for mark, _ in backend.read(()).changed}
@@ -263,6 +280,32 @@ def test_a_class_that_cannot_be_enforced_is_a_503_that_says_why(tmp_path: Path) 
     do(world.gateway, "create", public_key=a_key(1))
     with pytest.raises(wggw.Unavailable, match="cannot be enforced"):
         do(world.gateway, "update", public_key=a_key(1), service_class="slow")
+    world.close()
+
+
+def test_a_gateway_starts_without_the_peers_that_nothing_would_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is degraded until it can limit them; the peers without a class are there."""
+    table, inner, outer = FakeTable(), FakeBackend(), FakeBackend()
+    backend = ClassedBackend(inner, table, SUBNETS)
+    monkeypatch.setattr(outer, "apply", backend.apply)
+    monkeypatch.setattr(outer, "read", lambda known: backend.read(known)._replace(device=None))
+    monkeypatch.setattr(wggw.Reading, "device_differs", lambda *_: False)
+    start = functools.partialmethod(wggw.Gateway.start, class_table=table)
+    monkeypatch.setattr(wggw.Gateway, "start", start)
+    world = World(tmp_path, backends={"wg0": outer}, **SETTINGS).open()
+    do(world.gateway, "create", public_key=a_key(1), service_class="slow")
+    do(world.gateway, "create", public_key=a_key(2))
+    world.close()
+    table.failure, table.adds_until_failure = "nft is missing", 0
+    table.members.clear()
+    world.open()
+    assert list(inner.peers) == [a_key(2)]
+    assert "as told" not in str(world.gateway.degraded()) and world.gateway.degraded()
+    table.failure, table.adds_until_failure = "", sys.maxsize
+    world.gateway.projection.supervise()
+    assert set(inner.peers) == {a_key(1), a_key(2)} and not world.gateway.degraded()
     world.close()
 
 
