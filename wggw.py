@@ -8790,6 +8790,7 @@ def tool(name: str) -> str | None:
 # class's, so that no ten seconds carry more than 105 %. A TCP flow gets 91 % or more as payload.
 CLASS_SHARE = 954  # thousandths
 CLASS_BATCH = 32 * 1024  # bytes of elements in one message
+CLASS_RETRY = 10.0  # seconds between two tries to make rules that nobody needs at once
 _CLASS_TABLE_NAME = CLASS_TABLE.split()[1].encode("ascii") + b"\0"
 CLASS_COUNTERS = ("down", "up", "refused")  # refused: packets to other destinations
 
@@ -8895,7 +8896,8 @@ class ClassTable:
     """The table of the service classes in this network namespace. Any thread may call it.
 
     `failure` says why the classes are not in force; it is "" if they are. `dropped` has the dropped
-    bytes by counter, and `addresses` the number of members of each class at the last reading.
+    bytes by counter, and `addresses` the number of members of each class at the last reading. The
+    lock is held while rules are made.
     """
 
     def __init__(
@@ -8905,28 +8907,47 @@ class ClassTable:
         self._classes = classes
         self._text = render_classes(classes, tunnels)
         self.failure = ""
+        self._making = threading.RLock()
+        self._next_try = 0.0  # when retry() tries again (monotonic)
         self.dropped: Mapping[str, int] = {}
         self.addresses: collections.Counter[str] = collections.Counter()
 
     def change(self, classes: Mapping[str, ServiceClass]) -> None:
         """Put other classes in force. Raises BackendError; then the former ones stay in force."""
         text = render_classes(classes, self._tunnels)
-        replace_table(CLASS_TABLE, text, self._tunnels[0].mark)
-        self._classes, self._text, self.failure = classes, text, ""
+        with self._making:
+            replace_table(CLASS_TABLE, text, self._tunnels[0].mark)
+            self._classes, self._text, self.failure = classes, text, ""
 
     def set_up(self) -> None:
         """Make the rules unless they exist, or remove those of former classes if there are none
         now; otherwise `failure` says why that was impossible."""
-        try:
-            if not self.alive():
-                self.change(self._classes)
-            self.failure = ""
-        except BackendError as error:
-            self.failure = str(error)
-            words = "service classes are not in force, peers with a class are refused"
-            if not self._classes:
-                words = "the rules of former service classes stay in force"
-            LOG.error("%s: %s", words, error)
+        with self._making:
+            before = self.failure
+            try:
+                if not self.alive():
+                    self.change(self._classes)
+                self.failure = ""
+            except BackendError as error:
+                self.failure = str(error)
+            self._next_try = time.monotonic() + CLASS_RETRY
+            if self.failure and self.failure != before:
+                LOG.error("%s", self.fault)
+            elif before and not self.failure:
+                LOG.info("service classes are in force")
+
+    @property
+    def fault(self) -> str:
+        """What `failure` means for peers; "" if nothing failed."""
+        words = "service classes are not in force, peers with a class are refused"
+        if not self._classes:
+            words = "the rules of former service classes stay in force"
+        return f"{words}: {self.failure}" if self.failure else ""
+
+    def retry(self) -> None:
+        """Try to make rules that failed, now and then."""
+        if self.failure and time.monotonic() >= self._next_try:
+            self.set_up()
 
     def alive(self) -> bool:
         """Whether exactly the rules of the classes exist; it also reads what they dropped.
@@ -9022,6 +9043,7 @@ class ClassedBackend:
         self._table.set_up()
 
     def alive(self) -> bool:
+        self._table.retry()  # no peer needs them, or apply() would have failed
         return self._inner.alive() and (bool(self._table.failure) or self._table.alive())
 
     def apply(self, changes: Sequence[Change]) -> None:
@@ -12493,8 +12515,11 @@ class Gateway(Core):
     def _warnings(self) -> Iterator[str]:
         """The reasons why the gateway is ready but not healthy.
 
-        The host lacks IPv6, or the configurations of an interface's peers name another key.
+        The host lacks IPv6, the rules of service classes could not be made, or the configurations
+        of an interface's peers name another key.
         """
+        if self.class_table is not None and self.class_table.failure:
+            yield self.class_table.fault
         for tunnel in self.tunnels.values():
             if tunnel.backend.kind != "memory" and (fault := ipv6_fault(tunnel.settings)):
                 yield f"interface {tunnel.name}: {fault[0]}"

@@ -165,6 +165,37 @@ def test_a_peer_is_not_put_where_its_limit_cannot_be(
     assert held(backend) == {peer(3)}
 
 
+def test_rules_that_failed_are_tried_again_also_without_a_peer_that_needs_them(
+    inner: FakeBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "wggw")
+    fails, rules = [True], [False]
+
+    def replace(*_: object) -> bool:
+        if fails[0]:
+            raise BackendError("nft is missing")
+        rules[0] = True
+        return True
+
+    monkeypatch.setattr(wggw, "replace_table", replace)
+    monkeypatch.setattr(wggw.ClassTable, "alive", lambda _: rules[0])
+    table = wggw.ClassTable(CLASSES, TUNNELS)
+    backend = ClassedBackend(inner, table, SUBNETS)
+    inner.setup()
+    table.set_up()
+    for _ in range(2):
+        table._next_try = 0.0
+        assert backend.alive() and table.failure == "nft is missing"
+    fails[0] = False
+    assert backend.alive() and table.failure  # not at every look
+    table._next_try = 0.0
+    assert backend.alive() and not table.failure
+    assert [record.getMessage() for record in caplog.records] == [
+        "service classes are not in force, peers with a class are refused: nft is missing",
+        "service classes are in force",
+    ]
+
+
 def test_peers_whose_limits_are_gone_leave_the_interface_and_the_others_stay(
     backend: ClassedBackend, inner: FakeBackend, table: FakeTable
 ) -> None:
@@ -274,12 +305,15 @@ def test_a_class_that_cannot_be_enforced_is_a_503_that_says_why(tmp_path: Path) 
     world = World(tmp_path, **SETTINGS).open()
     table = FakeTable()
     world.gateway.class_table = table
-    table.failure = "nft: No such file or directory"
-    with pytest.raises(wggw.Unavailable, match="cannot be enforced: nft: No such file"):
+    table.failure = why = "nft: No such file or directory"
+    with pytest.raises(wggw.Unavailable, match=f"cannot be enforced: {why}"):
         do(world.gateway, "create", public_key=a_key(1), service_class="slow")
     do(world.gateway, "create", public_key=a_key(1))
     with pytest.raises(wggw.Unavailable, match="cannot be enforced"):
         do(world.gateway, "update", public_key=a_key(1), service_class="slow")
+    assert not world.gateway.degraded()
+    (reason,) = world.gateway.figures().degraded
+    assert reason == f"service classes are not in force, peers with a class are refused: {why}"
     world.close()
 
 
