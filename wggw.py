@@ -321,7 +321,14 @@ AWG_GENL_NAME = "amneziawg"
 NETLINK_NETFILTER, NFNL_SUBSYS_NFTABLES, NFPROTO_INET = 12, 10, 1
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 16, 17
 NFT_MSG_NEWSETELEM, NFT_MSG_GETSETELEM, NFT_MSG_DELSETELEM = 12, 13, 14
-NFT_MSG_GETRULE, NFT_MSG_GETOBJ = 7, 19
+NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETOBJ = (
+    1,
+    4,
+    7,
+    10,
+    19,
+)
+NFTA_TABLE_HANDLE, NFTA_CHAIN_HANDLE, NFTA_RULE_HANDLE, NFTA_RULE_POSITION = 4, 2, 3, 6
 NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
 NFTA_LIST_ELEM, NFTA_SET_ELEM_KEY, NFTA_DATA_VALUE = 1, 1, 1
 NFTA_OBJ_TABLE, NFTA_OBJ_NAME, NFTA_OBJ_TYPE, NFTA_OBJ_DATA = 1, 2, 3, 4
@@ -8843,7 +8850,7 @@ def render_classes(
                     )
     mark = tunnels[0].mark
     flush = f"add table {table} {{ {table_comment(mark)}; }}\nflush table {table}\n"
-    chains = {"forward { type filter hook forward priority filter - 5;": rules}
+    chains = {"forward { type filter hook forward priority filter - 5; policy accept;": rules}
     return "".join([flush, _render_table(table, mark, objects, chains), *emptied])
 
 
@@ -8909,6 +8916,7 @@ class ClassTable:
         self.failure = ""
         self._making = threading.RLock()
         self._next_try = 0.0  # when retry() tries again (monotonic)
+        self._shape: list[Any] = []  # see _read_shape(); empty: nobody has looked at these rules
         self.dropped: Mapping[str, int] = {}
         self.addresses: collections.Counter[str] = collections.Counter()
 
@@ -8917,7 +8925,7 @@ class ClassTable:
         text = render_classes(classes, self._tunnels)
         with self._making:
             replace_table(CLASS_TABLE, text, self._tunnels[0].mark)
-            self._classes, self._text, self.failure = classes, text, ""
+            self._classes, self._text, self.failure, self._shape = classes, text, "", []
 
     def set_up(self) -> None:
         """Make the rules unless they exist, or remove those of former classes if there are none
@@ -8950,7 +8958,8 @@ class ClassTable:
             self.set_up()
 
     def alive(self) -> bool:
-        """Whether exactly the rules of the classes exist; it also reads what they dropped.
+        """Whether exactly the rules of the classes exist, as they were at the first look at them;
+        it also reads what they dropped.
 
         Raises BackendError.
         """
@@ -8959,6 +8968,7 @@ class ClassTable:
             rules = self._dump(NFT_MSG_GETRULE, nfgenmsg(NFPROTO_INET) + table)
             counter = nl_attribute(NFTA_OBJ_TYPE, struct.pack(">I", NFT_OBJECT_COUNTER))
             counters = self._dump(NFT_MSG_GETOBJ, nfgenmsg(NFPROTO_INET) + table + counter)
+            shape = self._read_shape(rules) if self._classes else []
         except BackendError as error:
             if not self._classes:
                 return True  # a kernel without nftables has no rules
@@ -8968,7 +8978,27 @@ class ClassTable:
         self.dropped = dict(decode_counters(counters))
         counters_needed = len(CLASS_COUNTERS) * len(self._classes)
         enough_counters = len(self.dropped) >= counters_needed if self._classes else not counters
-        return len(rules) == count_rules(self._text) and enough_counters
+        if len(rules) != count_rules(self._text) or not enough_counters:
+            return False
+        self._shape = self._shape or shape
+        return shape == self._shape
+
+    def _read_shape(self, rules: Sequence[bytes]) -> list[Any]:
+        """What others could change and leave the number of rules: these without their handles,
+        which `net up` changes, our table and its chains, and its number of sets."""
+        table = nl_attribute(NFTA_OBJ_TABLE, _CLASS_TABLE_NAME)  # and NFTA_SET_TABLE
+        shape: list[Any] = [len(self._dump(NFT_MSG_GETSET, nfgenmsg(NFPROTO_INET) + table))]
+        for payload in rules:
+            attributes = list(parse_nl_attributes(payload[4:]))  # before: the last change's number
+            handles = (NFTA_RULE_HANDLE, NFTA_RULE_POSITION)
+            shape.append([a for a in attributes if a[0] not in handles])
+        messages = ((NFT_MSG_GETTABLE, NFTA_TABLE_HANDLE), (NFT_MSG_GETCHAIN, NFTA_CHAIN_HANDLE))
+        for kind, handle in messages:
+            for payload in self._dump(kind, nfgenmsg(NFPROTO_INET)):
+                attributes = list(parse_nl_attributes(payload[4:]))
+                if (NFTA_OBJ_TABLE, _CLASS_TABLE_NAME) in attributes:  # the table's name
+                    shape.append([a for a in attributes if a[0] != handle])
+        return shape
 
     def add(self, members: Collection[Member]) -> None:
         """Existing members stay. Raises BackendError; some may have been added then."""

@@ -564,6 +564,37 @@ def test_classes_go_with_their_setting_and_with_the_gateway(host: Host) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.parametrize(
+    "change",
+    [
+        "add table {} {{ flags dormant; }}",
+        "add chain {} forward {{ policy drop; }}",
+        "delete set {} free.4",
+        "flush chain {0} forward; add rule {0} forward accept",
+    ],
+)
+def test_rules_of_classes_that_somebody_changed_are_made_anew(host: Host, change: str) -> None:
+    """Also where there are as many rules as before."""
+    classes = {"SERVICE_CLASSES": '{"slow":{"down":"1mbit","destinations":["::/0"]},"free":{}}'}
+    code, text = host.net("up", **classes)
+    assert code == 0, text
+    rules = host.table().split()
+    config = wggw.load_config({}, str(host.settings))
+    tunnels = wggw.interface_settings(config)
+    with host.space.inside():
+        table = wggw.ClassTable(config.service_classes, tunnels)
+        assert table.alive()
+        wggw.run_tool("nft", "-f", "-", given=wggw.render_classes(config.service_classes, tunnels))
+        assert table.alive()  # as after `wggw net up`, which changes only the handles
+        host.run("nft", change.format(wggw.CLASS_TABLE))
+        assert not table.alive()
+        table.set_up()
+        assert table.alive() and not table.failure
+        table.close()
+    assert sorted(host.table().split()) == sorted(rules)
+
+
+@pytest.mark.real
 def test_down_can_keep_the_interfaces(host: Host) -> None:
     assert host.net("up")[0] == 0
     assert host.run("ip", "tuntap", "add", "dev", "wg0", "mode", "tun").returncode == 0
