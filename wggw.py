@@ -3415,16 +3415,25 @@ def read_certificate(path: str) -> bytes:
     return ssl.PEM_cert_to_DER_cert(header + body + footer)
 
 
-def certificate_expiry(certificate: bytes) -> int:
-    """notAfter of a certificate in DER (RFC 5280 section 4.1), Unix seconds. Raises ValueError.
+def certificate_times(certificate: bytes) -> tuple[int, int]:
+    """notBefore and notAfter of a certificate in DER (RFC 5280 section 4.1), Unix seconds.
 
-    The standard library decodes it only from a verified peer's certificate.
+    The standard library decodes them only from a verified peer's certificate. Raises ValueError.
     """
-    _, until = _der_values(_certificate_fields(certificate)[3].value)
-    text = until.value.decode("ascii")
-    if until.tag == 0x17:  # UTCTime: two digits of a year from 1950 to 2049
-        text = ("20" if text < "5" else "19") + text
-    return int(datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=timezone.utc).timestamp())
+
+    def seconds(value: DerValue) -> int:
+        text = value.value.decode("ascii")
+        if value.tag == 0x17:  # UTCTime: two digits of a year from 1950 to 2049
+            text = ("20" if text < "5" else "19") + text
+        at = datetime.strptime(text, "%Y%m%d%H%M%SZ")
+        return int(at.replace(tzinfo=timezone.utc).timestamp())
+
+    begins, ends = _der_values(_certificate_fields(certificate)[3].value)
+    return seconds(begins), seconds(ends)
+
+
+def certificate_expiry(certificate: bytes) -> int:
+    return certificate_times(certificate)[1]
 
 
 def key_pin(certificate: bytes) -> str:
@@ -15644,7 +15653,7 @@ def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, in
         check_private("TLS_KEY", key)
         context.load_cert_chain(cert, key, password="")  # never ask on a terminal
         certificate = read_certificate(cert)
-        expires = certificate_expiry(certificate)
+        begins, expires = certificate_times(certificate)
     except ImportError:
         raise ConfigError(
             f"TLS_CERT {cert!r} does not exist: install python3-cryptography, with which the "
@@ -15654,6 +15663,9 @@ def make_tls(config: Config, make_pair: bool = True) -> tuple[ssl.SSLContext, in
         raise ConfigError(f"{what}: {_reason(error)}") from None
     fingerprint = hashlib.sha256(certificate).hexdigest()
     LOG.info("certificate SHA-256 fingerprint %s, key pin %s", fingerprint, key_pin(certificate))
+    if begins > time.time():
+        text = "the certificate is not valid before %s, and backends refuse it: see `wggw doctor`"
+        LOG.warning(text, rfc3339(begins))
     if expires < time.time() + EXPIRY_WARNING:
         text = "the certificate expires at %s, and backends will then refuse it: renew it"
         LOG.warning(text, rfc3339(expires))
@@ -16374,7 +16386,7 @@ def look_at_certificate(config: Config, now: float) -> Finding:
     """Check when the certificate expires, and whether a self-made one has the needed names."""
     path = config.tls_cert
     try:
-        expires = certificate_expiry(read_certificate(path))
+        begins, expires = certificate_times(read_certificate(path))
         own = own_certificate_names(path)
         with contextlib.suppress(PermissionError):  # another user's
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, config.tls_key, "")
@@ -16389,6 +16401,11 @@ def look_at_certificate(config: Config, now: float) -> Finding:
     todo = "systemctl reload wggw renews it, with the same key"
     if own is None:
         todo = "renew it where it comes from, then systemctl reload wggw"
+    if begins > now:
+        text = f"{path} is not valid before {rfc3339(begins)}"
+        todo = "set the clock if it is behind; else "
+        todo += "remove it and TLS_KEY for a new pair" if own is not None else "replace it"
+        return Finding("certificate", text, f"{todo}, then systemctl restart wggw", True)
     if expires < now:
         return Finding("certificate", f"{path} expired at {rfc3339(expires)}", todo, True)
     text = f"{path} is good until {rfc3339(expires)}"

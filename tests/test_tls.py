@@ -638,6 +638,24 @@ def test_certificate_near_its_end_is_renewed_under_the_same_key(
     assert cert.read_bytes().count(b"BEGIN CERTIFICATE") == 1
 
 
+def test_certificate_that_is_not_valid_yet_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not renewed: nobody knows whether the clock was ahead then or is behind now."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    config, now = settings_for(cert, key), time.time()
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time", lambda: now + 30 * 86400)
+        wggw.make_certificate(str(cert), str(key), ["localhost"])
+    found = wggw.look_at_certificate(config, time.time())
+    assert found.failed and "is not valid before" in found.found
+    assert "remove it and TLS_KEY" in found.todo
+    caplog.clear()
+    wggw.make_tls(config)
+    assert "the certificate is not valid before" in caplog.text
+    assert not is_renewed(config)
+
+
 def test_renewal_needs_no_newer_library_than_debian_12_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
