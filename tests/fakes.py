@@ -453,7 +453,17 @@ class World:
                     raise Crash
                 return function()
 
-        self.gateway = gateway = wggw.Gateway(self.config, store, self.files, self.clock, run)
+        def begin(work: Iterator[None]) -> None:
+            try:
+                wggw.run_in_slices(run, work)
+            except Crash:  # amid a landing: some who wait have heard of it, and so do the others
+                with lock:
+                    exhaust(work)
+                raise
+
+        self.gateway = gateway = wggw.Gateway(
+            self.config, store, self.files, self.clock, run, begin=begin
+        )
         gateway.lander._thread = threading.Thread(target=self._lander, name="lander", daemon=True)
         self.is_open = True
         store.take(self.files.load())
