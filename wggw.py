@@ -18101,8 +18101,11 @@ def command_snapshot(arguments: argparse.Namespace) -> None:
     client = client_of(arguments)
     path, file = "/api/v1/snapshot", arguments.file
     if arguments.action == "export":
-        if os.path.exists(file) and not os.path.isfile(file):
-            raise StartError(f"cannot write {file}: it is not a file, and export would replace it")
+        # stat() follows a link only where the kernel lets this user (protected_symlinks).
+        with naming(f"cannot write {file}"), contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(file).st_mode):
+                text = "it is not a file, and export would replace it"
+                raise StartError(f"cannot write {file}: {text}")
         with progress("snapshot export"):
             content = content_of(client, "GET", path)
         if arguments.decrypt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sqlite3
@@ -651,6 +652,26 @@ def test_command_line_tells_what_was_refused(tmp_path: Path) -> None:
         gateway.stop()
         assert gateway.command("snapshot", "export", str(tmp_path / "file")).returncode == 1
         assert not (tmp_path / "file").exists()
+
+
+def test_an_export_goes_by_what_the_kernel_says_of_a_link(
+    gateway: GatewayProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """protected_symlinks: whoever can write into /tmp does not choose what root replaces."""
+    link, file = gateway.directory / "link", gateway.directory / "file"
+    file.write_text("root's")
+    link.symlink_to(file)
+    real = os.stat
+
+    def protected(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if path == str(link):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", protected)
+    done = gateway.command("snapshot", "export", str(link))
+    text = f"wggw: cannot write {link}: Permission denied\n"
+    assert (done.returncode, done.stderr, file.read_text()) == (1, text, "root's")
 
 
 def test_an_export_replaces_files_only_and_no_link(gateway: GatewayProcess) -> None:
