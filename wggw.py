@@ -252,7 +252,7 @@ DRAIN_SECONDS = 2.0  # of these, seconds for requests in flight,
 DRAIN_GRACE = 0.2  # seconds for requests that arrived before SIGTERM and are not read yet,
 STOP_SECONDS = 0.5  # seconds for each of the timers' jobs, the ledger and the remote copy,
 LAST_SAMPLE_SECONDS = 1.0  # seconds for the last reading of the counters
-UNSURE_SAMPLES = 6  # after so many in a row that changes in flight blurred, one reads all peers
+UNSURE_SAMPLES = 6  # after so many in a row that changes in flight obscured, one reads all peers
 SAMPLE_RETRY = 10.0  # seconds until a sample that failed is repeated, if SAMPLE_INTERVAL is longer
 UNKNOWN_CLOCK_ERROR = 16.0  # seconds: adjtimex(2) reports no greater error
 CERTIFICATE_SECONDS = 3650 * 86400  # how long a certificate that the gateway makes is valid
@@ -4258,7 +4258,7 @@ _EXPIRED = " UNION ALL ".join(
 )
 
 _TIME = "strftime('%Y-%m-%dT%H:%M:%SZ', {}, 'unixepoch')"  # as rfc3339() writes it
-# A handshake that is as far ahead is from before the clock was set back.
+# A handshake that is further ahead than this is from before the clock was set back.
 _RECENT = f"t.last_handshake > {{0}} AND t.last_handshake < {{0}} + {2 * ONLINE_SECONDS}"
 _ONLINE = f"(p.status = 'active' AND coalesce({_RECENT.format(':online_since')}, 0))"
 _OF_FAMILIES = (
@@ -5367,7 +5367,8 @@ class Store:
                 if skipped:
                     if number > self.number + 1:
                         skipped(f"no record between {self.number} and {number}")
-                    known = [i for i in record.delete if self.by_id(i)]  # a lost record made others
+                    # A record that is lost made the other peers.
+                    known = [peer_id for peer_id in record.delete if self.by_id(peer_id)]
                     record = record._replace(delete=known)
                 try:
                     self.apply(record)
@@ -6440,7 +6441,7 @@ class Epochs:
         with contextlib.suppress(CopyDamaged):
             after = ours if epoch + 1 == ours.epoch else self.read_claim(epoch + 1)
             now = self._clock()
-            # If its time has not come yet, its node's clock was ahead. Our claim is newer.
+            # A claim from the future: its node's clock was ahead. Our own claim came after it.
             if now - (after.time if after.time <= now else ours.time) < COPY_SWEEP_SECONDS:
                 return False
             claim, manifest = self._head(self.read_claim(epoch).prefix)
@@ -8801,7 +8802,7 @@ def tool(name: str) -> str | None:
 # class's, so that no ten seconds carry more than 105 %. A TCP flow gets 91 % or more as payload.
 CLASS_SHARE = 954  # thousandths
 CLASS_BATCH = 32 * 1024  # bytes of elements in one message
-CLASS_RETRY = 10.0  # seconds between two tries to make rules that nobody needs at once
+CLASS_RETRY = 10.0  # seconds between two tries to make rules while no active peer has a class
 _CLASS_TABLE_NAME = CLASS_TABLE.split()[1].encode("ascii") + b"\0"
 CLASS_COUNTERS = ("down", "up", "refused")  # refused: packets to other destinations
 
@@ -8988,8 +8989,9 @@ class ClassTable:
         return shape == self._shape
 
     def _read_shape(self, rules: Sequence[bytes]) -> list[Any]:
-        """What others could change and leave the number of rules: these without their handles,
-        which `net up` changes, our table and its chains, and its number of sets."""
+        """What somebody could alter in our table without changing the number of rules: the rules,
+        the table itself, its chains and the number of its sets. Handles are left out, because
+        `net up` changes them."""
         table = nl_attribute(NFTA_OBJ_TABLE, _CLASS_TABLE_NAME)  # and NFTA_SET_TABLE
         shape: list[Any] = [len(self._dump(NFT_MSG_GETSET, nfgenmsg(NFPROTO_INET) + table))]
         for payload in rules:
@@ -9077,7 +9079,7 @@ class ClassedBackend:
         self._table.set_up()
 
     def alive(self) -> bool:
-        self._table.retry()  # no peer needs them, or apply() would have failed
+        self._table.retry()  # apply() finds failed rules only when a peer has a class
         return self._inner.alive() and (bool(self._table.failure) or self._table.alive())
 
     def apply(self, changes: Sequence[Change]) -> None:
